@@ -1,0 +1,60 @@
+"""Fails when the API pages and the package disagree.
+
+Every public name must stand on a page, as `::: funclora.name`, and have a docstring of its own. Every name on
+a page must exist.
+"""
+
+import importlib
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import griffe
+
+DOCS = Path(__file__).parent
+NAMESPACES = ("funclora", "funclora.optim")
+
+
+def documented() -> dict[str, str]:
+    """Every name that a page documents, with the place where it does."""
+    found = {}
+    for page in sorted(DOCS.rglob("*.md")):
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            if match := re.match(r":::\s+(\S+)", line):
+                found[match[1]] = f"{page.relative_to(DOCS.parent)}:{number}"
+    return found
+
+
+def public() -> list[str]:
+    """Every name that `__all__` makes public, in full."""
+    names = [f"{space}.{name}" for space in NAMESPACES for name in importlib.import_module(space).__all__]
+    return [name for name in names if name not in NAMESPACES and not name.endswith("__version__")]
+
+
+def exists(name: str) -> bool:
+    """Whether the full name can be imported."""
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def complaints() -> list[str]:
+    """What is wrong, one line each."""
+    on_pages = documented()
+    # Read from the source, as the pages are: an inherited or generated docstring does not count.
+    package = griffe.load("funclora", search_paths=[DOCS.parent])
+    found = [f"{place}: {name} does not exist" for name, place in on_pages.items() if not exists(name)]
+    for name in [*NAMESPACES, *public()]:
+        node = package[name.removeprefix("funclora").removeprefix(".")] if name != "funclora" else package
+        if not node.has_docstring:
+            found.append(f"{node.filepath}:{node.lineno}: {name} has no docstring")
+        if name not in NAMESPACES and name not in on_pages:
+            found.append(f"{name} is public and on no page of {DOCS.name}/: add '::: {name}'")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(complaints()) or None)

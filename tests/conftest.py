@@ -1,0 +1,41 @@
+"""What holds for every test: no network, known seeds, one torch thread for each xdist worker."""
+
+import os
+
+# Read by the libraries when they are imported, so set before any of them is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import random
+import zlib
+
+import pytest
+import torch
+from hypothesis import register_random, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+class _TorchRandom:
+    """torch's global generator, as hypothesis wants it, so that every example replays."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_torch_random = _TorchRandom()  # hypothesis keeps only a weak reference
+register_random(_torch_random)
+
+settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Seeds the global generators from the test's name: alike in every order and on every worker."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
