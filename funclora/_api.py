@@ -1,0 +1,29 @@
+"""The public names.
+
+`funclora` itself looks them up here when they are first used, so that its command line starts without torch.
+"""
+
+from funclora import optim
+from funclora._apply import apply, base_params, bind
+from funclora._config import LoraConfig
+from funclora._init import init
+from funclora._merge import merge
+from funclora._rules import DoRA, Full, LoRA
+from funclora._summary import summary
+from funclora._train import train_step, value_and_grad
+
+__all__ = [
+    "DoRA",
+    "Full",
+    "LoRA",
+    "LoraConfig",
+    "apply",
+    "base_params",
+    "bind",
+    "init",
+    "merge",
+    "optim",
+    "summary",
+    "train_step",
+    "value_and_grad",
+]

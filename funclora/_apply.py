@@ -1,0 +1,221 @@
+"""Running a model under rewritten weights: `base_params`, `bind` and `apply`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from funclora._clone import clone_module
+from funclora._errors import ParamsError, UnsupportedError, near
+from funclora._layout import Embedding, Layout
+from funclora._lazy import LazyWeight
+from funclora._rules import LinearMap, Rule
+from funclora._tree import pytree_node
+
+M = TypeVar("M", bound=nn.Module)
+Adapters = Mapping[str, Rule]
+Params = Mapping[str, Tensor]
+
+
+def base_params(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and persistent buffers as a value: detached, not copied.
+
+    Tied parameters appear under each of their names, as in `state_dict`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Full name -> tensor, sharing storage with the model.
+
+    Raises:
+        ParamsError: a parameter of a lazy module has not been initialised yet.
+
+    >>> sorted(base_params(nn.Linear(2, 3)))
+    ['bias', 'weight']
+    """
+    params = {}
+    for name, tensor, _, transient in named_tensors(model):
+        if is_lazy(tensor):
+            raise ParamsError(f"{name!r} is not initialised yet. Run the model once before asking for its params.")
+        if not transient:
+            params[name] = tensor.detach()
+    return params
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, bool]]:
+    """`(name, tensor, owner, is a buffer that is not saved)` for each registered name, tied ones included."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + name, parameter, module, False
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield dot + name, buffer, module, name in module._non_persistent_buffers_set
+
+
+def bind(model: M, params: Params, adapters: Adapters) -> M:
+    """The model under the rewritten weights, as a module of the same class.
+
+    The bound module shares the given tensors and copies nothing but buffers, which the model may update. Any of
+    its methods works under the rewritten weights: `bound(x)`, `bound.generate(ids)`, `bound.encoder(x)`. The
+    model itself is never touched, and later changes of it do not reach the bound module.
+
+    Args:
+        model: the module that defines the computation. Only its structure is used, and its non-persistent
+            buffers where `params` does not hold them.
+        params: full name -> tensor for every parameter and persistent buffer, as from `base_params`.
+        adapters: full name of a parameter -> rule. Names that are absent keep their base weight.
+
+    Returns:
+        A module whose parameters are the rewritten ones. They are computed lazily.
+
+    Raises:
+        ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
+        UnsupportedError: the model cannot be copied (a ScriptModule).
+
+    >>> from funclora import LoRA
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> params = {"weight": torch.zeros(1, 2)}
+    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
+    >>> bind(model, params, adapters)(torch.ones(3, 2)).flatten().tolist()
+    [2.0, 2.0, 2.0]
+    """
+    check_adapters(params, adapters)
+    if torch.compiler.is_compiling():
+        return cast(M, _TracedModule(model, params, adapters))
+    unused = set(params)
+
+    def tensor(name: str, original: Tensor, owner: nn.Module, is_buffer: bool) -> Tensor:
+        unused.discard(name)
+        value = params.get(name)
+        if value is None:
+            if not (is_buffer and name.rpartition(".")[2] in owner._non_persistent_buffers_set):
+                raise ParamsError(
+                    f"params lack {name!r}, which {type(model).__name__} needs. Pass every parameter and persistent "
+                    f"buffer, as base_params(model) gives them.{near(name, params)}"
+                )
+            value = original
+        if is_buffer:
+            return value.clone()
+        if value.shape != original.shape:
+            raise ParamsError(
+                f"params[{name!r}] has shape {list(value.shape)}, expected {list(original.shape)} as in the model."
+            )
+        return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner)
+
+    bound = clone_module(model, tensor)
+    if unused:
+        name = min(unused)
+        raise ParamsError(
+            f"params hold {name!r}, which {type(model).__name__} does not have."
+            f"{near(name, (n for n, *_ in named_tensors(model)))}"
+        )
+    return bound
+
+
+def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+    """The output of the model under the rewritten weights: `bind(model, params, adapters)(*args, **kwargs)`.
+
+    A pure function: it writes to none of its arguments, nor to the model, and is safe to call from many threads
+    on one model. It can be differentiated, mapped (`torch.func.vmap` over adapters) and compiled.
+
+    Args:
+        model: the module that defines the computation.
+        params: full name -> tensor for every parameter and persistent buffer, as from `base_params`.
+        adapters: full name of a parameter -> rule.
+        *args: arguments of the model's `forward`.
+        **kwargs: keyword arguments of the model's `forward`.
+
+    Returns:
+        Whatever the model returns.
+
+    Raises:
+        ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
+
+    >>> from funclora import LoRA
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> params = {"weight": torch.zeros(1, 2)}
+    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=3.0)}
+    >>> apply(model, params, adapters, torch.ones(2)).tolist()
+    [6.0]
+    """
+    return bind(model, params, adapters)(*args, **kwargs)
+
+
+def check_adapters(params: Params, adapters: Adapters) -> None:
+    """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
+    for name, rule in adapters.items():
+        weight = params.get(name)
+        if weight is None:
+            raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")
+        if not isinstance(rule, Rule):
+            raise ParamsError(f"adapters[{name!r}]: expected a rule (LoRA, DoRA, Full), got {type(rule).__name__}.")
+        rule.check(name, weight)
+
+
+class _TracedModule:
+    """What `bind` returns while torch.compile traces, where module objects cannot be made.
+
+    A graph is captured once, by one thread, and holds the weights as its inputs: `functional_call` is safe there.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, adapters: Adapters) -> None:
+        self._model = model
+        self._tensors = {}
+        for name, value in params.items():
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            is_buffer = leaf in owner._buffers
+            self._tensors[name] = (
+                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, owner)
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        if callable(value):
+            raise UnsupportedError(
+                f"bound.{name} is called under torch.compile, where only bound(...) itself is supported. Call it "
+                "outside of the compiled function."
+            )
+        return value
+
+
+def _rewritten(name: str, weight: Tensor, rule: Rule | None, owner: Any, module: nn.Module) -> Tensor:
+    """What takes the place of a parameter. `owner` is the module, weakly referenced where it holds the result."""
+    if rule is None:
+        if getattr(module, "max_norm", None) is not None and name.endswith("weight") and weight.dim() == 2:
+            return LazyWeight.of(name, weight, Unchanged(), owner)
+        return weight
+    if rule.dense_is_free:
+        return rule.dense(weight).to(weight.dtype)
+    return LazyWeight.of(name, weight, rule, owner)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Unchanged(Rule):
+    """The base weight itself, read without the writes of `F.embedding(..., max_norm=...)` to its table."""
+
+    layout: Layout = field(default=Embedding())
+
+    leaves: ClassVar[tuple[str, ...]] = ()
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+        return op.dense(weight, bias=True)
+
+    def check(self, name: str, weight: Tensor) -> None:
+        pass

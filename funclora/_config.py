@@ -1,0 +1,199 @@
+"""`LoraConfig`: which parameters an adapter rewrites, and how. Names, meanings and defaults are PEFT's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from funclora._errors import ConfigError, near
+
+INITIALISERS = (True, False, "gaussian", "orthogonal")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What to adapt and how. Checked when it is made; never changed afterwards.
+
+    Module names match as in PEFT: an entry of a list matches the module of that full name and every module whose
+    name ends in `.entry`; a string is a regular expression that must match the full name.
+
+    Attributes:
+        r: rank of every update that `rank_pattern` does not cover.
+        lora_alpha: α. The update is scaled by α/r.
+        lora_dropout: probability of dropping inputs of the low-rank path, in training mode.
+        target_modules: list of module names or suffixes, a regular expression, or "all-linear".
+        exclude_modules: list of names or suffixes, or a regular expression; wins over targets.
+        use_rslora: scale by α/√r instead (arXiv 2312.03732).
+        use_dora: weight-decomposed updates (arXiv 2402.09353).
+        bias: train the biases of no module ("none"), of every module ("all"), or of the targets ("lora_only").
+        modules_to_save: modules whose parameters are trained in full.
+        layers_to_transform: layer index or indices to which targets named by suffix are restricted.
+        layers_pattern: name of the module list that holds the layers, where it is not the first one.
+        rank_pattern: regular expression of a module name -> rank; the first that matches wins.
+        alpha_pattern: regular expression of a module name -> α; the first that matches wins.
+        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too).
+        target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that are
+            not those of a supported module. Three and more dimensions get one update per leading index.
+        task_type: PEFT's task type, kept for its files; "SEQ_CLS" leaves out the head from "all-linear".
+        base_model_name_or_path: kept for PEFT's files.
+
+    Raises:
+        ConfigError: a value is invalid, or values contradict each other.
+
+    >>> LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8)
+    2.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    target_parameters: tuple[str, ...] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            put(name, _pattern(name, value) if isinstance(value, str) else _names(name, value))
+        for name in ("modules_to_save", "target_parameters"):
+            put(name, _names(name, getattr(self, name)))
+        layers_pattern = self.layers_pattern
+        put("layers_pattern", _names("layers_pattern", (layers_pattern,) if isinstance(layers_pattern, str)
+                                     else layers_pattern))  # fmt: skip
+        put("layers_to_transform", _indices(self.layers_to_transform))
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name) or {}
+            if not isinstance(patterns, Mapping):
+                raise ConfigError(f"{name}: expected a dict from pattern to number, got {patterns!r}.")
+            put(name, {_pattern(name, k): v for k, v in patterns.items()})
+        self._check_values()
+        self._check_together()
+
+    def _check_values(self) -> None:
+        for where, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
+        ]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ConfigError(f"{where}: expected a positive integer, got {rank!r}.")
+        alphas = [("lora_alpha", self.lora_alpha)]
+        alphas += [(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()]
+        for where, alpha in alphas:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ConfigError(f"{where}: expected a finite number, got {alpha!r}.")
+            if alpha == 0:
+                raise ConfigError(f"{where}: 0 would make the adapter have no effect; give a number other than 0.")
+        if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
+            raise ConfigError(f"lora_dropout: expected a number, got {self.lora_dropout!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout!r}.")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
+        for name, choices in (("bias", BIASES), ("init_lora_weights", INITIALISERS)):
+            value = getattr(self, name)
+            if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+                hint = near(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")
+
+    def _check_together(self) -> None:
+        if not self.target_modules and not self.target_parameters:
+            raise ConfigError(
+                "name what to adapt: target_modules (a list of names, a regular expression or 'all-linear') or "
+                "target_parameters; both are empty."
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                "layers_to_transform restricts a list of target_modules, got the string "
+                f"{self.target_modules!r}. Write the layers into the expression, or give a list."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform, which is None.")
+        ranks = (self.r, *self.rank_pattern.values())
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
+            raise ConfigError(f"init_lora_weights='orthogonal' needs even ranks, got {', '.join(map(str, ranks))}.")
+
+    @property
+    def all_linear(self) -> bool:
+        """True if the targets are "all-linear"."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module (or `target_parameters` entry) of that full name."""
+        rank: int = _first_match(self.rank_pattern, name, self.r)
+        return rank
+
+    def alpha_of(self, name: str) -> float:
+        """α for the module (or `target_parameters` entry) of that full name."""
+        alpha: float = _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return alpha
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """s = α/r, or α/√r with `use_rslora`."""
+        return lora_alpha / math.sqrt(r) if self.use_rslora else lora_alpha / r
+
+    def replace(self, **changes: Any) -> LoraConfig:
+        """A copy with some fields changed, checked anew."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """True if a key of `rank_pattern` or `alpha_pattern` covers the module of that name (PEFT's rule)."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+
+
+def _pattern(where: str, pattern: object) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{where}: expected a non-empty string, got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from error
+    return pattern
+
+
+def _names(where: str, names: object) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"{where}: expected a list of names, got {names!r}.")
+    result = tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+    for name in result:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{where}: expected non-empty strings, got {name!r}.")
+    return result
+
+
+def _indices(indices: object) -> tuple[int, ...] | None:
+    if indices is None or indices == [] or indices == ():
+        return None
+    listed = (indices,) if isinstance(indices, int) else indices
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        raise ConfigError(f"layers_to_transform: expected an index or a list of them, got {indices!r}.")
+    result = tuple(listed)
+    for index in result:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ConfigError(f"layers_to_transform: expected indices from 0 up, got {index!r}.")
+    return result

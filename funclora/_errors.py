@@ -1,0 +1,75 @@
+"""The one family of errors and warnings of the package.
+
+Every message says where (parameter, file or key), what was expected, what came, and what to do.
+Errors also derive from the built-in class that a caller would expect (`ValueError`, `TypeError`, ...).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FuncloraError(Exception):
+    """Base class of every error that funclora raises."""
+
+
+class ConfigError(FuncloraError, ValueError):
+    """A configuration value is invalid, or values contradict each other."""
+
+
+class TargetError(FuncloraError, ValueError):
+    """A target, exclusion or pattern matches nothing, or names something that cannot carry a rule."""
+
+
+class ParamsError(FuncloraError, ValueError):
+    """A parameter dict and a model, or an adapter and a parameter, do not fit each other."""
+
+
+class NonFiniteError(FuncloraError, ValueError):
+    """A computation gave NaN or infinity where a finite result is required."""
+
+
+class PurityError(FuncloraError, RuntimeError):
+    """Something tried to write to a value that must not change, or cannot be bound without mutation."""
+
+
+class UnsupportedError(FuncloraError, NotImplementedError):
+    """A combination that is well formed but not supported, or that another format cannot express."""
+
+
+class FormatError(FuncloraError, ValueError):
+    """A file is broken, incomplete or of another format."""
+
+
+class FuncloraWarning(UserWarning):
+    """Base class of every warning that funclora gives."""
+
+
+class DenseFallbackWarning(FuncloraWarning):
+    """An operation without a fast form computed the dense adapted weight: correct, but slow."""
+
+
+class TiedWeightsWarning(FuncloraWarning):
+    """A rewritten parameter shares its storage with another one, which stays as it is."""
+
+
+class UnusedAdapterWarning(FuncloraWarning):
+    """An adapter received no gradient, because its parameter was not used by the loss."""
+
+
+class PeftFormatWarning(FuncloraWarning):
+    """A PEFT folder depends on a behaviour of PEFT that differs from the plain formula."""
+
+
+def near(name: str, names: Iterable[str], n: int = 5) -> str:
+    """The names most like `name`, as the tail of an error message.
+
+    >>> near("q_prj", ["q_proj", "v_proj", "bias"], n=1)
+    ' Near names: q_proj.'
+    >>> near("x", [])
+    ''
+    """
+    candidates = list(dict.fromkeys(names))
+    close = difflib.get_close_matches(name, candidates, n=n, cutoff=0.3) or candidates[:n]
+    return f" Near names: {', '.join(close)}." if close else ""

@@ -1,0 +1,203 @@
+"""Where the matrix that a low-rank update changes lies inside a weight tensor.
+
+Every rule thinks of a weight as a matrix M of shape `[*lead, out, in]`, one row per output unit. A layout says
+how M lies in the tensor that the module stores, and how the factors of an update B·A are shaped:
+
+    layout                  weight                    a                  b                  lead
+    Linear, Recurrent, ...  [out, in]                 [r, in]            [out, r]
+    Conv1D, Embedding       [in, out]                 [r, in]            [out, r]
+    Conv                    [out, in/g, *k]           [r, in/g, *k]      [out, r, 1, ..]
+    ConvTranspose           [in, out/g, *k]           [r, in/g, *k]      [out, r, 1, ..]
+    Parameter               [*lead, out, in]          [*lead, r, in]     [*lead, out, r]    experts
+
+Layouts are static: they are compared and hashed, never differentiated.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Size, Tensor
+
+Shape = tuple[int, ...] | Size
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """The place of the matrix `[*lead, out, in]` in a weight. One subclass per kind of owner."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as a matrix.
+
+        Args:
+            weight: the tensor as its module stores it.
+
+        Returns:
+            `[*lead, out, in]`, a view where that is possible.
+        """
+
+    @abstractmethod
+    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+        """The inverse of `matrix`: the tensor of the given shape that holds `matrix: [*lead, out, in]`."""
+
+    @abstractmethod
+    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of `a` and `b` of a rank-r update of a weight of that shape."""
+
+    def magnitude_shape(self, shape: Shape) -> tuple[int, ...]:
+        """The shape of a DoRA magnitude, one value per output unit: `[*lead, out]`."""
+        return self.factor_shapes(shape, 1)[1][: self.lead(shape) + 1]
+
+    def lead(self, shape: Shape) -> int:
+        """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
+        return 0
+
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as matrices `[*lead, r, in]` and `[*lead, out, r]`."""
+        return a, b
+
+
+@dataclass(frozen=True)
+class Matrices(Layout):
+    """M (or a stack of them) is the last two dimensions of the weight."""
+
+    @property
+    def transposed(self) -> bool:
+        """True if the weight stores `[*lead, in, out]`."""
+        return False
+
+    def lead(self, shape: Shape) -> int:
+        return len(shape) - 2
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix.mT if self.transposed else matrix
+
+    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *lead, n_out, n_in = shape
+        if self.transposed:
+            n_in, n_out = n_out, n_in
+        return (*lead, r, n_in), (*lead, n_out, r)
+
+
+@dataclass(frozen=True)
+class Linear(Matrices):
+    """`nn.Linear`: weight `[out, in]`."""
+
+
+@dataclass(frozen=True)
+class Conv1D(Matrices):
+    """transformers' `Conv1D` (GPT-2), a linear layer whose weight is stored as `[in, out]`."""
+
+    @property
+    def transposed(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Embedding(Matrices):
+    """`nn.Embedding`: weight `[in, out]` with in = number of ids and out = embedding dimension.
+
+    Attributes:
+        max_norm: the module renormalises the rows that it reads. Kept so that writers of formats whose
+            readers apply it elsewhere can refuse.
+    """
+
+    max_norm: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Attention(Matrices):
+    """An input or output projection of `nn.MultiheadAttention`: weight `[out, in]`."""
+
+
+@dataclass(frozen=True)
+class Recurrent(Matrices):
+    """A weight of `nn.RNN`, `nn.LSTM` or `nn.GRU`: `[gates·hidden, in]`."""
+
+
+@dataclass(frozen=True)
+class Parameter(Matrices):
+    """Any other parameter, named in `target_parameters`: `[*lead, out, in]`, one update per leading index.
+
+    Attributes:
+        stored_transposed: the weight is `[*lead, in, out]` (the owner says so with `is_transposed`).
+        position: how many adapted parameters the same module registered before this one. PEFT's files know
+            the parameters of one module by this order alone.
+        siblings: how many parameters of the module are adapted in all.
+    """
+
+    stored_transposed: bool = False
+    position: int = 0
+    siblings: int = 1
+
+    @property
+    def transposed(self) -> bool:
+        return self.stored_transposed
+
+
+@dataclass(frozen=True)
+class Conv(Layout):
+    """`nn.Conv1d/2d/3d`: weight `[out, in/groups, *kernel]`, M is `[out, in/groups·kernel]`.
+
+    With groups, every group of output channels reads the same `a` from its own input channels, so that one
+    kernel of the weight's own shape holds the update.
+
+    Attributes:
+        groups: the module's groups.
+        dilated: the module's dilation is not 1 everywhere.
+        padding_mode: the module's padding mode. Neither changes the update; both are kept so that writers of
+            formats whose readers drop them can refuse.
+    """
+
+    groups: int = 1
+    dilated: bool = False
+    padding_mode: str = "zeros"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix.reshape(shape)
+
+    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        n_out, n_in, *kernel = shape
+        return (r, n_in, *kernel), (n_out, r, *(1 for _ in kernel))
+
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(1), b.flatten(1)
+
+
+@dataclass(frozen=True)
+class ConvTranspose(Layout):
+    """`nn.ConvTranspose1d/2d/3d`: weight `[in, out/groups, *kernel]`, M is `[out, in/groups·kernel]`.
+
+    Attributes:
+        groups: the module's groups. They share `a`, as those of `Conv` do.
+    """
+
+    groups: int = 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        grouped: Tensor = weight.unflatten(0, (self.groups, -1))
+        return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+        n_in, n_out, *kernel = shape
+        grouped = matrix.reshape(self.groups, n_out, n_in // self.groups, *kernel)
+        return grouped.transpose(1, 2).reshape(shape)
+
+    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        n_in, n_out, *kernel = shape
+        return (r, n_in // self.groups, *kernel), (n_out * self.groups, r, *(1 for _ in kernel))
+
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.flatten(1), b.flatten(1)

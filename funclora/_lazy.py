@@ -1,0 +1,136 @@
+"""The lazy weight: a stand-in for a rewritten weight that is computed only if nothing better can be done.
+
+`LazyWeight` sits where a module keeps its parameter. It knows the base weight and a rule. An operation that is
+linear in the weight (`F.linear`, convolutions, embedding lookups, matrix products) is handed to the rule as a
+`LinearMap`; any other operation gets the dense rewritten weight, so that every module stays correct.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from funclora._errors import DenseFallbackWarning, PurityError, UnsupportedError
+from funclora._maps import UnmappedError, linear_maps
+from funclora._rules import Rule
+
+
+class LazyWeight(torch.Tensor):
+    """A tensor of the weight's shape, dtype and device that stands for `rule.dense(base)`.
+
+    Its own storage is one NaN, expanded: whatever slips past `__torch_function__` is loud, never silently the
+    base weight.
+
+    Attributes:
+        base: the base weight.
+        rule: the rule that rewrites it.
+        target: the full name of the parameter, for messages.
+        owner: the module that holds it; its training mode switches the rule's dropout.
+    """
+
+    base: Tensor
+    rule: Rule
+    target: str
+    owner: nn.Module
+
+    @staticmethod
+    def of(name: str, base: Tensor, rule: Rule, owner: nn.Module) -> LazyWeight:
+        """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`."""
+        carrier = torch.full((1,) * base.dim(), float("nan"), dtype=base.dtype, device=base.device)
+        lazy = carrier.expand(base.shape).as_subclass(LazyWeight)
+        lazy.base = base
+        lazy.rule = rule
+        lazy.target = name
+        lazy.owner = owner
+        return lazy
+
+    def dense(self) -> Tensor:
+        """The rewritten weight in the base's dtype."""
+        return self.rule.dense(self.base).to(self.base.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LazyWeight({self.target!r}, {type(self.rule).__name__}, {list(self.base.shape)}, {self.base.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is _REQUIRES_GRAD:
+            return args[0].base.requires_grad or any(t.requires_grad for t in pytree.tree_leaves(args[0].rule))
+        as_map = linear_maps.get(func)
+        if as_map is not None:
+            try:
+                lazy, op = as_map(*args, **kwargs)
+            except UnmappedError:
+                pass
+            else:
+                dropout = lazy.rule.dropout_p if lazy.owner.training else 0.0
+                return op.finish(lazy.rule.read(op, lazy.base, dropout))
+        return _dense_fallback(func, args, kwargs)
+
+
+def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the dense weights, with one warning per parameter and operation."""
+    operation = getattr(func, "__name__", str(func))
+    if operation in ("__get__", "__set__"):
+        operation = getattr(getattr(func, "__self__", None), "__name__", operation)
+
+    def dense(x: Any) -> Any:
+        if not isinstance(x, LazyWeight):
+            return x
+        if x.owner.training and x.rule.dropout_p:
+            raise UnsupportedError(
+                f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
+                "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
+            )
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight.",
+                DenseFallbackWarning,
+                stacklevel=4,
+            )
+        return x.dense()
+
+    if _writes_to_first(func, operation) and args and isinstance(args[0], LazyWeight):
+        raise PurityError(
+            f"{args[0].target!r}: the model calls {operation}, which would write to a rewritten weight. "
+            "Compute the new value out of place, or leave this parameter out of the adapter's targets."
+        )
+    args, kwargs = pytree.tree_map(dense, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _writes_to_first(func: Callable[..., Any], operation: str) -> bool:
+    """True for operations that change their first argument."""
+    in_place = operation.endswith("_") and not operation.endswith("__")
+    dunder = operation.startswith("__i") and operation.endswith("__") and operation not in ("__invert__", "__index__")
+    return in_place or dunder or operation == "__setitem__" or getattr(func, "__name__", "") == "__set__"
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+# Questions that the carrier can answer, as far as this version of torch has them.
+_METADATA: frozenset[Callable[..., Any]] = frozenset(
+    [getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "names", "grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
+        "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "is_leaf",
+        "_backward_hooks",
+    ) if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in (
+        "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size",
+        "get_device", "type", "__len__", "__hash__", "is_inference", "is_signed", "is_conj", "is_neg", "has_names",
+    ) if hasattr(Tensor, name)]
+    + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size]
+)  # fmt: skip

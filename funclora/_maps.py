@@ -1,0 +1,274 @@
+"""Which torch operations are linear in a lazy weight, and how each is computed from the factors.
+
+`linear_maps` takes an operation to a function that turns its arguments into `(lazy weight, LinearMap)`, or raises
+`UnmappedError` where this call of the operation has no fast form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funclora._layout import Conv, ConvTranspose, Layout, Matrices
+
+
+class UnmappedError(Exception):
+    """This call of the operation has no fast form."""
+
+
+class Map(ABC):
+    """A torch operation seen as a linear function of one weight (`funclora._rules.LinearMap`)."""
+
+    bias: Tensor | None
+
+    @abstractmethod
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor: ...
+
+    @abstractmethod
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor: ...
+
+    @abstractmethod
+    def per_output(self, vector: Tensor) -> Tensor: ...
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What the operation does to its result after the linear part."""
+        return y
+
+
+def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
+    """The input of the low-rank path: in the adapter's dtype, with dropout."""
+    x = x.to(a.dtype)
+    return F.dropout(x, dropout) if dropout else x
+
+
+class MatmulMap(Map):
+    """`x·Mᵀ (+ bias)`, x: `[*, (lead,) tokens, in]`, M: `[*lead, out, in]`."""
+
+    def __init__(self, x: Tensor, bias: Tensor | None, *, stored_as_is: bool, lead: int) -> None:
+        self.x = x
+        self.bias = bias
+        self.stored_as_is = stored_as_is  # the weight is M (F.linear), not its transpose (x @ W)
+        self.lead = lead
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        add = self.bias if bias else None
+        if self.stored_as_is:
+            return F.linear(self.x, weight, add)
+        if add is not None and self.x.dim() == 2 and weight.dim() == 2:
+            return torch.addmm(add, self.x, weight)
+        y = self.x @ weight
+        return y if add is None else y + add
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        x = _input(self.x, a, dropout)
+        if self.lead:
+            return (x @ a.mT) @ b.mT
+        return F.linear(F.linear(x, a), b)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.unsqueeze(-2) if vector.dim() > 1 else vector
+
+
+class EmbeddingMap(Map):
+    """Rows of a table, `[*ids, dim]`."""
+
+    bias = None
+
+    def __init__(
+        self,
+        ids: Tensor,
+        n_rows: int,
+        padding_idx: int | None,
+        max_norm: float | None,
+        norm_type: float,
+        scale_grad_by_freq: bool,
+    ) -> None:
+        self.ids = ids
+        self.n_rows = n_rows
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return F.embedding(self.ids, weight)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        # The input of the low-rank path is a one-hot vector: dropping it would drop whole tokens. As in PEFT,
+        # dropout does not act here.
+        return F.linear(F.embedding(self.ids, a.mT), b)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Renormalisation and the gradient rules of `F.embedding`, on the rows instead of the table."""
+        if self.max_norm is not None:
+            # torch renormalises the table outside of autograd: the value changes, the gradient does not see it.
+            norm = torch.linalg.vector_norm(y.detach(), self.norm_type, dim=-1, keepdim=True)
+            scale = torch.where(norm > self.max_norm, self.max_norm / (norm + 1e-7), 1.0)
+            y = y + (y * scale - y).detach()
+        if self.scale_grad_by_freq:
+            flat = self.ids.flatten()
+            counts = torch.zeros(self.n_rows, dtype=y.dtype, device=y.device)
+            counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=y.dtype))
+            y = y.detach() + (y - y.detach()) / counts[self.ids].unsqueeze(-1)
+        if self.padding_idx is not None:
+            padding = self.padding_idx % self.n_rows
+            y = torch.where((self.ids == padding).unsqueeze(-1), y.detach(), y)
+        return y
+
+
+class ConvMap(Map):
+    """A convolution; `[batch, out, *space]`, the batch dimension may be absent."""
+
+    def __init__(self, conv: Callable[..., Tensor], x: Tensor, bias: Tensor | None, spatial: int,
+                 options: dict[str, Any]) -> None:  # fmt: skip
+        self.conv = conv
+        self.x = x
+        self.bias = bias
+        self.spatial = spatial
+        self.options = options
+
+    @property
+    def groups(self) -> int:
+        groups: int = self.options["groups"]
+        return groups
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return self.conv(self.x, weight, self.bias if bias else None, **self.options)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        h = self.conv(_input(self.x, a, dropout), self.down(a), None, **self.options)
+        return _CONVS[self.spatial](h, b, groups=self.groups)
+
+    def down(self, a: Tensor) -> Tensor:
+        """The kernel of the first convolution: every group reads its channels with the same `a`."""
+        return a.repeat(self.groups, *(1 for _ in range(a.dim() - 1))) if self.groups > 1 else a
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.reshape(*vector.shape, *(1 for _ in range(self.spatial)))
+
+
+class ConvTransposeMap(ConvMap):
+    """A transposed convolution."""
+
+    def down(self, a: Tensor) -> Tensor:
+        return super().down(a.transpose(0, 1))
+
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# Any: a lazy weight; this module knows it only by its attributes `rule` and `base`.
+Mapped = tuple[Any, Map]
+
+
+def _layout(weight: Any, kind: type[Layout]) -> Any:
+    """The layout of the lazy weight's rule, if the operation can be computed with one of that kind."""
+    layout = getattr(weight.rule, "layout", None) if hasattr(weight, "rule") else None
+    if not isinstance(layout, kind):
+        raise UnmappedError
+    return layout
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Mapped:
+    if _layout(weight, Matrices).transposed or hasattr(input, "rule") or hasattr(bias, "rule"):
+        raise UnmappedError
+    return weight, MatmulMap(input, bias, stored_as_is=True, lead=0)
+
+
+def _matmul(input: Tensor, other: Any) -> Mapped:
+    if not _layout(other, Matrices).transposed or hasattr(input, "rule"):
+        raise UnmappedError
+    return other, MatmulMap(input, None, stored_as_is=False, lead=other.base.dim() - 2)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Mapped:
+    if (beta, alpha) != (1, 1) or hasattr(input, "rule") or input.dim() != 1:
+        raise UnmappedError
+    weight, op = _matmul(mat1, mat2)
+    op.bias = input
+    return weight, op
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Mapped:
+    if not _layout(weight, Matrices).transposed:
+        raise UnmappedError
+    n_rows = weight.base.shape[0]
+    return weight, EmbeddingMap(input, n_rows, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
+def _conv(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Mapped]:
+    def as_map(
+        input: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Mapped:
+        if _layout(weight, Conv).groups != groups:
+            raise UnmappedError
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return weight, ConvMap(conv, input, bias, spatial, options)
+
+    return as_map
+
+
+def _conv_transpose(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Mapped]:
+    def as_map(
+        input: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Mapped:
+        if _layout(weight, ConvTranspose).groups != groups:
+            raise UnmappedError
+        options = {
+            "stride": stride,
+            "padding": padding,
+            "output_padding": output_padding,
+            "dilation": dilation,
+        }
+        return weight, ConvTransposeMap(conv, input, bias, spatial, options | {"groups": groups})
+
+    return as_map
+
+
+linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.bmm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.bmm: _matmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    F.embedding: _embedding,
+    F.conv1d: _conv(F.conv1d, 1),
+    F.conv2d: _conv(F.conv2d, 2),
+    F.conv3d: _conv(F.conv3d, 3),
+    F.conv_transpose1d: _conv_transpose(F.conv_transpose1d, 1),
+    F.conv_transpose2d: _conv_transpose(F.conv_transpose2d, 2),
+    F.conv_transpose3d: _conv_transpose(F.conv_transpose3d, 3),
+}

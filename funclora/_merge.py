@@ -1,0 +1,76 @@
+"""Merging adapters into base weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from funclora._apply import Adapters, Params, check_adapters
+from funclora._errors import NonFiniteError, TiedWeightsWarning
+
+
+def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
+    """The rewritten weights, as a new dict.
+
+    Each target is computed in float32 (float64 if either side is) and rounded once to its base dtype. Keys,
+    dtypes and devices are those of `params`; entries without an adapter are shared, not copied.
+
+    An adapter on one of several tied parameters changes that one only: the result holds them as different
+    tensors, and a `TiedWeightsWarning` names them.
+
+    Args:
+        params: full name -> tensor, as from `base_params` or a state dict.
+        adapters: full name of a parameter -> rule.
+
+    Returns:
+        Full name -> tensor; `model.load_state_dict(merged)` takes it.
+
+    Raises:
+        ParamsError: an adapter's parameter is missing, or a rule does not fit its weight.
+        NonFiniteError: a rewritten weight holds NaN or infinity, or overflows its dtype.
+
+    >>> from funclora import LoRA
+    >>> params = {"weight": torch.zeros(1, 2, dtype=torch.float16), "bias": torch.zeros(1)}
+    >>> merged = merge(params, {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=0.5)})
+    >>> merged["weight"]
+    tensor([[0.5000, 0.5000]], dtype=torch.float16)
+    >>> merged["bias"] is params["bias"]
+    True
+    """
+    check_adapters(params, adapters)
+    _report_ties(params, adapters)
+    merged = dict(params)
+    for name, rule in adapters.items():
+        weight = params[name]
+        dense = rule.dense(weight)
+        # Also away from an adapter's own leaf: the result of a Full rule must not alias it.
+        merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True)
+        # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
+        if not torch._C._functorch.is_functorch_wrapped_tensor(dense) and not torch.isfinite(merged[name]).all():
+            cause = "" if torch.isfinite(dense).all() else " before rounding"
+            raise NonFiniteError(
+                f"merging {name!r} gives NaN or infinity{cause} in {weight.dtype}. Check the adapter's training, or "
+                "merge into a wider dtype."
+            )
+    return merged
+
+
+def _report_ties(params: Params, adapters: Adapters) -> None:
+    """Warn of adapted parameters that share their memory with another one."""
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in params.items():
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() and not tensor.is_meta:
+            place = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride())
+            names.setdefault(place, []).append(name)
+    for tied in names.values():
+        adapted = [name for name in tied if name in adapters]
+        if adapted and len(tied) > 1:
+            warnings.warn(
+                f"{', '.join(map(repr, tied))} are one tied parameter; {', '.join(map(repr, adapted))} is rewritten "
+                "on its own. The merged dict holds them as different tensors: a model that ties them again on load "
+                "needs its tie removed (for transformers: config.tie_word_embeddings = False).",
+                TiedWeightsWarning,
+                stacklevel=3,
+            )

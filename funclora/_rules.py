@@ -1,0 +1,312 @@
+"""Rules: what an adapter does to one weight. The mathematics of a method is written here, once.
+
+    LoRA(a, b)             W  ->  W + s·B·A
+    DoRA(a, b, magnitude)  W  ->  m · (W + s·B·A) / ‖W + s·B·A‖      (norm per output unit)
+    Full(value)            W  ->  value
+
+A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows two
+things: its dense form (`dense`), and how an operation that is linear in the weight is computed without that
+dense form (`read`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from funclora._errors import ParamsError
+from funclora._layout import Layout, Linear
+from funclora._tree import pytree_node
+
+# A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
+NORM_BLOCK = 2**20
+# ... and at most this share of the weight, so that the weight as a whole never exists.
+NORM_SHARE = 8
+
+
+class LinearMap(Protocol):
+    """A torch operation seen as a linear function of one of its weights: `y = map(W) + bias`."""
+
+    bias: Tensor | None
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        """The operation on a plain weight, with or without its bias."""
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        """The operation on the weight B·A, through its two factors; dropout acts on the input of `a`."""
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        """A vector `[out]`, shaped to broadcast over the output units of the result."""
+
+
+class Rule(ABC):
+    """Rewrites one weight. Subclasses are frozen dataclasses whose tensors come first."""
+
+    leaves: ClassVar[tuple[str, ...]]
+    # The dense form costs nothing: it is used as it is, no lazy weight stands for it.
+    dense_is_free: ClassVar[bool] = False
+
+    @abstractmethod
+    def dense(self, weight: Tensor) -> Tensor:
+        """The rewritten weight, not yet rounded: in float32 at least, in the adapter's dtype if that is wider.
+
+        Args:
+            weight: the base weight, as its module stores it.
+
+        Returns:
+            A tensor of the weight's shape.
+        """
+
+    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+        """The result of `op` on the rewritten weight, in the dtype that `op` gives on the base weight.
+
+        Args:
+            op: the operation.
+            weight: the base weight.
+            dropout: the probability that applies in this call (0 in evaluation mode).
+        """
+        return op.dense(self.dense(weight).to(weight.dtype), bias=True)
+
+    @abstractmethod
+    def check(self, name: str, weight: Tensor) -> None:
+        """Raise `ParamsError` if this rule does not fit the weight of that name."""
+
+    @property
+    def dropout_p(self) -> float:
+        """The dropout probability on the rule's own input in training mode."""
+        return 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Rule):
+    """What the rules of a low-rank update s·B·A share: the factors and their fit to the weight.
+
+    Attributes:
+        a: the factor that reads the input, `[r, in]` (see `funclora._layout` for convolutions and experts).
+        b: the factor that writes the output, `[out, r]`, of the dtype of `a`.
+        scaling: s, usually α/r, or α/√r for rsLoRA (arXiv 2312.03732).
+        dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
+        layout: where the matrix lies in the weight.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = field(default=1.0, kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
+    layout: Layout = field(default=Linear(), kw_only=True)
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def __post_init__(self) -> None:
+        for name in self.leaves:
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise ParamsError(f"{type(self).__name__}.{name}: expected a tensor, got {type(value).__name__}.")
+        if not 0 <= self.dropout < 1:
+            raise ParamsError(f"{type(self).__name__}.dropout: expected a number in [0, 1), got {self.dropout!r}.")
+
+    @property
+    def r(self) -> int:
+        """The rank of the update."""
+        return self.layout.factors(self.a, self.b)[0].shape[-2]
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout
+
+    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shapes that the leaves must have for that weight, by field name."""
+        return dict(zip(("a", "b"), self.layout.factor_shapes(weight.shape, self.r), strict=True))
+
+    def check(self, name: str, weight: Tensor) -> None:
+        refuse_low_rank(name, weight)
+        for leaf, shape in self.leaf_shapes(weight).items():
+            got = tuple(getattr(self, leaf).shape)
+            if got != shape:
+                raise ParamsError(
+                    f"adapter of {name!r}: {leaf} has shape {list(got)}, expected {list(shape)} for a weight of "
+                    f"shape {list(weight.shape)} with layout {type(self.layout).__name__} and rank {self.r}."
+                )
+
+    def update(self, weight: Tensor) -> Tensor:
+        """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
+        a, b = self.layout.factors(self.a, self.b)
+        return _updated(self.layout.matrix(weight), a, b, self.scaling)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class LoRA(LowRank):
+    """The low-rank update W + s·B·A (Hu et al., arXiv 2106.09685, equation 3).
+
+    Attributes:
+        a: the factor that reads the input, `[r, in]`.
+        b: the factor that writes the output, `[out, r]`.
+        scaling: s.
+        dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
+        layout: where the matrix lies in the weight.
+
+    >>> import torch
+    >>> rule = LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
+    >>> rule.dense(torch.zeros(2, 3))
+    tensor([[0.5000, 0.5000, 0.5000],
+            [0.5000, 0.5000, 0.5000]])
+    """
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.layout.weight(self.update(weight), weight.shape)
+
+    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+        y = op.dense(weight, bias=True)
+        return torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling).to(y.dtype)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class DoRA(LowRank):
+    """The weight-decomposed update m·V/‖V‖ with V = W + s·B·A (Liu et al., arXiv 2402.09353, equation 5).
+
+    ‖V‖ is the norm of each row of V, one per output unit. Unless `exact_norm_grad` it is a constant of the
+    gradient (section 4.3 of the paper). A row of V that is zero stays zero. The bias is not scaled. Dropout
+    acts on the input of `a` only, not on that of W (PEFT drops both).
+
+    Attributes:
+        a: the factor that reads the input, `[r, in]`.
+        b: the factor that writes the output, `[out, r]`.
+        magnitude: m, `[*lead, out]`.
+        scaling: s.
+        dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
+        layout: where the matrix lies in the weight.
+        exact_norm_grad: differentiate through the norm too.
+
+    >>> import torch
+    >>> rule = DoRA(torch.zeros(1, 2), torch.zeros(1, 1), torch.tensor([10.0]))
+    >>> rule.dense(torch.tensor([[3.0, 4.0]]))
+    tensor([[6., 8.]])
+    """
+
+    magnitude: Tensor
+    exact_norm_grad: bool = field(default=False, kw_only=True)
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+
+    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        return super().leaf_shapes(weight) | {"magnitude": self.layout.magnitude_shape(weight.shape)}
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """m/‖W + s·B·A‖ per output unit, `[*lead, out]`; where the norm is zero, 0."""
+        matrix = self.layout.matrix(weight)
+        a, b = self.layout.factors(self.a, self.b)
+        if self.exact_norm_grad:
+            norm = row_norms(matrix, a, b, self.scaling)
+        else:
+            with torch.no_grad():
+                norm = row_norms(matrix, a.detach(), b.detach(), self.scaling).detach()
+        zero = norm == 0
+        return torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.layout.weight(self.gain(weight).unsqueeze(-1) * self.update(weight), weight.shape)
+
+    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+        y = op.dense(weight, bias=False)
+        v = torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling)
+        out = v * op.per_output(self.gain(weight))
+        if op.bias is not None:
+            out = out + op.per_output(op.bias)
+        return out.to(y.dtype)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Full(Rule):
+    """Replaces the parameter (`modules_to_save`, trained biases).
+
+    Attributes:
+        value: the new value, of the parameter's shape. It is cast to the parameter's dtype where it is used.
+
+    >>> import torch
+    >>> Full(torch.ones(2)).dense(torch.zeros(2))
+    tensor([1., 1.])
+    """
+
+    value: Tensor
+
+    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    dense_is_free: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Tensor):
+            raise ParamsError(f"Full.value: expected a tensor, got {type(self.value).__name__}.")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.value
+
+    def check(self, name: str, weight: Tensor) -> None:
+        if self.value.shape != weight.shape:
+            raise ParamsError(
+                f"adapter of {name!r}: value has shape {list(self.value.shape)}, expected {list(weight.shape)}."
+            )
+        if not weight.is_floating_point():
+            raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
+
+
+def refuse_low_rank(name: str, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight cannot carry a low-rank update, naming it and saying why."""
+    if not weight.is_floating_point():
+        raise ParamsError(f"{name!r} has dtype {weight.dtype}; a low-rank update needs a floating-point weight.")
+    if weight.dim() < 2:
+        raise ParamsError(
+            f"{name!r} has shape {list(weight.shape)}; a low-rank update needs two or more dimensions. "
+            "Train it with Full (bias=..., modules_to_save=...) instead."
+        )
+    if weight.shape.numel() == 0:
+        raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot carry an update.")
+
+
+def row_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The norms of the rows of M + s·B·A, without ever holding that matrix as a whole.
+
+    ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) costs the same number of operations,
+    but loses all digits where s·B·A nearly cancels M. Blocks of the sum itself are exact everywhere.
+
+    Args:
+        matrix: M, `[*lead, out, in]`.
+        a: `[*lead, r, in]`.
+        b: `[*lead, out, r]`.
+        scaling: s.
+
+    Returns:
+        `[*lead, out]`, in the dtype of `dense`.
+    """
+    norm: Callable[..., Tensor] = torch.linalg.vector_norm
+    n_out, n_in = matrix.shape[-2:]
+    if matrix.stride(-1) == 1:  # rows lie in memory one after the other: take some rows at a time
+        n = _block(n_out, matrix.numel())
+        blocks = zip(matrix.split(n, -2), b.split(n, -2), strict=True)
+        return torch.cat([norm(_updated(m, a, b_, scaling), dim=-1) for m, b_ in blocks], dim=-1)
+    n = _block(n_in, matrix.numel())
+    blocks = zip(matrix.split(n, -1), a.split(n, -1), strict=True)
+    return norm(torch.stack([norm(_updated(m, a_, b, scaling), dim=-1) for m, a_ in blocks]), dim=0)
+
+
+def _block(length: int, numel: int) -> int:
+    """How many of `length` slices of a tensor with `numel` elements to look at together."""
+    return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
+
+
+def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
+    dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
+    matrix, a, b = matrix.to(dtype), a.to(dtype), b.to(dtype)
+    with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
+        if matrix.dim() == 2:
+            return torch.addmm(matrix, b, a, alpha=scaling)
+        return torch.add(matrix, b @ a, alpha=scaling)

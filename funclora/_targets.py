@@ -1,0 +1,299 @@
+"""Selecting targets: from a model and a `LoraConfig` to full parameter names, once and exactly."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from funclora import _layout
+from funclora._apply import named_tensors
+from funclora._config import LoraConfig, pattern_matches
+from funclora._errors import ParamsError, TargetError, near
+from funclora._layout import Layout
+from funclora._rules import refuse_low_rank
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUPPORTED = (
+    "nn.Linear, nn.Embedding, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, "
+    "nn.RNN/LSTM/GRU, transformers' Conv1D"
+)
+_SEQ_CLS_HEADS = ("score", "classifier")  # PEFT's names
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that an adapter rewrites.
+
+    Attributes:
+        module: full name of the module that was matched (for `target_parameters`, of the owner).
+        layout: where the low-rank update lies, or None where the parameter is trained in full.
+        r: the rank.
+        scaling: s.
+    """
+
+    module: str
+    layout: Layout | None
+    r: int = 0
+    scaling: float = 1.0
+
+
+def weights_of(module: nn.Module) -> dict[str, Layout] | None:
+    """The weights of a module that can carry a low-rank update, name -> layout; None for unsupported kinds."""
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights: dict[str, Layout] = {
+            name: _layout.Attention() for name in names if module._parameters.get(name) is not None
+        }
+        return weights | {"out_proj.weight": _layout.Attention()}
+    if isinstance(module, nn.RNNBase):
+        return {name: _layout.Recurrent() for name in module._parameters if name.startswith("weight")}
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return {"weight": _layout.Attention()}  # the output projection of nn.MultiheadAttention
+    if isinstance(module, nn.Linear):
+        return {"weight": _layout.Linear()}
+    if isinstance(module, nn.Embedding):
+        return {"weight": _layout.Embedding(max_norm=module.max_norm is not None)}
+    if isinstance(module, _CONVS):
+        dilated = any(d != 1 for d in module.dilation)
+        return {"weight": _layout.Conv(module.groups, dilated, module.padding_mode)}
+    if isinstance(module, _CONV_TRANSPOSES):
+        return {"weight": _layout.ConvTranspose(module.groups)}
+    if is_hf_conv1d(module):
+        return {"weight": _layout.Conv1D()}
+    return None
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """True for transformers' `Conv1D`, without importing transformers."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def select(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
+    """The parameters that the configuration names, in the order of the model.
+
+    Args:
+        model: any module; only its structure is read.
+        config: what to adapt.
+
+    Returns:
+        Full parameter name -> target.
+
+    Raises:
+        TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
+    """
+    return _Selection(model, config).targets()
+
+
+class _Selection:
+    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+        self.config = config
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        self.parameters = {name for name in self.tensors if self._is_parameter(name)}
+        self.saved = self._saved_modules()
+
+    def _is_parameter(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf in self.modules[path]._parameters
+
+    def targets(self) -> dict[str, Target]:
+        config = self.config
+        matched = self._target_modules() if config.target_modules else {}
+        found = self._low_rank(matched) | self._target_parameters()
+        if not found:
+            raise TargetError(
+                f"nothing is left to adapt: target_modules={config.target_modules!r} and exclude_modules="
+                f"{config.exclude_modules!r} leave no parameter of {type(self.model).__name__}."
+            )
+        for where, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        ):
+            keys = [*matched, *(name for name, t in found.items() if isinstance(t.layout, _layout.Parameter))]
+            for pattern in patterns:
+                if not any(pattern_matches(pattern, key) for key in keys):
+                    raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
+        for name in self.saved:
+            found |= {p: Target(name, None) for p in self._parameters_under(name)}
+        for name in self._biases(found, matched):
+            found.setdefault(name, Target(name.rpartition(".")[0], None))
+        return {name: found[name] for name in self.tensors if name in found}
+
+    # Matching, by PEFT's rules but never silently.
+
+    def _target_modules(self) -> dict[str, nn.Module]:
+        """The modules that `target_modules` names, without the excluded ones."""
+        config = self.config
+        if config.all_linear:
+            matched = {n: m for n, m in self.modules.items() if isinstance(m, nn.Linear) or is_hf_conv1d(m)}
+            for head in self._heads():
+                matched = {n: m for n, m in matched.items() if m is not head}
+            if not matched:
+                raise TargetError(f"target_modules='all-linear': {type(self.model).__name__} has no linear layer.")
+        else:
+            matched = self._matching("target_modules", config.target_modules or ())
+            matched = self._in_layers(matched)
+        if config.exclude_modules:
+            excluded = self._matching("exclude_modules", config.exclude_modules)
+            matched = {n: m for n, m in matched.items() if n not in excluded}
+        return {n: m for n, m in matched.items() if not any(_inside(n, saved) for saved in self.saved)}
+
+    def _matching(self, where: str, wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:
+        if isinstance(wanted, str):
+            matched = {n: m for n, m in self.modules.items() if re.fullmatch(wanted, n)}
+            if not matched:
+                hint = near(wanted, _suffixes(self.modules))
+                raise TargetError(
+                    f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
+                )
+            return matched
+        for entry in wanted:
+            if not any(_named(n, entry) for n in self.modules):
+                raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}")
+        return {n: m for n, m in self.modules.items() if any(_named(n, entry) for entry in wanted)}
+
+    def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Restrict modules matched by suffix to `layers_to_transform`; full names are exempt, as in PEFT."""
+        config = self.config
+        if config.layers_to_transform is None:
+            return matched
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in config.layers_pattern or ()]
+        patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        index = {}
+        for name in matched:
+            found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
+            if found:
+                index[name] = int(found["idx"])
+        for wanted in config.layers_to_transform:
+            if wanted not in index.values():
+                have = ", ".join(map(str, sorted(set(index.values())))) or "none"
+                raise TargetError(
+                    f"layers_to_transform: no target lies in layer {wanted}. Layers with targets: {have}"
+                    f"{f' (layers_pattern={list(config.layers_pattern)})' if config.layers_pattern else ''}."
+                )
+        full_names = config.target_modules or ()
+        return {n: m for n, m in matched.items() if n in full_names or index.get(n) in config.layers_to_transform}
+
+    def _heads(self) -> list[nn.Module]:
+        """The output layers of a transformers model, which "all-linear" leaves out."""
+        library = sys.modules.get("transformers.modeling_utils")
+        if library is None or not isinstance(self.model, library.PreTrainedModel):
+            return []
+        head = self.model.get_output_embeddings()
+        if head is None and self.config.task_type == "SEQ_CLS":
+            head = next((h for h in (getattr(self.model, n, None) for n in _SEQ_CLS_HEADS) if h is not None), None)
+        return [] if head is None else [head]
+
+    def _saved_modules(self) -> list[str]:
+        """The full names of the modules that `modules_to_save` names."""
+        saved = []
+        for entry in self.config.modules_to_save or ():
+            matched = [n for n in self.modules if _named(n, entry)]
+            if not matched:
+                raise TargetError(
+                    f"modules_to_save: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}"
+                )
+            loose = [n for n in self.modules if n.endswith(entry) and n not in matched]
+            if loose:
+                raise TargetError(
+                    f"modules_to_save: {entry!r} names {matched[0]!r}, but PEFT would also save {loose[0]!r}, whose "
+                    "name ends alike. Give the full name of the module."
+                )
+            saved += matched
+        for name in saved:
+            if not any(True for _ in self._parameters_under(name)):
+                raise TargetError(f"modules_to_save: {name!r} has no parameters.")
+            buffers = [n for n in self.tensors if _inside(n, name) and n not in self.parameters]
+            if any(n in self.model.state_dict() for n in buffers):
+                raise TargetError(
+                    f"modules_to_save: {name!r} has the buffer {buffers[0]!r}, which training by gradients cannot "
+                    "update. Name its submodules without buffers instead."
+                )
+        return saved
+
+    def _parameters_under(self, module: str) -> Iterable[str]:
+        return (name for name in self.tensors if name in self.parameters and _inside(name, module))
+
+    # From modules to parameters.
+
+    def _low_rank(self, matched: dict[str, nn.Module]) -> dict[str, Target]:
+        found: dict[str, Target] = {}
+        for name, module in matched.items():
+            weights = weights_of(module)
+            if weights is None:
+                raise TargetError(
+                    f"target_modules matches {name!r}, a {type(module).__name__}, which is not supported. Supported "
+                    f"modules: {SUPPORTED}. Exclude it, or name its parameter in target_parameters."
+                )
+            for weight, layout in weights.items():
+                found[f"{name}.{weight}" if name else weight] = self._target(name, name, layout)
+        for name in found:
+            self._check_low_rank(name)
+        return found
+
+    def _target(self, key: str, module: str, layout: Layout) -> Target:
+        r = self.config.rank_of(key)
+        return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)))
+
+    def _target_parameters(self) -> dict[str, Target]:
+        names: list[str] = []
+        for entry in self.config.target_parameters or ():
+            matched = [n for n in self.tensors if n in self.parameters and _named(n, entry)]
+            if not matched:
+                hint = near(entry, _suffixes(self.parameters))
+                raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
+            names += matched
+        found: dict[str, Target] = {}
+        for name in [n for n in self.tensors if n in names]:
+            self._check_low_rank(name)
+            path, _, leaf = name.rpartition(".")
+            owner = self.modules[path]
+            layout = (weights_of(owner) or {}).get(leaf)
+            if layout is None:
+                siblings = [p for p in owner._parameters if f"{path}.{p}".lstrip(".") in names]
+                layout = _layout.Parameter(
+                    bool(getattr(owner, "is_transposed", False)), siblings.index(leaf), len(siblings)
+                )
+            found[name] = self._target(name, path, layout)
+        return found
+
+    def _check_low_rank(self, name: str) -> None:
+        try:
+            refuse_low_rank(name, self.tensors[name])
+        except ParamsError as error:
+            raise TargetError(f"cannot adapt {error}") from error
+
+    def _biases(self, found: dict[str, Target], matched: dict[str, nn.Module]) -> list[str]:
+        """The parameters that `bias` trains. As in PEFT, a bias is whatever has "bias" in its name."""
+        if self.config.bias == "none":
+            return []
+        if self.config.bias == "all":
+            biases = [name for name in self.parameters if "bias" in name and name not in found]
+        else:
+            owners = {*matched, *(name.rpartition(".")[0] for name in found)}
+            biases = [name for name in self.parameters if "bias" in name and name.rpartition(".")[0] in owners]
+        if not biases:
+            raise TargetError(f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'.")
+        return biases
+
+
+def _named(name: str, entry: str) -> bool:
+    """PEFT's rule for entries of lists: the full name, or its last components."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    """Last components first, then full names: what a user is likely to have meant."""
+    listed = [n for n in names if n]
+    return [*dict.fromkeys(n.rpartition(".")[2] for n in listed), *listed]
