@@ -4,6 +4,7 @@ An adapter is a value: a dict from parameter names to rewriting rules. `apply` r
 weights, `merge` returns them, `train_step` improves them; no module is ever changed.
 """
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,18 +12,19 @@ if TYPE_CHECKING:
     from funclora._api import __all__ as __all__
 else:
 
-    def __getattr__(name: str) -> object:
-        from funclora import _api
+    def _names() -> ModuleType:
+        from importlib import import_module
 
+        return import_module("funclora._api")
+
+    def __getattr__(name: str) -> object:
         # Import machinery asks for names like __path__, which no public name looks like.
-        if name == "__all__" or name in _api.__all__:
-            return globals().setdefault(name, getattr(_api, name))
+        if name == "__all__" or (not name.startswith("_") and name in _names().__all__):
+            return globals().setdefault(name, getattr(_names(), name))
         raise AttributeError(f"module 'funclora' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        from funclora import _api
-
-        return sorted([*globals(), *_api.__all__])
+        return sorted([*globals(), *_names().__all__])
 
 
 __version__ = "0.1.0"
