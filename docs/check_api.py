@@ -1,7 +1,7 @@
 """Fails when the API pages and the package disagree.
 
-Every public name must stand on a page, as `::: funclora.name`, and have a docstring of its own. Every name on
-a page must exist.
+Every public name must stand on a page, as `::: funclora.name`, and have a docstring of its own, with examples
+under "Examples:" (elsewhere they are not shown as code). Every name on a page must exist.
 """
 
 import importlib
@@ -41,16 +41,30 @@ def exists(name: str) -> bool:
     return True
 
 
+def stray_examples(node: griffe.Object | griffe.Alias) -> list[str]:
+    """The names of the object and its members whose docstrings show an example outside an "Examples:" section."""
+    found = []
+    for part in (node, *node.members.values()):
+        if part.docstring is not None:
+            # Text as it is, the contents of an admonition ("Example:" is one), nothing of other sections.
+            values = [section.value for section in part.docstring.parse("google")]
+            if any(">>>" in (value if isinstance(value, str) else getattr(value, "contents", "")) for value in values):
+                found.append(part.path)
+    return found
+
+
 def complaints() -> list[str]:
     """What is wrong, one line each."""
     on_pages = documented()
     # Read from the source, as the pages are: an inherited or generated docstring does not count.
-    package = griffe.load("funclora", search_paths=[DOCS.parent])
+    package = griffe.load("funclora", search_paths=[DOCS.parent], resolve_aliases=True)
     found = [f"{place}: {name} does not exist" for name, place in on_pages.items() if not exists(name)]
     for name in [*NAMESPACES, *public()]:
         node = package[name.removeprefix("funclora").removeprefix(".")] if name != "funclora" else package
         if not node.has_docstring:
             found.append(f"{node.filepath}:{node.lineno}: {name} has no docstring")
+        if name not in NAMESPACES:
+            found += [f"{path}: put its example under 'Examples:'" for path in stray_examples(node)]
         if name not in NAMESPACES and name not in on_pages:
             found.append(f"{name} is public and on no page of {DOCS.name}/: add '::: {name}'")
     return found
