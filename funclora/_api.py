@@ -4,7 +4,7 @@
 """
 
 from funclora import optim
-from funclora._apply import apply, base_params, bind
+from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._config import LoraConfig
 from funclora._init import init
 from funclora._merge import merge
@@ -24,6 +24,7 @@ __all__ = [
     "merge",
     "optim",
     "summary",
+    "trace_targets",
     "train_step",
     "value_and_grad",
 ]

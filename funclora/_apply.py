@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funclora._clone import clone_module
-from funclora._errors import ParamsError, UnsupportedError, near
+from funclora._errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
 from funclora._layout import Embedding, Layout
 from funclora._lazy import LazyWeight
 from funclora._rules import LinearMap, Rule
@@ -88,6 +89,10 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
     >>> bind(model, params, adapters)(torch.ones(3, 2)).flatten().tolist()
     [2.0, 2.0, 2.0]
     """
+    return _bind(model, params, adapters, None)
+
+
+def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
     check_adapters(params, adapters)
     if torch.compiler.is_compiling():
         return cast(M, _TracedModule(model, params, adapters))
@@ -109,7 +114,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
             raise ParamsError(
                 f"params[{name!r}] has shape {list(value.shape)}, expected {list(original.shape)} as in the model."
             )
-        return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner)
+        return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner, uses)
 
     bound = clone_module(model, tensor)
     if unused:
@@ -150,6 +155,38 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
     return bind(model, params, adapters)(*args, **kwargs)
 
 
+def trace_targets(
+    model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any
+) -> dict[str, Literal["fast", "dense", "untouched"]]:
+    """Run the model once and say for each target how its rewritten weight was used.
+
+    Args:
+        model: the module that defines the computation.
+        params: full name -> tensor, as for `apply`.
+        adapters: full name of a parameter -> rule.
+        *args: arguments of the model's `forward`.
+        **kwargs: keyword arguments of the model's `forward`.
+
+    Returns:
+        Full name -> "fast" (never built), "dense" (some operation needed the dense weight, see
+        `DenseFallbackWarning`) or "untouched" (never read: this adapter has no effect on this call).
+
+    Raises:
+        ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
+
+    >>> from funclora import LoRA
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
+    >>> trace_targets(model, base_params(model), adapters, torch.ones(3, 2))
+    {'weight': 'fast'}
+    """
+    uses = dict.fromkeys(adapters, "untouched")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DenseFallbackWarning)
+        _bind(model, params, adapters, uses)(*args, **kwargs)
+    return cast(dict[str, Literal["fast", "dense", "untouched"]], uses)
+
+
 def check_adapters(params: Params, adapters: Adapters) -> None:
     """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
     for name, rule in adapters.items():
@@ -175,7 +212,7 @@ class _TracedModule:
             owner = model.get_submodule(path)
             is_buffer = leaf in owner._buffers
             self._tensors[name] = (
-                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, owner)
+                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, owner, None)
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,15 +228,22 @@ class _TracedModule:
         return value
 
 
-def _rewritten(name: str, weight: Tensor, rule: Rule | None, owner: Any, module: nn.Module) -> Tensor:
-    """What takes the place of a parameter. `owner` is the module, weakly referenced where it holds the result."""
+def _rewritten(
+    name: str, weight: Tensor, rule: Rule | None, owner: Any, module: nn.Module, uses: dict[str, str] | None
+) -> Tensor:
+    """What takes the place of a parameter of `module`.
+
+    `owner` is the same module, weakly referenced where it will hold the result; `uses` records what becomes of it.
+    """
     if rule is None:
         if getattr(module, "max_norm", None) is not None and name.endswith("weight") and weight.dim() == 2:
-            return LazyWeight.of(name, weight, Unchanged(), owner)
+            return LazyWeight.of(name, weight, Unchanged(), owner, None)
         return weight
-    if rule.dense_is_free:
+    if uses is None and rule.dense_is_free:
         return rule.dense(weight).to(weight.dtype)
-    return LazyWeight.of(name, weight, rule, owner)
+    if not weight.requires_grad and not any(getattr(rule, leaf).requires_grad for leaf in rule.leaves):
+        rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
+    return LazyWeight.of(name, weight, rule, owner, uses)
 
 
 @pytree_node

@@ -23,12 +23,13 @@ from funclora._errors import UnsupportedError
 M = TypeVar("M", bound=nn.Module)
 
 # Attributes of nn.Module that are rebuilt or hold nothing that belongs to the tree.
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-_ATOMIC = (
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
+_ATOMIC = frozenset((
     type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, torch.Generator,
     types.BuiltinFunctionType, types.ModuleType,
-)  # fmt: skip
-_CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict, defaultdict, deque)
+))  # fmt: skip
+_MUTABLE = frozenset((list, set, dict, OrderedDict, defaultdict, deque))
+_EMPTY = frozenset((list, set, dict, OrderedDict))  # made anew without arguments, faster than copied
 # How far to follow plain objects that are no modules (configurations, helpers) in search of modules.
 _OBJECT_DEPTH = 2
 
@@ -108,15 +109,15 @@ class _Cloner:
             kind = type(value)
             if kind in _ATOMIC or name in _REGISTRIES:
                 continue
-            if kind in _CONTAINERS and not value:
-                attributes[name] = value.copy() if hasattr(value, "copy") else value
+            if not value and kind in _EMPTY:  # most of all: the hooks of nn.Module
+                attributes[name] = kind()
                 continue
             new = self._replaced(value, own, _OBJECT_DEPTH)
             if new is value:
                 if isinstance(value, Tensor):
                     new = self.memo[id(value)] = value if value.requires_grad else value.clone()
                     self.keep.append(value)
-                elif kind in _CONTAINERS and hasattr(value, "copy"):
+                elif kind in _MUTABLE:
                     new = value.copy()
             attributes[name] = new
 

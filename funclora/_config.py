@@ -12,6 +12,7 @@ from funclora._errors import ConfigError, near
 
 INITIALISERS = (True, False, "gaussian", "orthogonal")
 BIASES = ("none", "all", "lora_only")
+TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class LoraConfig:
         init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too).
         target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that are
             not those of a supported module. Three and more dimensions get one update per leading index.
-        task_type: PEFT's task type, kept for its files; "SEQ_CLS" leaves out the head from "all-linear".
+        task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head
+            (`classifier` or `score`, `qa_outputs`) in full, as if it were in `modules_to_save`.
         base_model_name_or_path: kept for PEFT's files.
 
     Raises:
@@ -76,8 +78,10 @@ class LoraConfig:
         for name in ("modules_to_save", "target_parameters"):
             put(name, _names(name, getattr(self, name)))
         layers_pattern = self.layers_pattern
-        put("layers_pattern", _names("layers_pattern", (layers_pattern,) if isinstance(layers_pattern, str)
-                                     else layers_pattern))  # fmt: skip
+        listed = (layers_pattern,) if layers_pattern and isinstance(layers_pattern, str) else layers_pattern or ()
+        put("layers_pattern", _names("layers_pattern", listed) or None)
+        if isinstance(self.task_type, str):
+            put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration
         put("layers_to_transform", _indices(self.layers_to_transform))
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name) or {}
@@ -108,7 +112,8 @@ class LoraConfig:
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
-        for name, choices in (("bias", BIASES), ("init_lora_weights", INITIALISERS)):
+        allowed = (("bias", BIASES), ("init_lora_weights", INITIALISERS), ("task_type", TASK_TYPES))
+        for name, choices in allowed:
             value = getattr(self, name)
             if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
                 hint = near(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
@@ -187,13 +192,13 @@ def _names(where: str, names: object) -> tuple[str, ...] | None:
 
 
 def _indices(indices: object) -> tuple[int, ...] | None:
-    if indices is None or indices == [] or indices == ():
+    if indices is None:
         return None
     listed = (indices,) if isinstance(indices, int) else indices
     if isinstance(listed, str) or not isinstance(listed, Iterable):
         raise ConfigError(f"layers_to_transform: expected an index or a list of them, got {indices!r}.")
-    result = tuple(listed)
+    result = tuple(sorted(listed) if isinstance(listed, (set, frozenset)) else listed)
     for index in result:
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ConfigError(f"layers_to_transform: expected indices from 0 up, got {index!r}.")
-    return result
+    return result or None

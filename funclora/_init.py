@@ -118,4 +118,7 @@ def _factors(target: Target, weight: Tensor, config: LoraConfig, generator: torc
     else:  # Kaiming-uniform with a=√5: the bound is 1/√(fan in)
         fan_in = math.prod(a_shape[target.layout.lead(weight.shape) + 1 :])
         a = uniform(*a_shape, bound=1 / math.sqrt(fan_in))
-    return a, (torch.zeros(b_shape, dtype=dtype) if kind else uniform(*b_shape, bound=1 / math.sqrt(r)))
+    if kind:
+        return a, torch.zeros(b_shape, dtype=dtype)
+    n_in = r * math.prod(b_shape[: target.layout.lead(weight.shape)])  # to PEFT, experts are one layer with E·r inputs
+    return a, uniform(*b_shape, bound=1 / math.sqrt(n_in))

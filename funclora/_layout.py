@@ -50,6 +50,11 @@ class Layout(ABC):
         """The shape of a DoRA magnitude, one value per output unit: `[*lead, out]`."""
         return self.factor_shapes(shape, 1)[1][: self.lead(shape) + 1]
 
+    @property
+    def transposed(self) -> bool:
+        """True if the weight stores `[*lead, in, out]`."""
+        return False
+
     def lead(self, shape: Shape) -> int:
         """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
         return 0
@@ -62,11 +67,6 @@ class Layout(ABC):
 @dataclass(frozen=True)
 class Matrices(Layout):
     """M (or a stack of them) is the last two dimensions of the weight."""
-
-    @property
-    def transposed(self) -> bool:
-        """True if the weight stores `[*lead, in, out]`."""
-        return False
 
     def lead(self, shape: Shape) -> int:
         return len(shape) - 2

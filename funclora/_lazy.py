@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from funclora._errors import DenseFallbackWarning, PurityError, UnsupportedError
 from funclora._maps import UnmappedError, linear_maps
 from funclora._rules import Rule
+from funclora._views import inlined, views
 
 
 class LazyWeight(torch.Tensor):
@@ -31,15 +32,17 @@ class LazyWeight(torch.Tensor):
         rule: the rule that rewrites it.
         target: the full name of the parameter, for messages.
         owner: the module that holds it; its training mode switches the rule's dropout.
+        uses: where to record how the weight is used, if anyone wants to know.
     """
 
     base: Tensor
     rule: Rule
     target: str
     owner: nn.Module
+    uses: dict[str, str] | None
 
     @staticmethod
-    def of(name: str, base: Tensor, rule: Rule, owner: nn.Module) -> LazyWeight:
+    def of(name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None) -> LazyWeight:
         """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`."""
         carrier = torch.full((1,) * base.dim(), float("nan"), dtype=base.dtype, device=base.device)
         lazy = carrier.expand(base.shape).as_subclass(LazyWeight)
@@ -47,7 +50,17 @@ class LazyWeight(torch.Tensor):
         lazy.rule = rule
         lazy.target = name
         lazy.owner = owner
+        lazy.uses = uses
         return lazy
+
+    def like(self, base: Tensor, rule: Rule) -> LazyWeight:
+        """A lazy weight for a view of this one's parameter."""
+        return LazyWeight.of(self.target, base, rule, self.owner, self.uses)
+
+    def used(self, how: str) -> None:
+        """Record a use; one dense use counts more than any fast ones."""
+        if self.uses is not None and self.uses[self.target] != "dense":
+            self.uses[self.target] = how
 
     def dense(self) -> Tensor:
         """The rewritten weight in the base's dtype."""
@@ -70,15 +83,18 @@ class LazyWeight(torch.Tensor):
                 return func(*args, **kwargs)
         if func is _REQUIRES_GRAD:
             return args[0].base.requires_grad or any(t.requires_grad for t in pytree.tree_leaves(args[0].rule))
-        as_map = linear_maps.get(func)
-        if as_map is not None:
-            try:
-                lazy, op = as_map(*args, **kwargs)
-            except UnmappedError:
-                pass
-            else:
+        try:
+            if func in linear_maps:
+                lazy, op = linear_maps[func](*args, **kwargs)
+                lazy.used("fast")
                 dropout = lazy.rule.dropout_p if lazy.owner.training else 0.0
                 return op.finish(lazy.rule.read(op, lazy.base, dropout))
+            if func in views:
+                return views[func](*args, **kwargs)
+        except UnmappedError:
+            pass
+        if func in inlined:
+            return inlined[func](*args, **kwargs)
         return _dense_fallback(func, args, kwargs)
 
 
@@ -91,12 +107,13 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     def dense(x: Any) -> Any:
         if not isinstance(x, LazyWeight):
             return x
+        x.used("fast" if x.rule.dense_is_free else "dense")
         if x.owner.training and x.rule.dropout_p:
             raise UnsupportedError(
                 f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
                 "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
             )
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not x.rule.dense_is_free:
             warnings.warn(
                 f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight.",
                 DenseFallbackWarning,

@@ -24,7 +24,8 @@ class UnmappedError(Exception):
 class Map(ABC):
     """A torch operation seen as a linear function of one weight (`funclora._rules.LinearMap`)."""
 
-    bias: Tensor | None
+    bias: Tensor | None = None
+    backwards: bool = False
 
     @abstractmethod
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor: ...
@@ -34,6 +35,9 @@ class Map(ABC):
 
     @abstractmethod
     def per_output(self, vector: Tensor) -> Tensor: ...
+
+    def scaled_input(self, factor: Tensor) -> Map:
+        raise UnmappedError  # only maps that can be `backwards` are asked
 
     def finish(self, y: Tensor) -> Tensor:
         """What the operation does to its result after the linear part."""
@@ -46,38 +50,98 @@ def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout else x
 
 
-class MatmulMap(Map):
-    """`x·Mᵀ (+ bias)`, x: `[*, (lead,) tokens, in]`, M: `[*lead, out, in]`."""
+class LinearMap(Map):
+    """`F.linear(x, W, bias)`, x: `[*, in]`, W: `[out, in]`, or stored transposed and then backwards."""
 
-    def __init__(self, x: Tensor, bias: Tensor | None, *, stored_as_is: bool, lead: int) -> None:
+    def __init__(self, x: Tensor, bias: Tensor | None, *, backwards: bool) -> None:
         self.x = x
         self.bias = bias
-        self.stored_as_is = stored_as_is  # the weight is M (F.linear), not its transpose (x @ W)
-        self.lead = lead
+        self.backwards = backwards
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
-        add = self.bias if bias else None
-        if self.stored_as_is:
-            return F.linear(self.x, weight, add)
-        if add is not None and self.x.dim() == 2 and weight.dim() == 2:
-            return torch.addmm(add, self.x, weight)
-        y = self.x @ weight
-        return y if add is None else y + add
+        return F.linear(self.x, weight, self.bias if bias else None)
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        x = _input(self.x, a, dropout)
-        if self.lead:
-            return (x @ a.mT) @ b.mT
-        return F.linear(F.linear(x, a), b)
+        first, second = (b.mT, a.mT) if self.backwards else (a, b)
+        return F.linear(F.linear(_input(self.x, a, dropout), first), second)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def scaled_input(self, factor: Tensor) -> Map:
+        return LinearMap((self.x * factor).to(self.x.dtype), self.bias, backwards=self.backwards)
+
+
+class MatmulMap(LinearMap):
+    """`x @ W (+ bias)`, x: `[*lead, tokens, in]`, W: `[*lead, in, out]`, or stored as M and then backwards."""
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        if bias and self.bias is not None:
+            return torch.addmm(self.bias, self.x, weight)
+        return self.x @ weight
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        first, second = (b, a) if self.backwards else (a.mT, b.mT)
+        return _input(self.x, a, dropout) @ first @ second
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.unsqueeze(-2) if vector.dim() > 1 else vector
 
+    def scaled_input(self, factor: Tensor) -> Map:
+        return MatmulMap((self.x * factor).to(self.x.dtype), self.bias, backwards=self.backwards)
+
+
+class LeftMatmulMap(Map):
+    """`W @ x`, x: `[*lead, in, columns]`, W: `[*lead, out, in]`, or stored transposed and then backwards."""
+
+    def __init__(self, x: Tensor, *, backwards: bool) -> None:
+        self.x = x
+        self.backwards = backwards
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return weight @ self.x
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        first, second = (b.mT, a.mT) if self.backwards else (a, b)
+        return second @ (first @ _input(self.x, a, dropout))
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.unsqueeze(-1)
+
+    def scaled_input(self, factor: Tensor) -> Map:
+        return LeftMatmulMap((self.x * factor).to(self.x.dtype), backwards=self.backwards)
+
+
+class GroupedMap(Map):
+    """`F.grouped_mm(x, W, offs=offs)`: rows of x sorted by expert, W: `[experts, in, out]`, or backwards."""
+
+    def __init__(self, op: Callable[..., Tensor], x: Tensor, offs: Tensor, *, backwards: bool) -> None:
+        self.op = op
+        self.x = x
+        self.offs = offs
+        self.backwards = backwards
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return self.op(self.x, weight, offs=self.offs)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        # The kernel wants rows of a multiple of 16 bytes: ranks are padded with zeros, which add nothing.
+        missing = -a.shape[-2] % (16 // a.element_size())
+        a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+        first, second = (b, a) if self.backwards else (a.mT, b.mT)
+        x = _input(self.x, a, dropout)
+        return self.op(self.op(x, first, offs=self.offs), second, offs=self.offs)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        rows = torch.arange(self.x.shape[0], device=self.offs.device, dtype=self.offs.dtype)
+        return vector[torch.searchsorted(self.offs, rows, right=True)]
+
+    def scaled_input(self, factor: Tensor) -> Map:
+        return GroupedMap(self.op, (self.x * factor).to(self.x.dtype), self.offs, backwards=self.backwards)
+
 
 class EmbeddingMap(Map):
     """Rows of a table, `[*ids, dim]`."""
-
-    bias = None
 
     def __init__(
         self,
@@ -168,32 +232,56 @@ _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Mapped = tuple[Any, Map]
 
 
+def _is_lazy(x: object) -> bool:
+    return hasattr(x, "rule")
+
+
 def _layout(weight: Any, kind: type[Layout]) -> Any:
     """The layout of the lazy weight's rule, if the operation can be computed with one of that kind."""
-    layout = getattr(weight.rule, "layout", None) if hasattr(weight, "rule") else None
+    layout = getattr(weight.rule, "layout", None) if _is_lazy(weight) else None
     if not isinstance(layout, kind):
         raise UnmappedError
     return layout
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Mapped:
-    if _layout(weight, Matrices).transposed or hasattr(input, "rule") or hasattr(bias, "rule"):
+    backwards = _layout(weight, Matrices).transposed
+    if _is_lazy(input) or _is_lazy(bias):
         raise UnmappedError
-    return weight, MatmulMap(input, bias, stored_as_is=True, lead=0)
+    return weight, LinearMap(input, bias, backwards=backwards)
 
 
-def _matmul(input: Tensor, other: Any) -> Mapped:
-    if not _layout(other, Matrices).transposed or hasattr(input, "rule"):
-        raise UnmappedError
-    return other, MatmulMap(input, None, stored_as_is=False, lead=other.base.dim() - 2)
+def _matmul(input: Any, other: Any) -> Mapped:
+    if _is_lazy(input):
+        backwards = _layout(input, Matrices).transposed
+        if _is_lazy(other) or other.dim() < 2:
+            raise UnmappedError
+        return input, LeftMatmulMap(other, backwards=backwards)
+    return other, MatmulMap(input, None, backwards=not _layout(other, Matrices).transposed)
+
+
+def _mm(input: Any, mat2: Any) -> Mapped:
+    return _matmul(input, mat2)
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Mapped:
-    if (beta, alpha) != (1, 1) or hasattr(input, "rule") or input.dim() != 1:
+    if (beta, alpha) != (1, 1) or _is_lazy(input) or _is_lazy(mat1) or input.dim() != 1:
         raise UnmappedError
     weight, op = _matmul(mat1, mat2)
     op.bias = input
     return weight, op
+
+
+def _grouped_mm(op: Callable[..., Tensor]) -> Callable[..., Mapped]:
+    def as_map(
+        mat_a: Tensor, mat_b: Any, *, offs: Tensor | None = None, bias: None = None, out_dtype: None = None
+    ) -> Mapped:
+        backwards = not _layout(mat_b, Matrices).transposed
+        if _is_lazy(mat_a) or offs is None or mat_a.dim() != 2 or (bias, out_dtype) != (None, None):
+            raise UnmappedError
+        return mat_b, GroupedMap(op, mat_a, offs, backwards=backwards)
+
+    return as_map
 
 
 def _embedding(
@@ -256,12 +344,12 @@ def _conv_transpose(conv: Callable[..., Tensor], spatial: int) -> Callable[..., 
 linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.bmm: _matmul,
+    torch.mm: _mm,
+    torch.bmm: _mm,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.bmm: _matmul,
+    Tensor.mm: _mm,
+    Tensor.bmm: _mm,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
     F.embedding: _embedding,
@@ -272,3 +360,9 @@ linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = {
     F.conv_transpose2d: _conv_transpose(F.conv_transpose2d, 2),
     F.conv_transpose3d: _conv_transpose(F.conv_transpose3d, 3),
 }
+
+for _name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
+    for _space in (F, torch):
+        _op = getattr(_space, _name, None)
+        if _op is not None:
+            linear_maps[_op] = _grouped_mm(_op)

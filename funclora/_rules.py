@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funclora._errors import ParamsError
-from funclora._layout import Layout, Linear
+from funclora._layout import Layout, Linear, Parameter
 from funclora._tree import pytree_node
 
 # A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
@@ -30,18 +31,26 @@ NORM_SHARE = 8
 
 
 class LinearMap(Protocol):
-    """A torch operation seen as a linear function of one of its weights: `y = map(W) + bias`."""
+    """A torch operation seen as a linear function of one of its weights: `y = map(W) + bias`.
+
+    With M the weight's matrix `[*lead, out, in]`, the operation either takes inputs to output units (`x·Mᵀ`, the
+    usual case) or, `backwards`, output units to inputs (`x·M`, as a tied embedding does as output layer).
+    """
 
     bias: Tensor | None
+    backwards: bool
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
         """The operation on a plain weight, with or without its bias."""
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        """The operation on the weight B·A, through its two factors; dropout acts on the input of `a`."""
+        """The operation on the weight B·A, through its two factors; dropout acts on the input of the first."""
 
     def per_output(self, vector: Tensor) -> Tensor:
-        """A vector `[out]`, shaped to broadcast over the output units of the result."""
+        """A vector `[*lead, out]`, shaped to broadcast over the result (over the input, if `backwards`)."""
+
+    def scaled_input(self, factor: Tensor) -> LinearMap:
+        """The same operation on `input · factor`."""
 
 
 class Rule(ABC):
@@ -75,6 +84,10 @@ class Rule(ABC):
     @abstractmethod
     def check(self, name: str, weight: Tensor) -> None:
         """Raise `ParamsError` if this rule does not fit the weight of that name."""
+
+    def prepared(self, weight: Tensor) -> Rule:
+        """A rule with the same results that has computed what depends on nothing but itself and the weight."""
+        return self
 
     @property
     def dropout_p(self) -> float:
@@ -133,6 +146,24 @@ class LowRank(Rule):
                     f"shape {list(weight.shape)} with layout {type(self.layout).__name__} and rank {self.r}."
                 )
 
+    def select(self, index: Any) -> LowRank:
+        """The rule of `weight[index]`, where the index selects among leading dimensions (experts)."""
+        leaves = {name: getattr(self, name)[index] for name in self.leaves}
+        return replace(self, **leaves, layout=Parameter(self.layout.transposed))
+
+    def rows(self, start: int, length: int) -> LowRank:
+        """The rule of the output units from `start` on."""
+        vectors = {name: getattr(self, name).narrow(-1, start, length) for name in self.leaves[2:]}
+        return replace(self, b=self.b.narrow(-2, start, length), **vectors, layout=Parameter(self.layout.transposed))
+
+    def flipped(self) -> LowRank:
+        """The rule of the transposed weight."""
+        return replace(self, layout=Parameter(not self.layout.transposed))
+
+    def add_update(self, op: LinearMap, y: Tensor, dropout: float) -> Tensor:
+        """`y + s·op(B·A)` in the dtype of y."""
+        return torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling).to(y.dtype)
+
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
         a, b = self.layout.factors(self.a, self.b)
@@ -164,8 +195,7 @@ class LoRA(LowRank):
         return self.layout.weight(self.update(weight), weight.shape)
 
     def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
-        y = op.dense(weight, bias=True)
-        return torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling).to(y.dtype)
+        return self.add_update(op, op.dense(weight, bias=True), dropout)
 
 
 @pytree_node
@@ -200,25 +230,51 @@ class DoRA(LowRank):
     def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
         return super().leaf_shapes(weight) | {"magnitude": self.layout.magnitude_shape(weight.shape)}
 
-    def gain(self, weight: Tensor) -> Tensor:
-        """m/‖W + s·B·A‖ per output unit, `[*lead, out]`; where the norm is zero, 0."""
+    def prepared(self, weight: Tensor) -> Gained:
         matrix = self.layout.matrix(weight)
         a, b = self.layout.factors(self.a, self.b)
         if self.exact_norm_grad:
             norm = row_norms(matrix, a, b, self.scaling)
-        else:
-            with torch.no_grad():
-                norm = row_norms(matrix, a.detach(), b.detach(), self.scaling).detach()
+        else:  # a constant of reverse mode and of forward mode
+            with torch.no_grad(), _set_fwd_grad_enabled(False):
+                norm = row_norms(matrix, a, b, self.scaling).detach()
         zero = norm == 0
-        return torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+        gain = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+        return Gained(self.a, self.b, gain, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
 
     def dense(self, weight: Tensor) -> Tensor:
-        return self.layout.weight(self.gain(weight).unsqueeze(-1) * self.update(weight), weight.shape)
+        return self.prepared(weight).dense(weight)
 
     def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+        return self.prepared(weight).read(op, weight, dropout)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Gained(LowRank):
+    """gain·(W + s·B·A), one gain per output unit: DoRA with its norm worked out.
+
+    Attributes:
+        gain: m/‖W + s·B·A‖, `[*lead, out]`; 0 where the norm is zero.
+    """
+
+    gain: Tensor
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "gain")
+
+    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        return super().leaf_shapes(weight) | {"gain": self.layout.magnitude_shape(weight.shape)}
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.layout.weight(self.gain.unsqueeze(-1) * self.update(weight), weight.shape)
+
+    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+        gain = op.per_output(self.gain)
+        if op.backwards:
+            op = op.scaled_input(gain)
+            return self.add_update(op, op.dense(weight, bias=True), dropout)
         y = op.dense(weight, bias=False)
-        v = torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling)
-        out = v * op.per_output(self.gain(weight))
+        out = torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling) * gain
         if op.bias is not None:
             out = out + op.per_output(op.bias)
         return out.to(y.dtype)

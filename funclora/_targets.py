@@ -22,7 +22,12 @@ SUPPORTED = (
     "nn.Linear, nn.Embedding, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, "
     "nn.RNN/LSTM/GRU, transformers' Conv1D"
 )
-_SEQ_CLS_HEADS = ("score", "classifier")  # PEFT's names
+# The heads that PEFT trains in full for a task type, where the model has them.
+_HEADS = {
+    "SEQ_CLS": ("score", "classifier"),
+    "TOKEN_CLS": ("score", "classifier"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,14 @@ class _Selection:
     def targets(self) -> dict[str, Target]:
         config = self.config
         matched = self._target_modules() if config.target_modules else {}
-        found = self._low_rank(matched) | self._target_parameters()
+        of_modules, of_parameters = self._low_rank(matched), self._target_parameters()
+        for name in of_parameters:
+            if name in of_modules:
+                raise TargetError(
+                    f"target_parameters: {name!r} is a target of target_modules too, through the module "
+                    f"{of_modules[name].module!r}. Name it in one of them."
+                )
+        found = of_modules | of_parameters
         if not found:
             raise TargetError(
                 f"nothing is left to adapt: target_modules={config.target_modules!r} and exclude_modules="
@@ -116,12 +128,18 @@ class _Selection:
             ("rank_pattern", config.rank_pattern),
             ("alpha_pattern", config.alpha_pattern),
         ):
-            keys = [*matched, *(name for name, t in found.items() if isinstance(t.layout, _layout.Parameter))]
+            keys = [*matched, *of_parameters]
             for pattern in patterns:
                 if not any(pattern_matches(pattern, key) for key in keys):
                     raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
         for name in self.saved:
-            found |= {p: Target(name, None) for p in self._parameters_under(name)}
+            for parameter in self._parameters_under(name):
+                if parameter in of_parameters:
+                    raise TargetError(
+                        f"target_parameters: {parameter!r} lies in {name!r}, which modules_to_save trains in full. "
+                        "Name it in one of them."
+                    )
+                found[parameter] = Target(name, None)
         for name in self._biases(found, matched):
             found.setdefault(name, Target(name.rpartition(".")[0], None))
         return {name: found[name] for name in self.tensors if name in found}
@@ -143,11 +161,13 @@ class _Selection:
         if config.exclude_modules:
             excluded = self._matching("exclude_modules", config.exclude_modules)
             matched = {n: m for n, m in matched.items() if n not in excluded}
-        return {n: m for n, m in matched.items() if not any(_inside(n, saved) for saved in self.saved)}
+        return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
 
     def _matching(self, where: str, wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:
         if isinstance(wanted, str):
             matched = {n: m for n, m in self.modules.items() if re.fullmatch(wanted, n)}
+            if "" in matched and weights_of(self.model) is None:
+                del matched[""]  # as in PEFT, an expression like ".*" does not mean the model as a whole
             if not matched:
                 hint = near(wanted, _suffixes(self.modules))
                 raise TargetError(
@@ -155,22 +175,16 @@ class _Selection:
                 )
             return matched
         for entry in wanted:
-            if not any(_named(n, entry) for n in self.modules):
+            if not any(named(n, entry) for n in self.modules):
                 raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}")
-        return {n: m for n, m in self.modules.items() if any(_named(n, entry) for entry in wanted)}
+        return {n: m for n, m in self.modules.items() if any(named(n, entry) for entry in wanted)}
 
     def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """Restrict modules matched by suffix to `layers_to_transform`; full names are exempt, as in PEFT."""
         config = self.config
         if config.layers_to_transform is None:
             return matched
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in config.layers_pattern or ()]
-        patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        index = {}
-        for name in matched:
-            found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
-            if found:
-                index[name] = int(found["idx"])
+        index = {name: i for name in matched if (i := layer_of(config, name)) is not None}
         for wanted in config.layers_to_transform:
             if wanted not in index.values():
                 have = ", ".join(map(str, sorted(set(index.values())))) or "none"
@@ -188,29 +202,32 @@ class _Selection:
             return []
         head = self.model.get_output_embeddings()
         if head is None and self.config.task_type == "SEQ_CLS":
-            head = next((h for h in (getattr(self.model, n, None) for n in _SEQ_CLS_HEADS) if h is not None), None)
+            head = next((h for h in (getattr(self.model, n, None) for n in _HEADS["SEQ_CLS"]) if h is not None), None)
         return [] if head is None else [head]
 
     def _saved_modules(self) -> list[str]:
-        """The full names of the modules that `modules_to_save` names."""
-        saved = []
-        for entry in self.config.modules_to_save or ():
-            matched = [n for n in self.modules if _named(n, entry)]
-            if not matched:
+        """The full names of the modules that `modules_to_save` names, and of the heads that the task type implies."""
+        saved: list[str] = []
+        implied = _HEADS.get(self.config.task_type or "", ())
+        entries = list(dict.fromkeys([*(self.config.modules_to_save or ()), *implied]))
+        by_name = {n for n in self.modules if any(named(n, entry) for entry in entries)}
+        for entry in entries:
+            matched = [n for n in self.modules if named(n, entry)]
+            if not matched and entry not in implied:
                 raise TargetError(
                     f"modules_to_save: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}"
                 )
-            loose = [n for n in self.modules if n.endswith(entry) and n not in matched]
+            loose = [n for n in self.modules if n.endswith(entry) and n not in by_name]
             if loose:
                 raise TargetError(
-                    f"modules_to_save: {entry!r} names {matched[0]!r}, but PEFT would also save {loose[0]!r}, whose "
+                    f"modules_to_save: {entry!r} names {(matched or ['no module'])[0]!r}, but PEFT would also save {loose[0]!r}, whose "
                     "name ends alike. Give the full name of the module."
                 )
-            saved += matched
+            saved += [n for n in matched if n not in saved]
         for name in saved:
             if not any(True for _ in self._parameters_under(name)):
                 raise TargetError(f"modules_to_save: {name!r} has no parameters.")
-            buffers = [n for n in self.tensors if _inside(n, name) and n not in self.parameters]
+            buffers = [n for n in self.tensors if inside(n, name) and n not in self.parameters]
             if any(n in self.model.state_dict() for n in buffers):
                 raise TargetError(
                     f"modules_to_save: {name!r} has the buffer {buffers[0]!r}, which training by gradients cannot "
@@ -219,7 +236,7 @@ class _Selection:
         return saved
 
     def _parameters_under(self, module: str) -> Iterable[str]:
-        return (name for name in self.tensors if name in self.parameters and _inside(name, module))
+        return (name for name in self.tensors if name in self.parameters and inside(name, module))
 
     # From modules to parameters.
 
@@ -245,7 +262,7 @@ class _Selection:
     def _target_parameters(self) -> dict[str, Target]:
         names: list[str] = []
         for entry in self.config.target_parameters or ():
-            matched = [n for n in self.tensors if n in self.parameters and _named(n, entry)]
+            matched = [n for n in self.tensors if n in self.parameters and named(n, entry)]
             if not matched:
                 hint = near(entry, _suffixes(self.parameters))
                 raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
@@ -271,25 +288,34 @@ class _Selection:
             raise TargetError(f"cannot adapt {error}") from error
 
     def _biases(self, found: dict[str, Target], matched: dict[str, nn.Module]) -> list[str]:
-        """The parameters that `bias` trains. As in PEFT, a bias is whatever has "bias" in its name."""
+        """The parameters that `bias` trains. As in PEFT, a bias is what is called "bias", and not "in_proj_bias"."""
         if self.config.bias == "none":
             return []
         if self.config.bias == "all":
-            biases = [name for name in self.parameters if "bias" in name and name not in found]
+            owners = set(self.modules)
         else:
             owners = {*matched, *(name.rpartition(".")[0] for name in found)}
-            biases = [name for name in self.parameters if "bias" in name and name.rpartition(".")[0] in owners]
+        split = ((name, *name.rpartition(".")) for name in self.parameters)
+        biases = [name for name, owner, _, leaf in split if leaf == "bias" and owner in owners]
         if not biases:
             raise TargetError(f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'.")
         return biases
 
 
-def _named(name: str, entry: str) -> bool:
+def layer_of(config: LoraConfig, name: str) -> int | None:
+    """The index of the layer that a module lies in, as `layers_to_transform` counts them."""
+    patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in config.layers_pattern or ()]
+    patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
+    return int(found["idx"]) if found else None
+
+
+def named(name: str, entry: str) -> bool:
     """PEFT's rule for entries of lists: the full name, or its last components."""
     return name == entry or name.endswith(f".{entry}")
 
 
-def _inside(name: str, module: str) -> bool:
+def inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 

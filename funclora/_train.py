@@ -164,7 +164,7 @@ def _autograd(
                 "the loss does not depend on the adapters. Compute it from the bound model that loss_fn is given, "
                 "outside of torch.no_grad(), and check that the targets are used."
             )
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found = _gradients(loss, leaves)
     unused = list(dict.fromkeys(str(path[0]) for path, g in zip(paths, found, strict=True) if g is None))
     if unused:
         warnings.warn(
@@ -176,6 +176,35 @@ def _autograd(
     grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
     grads_tree: Any = optree.tree_unflatten(spec, grads)
     return loss.detach(), _detached(aux), grads_tree
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad`, also through reentrant checkpoints, which know `backward` only."""
+    nodes = _graph(loss)
+    if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+    # backward writes to every leaf of the graph. Ours are new; what else there is keeps the gradient it had.
+    others = [node.variable for node in nodes if hasattr(node, "variable")]
+    before = [(leaf, leaf.grad) for leaf in others if not any(leaf is ours for ours in leaves)]
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in before:
+            leaf.grad = grad
+
+
+def _graph(loss: Tensor) -> list[Any]:
+    """The nodes of the autograd graph of a loss."""
+    seen, queue = set(), [loss.grad_fn]
+    nodes = []
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.append(node)
+            queue += [following for following, _ in node.next_functions]
+    return nodes
 
 
 def _with_aux(loss_fn: LossFn) -> LossFn:

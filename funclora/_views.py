@@ -1,0 +1,127 @@
+"""Views of a lazy weight that are lazy weights themselves: transposes, slices of experts, slices of rows.
+
+`views` takes an operation to a function of its arguments that gives a lazy weight (or a list of them), or raises
+`UnmappedError` where this call of the operation has no such form. `inlined` takes functions that torch wrote in
+Python, from linear operations, to copies that run their body on lazy weights.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funclora._layout import Matrices
+from funclora._maps import UnmappedError
+from funclora._rules import LowRank
+
+# Any: a lazy weight; this module knows it only by `rule`, `base` and `like`.
+
+
+def _rule(lazy: Any) -> Any:
+    rule = getattr(lazy, "rule", None)
+    if not isinstance(rule, LowRank) or not isinstance(rule.layout, Matrices):
+        raise UnmappedError
+    return rule
+
+
+def _transposed(lazy: Any) -> Any:
+    rule = _rule(lazy)
+    return lazy.like(lazy.base.mT, rule.flipped())
+
+
+def _transpose_2d(lazy: Any) -> Any:
+    if lazy.base.dim() != 2:
+        raise UnmappedError
+    return _transposed(lazy)
+
+
+def _transpose(lazy: Any, dim0: int, dim1: int) -> Any:
+    n = lazy.base.dim()
+    if {dim0 % n, dim1 % n} != {n - 1, n - 2}:
+        raise UnmappedError
+    return _transposed(lazy)
+
+
+def _permute(lazy: Any, *dims: Any) -> Any:
+    order = [d % lazy.base.dim() for d in (dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims)]
+    n = len(order)
+    if order != [*range(n - 2), n - 1, n - 2]:
+        raise UnmappedError
+    return _transposed(lazy)
+
+
+def _getitem(lazy: Any, index: Any) -> Any:
+    rule = _rule(lazy)
+    if lazy.base.dim() < 3 or not (isinstance(index, (int, slice)) or _counts(index, lazy.base.dim() - 2)):
+        raise UnmappedError
+    return lazy.like(lazy.base[index], rule.select(index))
+
+
+def _counts(index: Any, lead: int) -> bool:
+    """True for a tensor of positions along the first of the leading dimensions."""
+    return isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and lead >= 1
+
+
+def _narrow(lazy: Any, dim: int, start: int, length: int) -> Any:
+    rule = _rule(lazy)
+    rows = -1 if rule.layout.transposed else -2
+    if dim % lazy.base.dim() != rows % lazy.base.dim():
+        raise UnmappedError
+    return lazy.like(lazy.base.narrow(dim, start, length), rule.rows(start, length))
+
+
+def _split(lazy: Any, split_size: Any, dim: int = 0) -> tuple[Any, ...]:
+    total = lazy.base.shape[dim]
+    if isinstance(split_size, int):
+        sizes = [min(split_size, total - start) for start in range(0, total, split_size)]
+    else:
+        sizes = list(split_size)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(_narrow(lazy, dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _chunk(lazy: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
+    return _split(lazy, -(-lazy.base.shape[dim] // chunks), dim)
+
+
+def _same(lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    return lazy
+
+
+views: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.T.__get__: _transpose_2d,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _transposed,  # type: ignore[attr-defined]
+    Tensor.t: _transpose_2d,
+    torch.t: _transpose_2d,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.swapaxes: _transpose,
+    Tensor.permute: _permute,
+    torch.permute: _permute,
+    Tensor.__getitem__: _getitem,
+    Tensor.narrow: _narrow,
+    torch.narrow: _narrow,
+    Tensor.split: _split,
+    torch.split: _split,
+    Tensor.chunk: _chunk,
+    torch.chunk: _chunk,
+    Tensor.contiguous: _same,
+}
+
+
+def _inlined(function: types.FunctionType) -> types.FunctionType:
+    """A copy of a function of `torch.nn.functional` that does not hand itself to its arguments' subclass."""
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+inlined: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _inlined(F.multi_head_attention_forward),  # type: ignore[arg-type]
+}
