@@ -12,6 +12,7 @@ adapter is alone, and its values are `[]`. The state counts the steps taken in a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -109,18 +110,23 @@ def adamw(
         return AdamWState(_no_step(params), _map(_moment, params=params), _map(_moment, params=params))
 
     def update(grads: PyTree, state: AdamWState, params: PyTree = None) -> tuple[PyTree, AdamWState]:
-        rate, t = _at(lr, state.step), state.step + 1
-        decays = _decays(weight_decay, params)
+        decays, t = _decays(weight_decay, params), state.step + 1
         mu = _map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - b1), mu=state.mu, grads=grads)
-        nu = _map(lambda v, g: b2 * v + (1 - b2) * g.to(v.dtype).square(), nu=state.nu, grads=grads)
+        nu = _map(lambda v, g: _lerp_square(v, g.to(v.dtype), b2), nu=state.nu, grads=grads)
+        # What is one number per adapter comes first: few operations are left that run over whole leaves.
+        count = t.to(_widest(mu))
+        correction = _one_minus_power(b2, count).sqrt()
+        rate = _at(lr, state.step, count)
+        scale, damping = rate * correction / _one_minus_power(b1, count), eps * correction
+        shrink = rate * _at(weight_decay, state.step, count)
 
         def step(m: Tensor, v: Tensor, like: Tensor) -> Tensor:
             # Clamped for the derivative alone: that of the root at 0 is inf, and inf·0 is NaN.
-            root = _debias(v, b2, t).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
-            direction = _debias(m, b1, t) / (root + eps)
+            root = v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+            update = -_per_member(scale, m) * m / (root + _per_member(damping, m))
             if decays:
-                direction = direction + _per_member(weight_decay, m) * like.to(m.dtype)
-            return (-_per_member(rate, m) * direction).to(like.dtype)
+                update = update - _per_member(shrink, m) * like.to(m.dtype)
+            return update.to(like.dtype)
 
         return _map(step, mu=mu, nu=nu, params=grads if params is None else params), AdamWState(t, mu, nu)
 
@@ -164,7 +170,8 @@ def sgd(
         return SgdState(_no_step(params), _map(_moment, params=params) if momentum else ())
 
     def update(grads: PyTree, state: SgdState, params: PyTree = None) -> tuple[PyTree, SgdState]:
-        rate, decays = _at(lr, state.step), _decays(weight_decay, params)
+        rate = lr(state.step) if callable(lr) else lr
+        decays = _decays(weight_decay, params)
         like = grads if params is None else params
 
         def decay(p: Tensor, g: Tensor) -> Tensor:
@@ -392,9 +399,7 @@ def warmup_linear(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMe
     return _warmup(lr, warmup_steps, total_steps, end, lambda x: 1 - x)
 
 
-def _warmup(
-    lr: PerMember, warmup: int, total: int, end: PerMember, decay: Callable[[Tensor], Tensor]
-) -> Schedule:
+def _warmup(lr: PerMember, warmup: int, total: int, end: PerMember, decay: Callable[[Tensor], Tensor]) -> Schedule:
     for name, rate in (("lr", lr), ("end", end)):
         _check(name, rate, _nonnegative, "a finite number >= 0", "pass the rate itself", tensor=True)
     _check("warmup_steps", warmup, lambda n: n >= 0 and n == int(n), "an integer >= 0", "0 means no warmup")
@@ -440,14 +445,19 @@ def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
     return optree.tree_unflatten(spec, scaled)
 
 
-def _debias(moment: Tensor, decay: float, t: Tensor) -> Tensor:
-    # 1 - decayᵗ through expm1: in float32, 1 - 0.999 is wrong by 1e-5 already.
-    log = math.log(decay) if decay else -math.inf
-    return moment / _per_member(-torch.expm1(t.to(moment.dtype) * log), moment)
+def _lerp_square(v: Tensor, g: Tensor, decay: float) -> Tensor:
+    return torch.addcmul(decay * v, g, g, value=1 - decay)
 
 
-def _at(lr: PerMember | Schedule, step: Tensor) -> PerMember:
-    return lr(step) if callable(lr) else lr
+def _one_minus_power(decay: float, count: Tensor) -> Tensor:
+    # Through expm1: in float32, 1 - 0.999 is wrong by 1e-5 already.
+    return -torch.expm1(count * (math.log(decay) if decay else -math.inf))
+
+
+def _at(value: PerMember | Schedule, step: Tensor, like: Tensor) -> PerMember:
+    """A rate at a step, in the dtype and on the device of `like`."""
+    now = value(step) if callable(value) else value
+    return now.to(like.device, like.dtype) if isinstance(now, Tensor) else now
 
 
 def _decays(weight_decay: PerMember, params: PyTree) -> bool:
@@ -464,6 +474,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     if not dtype.is_floating_point:
         raise ConfigError(f"leaves: expected floating-point tensors, got {dtype}; leave it out of the tree")
     return torch.promote_types(dtype, torch.float32)
+
+
+def _widest(tree: PyTree) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in optree.tree_leaves(tree)), torch.float32)
 
 
 def _moment(leaf: Tensor) -> Tensor:
