@@ -77,8 +77,8 @@ class LoraConfig:
             put(name, _pattern(name, value) if isinstance(value, str) else _names(name, value))
         for name in ("modules_to_save", "target_parameters"):
             put(name, _names(name, getattr(self, name)))
-        layers_pattern = self.layers_pattern
-        listed = (layers_pattern,) if layers_pattern and isinstance(layers_pattern, str) else layers_pattern or ()
+        layers_pattern: Any = self.layers_pattern or ()
+        listed = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
         put("layers_pattern", _names("layers_pattern", listed) or None)
         if isinstance(self.task_type, str):
             put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration

@@ -57,7 +57,7 @@ def init(
     for name, target in select(model, config).items():
         if name not in params:
             raise ParamsError(f"params lack {name!r}, which the configuration targets.{near(name, params)}")
-        adapters[name] = _fresh(name, target, params[name], config, _generator(root, name), dtype)
+        adapters[name] = _fresh(name, target, params[name].detach(), config, _generator(root, name), dtype)
     return adapters
 
 
@@ -77,7 +77,7 @@ def _fresh(
     if weight.is_meta and (config.use_dora or target.layout is None):
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if target.layout is None:
-        return Full(weight.detach().clone())
+        return Full(weight.clone())
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
     a, b = (
         factor.to(device="cpu" if weight.is_meta else weight.device, dtype=dtype)

@@ -98,7 +98,8 @@ def _count(params: Params) -> int:
     seen = set()
     total = 0
     for tensor in params.values():
-        key = id(tensor) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), tensor.shape)
+        # The storage and not its address, which tensors on the meta device and tensor subclasses do not have.
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.is_floating_point() and key not in seen:
             seen.add(key)
             total += tensor.numel()

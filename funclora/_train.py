@@ -66,6 +66,8 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
 
         def loss_and_aux(adapters: Adapters) -> tuple[Tensor, Any]:
             out = loss_fn(bind(model, params, adapters), *args, **kwargs)
+            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                raise ConfigError(f"loss_fn: expected a pair (loss, aux) with has_aux=True, got {_kind(out)}.")
             loss, aux = out if has_aux else (out, ())
             return _scalar(loss), aux
 
@@ -73,7 +75,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         leaves: list[Any] = optree.tree_leaves(tree)
         if not leaves:
             raise ConfigError("adapters: there is nothing to train, the dict holds no rule with tensors.")
-        if torch.compiler.is_compiling() or any(map(_is_transformed, leaves)):
+        if torch.compiler.is_compiling() or _is_transformed():
             grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
         else:
             loss, aux, grads = _autograd(loss_and_aux, adapters)
@@ -213,18 +215,22 @@ def _with_aux(loss_fn: LossFn) -> LossFn:
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigError(f"loss_fn: expected a scalar tensor, got {got}. Reduce the loss, e.g. with .mean().")
+        hint = "reduce it, e.g. with .mean()" if isinstance(loss, Tensor) else "has_aux=True takes (loss, aux)"
+        raise ConfigError(f"loss_fn: expected a scalar tensor as the loss, got {_kind(loss)}; {hint}.")
     return loss
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _detached(tree: Any) -> Any:
     return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
 
 
-def _is_transformed(tensor: Any) -> bool:
-    """True inside a torch.func transform over that tensor, where ordinary autograd is not available."""
-    return isinstance(tensor, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _is_transformed() -> bool:
+    """True inside a torch.func transform of whatever argument: ordinary autograd does not work there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _micro_batches(batch: Any, n: int) -> list[Any]:
@@ -232,6 +238,10 @@ def _micro_batches(batch: Any, n: int) -> list[Any]:
     if n == 1:
         return [batch]
     leaves, spec = optree.tree_flatten(batch)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ConfigError(
+            f"accumulate={n}: the batch, {_kind(batch)}, holds no tensor to cut. Put tensors in dicts, lists or tuples."
+        )
     parts: list[Sequence[Any]] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
@@ -261,5 +271,8 @@ def _seeded(seed: int | None, adapters: Any) -> Iterator[None]:
     leaves: list[Any] = optree.tree_leaves(adapters)
     devices = sorted({leaf.get_device() for leaf in leaves if leaf.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds every other device too.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         yield
