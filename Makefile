@@ -37,8 +37,7 @@ lint: .venv/.has-lint .venv/.has-test ## check style, formatting and types
 
 docs: .venv/.has-docs ## build the pages into site/
 	@$(BIN)/python docs/check_api.py
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
-	@echo "Built site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: that keeps warnings from strict mode too
 
 clean: ## remove what builds, tests and the demo leave
 	@rm -rf build dist site funclora-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
