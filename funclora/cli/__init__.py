@@ -1,0 +1,16 @@
+"""The command line. One file a command; a command imports torch only when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of `funclora`."""
+    try:
+        from funclora.cli._app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"funclora's commands need {error.name}. Type: pip install 'funclora[demo]'")
+    app()

@@ -1,0 +1,15 @@
+"""The application that the commands belong to."""
+
+from __future__ import annotations
+
+import typer
+
+from funclora.cli.demo import demo
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+app.command()(demo)
+
+
+@app.callback()
+def _funclora() -> None:
+    """LoRA and DoRA as pure functions: adapters are values."""

@@ -1,0 +1,75 @@
+"""`funclora demo`: adapters for many domains of one frozen model, from training to merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from funclora.demo.run import Results
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("funclora-demo"),
+    domains: Annotated[int, typer.Option(min=2, help="How many domains take part.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 48,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    seed: Annotated[int, typer.Option(help="Decides initial values and batches.")] = 0,
+) -> None:
+    """Train LoRA and DoRA adapters of a small language model on the sources of Python's standard library.
+
+    One adapter of each kind for every domain, evaluated on all of them, saved as PEFT folders, one merged, two
+    used to continue a prompt. About two minutes on two cores, nothing is downloaded.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("loading", total=None)
+        from funclora.demo.plot import heatmap
+        from funclora.demo.run import Settings, run
+
+        settings = Settings(domains=domains, steps=steps, r=rank, seed=seed)
+        bar.update(task, total=settings.ticks)
+
+        def progress(description: str) -> None:
+            bar.update(task, advance=1, description=description)
+
+        results = run(out, settings, progress)
+    heatmap(results, out / "heatmap.png")
+    _report(results, console)
+    console.print(f"\nEverything is in [bold]{out}[/]: results.json, heatmap.png, merged.safetensors, adapters/")
+
+
+def _report(results: Results, console: object) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    assert isinstance(console, Console)
+    table = Table(title="Loss on held-out text, nats per byte")
+    for column in ("domain", "base", "LoRA", "DoRA", "trainable", "seconds"):
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for domain in results.settings.names:
+        own = {t.method: t for t in results.trained if t.domain == domain}
+        losses = [results.base[domain], *(results.losses[t.name][domain] for t in own.values())]
+        table.add_row(
+            domain,
+            *(f"{loss:.3f}" for loss in losses),
+            " / ".join(f"{t.trainable:,}" for t in own.values()),
+            " / ".join(f"{t.seconds:.1f}" for t in own.values()),
+        )
+    console.print(table)
+    best = sum(
+        results.losses[t.name][t.domain]
+        == min(results.losses[other.name][t.domain] for other in results.trained if other.method == t.method)
+        for t in results.trained
+    )
+    console.print(f"{best} of {len(results.trained)} adapters are the best of their kind on their own domain.")
+    console.print(f"{results.merged}, merged into a plain model: logits differ by at most {results.merge_error:.1e}.")
+    for name, text in results.continuations.items():
+        console.print(f"\n[bold]{name}[/] continues {results.prompt!r}:\n{escape(text)}")

@@ -1,0 +1,213 @@
+"""The demo's work: adapters of one frozen model for many domains, compared, saved, merged and used."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import funclora as fl
+from funclora._apply import Adapters, Params
+from funclora.demo import corpus
+from funclora.demo.model import ByteLM, load_base, next_byte_loss
+
+METHODS = ("LoRA", "DoRA")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how large.
+
+    Attributes:
+        domains: how many of the corpus's domains take part.
+        steps: training steps of each adapter.
+        batch: rows of each step.
+        context: bytes of each row.
+        r: rank of the adapters.
+        lr: peak learning rate.
+        windows: held-out rows for each domain.
+        seed: decides the adapters' initial values and the batches.
+    """
+
+    domains: int = 8
+    steps: int = 48
+    batch: int = 8
+    context: int = 256
+    r: int = 8
+    lr: float = 1e-2
+    windows: int = 24
+    seed: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The domains that take part."""
+        return list(corpus.DOMAINS)[: self.domains]
+
+    @property
+    def ticks(self) -> int:
+        """How often `run` reports progress: each training step, each evaluation, and the three last things."""
+        adapters = len(METHODS) * len(self.names)
+        return adapters * self.steps + (1 + adapters) * len(self.names) + 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One adapter: where it comes from, what it is, what it cost."""
+
+    domain: str
+    method: str
+    adapters: Adapters
+    config: fl.LoraConfig
+    trainable: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """A name that files can have."""
+        return f"{self.domain}-{self.method.lower()}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the demo found.
+
+    Attributes:
+        settings: what it was run with.
+        trained: the adapters.
+        base: held-out loss of the base model by domain, nats per byte.
+        losses: held-out loss, `losses[adapter name][domain]`.
+        merge_error: largest difference between the logits of the merged and the adapted model.
+        merged: name of the adapter that was merged.
+        prompt: what two adapters continued.
+        continuations: adapter name -> text.
+    """
+
+    settings: Settings
+    trained: list[Trained]
+    base: dict[str, float]
+    losses: dict[str, dict[str, float]]
+    merge_error: float
+    merged: str
+    prompt: str
+    continuations: dict[str, str]
+
+
+def run(out: Path, settings: Settings, progress: Progress) -> Results:
+    """Train, evaluate, save, merge and generate.
+
+    Args:
+        out: the folder for everything that is written; made if it is not there.
+        settings: how long and how large.
+        progress: called with a description at every step, `settings.ticks` times in all.
+
+    Returns:
+        What came out. The folder holds it too: one PEFT folder for each adapter under `adapters/`,
+        `merged.safetensors` and `results.json`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model = load_base()
+    params = fl.base_params(model)
+    heldout = {}
+    trained = []
+    for domain in settings.names:
+        train, test = corpus.split(domain)
+        heldout[domain] = corpus.windows(test, count=settings.windows, context=settings.context)
+        trained += [_train(model, params, domain, method, train, settings, progress) for method in METHODS]
+
+    base = _evaluate(model, params, {}, heldout, "base", progress)
+    losses = {t.name: _evaluate(model, params, t.adapters, heldout, t.name, progress) for t in trained}
+
+    progress("saving")
+    for t in trained:
+        fl.save_peft(out / "adapters" / t.name, t.adapters, t.config)
+    progress("merging")
+    merge_error = _merge(model, params, trained[0], heldout[trained[0].domain], out)
+    progress("continuing a prompt")
+    prompt = "class "
+    continuations = {t.name: _continue(model, params, t, prompt, settings.seed) for t in (trained[0], trained[-1])}
+    results = Results(settings, trained, base, losses, merge_error, trained[0].name, prompt, continuations)
+    (out / "results.json").write_text(json.dumps(_as_json(results), indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def _train(
+    model: ByteLM,
+    params: Params,
+    domain: str,
+    method: str,
+    text: bytes,
+    settings: Settings,
+    progress: Progress,
+) -> Trained:
+    config = fl.LoraConfig(
+        r=settings.r, lora_alpha=2 * settings.r, target_modules="all-linear", use_dora=method == "DoRA"
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    adapters = fl.init(model, config, generator=generator)
+    schedule = fl.optim.warmup_cosine(settings.lr, max(1, settings.steps // 10), settings.steps + 1)
+    optimizer = fl.optim.chain(fl.optim.clip_by_global_norm(1.0), fl.optim.adamw(schedule, weight_decay=0.0))
+    step = fl.train_step(model, next_byte_loss, optimizer)
+    state = optimizer.init(adapters)
+    batches = corpus.batches(text, batch=settings.batch, context=settings.context, generator=generator)
+    started = time.perf_counter()
+    for _ in range(settings.steps):
+        adapters, state, metrics = step(params, adapters, state, next(batches))
+        progress(f"{method} on {domain}, loss {metrics['loss'].item():.3f}")
+    seconds = time.perf_counter() - started
+    return Trained(domain, method, adapters, config, fl.summary(params, adapters).trainable, seconds)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: ByteLM,
+    params: Params,
+    adapters: Adapters,
+    heldout: dict[str, Tensor],
+    name: str,
+    progress: Progress,
+) -> dict[str, float]:
+    bound = fl.bind(model, params, adapters)
+    losses = {}
+    for domain, windows in heldout.items():
+        losses[domain] = next_byte_loss(bound, windows).item()
+        progress(f"evaluating {name}")
+    return losses
+
+
+@torch.no_grad()
+def _merge(model: ByteLM, params: Params, trained: Trained, windows: Tensor, out: Path) -> float:
+    """Merge an adapter, save the weights, load them into an unmodified model and compare the logits."""
+    from safetensors.torch import save_file
+
+    merged = fl.merge(params, trained.adapters)
+    save_file({name: tensor.contiguous() for name, tensor in merged.items()}, out / "merged.safetensors")
+    plain = load_base()
+    plain.load_state_dict(merged)
+    ids = windows[:, :-1]
+    error: Tensor = plain(ids) - fl.apply(model, params, trained.adapters, ids)
+    return error.abs().max().item()
+
+
+def _continue(model: ByteLM, params: Params, trained: Trained, prompt: str, seed: int) -> str:
+    bound = fl.bind(model, params, trained.adapters)
+    text = bound.generate(prompt.encode(), n=160, temperature=0.5, generator=torch.Generator().manual_seed(seed))
+    return text.decode("utf-8", "replace")
+
+
+def _as_json(results: Results) -> dict[str, object]:
+    return {
+        "settings": asdict(results.settings),
+        "base": results.base,
+        "losses": results.losses,
+        "trainable": {t.name: t.trainable for t in results.trained},
+        "seconds": {t.name: round(t.seconds, 2) for t in results.trained},
+        "merged": {"adapter": results.merged, "largest difference of logits": results.merge_error},
+        "prompt": results.prompt,
+        "continuations": results.continuations,
+    }
