@@ -1,0 +1,59 @@
+"""Replacing files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Write files into a folder, each of which holds either its old or its whole new content at any time.
+
+    Every file is first written under another name in the folder and flushed to disk; only then are they renamed, in
+    the order given. If anything fails before, the folder is as it was.
+
+    Args:
+        folder: where to write; created if it does not exist.
+        writers: file name -> function that writes the file to the path it is given.
+
+    Raises:
+        OSError: the folder or a file cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     replace_files(Path(folder), {"a.txt": lambda file: file.write_text("new") and None})
+    ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
+    [('a.txt', 'new')]
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, and would stay so.
+    drafts = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in writers}
+    try:
+        for name, write in writers.items():
+            write(drafts[name])
+            with drafts[name].open("r+b") as file:
+                os.fsync(file.fileno())
+        for name, draft in drafts.items():
+            draft.replace(folder / name)
+        _flush(folder)
+    except BaseException:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):  # not empty: what lies there now is not ours
+                folder.rmdir()
+        raise
+
+
+def _flush(folder: Path) -> None:
+    """Make the renames durable, where the system can flush a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

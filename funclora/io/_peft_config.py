@@ -1,0 +1,170 @@
+"""`adapter_config.json` and `LoraConfig`, in both directions."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from funclora._config import INITIALISERS, LoraConfig
+from funclora._errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError
+from funclora._targets import named
+
+CONFIG_FILE = "adapter_config.json"
+
+# With these task types PEFT trains in full what these names end the full name of, whatever the file says.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_OWN = tuple(f.name for f in fields(LoraConfig))
+# Null and an empty list, dict or string mean the default.
+_OPTIONAL = frozenset(_OWN) - {"r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"}
+# Whatever they say, the result is the same. `fan_in_fan_out` follows from the type of a layer.
+_WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "runtime_config",
+})  # fmt: skip
+# They change what PEFT computes, or the base weights, in ways that the rules here do not have.
+_UNSUPPORTED = frozenset({
+    "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
+    "layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+})  # fmt: skip
+
+
+def config_text(config: LoraConfig, targets: Sequence[str], *, fan_in_fan_out: bool) -> str:
+    """The text of the file.
+
+    Args:
+        config: the configuration.
+        targets: full names of the modules that are adapted, which stand for "all-linear".
+        fan_in_fan_out: layers of transformers' `Conv1D` are adapted.
+    """
+    values: dict[str, Any] = {name: _plain(getattr(config, name)) for name in _OWN}
+    if config.all_linear:
+        values["target_modules"] = _listed(targets)
+    elif not config.target_modules:
+        values["target_modules"] = []  # null would make PEFT add the usual targets of the model
+    values |= {
+        "auto_mapping": None,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "peft_type": "LORA",
+        "revision": None,
+    }
+    # Sorted here, not by json: the order within rank_pattern and alpha_pattern decides which pattern wins.
+    return json.dumps(dict(sorted(values.items())), indent=2, allow_nan=False) + "\n"
+
+
+def _listed(names: Sequence[str]) -> list[str] | str:
+    """Full names as PEFT's `target_modules`.
+
+    A list is matched by the ends of names, so "0" would mean "1.0" too: numbers need a regular expression.
+    """
+    if any(name.isdigit() for name in names):
+        return "|".join(map(re.escape, names))
+    return list(names)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
+    """The configuration in a file.
+
+    Args:
+        file: the path of `adapter_config.json`.
+        model: the model that the adapter is for; some task types mean more than the file says.
+
+    Returns:
+        The configuration, and whether PEFT itself wrote the file, which sorts patterns that it trained in another
+        order.
+
+    Raises:
+        FormatError: the file is missing, broken, or has a value that is invalid.
+        UnsupportedError: the file asks for something that is not supported.
+    """
+    raw = _json(file)
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        got = f"got {kind!r}" if "peft_type" in raw else "but it is missing"
+        raise FormatError(f"{file}: peft_type: expected 'LORA', {got}. Only LoRA and DoRA adapters are supported.")
+    for name in sorted(_UNSUPPORTED & raw.keys()):
+        if raw[name]:
+            raise UnsupportedError(f"{file}: {name}={reprlib.repr(raw[name])} is not supported.")
+    initialiser = raw.get("init_lora_weights", True)
+    if isinstance(initialiser, str) and initialiser not in INITIALISERS:
+        raise UnsupportedError(
+            f"{file}: init_lora_weights={initialiser!r} is not supported: PEFT may change the base weights when it "
+            "loads such an adapter. Convert it with PEFT (save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)) first."
+        )
+    values = {k: raw[k] for k in _OWN if k in raw and not (k in _OPTIONAL and raw[k] in (None, [], {}, ""))}
+    if "r" not in values:
+        raise FormatError(f"{file}: r is missing.")
+    if "lora_alpha" not in values:
+        _warn(f"{file}: lora_alpha is missing; PEFT takes 8.")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_to_transform"):
+        if isinstance(values.get(name), dict):
+            raise FormatError(f"{file}: {name}: expected a list, got {reprlib.repr(values[name])}.")
+    path = values.get("base_model_name_or_path")
+    if path is not None and not isinstance(path, str):
+        raise FormatError(f"{file}: base_model_name_or_path: expected a string, got {path!r}.")
+    unknown = sorted(k for k in raw.keys() - {*_OWN} - _WITHOUT_EFFECT - _UNSUPPORTED if raw[k])
+    if unknown:
+        _warn(f"{file}: unknown fields are ignored, as PEFT 0.21 does: {', '.join(unknown)}.")
+    try:
+        config = LoraConfig(**values)
+    except (ConfigError, OverflowError) as error:
+        raise FormatError(f"{file}: {error}") from error
+    return config.replace(modules_to_save=_saved(config, model)), "megatron_core" in raw
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.parent.is_dir():
+        raise FormatError(f"{file.parent}: there is no such folder.")
+    if not file.is_file():
+        inner = sorted(str(found.parent) for found in file.parent.glob(f"*/{file.name}"))
+        hint = f" PEFT keeps named adapters in folders of their own: {', '.join(inner)}." if inner else ""
+        raise FormatError(f"{file.parent}: there is no {file.name} in this folder.{hint}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: this is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{file}: expected a JSON object, got {reprlib.repr(raw)}.")
+    return raw
+
+
+def _saved(config: LoraConfig, model: nn.Module) -> Iterable[str] | None:
+    """What PEFT trains in full, named exactly.
+
+    PEFT compares the ends of names without regard to dots ("classifier" means "pre_classifier" too) and adds the
+    usual heads of the task type, whether the model has them or not.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    heads = HEADS.get(config.task_type or "", ())
+    entries = dict.fromkeys([*(config.modules_to_save or ()), *heads])
+    loose = [
+        n for n, m in modules.items()
+        if any(n.endswith(e) and not named(n, e) for e in entries) and any(True for _ in m.parameters())
+    ]  # fmt: skip
+    exact = [e for e in entries if any(named(n, e) for n in modules)]
+    # An entry of the file that means nothing at all is kept: selecting the targets will say so.
+    lost = [e for e in entries if e not in exact and e not in heads and not any(n.endswith(e) for n in modules)]
+    return tuple(dict.fromkeys([*exact, *loose, *lost])) or None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PeftFormatWarning, stacklevel=4)

@@ -1,0 +1,137 @@
+"""The tensors of an `adapter_model.safetensors`, each taken once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from funclora._apply import Adapters
+from funclora._errors import FormatError, NonFiniteError, UnsupportedError, near
+from funclora._rules import Full
+from funclora.io._peft_keys import PREFIX, Keys
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Keys as PEFT's modules have them in memory, with the name of the adapter in them, load as well.
+_IN_MEMORY = (
+    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
+    (re.compile(r"\.(lora_embedding_[AB])\.[^.]+$"), r".\1"),
+    (re.compile(r"\.(lora_magnitude_vector)(\.[^.]+)?\.weight$"), r".\1"),
+)
+
+
+class StoredTensors:
+    """The tensors of a file, by key without the name of an adapter.
+
+    Args:
+        file: the file.
+
+    Raises:
+        FormatError: the file is missing or broken, or its keys are not those of an adapter.
+        UnsupportedError: there is a pickle instead.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._tensors: dict[str, Tensor] = {}
+        for given, tensor in _read(file):
+            key = given
+            for pattern, short in _IN_MEMORY:
+                key = pattern.sub(short, key)
+            if key in self._tensors:
+                raise FormatError(f"{file}: {given!r} is there twice, with and without the name of an adapter.")
+            if tensor.dtype not in DTYPES:
+                raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected a floating-point one.")
+            self._tensors[key] = tensor
+        for key in self._tensors:
+            if not key.startswith(PREFIX):
+                raise FormatError(
+                    f"{file}: the key {key!r} does not start with {PREFIX!r}. PEFT would load nothing from it, and say "
+                    "so in a warning at most. Rename the keys if you know where they belong."
+                )
+
+    def rows(self, key: str, why: str) -> int:
+        """The length of the first dimension of a tensor that must be there."""
+        shape = self._get(key, why).shape
+        return shape[0] if shape else 0
+
+    def take(self, key: str, shape: Iterable[int], like: Tensor, dtype: torch.dtype, why: str) -> Tensor:
+        """A tensor that must be there, which is then used up.
+
+        Args:
+            key: its key.
+            shape: the shape that it must have.
+            like: where to put it: on this tensor's device.
+            dtype: the dtype to give it.
+            why: what it is for, for messages.
+        """
+        tensor = self._get(key, why)
+        if tuple(tensor.shape) != tuple(shape):
+            raise FormatError(f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}.")
+        del self._tensors[key]
+        tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
+        return tensor
+
+    def _get(self, key: str, why: str) -> Tensor:
+        if key not in self._tensors:
+            raise FormatError(f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}")
+        return self._tensors[key]
+
+    def refuse_rest(self, keys: Keys, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
+        """Raise `FormatError` if a tensor that was not taken would mean anything.
+
+        PEFT also writes base weights: tables of adapted embeddings, biases next to modules that are trained in full.
+        It copies them over those of the model, so they must be the same.
+        """
+        if not self._tensors:
+            return
+        names = {keys.full(name): name for name in weights}
+        for key, tensor in self._tensors.items():
+            name = names.get(key.replace(".original_module.", "."))
+            if name is not None:
+                same = weights[name]
+            else:  # PEFT 0.21 writes the biases of such modules twice with bias="all"
+                name = names.get(key.replace(".modules_to_save.", "."))
+                rule = adapters.get(name or "")
+                if not isinstance(rule, Full):
+                    raise FormatError(f"{self.file}: unexpected key {key!r}. {_hint(key)}")
+                same = rule.value
+            if same.is_meta or not torch.equal(tensor.to(same.device, same.dtype), same):
+                raise FormatError(
+                    f"{self.file}: {key!r} holds other values than {name!r} has, and PEFT would overwrite it. Load the "
+                    "base weights that the adapter was trained on into the model."
+                )
+
+
+def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
+    if not file.is_file():
+        if (file.parent / _PICKLE_FILE).exists():
+            raise UnsupportedError(
+                f"{file.parent / _PICKLE_FILE} is a pickle, which can run code when it is read. Load it with PEFT if "
+                "you trust it, and save it again with safe_serialization=True."
+            )
+        raise FormatError(f"{file.parent}: there is no {file.name} in this folder.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return [(key, tensors.get_tensor(key)) for key in tensors.keys()]  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError) as error:
+        raise FormatError(f"{file}: this is not a safetensors file, or it is cut off: {error}") from error
+
+
+def _hint(key: str) -> str:
+    if "._orig_mod." in key:
+        return "It comes from a compiled model; PEFT would not load it. Remove '_orig_mod.' from the keys."
+    if key.startswith(2 * PREFIX):
+        return "It comes from an adapter around an adapter; PEFT would not load it."
+    if key.endswith(".lora_magnitude_vector"):
+        return "It belongs to a DoRA adapter, but use_dora is false in the configuration."
+    return "The configuration targets nothing that it belongs to; PEFT would drop it without a word."
