@@ -3,7 +3,7 @@
 `funclora` itself looks them up here when they are first used, so that its command line starts without torch.
 """
 
-from funclora import optim
+from funclora import errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._config import LoraConfig
 from funclora._init import init
@@ -11,6 +11,7 @@ from funclora._merge import merge
 from funclora._rules import DoRA, Full, LoRA
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
+from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "DoRA",
@@ -20,9 +21,12 @@ __all__ = [
     "apply",
     "base_params",
     "bind",
+    "errors",
     "init",
+    "load_peft",
     "merge",
     "optim",
+    "save_peft",
     "summary",
     "trace_targets",
     "train_step",

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funclora._clone import clone_module
-from funclora._errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
 from funclora._layout import Embedding, Layout
 from funclora._lazy import LazyWeight
 from funclora._rules import LinearMap, Rule
 from funclora._tree import pytree_node
+from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
 
 M = TypeVar("M", bound=nn.Module)
 Adapters = Mapping[str, Rule]
@@ -38,8 +38,9 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ParamsError: a parameter of a lazy module has not been initialised yet.
 
-    >>> sorted(base_params(nn.Linear(2, 3)))
-    ['bias', 'weight']
+    Examples:
+        >>> sorted(base_params(nn.Linear(2, 3)))
+        ['bias', 'weight']
     """
     params = {}
     for name, tensor, _, transient in named_tensors(model):
@@ -82,12 +83,13 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
         UnsupportedError: the model cannot be copied (a ScriptModule).
 
-    >>> from funclora import LoRA
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> params = {"weight": torch.zeros(1, 2)}
-    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
-    >>> bind(model, params, adapters)(torch.ones(3, 2)).flatten().tolist()
-    [2.0, 2.0, 2.0]
+    Examples:
+        >>> from funclora import LoRA
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> params = {"weight": torch.zeros(1, 2)}
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
+        >>> bind(model, params, adapters)(torch.ones(3, 2)).flatten().tolist()
+        [2.0, 2.0, 2.0]
     """
     return _bind(model, params, adapters, None)
 
@@ -145,12 +147,13 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
     Raises:
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
 
-    >>> from funclora import LoRA
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> params = {"weight": torch.zeros(1, 2)}
-    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=3.0)}
-    >>> apply(model, params, adapters, torch.ones(2)).tolist()
-    [6.0]
+    Examples:
+        >>> from funclora import LoRA
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> params = {"weight": torch.zeros(1, 2)}
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=3.0)}
+        >>> apply(model, params, adapters, torch.ones(2)).tolist()
+        [6.0]
     """
     return bind(model, params, adapters)(*args, **kwargs)
 
@@ -174,11 +177,12 @@ def trace_targets(
     Raises:
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
 
-    >>> from funclora import LoRA
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
-    >>> trace_targets(model, base_params(model), adapters, torch.ones(3, 2))
-    {'weight': 'fast'}
+    Examples:
+        >>> from funclora import LoRA
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
+        >>> trace_targets(model, base_params(model), adapters, torch.ones(3, 2))
+        {'weight': 'fast'}
     """
     uses = dict.fromkeys(adapters, "untouched")
     with torch.no_grad(), warnings.catch_warnings():

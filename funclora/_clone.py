@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from funclora._errors import UnsupportedError
+from funclora.errors import UnsupportedError
 
 M = TypeVar("M", bound=nn.Module)
 

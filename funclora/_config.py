@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from funclora._errors import ConfigError, near
+from funclora.errors import ConfigError, near
 
 INITIALISERS = (True, False, "gaussian", "orthogonal")
 BIASES = ("none", "all", "lora_only")
@@ -18,6 +18,8 @@ TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTI
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """What to adapt and how. Checked when it is made; never changed afterwards.
+
+    Lists are kept as tuples, a single `layers_to_transform` as a tuple of one.
 
     Module names match as in PEFT: an entry of a list matches the module of that full name and every module whose
     name ends in `.entry`; a string is a regular expression that must match the full name.
@@ -46,25 +48,26 @@ class LoraConfig:
     Raises:
         ConfigError: a value is invalid, or values contradict each other.
 
-    >>> LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8)
-    2.0
+    Examples:
+        >>> LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8)
+        2.0
     """
 
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str | None = None
+    target_modules: Collection[str] | None = None
+    exclude_modules: Collection[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: tuple[str, ...] | None = None
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] | None = None
+    modules_to_save: Collection[str] | None = None
+    layers_to_transform: Collection[int] | int | None = None
+    layers_pattern: Collection[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
-    target_parameters: tuple[str, ...] | None = None
+    target_parameters: Collection[str] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
 
@@ -135,6 +138,11 @@ class LoraConfig:
         ranks = (self.r, *self.rank_pattern.values())
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
             raise ConfigError(f"init_lora_weights='orthogonal' needs even ranks, got {', '.join(map(str, ranks))}.")
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The indices of `layers_to_transform`."""
+        return cast("tuple[int, ...] | None", self.layers_to_transform)
 
     @property
     def all_linear(self) -> bool:

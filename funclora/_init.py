@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from funclora._apply import Params, base_params
 from funclora._config import LoraConfig
-from funclora._errors import ParamsError, near
 from funclora._layout import Embedding
 from funclora._rules import DoRA, Full, LoRA, Rule, row_norms
 from funclora._targets import Target, select
+from funclora.errors import ParamsError, near
 
 
 def init(
@@ -45,10 +45,11 @@ def init(
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
         ParamsError: `params` lack a target, or its weight is on the meta device and its values are needed.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> adapters = init(model, LoraConfig(r=2, target_modules=["0"]), generator=torch.Generator().manual_seed(0))
-    >>> {name: (rule.a.shape, rule.b.shape) for name, rule in adapters.items()}
-    {'0.weight': (torch.Size([2, 4]), torch.Size([3, 2]))}
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> adapters = init(model, LoraConfig(r=2, target_modules=["0"]), generator=torch.Generator().manual_seed(0))
+        >>> {name: (rule.a.shape, rule.b.shape) for name, rule in adapters.items()}
+        {'0.weight': (torch.Size([2, 4]), torch.Size([3, 2]))}
     """
     if params is None:
         params = base_params(model)

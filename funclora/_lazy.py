@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora._errors import DenseFallbackWarning, PurityError, UnsupportedError
 from funclora._maps import UnmappedError, linear_maps
 from funclora._rules import Rule
 from funclora._views import inlined, views
+from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 
 
 class LazyWeight(torch.Tensor):
@@ -114,11 +114,10 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
                 "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
             )
         if not torch.compiler.is_compiling() and not x.rule.dense_is_free:
-            warnings.warn(
-                f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight.",
-                DenseFallbackWarning,
-                stacklevel=4,
-            )
+            message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
+            if is_strict():
+                raise DenseFallbackError(message)
+            warnings.warn(message, DenseFallbackWarning, stacklevel=4)
         return x.dense()
 
     if _writes_to_first(func, operation) and args and isinstance(args[0], LazyWeight):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funclora._apply import Adapters, Params, check_adapters
-from funclora._errors import NonFiniteError, TiedWeightsWarning
+from funclora.errors import NonFiniteError, TiedWeightsWarning
 
 
 def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
@@ -31,13 +31,14 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         ParamsError: an adapter's parameter is missing, or a rule does not fit its weight.
         NonFiniteError: a rewritten weight holds NaN or infinity, or overflows its dtype.
 
-    >>> from funclora import LoRA
-    >>> params = {"weight": torch.zeros(1, 2, dtype=torch.float16), "bias": torch.zeros(1)}
-    >>> merged = merge(params, {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=0.5)})
-    >>> merged["weight"]
-    tensor([[0.5000, 0.5000]], dtype=torch.float16)
-    >>> merged["bias"] is params["bias"]
-    True
+    Examples:
+        >>> from funclora import LoRA
+        >>> params = {"weight": torch.zeros(1, 2, dtype=torch.float16), "bias": torch.zeros(1)}
+        >>> merged = merge(params, {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=0.5)})
+        >>> merged["weight"]
+        tensor([[0.5000, 0.5000]], dtype=torch.float16)
+        >>> merged["bias"] is params["bias"]
+        True
     """
     check_adapters(params, adapters)
     _report_ties(params, adapters)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from funclora._errors import ParamsError
 from funclora._layout import Layout, Linear, Parameter
 from funclora._tree import pytree_node
+from funclora.errors import ParamsError
 
 # A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
 NORM_BLOCK = 2**20
@@ -182,11 +182,12 @@ class LoRA(LowRank):
         dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
         layout: where the matrix lies in the weight.
 
-    >>> import torch
-    >>> rule = LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
-    >>> rule.dense(torch.zeros(2, 3))
-    tensor([[0.5000, 0.5000, 0.5000],
-            [0.5000, 0.5000, 0.5000]])
+    Examples:
+        >>> import torch
+        >>> rule = LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
+        >>> rule.dense(torch.zeros(2, 3))
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
     """
 
     leaves: ClassVar[tuple[str, ...]] = ("a", "b")
@@ -216,10 +217,11 @@ class DoRA(LowRank):
         layout: where the matrix lies in the weight.
         exact_norm_grad: differentiate through the norm too.
 
-    >>> import torch
-    >>> rule = DoRA(torch.zeros(1, 2), torch.zeros(1, 1), torch.tensor([10.0]))
-    >>> rule.dense(torch.tensor([[3.0, 4.0]]))
-    tensor([[6., 8.]])
+    Examples:
+        >>> import torch
+        >>> rule = DoRA(torch.zeros(1, 2), torch.zeros(1, 1), torch.tensor([10.0]))
+        >>> rule.dense(torch.tensor([[3.0, 4.0]]))
+        tensor([[6., 8.]])
     """
 
     magnitude: Tensor
@@ -288,9 +290,10 @@ class Full(Rule):
     Attributes:
         value: the new value, of the parameter's shape. It is cast to the parameter's dtype where it is used.
 
-    >>> import torch
-    >>> Full(torch.ones(2)).dense(torch.zeros(2))
-    tensor([1., 1.])
+    Examples:
+        >>> import torch
+        >>> Full(torch.ones(2)).dense(torch.zeros(2))
+        tensor([1., 1.])
     """
 
     value: Tensor

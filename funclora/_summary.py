@@ -70,15 +70,16 @@ def summary(params: Params, adapters: Adapters) -> Summary:
     Raises:
         ParamsError: an adapter's parameter is missing, or a rule does not fit its weight.
 
-    >>> import torch
-    >>> from funclora import LoRA
-    >>> params = {"q.weight": torch.zeros(4096, 4096)}
-    >>> adapters = {"q.weight": LoRA(torch.zeros(8, 4096), torch.zeros(4096, 8))}
-    >>> print(summary(params, adapters))
-    target    rule  shape      r  trainable
-    --------  ----  ---------  -  ---------
-    q.weight  LoRA  4096×4096  8     65,536
-    65,536 of 16,777,216 = 0.39 % trainable
+    Examples:
+        >>> import torch
+        >>> from funclora import LoRA
+        >>> params = {"q.weight": torch.zeros(4096, 4096)}
+        >>> adapters = {"q.weight": LoRA(torch.zeros(8, 4096), torch.zeros(4096, 8))}
+        >>> print(summary(params, adapters))
+        target    rule  shape      r  trainable
+        --------  ----  ---------  -  ---------
+        q.weight  LoRA  4096×4096  8     65,536
+        65,536 of 16,777,216 = 0.39 % trainable
     """
     check_adapters(params, adapters)
     rows = tuple(

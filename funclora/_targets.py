@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,9 +12,9 @@ from torch import nn
 from funclora import _layout
 from funclora._apply import named_tensors
 from funclora._config import LoraConfig, pattern_matches
-from funclora._errors import ParamsError, TargetError, near
 from funclora._layout import Layout
 from funclora._rules import refuse_low_rank
+from funclora.errors import ParamsError, TargetError, near
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -163,7 +163,7 @@ class _Selection:
             matched = {n: m for n, m in matched.items() if n not in excluded}
         return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
 
-    def _matching(self, where: str, wanted: tuple[str, ...] | str) -> dict[str, nn.Module]:
+    def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
         if isinstance(wanted, str):
             matched = {n: m for n, m in self.modules.items() if re.fullmatch(wanted, n)}
             if "" in matched and weights_of(self.model) is None:
@@ -182,10 +182,10 @@ class _Selection:
     def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """Restrict modules matched by suffix to `layers_to_transform`; full names are exempt, as in PEFT."""
         config = self.config
-        if config.layers_to_transform is None:
+        if config.layers is None:
             return matched
         index = {name: i for name in matched if (i := layer_of(config, name)) is not None}
-        for wanted in config.layers_to_transform:
+        for wanted in config.layers:
             if wanted not in index.values():
                 have = ", ".join(map(str, sorted(set(index.values())))) or "none"
                 raise TargetError(
@@ -193,7 +193,7 @@ class _Selection:
                     f"{f' (layers_pattern={list(config.layers_pattern)})' if config.layers_pattern else ''}."
                 )
         full_names = config.target_modules or ()
-        return {n: m for n, m in matched.items() if n in full_names or index.get(n) in config.layers_to_transform}
+        return {n: m for n, m in matched.items() if n in full_names or index.get(n) in config.layers}
 
     def _heads(self) -> list[nn.Module]:
         """The output layers of a transformers model, which "all-linear" leaves out."""
@@ -219,9 +219,10 @@ class _Selection:
                 )
             loose = [n for n in self.modules if n.endswith(entry) and n not in by_name]
             if loose:
+                found = repr(matched[0]) if matched else "no module"
                 raise TargetError(
-                    f"modules_to_save: {entry!r} names {(matched or ['no module'])[0]!r}, but PEFT would also save {loose[0]!r}, whose "
-                    "name ends alike. Give the full name of the module."
+                    f"modules_to_save: {entry!r} names {found}, but PEFT would also save {loose[0]!r}, whose name ends "
+                    "alike. Give the full name of the module."
                 )
             saved += [n for n in matched if n not in saved]
         for name in saved:

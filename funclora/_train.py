@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from funclora._apply import Adapters, Params, bind
-from funclora._errors import ConfigError, UnusedAdapterWarning
 from funclora._rules import Rule
+from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import apply_updates, global_norm
 
 LossFn = Callable[..., Any]
@@ -51,12 +51,13 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
     Raises:
         ConfigError: when called, if the loss is not a scalar tensor, or depends on none of the adapters.
 
-    >>> from funclora import LoRA
-    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
-    >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
-    >>> loss, grads = value_and_grad(lambda bound, x: bound(x).sum())(model, params, adapters, torch.ones(3, 2))
-    >>> loss.item(), grads["weight"].b.tolist(), grads["weight"].a.tolist()
-    (0.0, [[6.0]], [[0.0, 0.0]])
+    Examples:
+        >>> from funclora import LoRA
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
+        >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
+        >>> loss, grads = value_and_grad(lambda bound, x: bound(x).sum())(model, params, adapters, torch.ones(3, 2))
+        >>> loss.item(), grads["weight"].b.tolist(), grads["weight"].a.tolist()
+        (0.0, [[6.0]], [[0.0, 0.0]])
     """
 
     def run(
@@ -116,14 +117,15 @@ def train_step(
         ConfigError: `accumulate` is not a positive integer, or (when called) does not divide the batch; the loss
             is not a scalar.
 
-    >>> from funclora import LoRA, optim
-    >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
-    >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
-    >>> sgd = optim.sgd(0.1)
-    >>> step = train_step(model, lambda bound, x: ((bound(x) - 1) ** 2).mean(), sgd)
-    >>> adapters, state, metrics = step(params, adapters, sgd.init(adapters), torch.ones(3, 2))
-    >>> round(metrics["loss"].item(), 3), round(adapters["weight"].b.item(), 3)
-    (1.0, 0.4)
+    Examples:
+        >>> from funclora import LoRA, optim
+        >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
+        >>> sgd = optim.sgd(0.1)
+        >>> step = train_step(model, lambda bound, x: ((bound(x) - 1) ** 2).mean(), sgd)
+        >>> adapters, state, metrics = step(params, adapters, sgd.init(adapters), torch.ones(3, 2))
+        >>> round(metrics["loss"].item(), 3), round(adapters["weight"].b.item(), 3)
+        (1.0, 0.4)
     """
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ConfigError(f"accumulate: expected a positive integer, got {accumulate!r}.")
@@ -189,7 +191,7 @@ def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None
     others = [node.variable for node in nodes if hasattr(node, "variable")]
     before = [(leaf, leaf.grad) for leaf in others if not any(leaf is ours for ours in leaves)]
     try:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return [leaf.grad for leaf in leaves]
     finally:
         for leaf, grad in before:

@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._errors import ConfigError
+from funclora.errors import ConfigError
 
 __all__ = [
     "GradientTransformation",
@@ -90,7 +90,7 @@ def adamw(
     Raises:
         ConfigError: If an argument is out of range; in `update`, if trees differ or decay lacks `params`.
 
-    Example:
+    Examples:
         >>> params, grads = {"w": torch.ones(2)}, {"w": torch.tensor([3.0, -3.0])}
         >>> optimizer = adamw(lr=0.1)
         >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
@@ -153,7 +153,7 @@ def sgd(
     Raises:
         ConfigError: If an argument is out of range; in `update`, if trees differ or decay lacks `params`.
 
-    Example:
+    Examples:
         >>> grads = {"w": torch.ones(2, 3)}  # two adapters
         >>> optimizer = sgd(lr=torch.tensor([0.1, 0.5]))
         >>> optimizer.update(grads, optimizer.init(grads))[0]["w"]
@@ -214,7 +214,7 @@ def lora_plus(
     Raises:
         ConfigError: If `ratio` is not positive; in `init` and `update`, if no leaf is a `b` factor.
 
-    Example:
+    Examples:
         >>> grads = {"w": {"a": torch.ones(1), "b": torch.ones(1)}}
         >>> optimizer = lora_plus(lr=0.1, ratio=4.0, base=sgd)
         >>> optimizer.update(grads, optimizer.init(grads))[0]
@@ -249,7 +249,7 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     Raises:
         ConfigError: If there is none, or one is no such pair (a factory that was not called, for example).
 
-    Example:
+    Examples:
         >>> grads = {"w": torch.tensor([3.0, 4.0])}
         >>> optimizer = chain(clip_by_global_norm(1.0), sgd(lr=0.1))
         >>> optimizer.update(grads, optimizer.init(grads))[0]["w"]
@@ -292,7 +292,7 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
     Raises:
         ConfigError: If `max_norm` is not positive.
 
-    Example:
+    Examples:
         >>> grads = {"w": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}  # two adapters
         >>> clip = clip_by_global_norm(torch.tensor([1.0, 1.0]))
         >>> clip.update(grads, clip.init(grads))[0]["w"]
@@ -319,7 +319,7 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
 def global_norm(tree: PyTree) -> Tensor:
     """The Euclidean norm over all leaves: `[]`, in float32 at least.
 
-    Example:
+    Examples:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
         tensor(5.)
     """
@@ -336,7 +336,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     Raises:
         ConfigError: If the trees or the shapes of their leaves differ.
 
-    Example:
+    Examples:
         >>> apply_updates({"w": torch.tensor([1.0])}, {"w": torch.tensor([0.5])})
         {'w': tensor([1.5000])}
     """
@@ -346,7 +346,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 def constant(lr: PerMember) -> Schedule:
     """The schedule that is `lr` (a number, or a tensor `[]` or `[n_adapters]`) at every step.
 
-    Example:
+    Examples:
         >>> constant(0.1)(torch.arange(3))
         tensor([0.1000, 0.1000, 0.1000])
     """
@@ -376,7 +376,7 @@ def warmup_cosine(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMe
     Raises:
         ConfigError: If an argument is out of range, or the warmup leaves no step.
 
-    Example:
+    Examples:
         >>> warmup_cosine(1.0, warmup_steps=2, total_steps=6)(torch.arange(7))
         tensor([0.0000, 0.5000, 1.0000, 0.8536, 0.5000, 0.1464, 0.0000])
 
@@ -392,7 +392,7 @@ def warmup_linear(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMe
         step < warmup_steps:   lr·step/warmup_steps
         else:                  end + (lr - end)·(1 - x)
 
-    Example:
+    Examples:
         >>> warmup_linear(1.0, warmup_steps=2, total_steps=6)(torch.arange(7))
         tensor([0.0000, 0.5000, 1.0000, 0.7500, 0.5000, 0.2500, 0.0000])
     """

@@ -107,7 +107,7 @@ class ByteLM(nn.Module):
 
     Bytes are the tokens, so any file is a text and no tokenizer is involved.
 
-    Example:
+    Examples:
         >>> model = load_base()
         >>> model(torch.tensor([list(b"import ")])).shape
         torch.Size([1, 7, 256])

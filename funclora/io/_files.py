@@ -22,11 +22,12 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     Raises:
         OSError: the folder or a file cannot be written.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     replace_files(Path(folder), {"a.txt": lambda file: file.write_text("new") and None})
-    ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
-    [('a.txt', 'new')]
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_files(Path(folder), {"a.txt": lambda file: file.write_text("new") and None})
+        ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
+        [('a.txt', 'new')]
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

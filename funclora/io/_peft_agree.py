@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from funclora._apply import Adapters
 from funclora._config import LoraConfig, pattern_matches
-from funclora._errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora._layout import Attention, Conv, Conv1D, Linear, Matrices, Parameter
 from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._targets import layer_of, named
+from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io._peft_config import HEADS
 from funclora.io._peft_keys import Wrapped
 from funclora.io._peft_limits import obstacles
@@ -142,7 +142,7 @@ def _check_entries(wrapped: Sequence[Wrapped], full: Sequence[str], saved: Seque
         raise ConfigError("there is no low-rank adapter to save; PEFT needs at least one.")
     modules = [w.module for w in wrapped if not w.by_parameter]
     parameters = [w.name for w in wrapped if w.by_parameter]
-    listed: list[tuple[str, Sequence[str], Sequence[str]]] = [
+    listed: list[tuple[str, Collection[str], Sequence[str]]] = [
         ("target_parameters", config.target_parameters or (), parameters),
         ("modules_to_save", config.modules_to_save or (), saved),
     ]
@@ -177,11 +177,11 @@ def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:
         return linear
     if not _matches(module, config.target_modules):
         return False
-    layers = config.layers_to_transform
+    layers = config.layers
     return layers is None or module in config.target_modules or layer_of(config, module) in layers
 
 
-def _matches(name: str, wanted: Sequence[str] | str) -> bool:
+def _matches(name: str, wanted: Collection[str]) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(named(name, entry) for entry in wanted)

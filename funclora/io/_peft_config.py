@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from funclora._config import INITIALISERS, LoraConfig
-from funclora._errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError
 from funclora._targets import named
+from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError
 
 CONFIG_FILE = "adapter_config.json"
 

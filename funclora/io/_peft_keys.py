@@ -159,10 +159,11 @@ PARAMETER = Form(pack=_pack_parameter, unpack=_unpack_parameter)
 class Keys:
     """The keys of one adapter.
 
-    >>> linear = Wrapped("attn.q.weight", "attn.q", Linear(), (2, 2), by_parameter=False)
-    >>> keys = Keys([linear])
-    >>> keys.leaf(linear, "a"), keys.full("attn.q.bias")
-    ('base_model.model.attn.q.lora_A.weight', 'base_model.model.attn.q.base_layer.bias')
+    Examples:
+        >>> linear = Wrapped("attn.q.weight", "attn.q", Linear(), (2, 2), by_parameter=False)
+        >>> keys = Keys([linear])
+        >>> keys.leaf(linear, "a"), keys.full("attn.q.bias")
+        ('base_model.model.attn.q.lora_A.weight', 'base_model.model.attn.q.base_layer.bias')
     """
 
     def __init__(self, wrapped: Iterable[Wrapped]) -> None:

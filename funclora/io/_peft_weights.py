@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from funclora._apply import Adapters
-from funclora._errors import FormatError, NonFiniteError, UnsupportedError, near
 from funclora._rules import Full
+from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
 from funclora.io._peft_keys import PREFIX, Keys
 
 WEIGHTS_FILE = "adapter_model.safetensors"

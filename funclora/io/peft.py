@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from funclora._apply import Adapters, named_tensors
 from funclora._config import LoraConfig
-from funclora._errors import FormatError, PeftFormatWarning, TargetError, UnsupportedError
 from funclora._layout import Attention
 from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._targets import Target, named, select
+from funclora.errors import FormatError, PeftFormatWarning, TargetError, UnsupportedError
 from funclora.io._files import replace_files
 from funclora.io._peft_agree import as_wrapped
 from funclora.io._peft_config import CONFIG_FILE, config_text, read_config
@@ -49,14 +49,15 @@ def save_peft(path: str | os.PathLike[str], adapters: Adapters, config: LoraConf
         NonFiniteError: an adapter holds NaN or infinity.
         OSError: the folder cannot be written. What was there is then still there.
 
-    >>> import tempfile
-    >>> from funclora import init
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    >>> config = LoraConfig(r=2, target_modules=["0"])
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_peft(folder, init(model, config), config)
-    ...     sorted(file.name for file in Path(folder).iterdir())
-    ['adapter_config.json', 'adapter_model.safetensors']
+    Examples:
+        >>> import tempfile
+        >>> from funclora import init
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, init(model, config), config)
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     wrapped = as_wrapped(adapters, config)
     keys = Keys(wrapped.values())
@@ -103,16 +104,17 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
             no rule equals.
         NonFiniteError: a tensor holds NaN or infinity.
 
-    >>> import tempfile
-    >>> from funclora import init
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    >>> config = LoraConfig(r=2, target_modules=["0"])
-    >>> adapters = init(model, config)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_peft(folder, adapters, config)
-    ...     loaded, loaded_config = load_peft(folder, model)
-    >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
-    (True, True)
+    Examples:
+        >>> import tempfile
+        >>> from funclora import init
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> adapters = init(model, config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, adapters, config)
+        ...     loaded, loaded_config = load_peft(folder, model)
+        >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
+        (True, True)
     """
     folder = Path(path)
     file = folder / CONFIG_FILE

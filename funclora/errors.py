@@ -6,8 +6,10 @@ Errors also derive from the built-in class that a caller would expect (`ValueErr
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 
 
 class FuncloraError(Exception):
@@ -38,6 +40,10 @@ class UnsupportedError(FuncloraError, NotImplementedError):
     """A combination that is well formed but not supported, or that another format cannot express."""
 
 
+class DenseFallbackError(FuncloraError, RuntimeError):
+    """Under `strict()`: an operation without a fast form would compute the dense adapted weight."""
+
+
 class FormatError(FuncloraError, ValueError):
     """A file is broken, incomplete or of another format."""
 
@@ -65,11 +71,41 @@ class PeftFormatWarning(FuncloraWarning):
 def near(name: str, names: Iterable[str], n: int = 5) -> str:
     """The names most like `name`, as the tail of an error message.
 
-    >>> near("q_prj", ["q_proj", "v_proj", "bias"], n=1)
-    ' Near names: q_proj.'
-    >>> near("x", [])
-    ''
+    Examples:
+        >>> near("q_prj", ["q_proj", "v_proj", "bias"], n=1)
+        ' Near names: q_proj.'
+        >>> near("x", [])
+        ''
     """
     candidates = list(dict.fromkeys(names))
     close = difflib.get_close_matches(name, candidates, n=n, cutoff=0.3) or candidates[:n]
     return f" Near names: {', '.join(close)}." if close else ""
+
+
+_strict: ContextVar[bool] = ContextVar("funclora.errors.strict", default=False)
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Make every dense fallback inside the block a `DenseFallbackError` instead of a warning.
+
+    Examples:
+        >>> import torch
+        >>> import funclora as fl
+        >>> lstm = torch.nn.LSTM(2, 2)
+        >>> adapters = {"weight_ih_l0": fl.LoRA(torch.ones(1, 2), torch.ones(8, 1))}
+        >>> with strict():
+        ...     fl.apply(lstm, fl.base_params(lstm), adapters, torch.ones(1, 2))
+        Traceback (most recent call last):
+        funclora.errors.DenseFallbackError: 'weight_ih_l0': lstm has no fast form ...
+    """
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def is_strict() -> bool:
+    """True inside `strict()`."""
+    return _strict.get()
