@@ -110,12 +110,14 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
                     f"buffer, as base_params(model) gives them.{near(name, params)}"
                 )
             value = original
-        if is_buffer:
-            return value.clone()
         if value.shape != original.shape:
             raise ParamsError(
                 f"params[{name!r}] has shape {list(value.shape)}, expected {list(original.shape)} as in the model."
             )
+        if is_buffer:
+            if name in adapters:
+                raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
+            return value.clone()
         return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner, uses)
 
     bound = clone_module(model, tensor)
@@ -239,12 +241,12 @@ def _rewritten(
 
     `owner` is the same module, weakly referenced where it will hold the result; `uses` records what becomes of it.
     """
-    if rule is None:
-        if getattr(module, "max_norm", None) is not None and name.endswith("weight") and weight.dim() == 2:
-            return LazyWeight.of(name, weight, Unchanged(), owner, None)
-        return weight
-    if uses is None and rule.dense_is_free:
-        return rule.dense(weight).to(weight.dtype)
+    if rule is None or (uses is None and rule.dense_is_free):
+        plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
+        if getattr(module, "max_norm", None) is None or plain.dim() != 2:
+            return plain
+        # torch would renormalise the table in place.
+        return LazyWeight.of(name, plain, Unchanged(), owner, None)
     if not weight.requires_grad and not any(getattr(rule, leaf).requires_grad for leaf in rule.leaves):
         rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
     return LazyWeight.of(name, weight, rule, owner, uses)
@@ -258,6 +260,7 @@ class Unchanged(Rule):
     layout: Layout = field(default=Embedding())
 
     leaves: ClassVar[tuple[str, ...]] = ()
+    dense_is_free: ClassVar[bool] = True
 
     def dense(self, weight: Tensor) -> Tensor:
         return weight

@@ -8,38 +8,45 @@ hooks, generators) still finds the weights that it was made with.
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import functools
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from funclora.errors import UnsupportedError
 
 M = TypeVar("M", bound=nn.Module)
+Things = dict[int, Any]  # id of an original -> its replacement
 
-# Attributes of nn.Module that are rebuilt or hold nothing that belongs to the tree.
+# Attributes of nn.Module that are rebuilt, and those that are containers of its own (hooks), empty most of the time.
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
+_OWN = frozenset(nn.Module().__dict__)
 _ATOMIC = frozenset((
     type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, torch.Generator,
     types.BuiltinFunctionType, types.ModuleType,
 ))  # fmt: skip
 _MUTABLE = frozenset((list, set, dict, OrderedDict, defaultdict, deque))
-_EMPTY = frozenset((list, set, dict, OrderedDict))  # made anew without arguments, faster than copied
+_WEAK = frozenset((weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes))
+_LRU_CACHE = type(functools.lru_cache(len))
 # How far to follow plain objects that are no modules (configurations, helpers) in search of modules.
-_OBJECT_DEPTH = 2
+_OBJECT_DEPTH = 4
 
 
 def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> M:
     """A copy of the module tree whose parameters and buffers come from `tensor`.
 
     Plain attributes that refer to modules or parameters of the tree (lists of layers, bound methods, partials,
-    closures, `nn.LSTM`'s flat weights) refer to the copies in the copy. Containers and unregistered tensors that
-    belong to a module are copied, so that a forward pass can write to them without touching the original.
+    closures, helpers, `nn.LSTM`'s flat weights) refer to the copies in the copy, and what two modules share they
+    share there too. Containers and unregistered tensors that belong to a module are copied, so that a forward pass
+    can write to them without touching the original. Plain objects that lead to no module are shared.
 
     A parameter that is registered under two names gets the tensor of each name; a module that is registered under
     two names becomes two modules, since their weights may now differ. Tied buffers stay tied.
@@ -58,15 +65,30 @@ def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tens
 class _Cloner:
     def __init__(self, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> None:
         self.tensor = tensor
-        self.made: list[tuple[nn.Module, dict[int, Any]]] = []  # new module, its own tensors by id of the original
-        self.memo: dict[int, Any] = {}  # id of an original -> its replacement
-        self.keep: list[Any] = []  # originals, so that no id in the memo is reused
+        self.made: list[tuple[nn.Module, _Scope]] = []
+        self.nodes: Things = {}  # modules and tensors
+        self.things: Things = {}  # everything else
+        self.keep: list[Any] = []  # originals, so that no id is reused
 
     def clone(self, model: M) -> M:
-        new = self._module(model, "")
-        for module, own in self.made:  # grows while modules that are not registered anywhere turn up
-            self._rewire(module, own)
+        try:
+            new = self._module(model, "")
+            for module, scope in self.made:  # grows while modules that are not registered anywhere turn up
+                self._rewire(module.__dict__, scope)
+        finally:
+            self.made.clear()  # ends the cycle with the scopes, so that the copy dies with its last reference
         return new
+
+    def _rewire(self, attributes: dict[str, Any], scope: _Scope) -> None:
+        """Make the plain attributes of a new module refer to the new modules and tensors."""
+        for name, value in attributes.items():
+            kind = type(value)
+            if kind in _ATOMIC or name in _REGISTRIES:
+                continue
+            if name in _OWN and kind in _MUTABLE and not value:
+                attributes[name] = kind()
+            else:
+                attributes[name] = scope.replaced(value)
 
     def _module(self, module: M, prefix: str | None) -> M:
         """Copy a module and its registered children; `prefix` is None for a module outside of the tree."""
@@ -75,126 +97,205 @@ class _Cloner:
                 f"{prefix or 'the model'!r} is a ScriptModule, whose weights cannot be bound without changing it. "
                 "Pass the Python module that it was scripted from."
             )
+        if getattr(parametrize, "_cache_enabled", 0) and parametrize.is_parametrized(module):
+            raise UnsupportedError(
+                f"{prefix or 'the model'!r} is parametrized, and torch.nn.utils.parametrize.cached() would give it the "
+                "weights of another call. Bind and call it outside of that context."
+            )
         new = object.__new__(type(module))
         new.__dict__.update(module.__dict__)
-        self.memo.setdefault(id(module), new)
-        own: dict[int, Any] = {}
+        new.__dict__.pop("_compiled_call_impl", None)  # compiled for the original: the copy runs eagerly
+        # The copies of a module under several names see weights of their own, so nothing of theirs is shared.
+        scope = _Scope(self, {} if id(module) in self.nodes else self.things)
+        self.nodes.setdefault(id(module), new)
         for registry, is_buffer in (("_parameters", False), ("_buffers", True)):
             copies: dict[str, Tensor | None] = {}
             for name, value in module.__dict__[registry].items():
                 copies[name] = value
                 if value is not None:
-                    copies[name] = own[id(value)] = self._tensor(prefix, name, value, new, is_buffer)
-                    self.memo.setdefault(id(value), copies[name])
+                    copies[name] = scope.own[id(value)] = self._tensor(prefix, name, value, new, is_buffer)
+                    self.nodes.setdefault(id(value), copies[name])
             new.__dict__[registry] = copies
-        self.made.append((new, own))
-        new.__dict__["_modules"] = {
+        self.made.append((new, scope))
+        children = new.__dict__["_modules"] = {
             name: None if child is None else self._module(child, None if prefix is None else f"{prefix}{name}.")
             for name, child in module.__dict__["_modules"].items()
         }
+        if "_orig_mod" in children and "dynamo_ctx" in new.__dict__:  # what torch.compile(model) returns
+            new.__dict__["forward"] = children["_orig_mod"]
         return new
 
     def _tensor(self, prefix: str | None, name: str, value: Tensor, owner: nn.Module, is_buffer: bool) -> Tensor:
-        if is_buffer and id(value) in self.memo:
-            tied: Tensor = self.memo[id(value)]
-            return tied
         if prefix is None:
-            return value.clone() if is_buffer else value
-        return self.tensor(prefix + name, value, owner, is_buffer)
+            new = value.clone() if is_buffer else value
+        else:
+            new = self.tensor(prefix + name, value, owner, is_buffer)
+        return self.nodes.get(id(value), new) if is_buffer else new
 
-    def _rewire(self, module: nn.Module, own: dict[int, Any]) -> None:
-        """Make the plain attributes of a new module refer to the new modules and tensors."""
-        attributes = module.__dict__
-        for name, value in attributes.items():
-            kind = type(value)
-            if kind in _ATOMIC or name in _REGISTRIES:
-                continue
-            if not value and kind in _EMPTY:  # most of all: the hooks of nn.Module
-                attributes[name] = kind()
-                continue
-            new = self._replaced(value, own, _OBJECT_DEPTH)
-            if new is value:
-                if isinstance(value, Tensor):
-                    new = self.memo[id(value)] = value if value.requires_grad else value.clone()
-                    self.keep.append(value)
-                elif kind in _MUTABLE:
-                    new = value.copy()
-            attributes[name] = new
 
-    def _replaced(self, value: Any, own: dict[int, Any], depth: int) -> Any:
+class _Scope:
+    """Replaces what the attributes of one module refer to."""
+
+    def __init__(self, cloner: _Cloner, things: Things) -> None:
+        self.cloner = cloner
+        self.own: Things = {}  # the module's own tensors
+        self.things = things
+
+    def replaced(self, value: Any, depth: int = _OBJECT_DEPTH) -> Any:
         """The value with every module and tensor of the tree replaced; the value itself if there is none."""
-        if type(value) in _ATOMIC:
+        kind = type(value)
+        if kind in _ATOMIC:
             return value
-        if id(value) in own:
-            return own[id(value)]
-        if id(value) in self.memo:
-            return self.memo[id(value)]
-        if isinstance(value, Tensor):
+        for known in (self.own, self.cloner.nodes, self.things):
+            if id(value) in known:
+                return known[id(value)]
+        if kind not in _WEAK:  # proxies have their referent's class
+            if isinstance(value, nn.Module):
+                return self.cloner._module(value, None)
+            if isinstance(value, Tensor):
+                new = value if value.requires_grad else value.clone()
+                self.cloner.nodes[id(value)] = new
+                self.cloner.keep.append(value)
+                return new
+        if kind in _MUTABLE:
+            return self._container(value, depth)
+        if kind in (tuple, frozenset):
+            parts = [self.replaced(part, depth) for part in value]
+            return kind(parts) if any(n is not p for n, p in zip(parts, value, strict=True)) else value
+        if not self._leads_to_the_tree(value, depth, set()):
+            if depth == _OBJECT_DEPTH:
+                self._remember(value, value)
             return value
-        if isinstance(value, nn.Module):
-            return self._module(value, None)
+        return self._copied(value, depth - 1)
+
+    def _leads_to_the_tree(self, value: Any, depth: int, seen: set[int]) -> bool:
+        if type(value) in _ATOMIC or id(value) in seen:
+            return False
+        if id(value) in self.own or id(value) in self.cloner.nodes:
+            return True
+        if type(value) in _WEAK:  # nothing but the tree would keep the copy of its referent alive
+            return id(_referent(value)) in self.cloner.nodes
+        if isinstance(value, (nn.Module, Tensor)):
+            return isinstance(value, nn.Module)
+        seen.add(id(value))
+        parts, is_object = _parts(value)
+        return (not is_object or depth > 0) and any(
+            self._leads_to_the_tree(part, depth - is_object, seen) for part in parts
+        )
+
+    def _remember(self, value: Any, new: Any) -> None:
+        self.things[id(value)] = new
+        self.cloner.keep.append(value)
+
+    def _container(self, value: Any, depth: int) -> Any:
+        new = copy.copy(value)
+        self._remember(value, new)  # before its items: one of them may lead back here
         if isinstance(value, dict):
-            return self._copied(value, list(value.values()), own, depth, lambda new: _like_dict(value, new))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._copied(value, list(value), own, depth, lambda new: type(value)(*new))
-        if isinstance(value, (list, tuple, set, frozenset, deque)):
-            return self._copied(value, list(value), own, depth, type(value))
+            items = [(self.replaced(k, depth), self.replaced(v, depth)) for k, v in value.items()]
+            dict.clear(new)
+            for k, v in items:
+                dict.__setitem__(new, k, v)
+        else:
+            parts = [self.replaced(part, depth) for part in value]
+            new.clear()
+            (new.update if isinstance(value, set) else new.extend)(parts)
+        return new
+
+    def _copied(self, value: Any, depth: int) -> Any:
+        """A copy of something that leads to a module of the tree."""
+        new: Any
         if isinstance(value, types.MethodType):
-            parts = [value.__self__]
-            return self._copied(value, parts, own, depth, lambda new: types.MethodType(value.__func__, new[0]))
-        if isinstance(value, functools.partial):
-            n = len(value.args)
-            parts = [value.func, *value.args, *value.keywords.values()]
-            return self._copied(value, parts, own, depth, lambda new: functools.partial(
-                new[0], *new[1 : n + 1], **dict(zip(value.keywords, new[n + 1 :], strict=True))))  # fmt: skip
+            return types.MethodType(self.replaced(value.__func__, depth + 1), self.replaced(value.__self__, depth + 1))
         if isinstance(value, types.FunctionType):
-            return self._function(value, own, depth)
-        if depth > 0 and hasattr(value, "__dict__") and not isinstance(value, (weakref.ref, type)):
-            return self._object(value, own, depth - 1)
-        return value
+            return self._function(value, depth + 1)
+        if isinstance(value, functools.partial):
+            args, kwargs = self.replaced(value.args, depth + 1), self.replaced(value.keywords, depth + 1)
+            new = functools.partial(self.replaced(value.func, depth + 1), *args, **kwargs)
+            new.__dict__.update(self.replaced(value.__dict__, depth + 1))
+            return new
+        if isinstance(value, _LRU_CACHE):
+            return functools.lru_cache(**value.cache_parameters())(self.replaced(value.__wrapped__, depth + 1))
+        if type(value) in (weakref.ref, weakref.WeakMethod):
+            return type(value)(self.replaced(value(), depth + 1))
+        if type(value) in weakref.ProxyTypes:
+            return weakref.proxy(self.replaced(_referent(value), depth + 1))
+        if isinstance(value, tuple):
+            return tuple.__new__(type(value), [self.replaced(part, depth + 1) for part in value])
+        if isinstance(value, (list, dict, set, deque)):
+            new = self._container(value, depth + 1)
+        else:
+            try:
+                new = object.__new__(type(value))
+            except TypeError as error:
+                raise UnsupportedError(
+                    f"an attribute of the model holds a {type(value).__name__} that refers to one of its modules and "
+                    "cannot be copied, so that it would see the base weights."
+                ) from error
+            self._remember(value, new)
+        for name, part in _attributes(value):
+            object.__setattr__(new, name, self.replaced(part, depth))
+        return new
 
-    def _copied(
-        self, value: Any, parts: list[Any], own: dict[int, Any], depth: int, build: Callable[[list[Any]], Any]
-    ) -> Any:
-        """`build` over the replaced parts, or the value itself if no part changed."""
-        self.memo[id(value)] = value  # ends cycles
-        self.keep.append(value)
-        new = [self._replaced(part, own, depth) for part in parts]
-        changed = any(n is not p for n, p in zip(new, parts, strict=True))
-        if not changed:
-            return value
-        # Not remembered: what a container holds may depend on the module that asks (`own`).
-        del self.memo[id(value)]
-        return build(new)
-
-    def _function(self, value: types.FunctionType, own: dict[int, Any], depth: int) -> Any:
-        cells = value.__closure__ or ()
-        try:
-            contents = [cell.cell_contents for cell in cells]
-        except ValueError:  # an empty cell: the function is still being defined
-            return value
-
-        def build(new: list[Any]) -> types.FunctionType:
-            closure = tuple(types.CellType(content) for content in new)
-            copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-            copy.__kwdefaults__ = value.__kwdefaults__
-            copy.__dict__.update(value.__dict__)
-            return copy
-
-        return self._copied(value, contents, own, depth, build) if contents else value
-
-    def _object(self, value: Any, own: dict[int, Any], depth: int) -> Any:
-        def build(new: list[Any]) -> Any:
-            copy = object.__new__(type(value))
-            copy.__dict__.update(zip(value.__dict__, new, strict=True))
-            return copy
-
-        return self._copied(value, list(value.__dict__.values()), own, depth, build)
+    def _function(self, value: types.FunctionType, depth: int) -> types.FunctionType:
+        cells = []
+        for cell in value.__closure__ or ():
+            if id(cell) not in self.things:  # functions that share a variable go on sharing it
+                self._remember(cell, types.CellType())
+            cells.append(self.things[id(cell)])
+        new = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells) or None
+        )
+        self._remember(value, new)
+        functools.update_wrapper(new, value, updated=())
+        del new.__dict__["__wrapped__"]
+        new.__defaults__ = self.replaced(value.__defaults__, depth)
+        new.__kwdefaults__ = self.replaced(value.__kwdefaults__, depth)
+        new.__dict__.update({name: self.replaced(part, depth) for name, part in value.__dict__.items()})
+        for cell, original in zip(cells, value.__closure__ or (), strict=True):
+            if _is_empty(cell) and not _is_empty(original):
+                cell.cell_contents = self.replaced(original.cell_contents, depth)
+        return new
 
 
-def _like_dict(value: dict[Any, Any], new: list[Any]) -> dict[Any, Any]:
-    """A dict of the same class and keys with new values."""
-    copy = value.copy()
-    for key, item in zip(value, new, strict=True):
-        copy[key] = item
-    return copy
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _referent(weak: Any) -> Any:
+    """The object behind a weak reference, the owner of the method behind a weak method."""
+    if type(weak) in weakref.ProxyTypes:
+        return weak.__reduce_ex__.__self__
+    return getattr(weak(), "__self__", None) if type(weak) is weakref.WeakMethod else weak()
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, in its dict or in slots."""
+    yield from getattr(value, "__dict__", {}).items()
+    for name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
+        if hasattr(value, name):
+            yield name, getattr(value, name)
+
+
+def _parts(value: Any) -> tuple[list[Any], bool]:
+    """What a value refers to, and whether it is a plain object."""
+    if isinstance(value, types.MethodType):
+        return [value.__func__, value.__self__], False
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+        return [*cells, value.__defaults__, value.__kwdefaults__, *value.__dict__.values()], False
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords, value.__dict__], False
+    if isinstance(value, _LRU_CACHE):
+        return [value.__wrapped__], False
+    if isinstance(value, type):
+        return [], False
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = list(value)
+    return [*items, *(part for _, part in _attributes(value))], not items

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funclora._apply import Params, base_params
 from funclora._config import LoraConfig
 from funclora._layout import Embedding
-from funclora._rules import DoRA, Full, LoRA, Rule, row_norms
+from funclora._rules import DoRA, Full, LoRA, Rule, weight_norms
 from funclora._targets import Target, select
 from funclora.errors import ParamsError, near
 
@@ -87,8 +87,8 @@ def _fresh(
     static = {"scaling": target.scaling, "dropout": float(config.lora_dropout), "layout": target.layout}
     if not config.use_dora:
         return LoRA(a, b, **static)  # type: ignore[arg-type]
-    matrices = target.layout.matrix(weight), *target.layout.factors(a, b)
-    return DoRA(a, b, row_norms(*matrices, target.scaling).to(dtype), **static)  # type: ignore[arg-type]
+    magnitude = weight_norms(target.layout, weight, a, b, target.scaling).to(dtype)
+    return DoRA(a, b, magnitude, **static)  # type: ignore[arg-type]
 
 
 def _factors(target: Target, weight: Tensor, config: LoraConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

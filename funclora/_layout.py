@@ -16,6 +16,7 @@ Layouts are static: they are compared and hashed, never differentiated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Size, Tensor
@@ -62,6 +63,10 @@ class Layout(ABC):
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The factors as matrices `[*lead, r, in]` and `[*lead, out, r]`."""
         return a, b
+
+    def pieces(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The weight and `a` cut along the inputs into about n pieces, where `matrix` would copy; else as they are."""
+        return [(weight, a)]
 
 
 @dataclass(frozen=True)
@@ -201,3 +206,9 @@ class ConvTranspose(Layout):
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.flatten(1), b.flatten(1)
+
+    def pieces(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
+        grouped: Tensor = weight.unflatten(0, (self.groups, -1))
+        size = -(-grouped.shape[1] // n)
+        for piece, a_piece in zip(grouped.split(size, 1), a.split(size, 1), strict=True):
+            yield piece.flatten(0, 1), a_piece

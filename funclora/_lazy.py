@@ -7,6 +7,7 @@ linear in the weight (`F.linear`, convolutions, embedding lookups, matrix produc
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ class LazyWeight(torch.Tensor):
     target: str
     owner: nn.Module
     uses: dict[str, str] | None
+    _training: bool
 
     @staticmethod
     def of(name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None) -> LazyWeight:
@@ -63,8 +65,14 @@ class LazyWeight(torch.Tensor):
             self.uses[self.target] = how
 
     def dense(self) -> Tensor:
-        """The rewritten weight in the base's dtype."""
-        return self.rule.dense(self.base).to(self.base.dtype)
+        """The rewritten weight in the base's dtype, nobody else's tensor."""
+        return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.dense_is_free)
+
+    def training(self) -> bool:
+        """Whether the owner is in training mode, or was when this was last asked, should it be gone by now."""
+        with contextlib.suppress(ReferenceError):
+            self._training = self.owner.training
+        return self._training
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({self.target!r}, {type(self.rule).__name__}, {list(self.base.shape)}, {self.base.dtype})"
@@ -81,18 +89,23 @@ class LazyWeight(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is _REQUIRES_GRAD:
+        if func in _OF_THE_BASE:
+            return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
+        if func == _REQUIRES_GRAD:
             return args[0].base.requires_grad or any(t.requires_grad for t in pytree.tree_leaves(args[0].rule))
+        mapped = None
         try:
             if func in linear_maps:
-                lazy, op = linear_maps[func](*args, **kwargs)
-                lazy.used("fast")
-                dropout = lazy.rule.dropout_p if lazy.owner.training else 0.0
-                return op.finish(lazy.rule.read(op, lazy.base, dropout))
-            if func in views:
+                mapped = linear_maps[func](*args, **kwargs)
+            elif func in views:
                 return views[func](*args, **kwargs)
-        except UnmappedError:
-            pass
+        except (UnmappedError, TypeError):  # no fast form, or arguments that it does not know: torch shall say
+            mapped = None
+        if mapped is not None:
+            lazy, op = mapped
+            lazy.used("fast")
+            dropout = lazy.rule.dropout_p if lazy.training() else 0.0
+            return op.finish(lazy.rule.read(op, lazy.base, dropout))
         if func in inlined:
             return inlined[func](*args, **kwargs)
         return _dense_fallback(func, args, kwargs)
@@ -104,11 +117,17 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if operation in ("__get__", "__set__"):
         operation = getattr(getattr(func, "__self__", None), "__name__", operation)
 
-    def dense(x: Any) -> Any:
+    for x in pytree.tree_leaves(_written(func, operation, args, kwargs)):
+        if isinstance(x, LazyWeight):
+            raise PurityError(
+                f"{x.target!r}: the model calls {operation}, which would write to a rewritten weight. "
+                "Compute the new value out of place, or leave this parameter out of the adapter's targets."
+            )
+    for x in pytree.tree_leaves((args, kwargs)):
         if not isinstance(x, LazyWeight):
-            return x
+            continue
         x.used("fast" if x.rule.dense_is_free else "dense")
-        if x.owner.training and x.rule.dropout_p:
+        if x.rule.dropout_p and x.training():
             raise UnsupportedError(
                 f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
                 "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
@@ -117,23 +136,24 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
             if is_strict():
                 raise DenseFallbackError(message)
-            warnings.warn(message, DenseFallbackWarning, stacklevel=4)
-        return x.dense()
-
-    if _writes_to_first(func, operation) and args and isinstance(args[0], LazyWeight):
-        raise PurityError(
-            f"{args[0].target!r}: the model calls {operation}, which would write to a rewritten weight. "
-            "Compute the new value out of place, or leave this parameter out of the adapter's targets."
-        )
-    args, kwargs = pytree.tree_map(dense, (args, kwargs))
+            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+    args, kwargs = pytree.tree_map(lambda x: x.dense() if isinstance(x, LazyWeight) else x, (args, kwargs))
     return func(*args, **kwargs)
 
 
-def _writes_to_first(func: Callable[..., Any], operation: str) -> bool:
-    """True for operations that change their first argument."""
+def _written(func: Callable[..., Any], operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
     in_place = operation.endswith("_") and not operation.endswith("__")
     dunder = operation.startswith("__i") and operation.endswith("__") and operation not in ("__invert__", "__index__")
-    return in_place or dunder or operation == "__setitem__" or getattr(func, "__name__", "") == "__set__"
+    setter = operation == "__setitem__" or getattr(func, "__name__", "") == "__set__"
+    written = [kwargs.get("out")]
+    if in_place or dunder or setter or kwargs.get("inplace"):
+        written += [*args, *kwargs.values()][:1]
+    return written
+
+
+def _base(x: Any) -> Any:
+    return x.base if isinstance(x, LazyWeight) else x
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
@@ -149,4 +169,13 @@ _METADATA: frozenset[Callable[..., Any]] = frozenset(
         "get_device", "type", "__len__", "__hash__", "is_inference", "is_signed", "is_conj", "is_neg", "has_names",
     ) if hasattr(Tensor, name)]
     + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size]
+)  # fmt: skip
+# Questions about the dtype, the device, the shape and the strides, and new tensors of that kind.
+_OF_THE_BASE: frozenset[Callable[..., Any]] = frozenset(
+    [getattr(Tensor, name) for name in (
+        "stride", "is_contiguous", "storage_offset", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros",
+    )]
+    + [getattr(torch, name) for name in (
+        "empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like",
+    )]
 )  # fmt: skip

@@ -179,9 +179,9 @@ class EmbeddingMap(Map):
             y = y + (y * scale - y).detach()
         if self.scale_grad_by_freq:
             flat = self.ids.flatten()
-            counts = torch.zeros(self.n_rows, dtype=y.dtype, device=y.device)
-            counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=y.dtype))
-            y = y.detach() + (y - y.detach()) / counts[self.ids].unsqueeze(-1)
+            counts = torch.zeros(self.n_rows, device=y.device)  # float32: bfloat16 counts to 256
+            counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=counts.dtype))
+            y = y.detach() + (y - y.detach()) / counts[self.ids].unsqueeze(-1).to(y.dtype)
         if self.padding_idx is not None:
             padding = self.padding_idx % self.n_rows
             y = torch.where((self.ids == padding).unsqueeze(-1), y.detach(), y)
@@ -257,6 +257,8 @@ def _matmul(input: Any, other: Any) -> Mapped:
         if _is_lazy(other) or other.dim() < 2:
             raise UnmappedError
         return input, LeftMatmulMap(other, backwards=backwards)
+    if input.dim() < 2 and _is_lazy(other) and other.base.dim() > 2:
+        raise UnmappedError  # a vector for all experts: the product has no dimension of tokens
     return other, MatmulMap(input, None, backwards=not _layout(other, Matrices).transposed)
 
 

@@ -233,13 +233,11 @@ class DoRA(LowRank):
         return super().leaf_shapes(weight) | {"magnitude": self.layout.magnitude_shape(weight.shape)}
 
     def prepared(self, weight: Tensor) -> Gained:
-        matrix = self.layout.matrix(weight)
-        a, b = self.layout.factors(self.a, self.b)
         if self.exact_norm_grad:
-            norm = row_norms(matrix, a, b, self.scaling)
+            norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling)
         else:  # a constant of reverse mode and of forward mode
             with torch.no_grad(), _set_fwd_grad_enabled(False):
-                norm = row_norms(matrix, a, b, self.scaling).detach()
+                norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
         zero = norm == 0
         gain = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
         return Gained(self.a, self.b, gain, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
@@ -328,6 +326,16 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
         )
     if weight.shape.numel() == 0:
         raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot carry an update.")
+
+
+def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
+    norms = []
+    for piece, a_piece in layout.pieces(weight, a, NORM_SHARE):
+        a_matrix, b_matrix = layout.factors(a_piece, b)
+        norms.append(row_norms(layout.matrix(piece), a_matrix, b_matrix, scaling))
+    combined: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return combined
 
 
 def row_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -89,6 +89,20 @@ def _chunk(lazy: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
     return _split(lazy, -(-lazy.base.shape[dim] // chunks), dim)
 
 
+def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A cast to a lazy weight's dtype and device, or of a lazy weight to what it has already."""
+    if hasattr(x, "rule"):
+        like = x.base.new_empty(0).to(*args, **kwargs)
+        if (like.dtype, like.device) != (x.base.dtype, x.base.device) or kwargs.get("copy"):
+            raise UnmappedError
+        return x
+    return x.to(*(getattr(arg, "base", arg) for arg in args), **kwargs)
+
+
+def _type_as(x: Any, other: Any) -> Any:
+    return _to(x, other.dtype)
+
+
 def _same(lazy: Any, *args: Any, **kwargs: Any) -> Any:
     return lazy
 
@@ -111,6 +125,8 @@ views: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.chunk: _chunk,
     torch.chunk: _chunk,
     Tensor.contiguous: _same,
+    Tensor.to: _to,
+    Tensor.type_as: _type_as,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from funclora import DoRA, Full, LoRA, LoraConfig, apply, base_params, init
-from funclora._errors import ParamsError
+from funclora.errors import ParamsError
 
 
 def gen(seed: int) -> torch.Generator:
@@ -436,7 +436,7 @@ def test_what_the_configuration_says_stands_in_the_rules() -> None:
     assert found == {"a.weight": (LoRA, 4, 6 / 4**0.5, 0.25), "b.weight": (LoRA, 8, 5 / 8**0.5, 0.25)}
 
 
-@pytest.mark.filterwarnings("ignore::funclora._errors.DenseFallbackWarning")
+@pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_layer
 def test_fresh_adapters_change_nothing(kind: str, dtype: torch.dtype) -> None:

@@ -21,11 +21,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, apply, base_params, bind, merge
+from funclora._apply import trace_targets
 from funclora._layout import Conv, Conv1D, ConvTranspose, Linear
 from funclora._rules import Rule, row_norms
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::funclora._errors.DenseFallbackWarning"),
+    pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 
@@ -233,6 +234,8 @@ def test_nothing_is_written(case: Case, kind: str) -> None:
     bind(s.model, s.params, adapters)(*s.args, **s.kwargs)
     check()
     merge(s.params, adapters)
+    check()
+    trace_targets(s.model, s.params, adapters, *s.args, **s.kwargs)
     check()
     fail[0] = True
     with pytest.raises(StopError, match="after the model ran"):

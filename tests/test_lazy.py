@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funclora import DoRA, LoRA, apply, base_params, bind
 from funclora._apply import trace_targets
-from funclora._errors import DenseFallbackWarning, ParamsError, UnsupportedError
 from funclora._layout import Conv, Conv1D, ConvTranspose, Embedding, Layout, Linear, Parameter
+from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -321,6 +321,7 @@ QUESTIONS: dict[str, Callable[[Tensor], Any]] = {
     "new": lambda w: (w.new_zeros(2), w.new_ones(2, 3), w.new_full((2,), 3.0), w.new_tensor([1.0])),
     "like": lambda w: (torch.zeros_like(w), torch.ones_like(w), torch.full_like(w, 2)),
     "cast": lambda w: (torch.ones(2).to(w), torch.ones(2).type_as(w), torch.ones(2).to(w.dtype)),
+    "cast to its own": lambda w: w.to(w.dtype).dtype,
     "broadcast": lambda w: torch.broadcast_shapes(w.shape, (1, 1)),
     "hash": lambda w: isinstance(hash(w), int) and len({w, w}),
 }

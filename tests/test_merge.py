@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, base_params, merge
-from funclora._errors import NonFiniteError, ParamsError, TiedWeightsWarning
 from funclora._layout import Conv, Conv1D, Embedding, Linear, Parameter
+from funclora.errors import NonFiniteError, ParamsError, TiedWeightsWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

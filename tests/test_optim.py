@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from funclora import optim
-from funclora._errors import ConfigError
+from funclora.errors import ConfigError
 from funclora.optim import (
     GradientTransformation,
     adamw,

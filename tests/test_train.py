@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from funclora import DoRA, Full, LoraConfig, apply, base_params, init, optim, train_step, value_and_grad
-from funclora._errors import ConfigError, UnusedAdapterWarning
+from funclora.errors import ConfigError, UnusedAdapterWarning
 
 optree: Any = _optree  # its annotations know neither our nodes nor tuples of trees
 Batch = Any
@@ -350,6 +350,25 @@ def test_ten_steps_are_five_and_five() -> None:
     half = run(p.adapters, ADAMW.init(p.adapters), range(5))
     same(whole, run(*copy.deepcopy(half), range(5, 10)))
     assert whole[1].step == 10
+
+
+def test_steps_under_vmap_train_each_adapter_as_alone() -> None:
+    p = problem()
+    members = [optree.tree_map(lambda leaf, i=i: leaf * (1 + i), p.adapters) for i in range(3)]
+    for optimizer in (optim.chain(optim.clip_by_global_norm(0.05), ADAMW), torchopt.sgd(0.1, momentum=0.9)):
+        step = train_step(p.model, mse, optimizer)
+        stacked = optree.tree_map(lambda *same_leaf: torch.stack(same_leaf), *members)
+        state = torch.func.vmap(optimizer.init)(stacked)
+        losses = torch.empty(0)
+        for _ in range(3):
+            stacked, state, metrics = torch.func.vmap(step, in_dims=(None, 0, 0, None))(
+                p.params, stacked, state, p.batch
+            )
+            losses = metrics["loss"]
+        for i, member in enumerate(members):
+            adapters, _, alone = train(p._replace(adapters=member), optimizer, 3)
+            close(optree.tree_map(lambda leaf, i=i: leaf[i], stacked), adapters)
+            assert losses[i].item() == pytest.approx(alone[-1], rel=1e-12)
 
 
 # --- accumulation, clipping, precision -------------------------------------------------------------------------

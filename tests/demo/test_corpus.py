@@ -82,9 +82,7 @@ def test_an_unknown_domain_is_refused() -> None:
         domain_text("emial")
 
 
-def test_a_python_without_the_sources_is_told_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_python_without_the_sources_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match=r"expected the sources of 'email', found no \.py file"):
         domain_text("email")
@@ -93,11 +91,7 @@ def test_a_python_without_the_sources_is_told_what_is_missing(
 def test_batches_are_windows_that_the_generator_decides() -> None:
     text = bytes(range(200))
     one, two, three = (
-        list(
-            itertools.islice(
-                batches(text, batch=4, context=9, generator=torch.Generator().manual_seed(s)), 20
-            )
-        )
+        list(itertools.islice(batches(text, batch=4, context=9, generator=torch.Generator().manual_seed(s)), 20))
         for s in (1, 1, 2)
     )
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -108,9 +102,7 @@ def test_batches_are_windows_that_the_generator_decides() -> None:
 
 
 def test_batches_reach_both_ends() -> None:
-    drawn = torch.cat(
-        list(itertools.islice(batches(b"abc", batch=8, context=1, generator=torch.Generator()), 9))
-    )
+    drawn = torch.cat(list(itertools.islice(batches(b"abc", batch=8, context=1, generator=torch.Generator()), 9)))
     assert {tuple(row) for row in drawn.tolist()} == {(97, 98), (98, 99)}
 
 

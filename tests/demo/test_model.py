@@ -50,16 +50,14 @@ def test_no_byte_sees_a_later_one(base: ByteLM) -> None:
 
 
 def test_positions_matter(base: ByteLM) -> None:
-    assert not torch.allclose(
-        base(torch.tensor([[65, 66, 67]]))[:, -1], base(torch.tensor([[66, 65, 67]]))[:, -1]
-    )
+    assert not torch.allclose(base(torch.tensor([[65, 66, 67]]))[:, -1], base(torch.tensor([[66, 65, 67]]))[:, -1])
 
 
 def test_the_base_predicts_text_that_it_was_not_trained_on(base: ByteLM) -> None:
     # Windows from all files; where this Python is not the one of the training, many are nearly training text.
     _, unseen = split_text(base_text())
     loss = next_byte_loss(base, windows(unseen, count=16, context=256))
-    assert loss < 1.6 < math.log(256)
+    assert loss < 1.3 < math.log(256)
 
 
 def test_the_stored_weights_are_well_within_float16(base: ByteLM) -> None:
@@ -107,9 +105,7 @@ def test_torch_func_takes_the_model() -> None:
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know neither vmap nor forward-mode derivatives
         gradients = vmap(grad(lambda p: loss_of(model, p, rows)))(population)
         slope = jvp(lambda p: loss_of(model, p, rows), (params,), (params,))[1]
-    assert all(
-        torch.allclose(gradients[n][0], p.grad) for n, p in model.named_parameters() if p.grad is not None
-    )
+    assert all(torch.allclose(gradients[n][0], p.grad) for n, p in model.named_parameters() if p.grad is not None)
     assert slope.item() == pytest.approx(sum((gradients[n][0] * params[n]).sum().item() for n in params))
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import LoraConfig, init
-from funclora._errors import (
+from funclora._rules import Rule
+from funclora.errors import (
     FormatError,
     FuncloraError,
     NonFiniteError,
@@ -25,7 +26,6 @@ from funclora._errors import (
     TargetError,
     UnsupportedError,
 )
-from funclora._rules import Rule
 from funclora.io.peft import load_peft, save_peft
 
 CONFIG = "adapter_config.json"

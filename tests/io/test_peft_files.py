@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, LoraConfig, init
-from funclora._errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 from funclora._layout import Attention, Conv, ConvTranspose, Embedding, Layout, Linear, Parameter, Recurrent
 from funclora._rules import Rule
+from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 from funclora.io import _files
 from funclora.io.peft import load_peft, save_peft
 
@@ -187,8 +187,8 @@ def test_experts_are_in_order_in_a_and_interleaved_in_b(tmp_path: Path) -> None:
 
 def test_the_file_of_tensors(tmp_path: Path) -> None:
     adapters, config = make(Model(), target_modules=["head", "conv"])
-    base = torch.randn(2, 5)
-    rule = LoRA(base[:, :3], base.T[:2], scaling=2.0)  # views of one tensor
+    base = torch.randn(6)
+    rule = LoRA(base.view(2, 3), base[:4].view(2, 2), scaling=2.0)  # views of the same values
     save_peft(tmp_path, adapters | {"head.weight": rule}, config)
 
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
@@ -527,6 +527,20 @@ def test_what_lies_in_a_new_folder_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space left"):
         _files.replace_files(folder, {"a": write})
     assert [file.name for file in folder.iterdir()] == ["other"]
+
+
+def test_what_was_loaded_does_not_depend_on_the_file(tmp_path: Path) -> None:
+    model = Model()
+    adapters, config = make(model, target_modules=["head"])
+    save_peft(tmp_path, adapters, config)
+    loaded, _ = load_peft(tmp_path, model)
+
+    size = (tmp_path / WEIGHTS).stat().st_size
+    with (tmp_path / WEIGHTS).open("r+b") as file:  # in place, as PEFT writes
+        file.write(b"\x7f" * size)
+
+    for x, y in zip(*map(pytree.tree_leaves, (loaded, adapters)), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_nothing_that_is_passed_in_changes(tmp_path: Path) -> None:
