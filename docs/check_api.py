@@ -44,7 +44,8 @@ def exists(name: str) -> bool:
 def stray_examples(node: griffe.Object | griffe.Alias) -> list[str]:
     """The names of the object and its members whose docstrings show an example outside an "Examples:" section."""
     found = []
-    for part in (node, *node.members.values()):
+    own = (member for member in node.members.values() if not member.is_alias)  # not what the module imports
+    for part in (node, *own):
         if part.docstring is not None:
             # Text as it is, the contents of an admonition ("Example:" is one), nothing of other sections.
             values = [section.value for section in part.docstring.parse("google")]

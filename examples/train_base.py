@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from funclora.demo.corpus import base_text, batches, split_text, windows
@@ -114,7 +114,8 @@ def save(model: ByteLM, out: Path) -> None:
     """Writes float16 weights and the config; a reader sees the old file or the new one, never half of one."""
     state = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     part = out.with_name(out.name + ".part")
-    save_file(state, part, metadata={"format": "pt", "config": json.dumps(asdict(model.config))})
+    # Not save_file, whose files no other user may read.
+    part.write_bytes(to_bytes(state, metadata={"format": "pt", "config": json.dumps(asdict(model.config))}))
     part.replace(out)
 
 

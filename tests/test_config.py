@@ -133,7 +133,7 @@ def test_layers_to_transform_become_a_tuple(given_: Any, kept: tuple[int, ...] |
 
 def test_layers_pattern_takes_a_string_or_a_list() -> None:
     for pattern in ("h", ["h"], ("h",)):
-        config = LoraConfig(**TARGETS, layers_to_transform=1, layers_pattern=pattern)  # type: ignore[arg-type]
+        config = LoraConfig(**TARGETS, layers_to_transform=1, layers_pattern=pattern)
         assert config.layers_pattern == ("h",)
     empty: Any
     for empty in ("", [], ()):  # as in PEFT
@@ -169,7 +169,7 @@ def test_frozen() -> None:
 
 def test_what_the_caller_passed_is_not_kept() -> None:
     names, ranks, alphas = ["q"], {"q": 2}, {"q": 4.0}
-    config = LoraConfig(target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)  # type: ignore[arg-type]
+    config = LoraConfig(target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)
     names.append("v")
     ranks["v"] = 3
     alphas.clear()

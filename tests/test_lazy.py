@@ -125,7 +125,7 @@ FAST = [
     Call("split", (32, 24), Linear(), (X,), lambda w, x: in_parts(w, x, lambda w: w.split([8, 20, 4]))),
     Call("split-size", (32, 24), Linear(), (X,), lambda w, x: in_parts(w, x, lambda w: torch.split(w, 15))),
     Call("split-columns", (24, 32), IN_OUT, (X,), lambda w, x: torch.cat([x @ p for p in w.split(9, dim=1)], -1)),
-    Call("embedding", (24, 32), Embedding(), (IDS,), lambda w, ids: F.embedding(ids, w, padding_idx=5)),
+    Call("embedding", (24, 32), Embedding(), (IDS,), lambda w, ids: F.embedding(ids, w, padding_idx=-19)),
     Call("embedding-norm", (24, 32), Embedding(), (IDS,), lambda w, ids: F.embedding(ids, w, max_norm=1.0)),
     Call("conv1d", (16, 16, 3), Conv(), (IMAGE[..., 0],), lambda w, x: F.conv1d(x, w, padding=1)),
     Call("conv2d", (16, 16, 3, 3), Conv(), (IMAGE,), lambda w, x: F.conv2d(x, w, padding=1)),

@@ -317,7 +317,8 @@ def silent_in_peft(message: str, selected: Selection) -> bool:
     if unused := re.match(r"rank_pattern: '(.*?)' matches none", message):
         return not any(re.match(rf"(.*\.)?({unused[1]})$", n) for n in adapted)
     if empty := re.match(r"layers_to_transform: no target lies in layer (\d+)", message):
-        return not any(re.match(rf".*?\.[^.]*\.{empty[1]}\.", n) for n in adapted)
+        indices = [re.match(r".*?\.[^.]*\.(\d+)\.", n) for n in adapted]
+        return not any(found and found[1] == empty[1] for found in indices)
     return message.startswith("bias=") and "full" not in selected.values()
 
 

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("funclora-demo"),
     domains: Annotated[int, typer.Option(min=2, help="How many domains take part.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 48,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 36,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     seed: Annotated[int, typer.Option(help="Decides initial values and batches.")] = 0,
 ) -> None:
     """Train LoRA and DoRA adapters of a small language model on the sources of Python's standard library.
 
     One adapter of each kind for every domain, evaluated on all of them, saved as PEFT folders, one merged, two
-    used to continue a prompt. About two minutes on two cores, nothing is downloaded.
+    used to continue a prompt. Two to three minutes on two cores, nothing is downloaded.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -36,12 +36,12 @@ class Settings:
     """
 
     domains: int = 8
-    steps: int = 48
-    batch: int = 8
+    steps: int = 36
+    batch: int = 4
     context: int = 256
     r: int = 8
     lr: float = 1e-2
-    windows: int = 24
+    windows: int = 12
     seed: int = 0
 
     @property

@@ -95,7 +95,8 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         model: the base model that the adapter was trained on.
 
     Returns:
-        Full parameter name -> rule, and the configuration. Applied to the model they give PEFT's outputs.
+        Full parameter name -> rule, and the configuration. Applied to the model they give PEFT's outputs, in training
+        mode up to dropout.
 
     Raises:
         FormatError: a file is missing or broken, or the files do not fit each other or the model.

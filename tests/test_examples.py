@@ -1,0 +1,82 @@
+"""The example scripts, at a small size: what each of them sets out to show is so."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *argv: str) -> Any:
+    """What `main` of that example returns."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(list(argv))
+
+
+def test_mlp_lora_vs_dora(capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("mlp_lora_vs_dora", "--pretrain-steps=300", "--steps=120", "--lr=1e-2")
+    assert list(results) == ["base model", "LoRA", "DoRA", "full fine-tuning"]
+    for name in ("LoRA", "DoRA", "full fine-tuning"):
+        assert results[name].train_loss < 0.2 * results["base model"].train_loss, name
+        assert results[name].heldout_loss < 0.25 * results["base model"].heldout_loss, name
+    assert results["base model"].trainable == 0
+    # DoRA adds a magnitude per output unit to what LoRA trains.
+    assert results["DoRA"].trainable == results["LoRA"].trainable + 128 + 128 + 8
+    assert results["LoRA"].trainable < 0.15 * results["full fine-tuning"].trainable
+    printed = capsys.readouterr().out
+    assert "2,144 of 19,720 = 10.87 % trainable" in printed
+    for result in results.values():
+        assert f"{result.heldout_loss:.4f}" in printed
+
+
+@pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
+def test_transformer_qv(options: list[str]) -> None:
+    result = run("transformer_qv", "--pretrain-steps=60", "--steps=100", "--rank=16", "--lr=1.5e-2", *options)
+    blocks = [f"blocks.{i}.attention.1" for i in range(2)]
+    assert result.trained == [f"{block}.{proj}.weight" for block in blocks for proj in ("q_proj", "v_proj")]
+    assert result.last_loss < 0.1 * result.first_loss
+    assert result.copied["base model"] > 0.9
+    assert result.reversed["base model"] < 0.01
+    assert result.reversed["adapted model"] > 0.5
+    assert result.base_unchanged
+
+
+def test_cnn_conv_adapters() -> None:
+    results = run("cnn_conv_adapters", "--pretrain-steps=60", "--steps=60", "--images=256")
+    base = results.pop("base model")
+    assert base.clean_accuracy > 0.9
+    assert base.accuracy < 0.4
+    assert list(results) == ["LoRA", "DoRA"]
+    for name, result in results.items():
+        assert result.loss < 0.2 * base.loss, name
+        assert result.accuracy > 0.7, name
+
+
+@pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
+def test_merge_into_plain_model(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "merged.safetensors"
+    result = run("merge_into_plain_model", "--steps=150", f"--out={out}", *options)
+    assert result.last_loss < 0.25 * result.first_loss
+    assert result.merged_difference < 1e-5
+    assert result.file_difference == 0
+    # float32 and float64 may round to neighbours where the exact value lies all but halfway.
+    assert result.once < 1e-3
+    assert result.twice > 0.1
+    assert result.lost > 0.1
+    assert result.params_unchanged
+    assert {name: tensor.shape for name, tensor in load_file(out).items()} == {
+        "0.weight": torch.Size([128, 4]),
+        "0.bias": torch.Size([128]),
+        "2.weight": torch.Size([128, 128]),
+        "2.bias": torch.Size([128]),
+        "4.weight": torch.Size([2, 128]),
+        "4.bias": torch.Size([2]),
+    }
