@@ -178,7 +178,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("net", {"target_modules": ["layers.0.q_proj"]}),
     ("net", {"target_modules": ["tower.q_proj", "embed"]}),
     ("net", {"target_modules": ["experts.1.up", "0.xq_proj"]}),
-    ("net", {"target_modules": {"lm_head", "q_proj", "xq_proj"}}),
+    pytest.param("net", {"target_modules": {"lm_head", "q_proj", "xq_proj"}}, id="net-a-set"),  # no order of its own
     ("conv", {"target_modules": ["conv", "stem", "down.0", "2", "fc"]}),
     ("llama", {"target_modules": ["q_proj", "v_proj", "embed_tokens", "lm_head"]}),
     ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj", "wte"]}),
