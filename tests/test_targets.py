@@ -172,7 +172,7 @@ def plain(path: str) -> str:
 
 
 Q = ["q_proj"]
-ACCEPTED: list[tuple[str, dict[str, Any]]] = [
+ACCEPTED: list[Any] = [
     # lists: full names and dotted suffixes, nothing else
     ("net", {"target_modules": Q}),
     ("net", {"target_modules": ["layers.0.q_proj"]}),
