@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check "torch==
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean distclean
+.PHONY: help demo test bench lint docs clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -28,6 +28,9 @@ demo: .venv/.has-demo ## run the demo
 
 test: .venv/.has-test ## run the tests and the examples in the docstrings
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-header -n $(JOBS) $(ARGS)
+
+bench: .venv/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md
+	@$(BIN)/python examples/benchmark.py $(ARGS)
 
 lint: .venv/.has-lint .venv/.has-test ## check style, formatting and types
 	@$(BIN)/ruff check -q
