@@ -8,7 +8,7 @@ from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._config import LoraConfig
 from funclora._init import init
 from funclora._merge import merge
-from funclora._rules import DoRA, Full, LoRA
+from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
 from funclora.io.peft import load_peft, save_peft
@@ -18,6 +18,7 @@ __all__ = [
     "Full",
     "LoRA",
     "LoraConfig",
+    "Rule",
     "apply",
     "base_params",
     "bind",

@@ -213,9 +213,16 @@ class _TracedModule:
     def __init__(self, model: nn.Module, params: Params, adapters: Adapters) -> None:
         self._model = model
         self._tensors = {}
+        places: dict[tuple[int, str], str] = {}
         for name, value in params.items():
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
+            twin = places.setdefault((id(owner), leaf), name)
+            if twin != name and (name in adapters or twin in adapters):
+                raise UnsupportedError(
+                    f"{twin!r} and {name!r} are one parameter of one module under two names. torch.compile cannot give "
+                    "it two weights: call apply outside of the compiled function, or adapt a model without the sharing."
+                )
             is_buffer = leaf in owner._buffers
             self._tensors[name] = (
                 value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, owner, None)

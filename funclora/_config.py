@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
@@ -104,7 +105,7 @@ class LoraConfig:
         alphas = [("lora_alpha", self.lora_alpha)]
         alphas += [(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()]
         for where, alpha in alphas:
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
                 raise ConfigError(f"{where}: expected a finite number, got {alpha!r}.")
             if alpha == 0:
                 raise ConfigError(f"{where}: 0 would make the adapter have no effect; give a number other than 0.")

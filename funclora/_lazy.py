@@ -66,6 +66,8 @@ class LazyWeight(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The rewritten weight in the base's dtype, nobody else's tensor."""
+        if self.rule.dropout_p and self.training():
+            raise UnsupportedError(f"{self.target!r}: dropout {self.rule.dropout_p} cannot act on the dense weight.")
         return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.dense_is_free)
 
     def training(self) -> bool:
@@ -106,6 +108,8 @@ class LazyWeight(torch.Tensor):
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
             return op.finish(lazy.rule.read(op, lazy.base, dropout))
+        if torch.compiler.is_compiling():  # the tracer follows neither the copies in `inlined` nor names of functions
+            return func(*_dense(args), **_dense(kwargs))
         if func in inlined:
             return inlined[func](*args, **kwargs)
         return _dense_fallback(func, args, kwargs)
@@ -137,8 +141,12 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             if is_strict():
                 raise DenseFallbackError(message)
             warnings.warn(message, DenseFallbackWarning, stacklevel=3)
-    args, kwargs = pytree.tree_map(lambda x: x.dense() if isinstance(x, LazyWeight) else x, (args, kwargs))
-    return func(*args, **kwargs)
+    return func(*_dense(args), **_dense(kwargs))
+
+
+def _dense(tree: Any) -> Any:
+    """The tree with dense weights in place of lazy ones."""
+    return pytree.tree_map(lambda x: x.dense() if isinstance(x, LazyWeight) else x, tree)
 
 
 def _written(func: Callable[..., Any], operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

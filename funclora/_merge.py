@@ -47,7 +47,9 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         weight = params[name]
         dense = rule.dense(weight)
         # Also away from an adapter's own leaf: the result of a Full rule must not alias it.
-        merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True)
+        # In the base's order in memory: safetensors takes no transposed view.
+        order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
+        merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
         # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
         if not torch._C._functorch.is_functorch_wrapped_tensor(dense) and not torch.isfinite(merged[name]).all():
             cause = "" if torch.isfinite(dense).all() else " before rounding"

@@ -205,25 +205,39 @@ def test_each_name_of_a_shared_module_has_its_own_weight(adapted: tuple[str, ...
         close(output, F.linear(x, weight, params[f"{name}.bias"]), 1e-6)
 
 
-def test_each_name_of_a_shared_recurrent_module_has_its_own_flat_weights() -> None:
+class OwnWeights(nn.Module):
+    """Reads its weight through a plain list, as `nn.LSTM` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 3))
+        self.weights = [self.w]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[0])
+
+
+@pytest.mark.parametrize("tied", ["module", "parameter"])
+def test_what_refers_to_tied_weights_sees_those_of_its_own_module(tied: str) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one = nn.GRU(3, 3)
-            self.two = self.one
+            self.one = self.two = OwnWeights()
+            if tied == "parameter":
+                self.two = OwnWeights()
+                self.two.w = self.one.w
+                self.two.weights = [self.one.w]
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.one(x)[0], self.two(x)[0]
+            return self.one(x), self.two(x)
 
-    model, x = Twice(), torch.randn(2, 4, 3)
+    model, x = Twice(), torch.randn(4, 3)
     params = base_params(model)
-    rules = [make_rule("lora", Linear(), params["one.weight_ih_l0"], gen(i)) for i in range(2)]
-    adapters = {f"{name}.weight_ih_l0": rule for name, rule in zip(("one", "two"), rules, strict=True)}
-    for output, rule in zip(apply(model, params, adapters, x), rules, strict=True):
-        alone = nn.GRU(3, 3)
-        alone.load_state_dict({n: params[f"one.{n}"] for n in alone.state_dict()})
-        alone.weight_ih_l0.data = oracle(params["one.weight_ih_l0"], rule)
-        close(output, alone(x)[0], 1e-6)
+    adapters = {f"{n}.w": make_rule("lora", Linear(), params["one.w"], gen(i)) for i, n in enumerate(("one", "two"))}
+    expected = [F.linear(x, oracle(params["one.w"], rule)) for rule in adapters.values()]
+    close(apply(model, params, adapters, x), expected, 1e-6)
+    one_only = {"one.w": adapters["one.w"]}
+    close(apply(model, params, one_only, x), [expected[0], F.linear(x, params["one.w"])], 1e-6)
 
 
 class TiedNorms(nn.Module):

@@ -15,7 +15,7 @@ from oracle import close, oracle, rewritten, tensors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora import DoRA, Full, LoRA, base_params, merge
+from funclora import DoRA, Full, LoRA, LoraConfig, base_params, init, merge
 from funclora._layout import Conv, Conv1D, Embedding, Linear, Parameter
 from funclora.errors import NonFiniteError, ParamsError, TiedWeightsWarning
 
@@ -293,3 +293,13 @@ def test_a_tied_transformers_model_loads_the_result_once_its_tie_is_removed() ->
     untied.load_state_dict(merged)
     assert torch.equal(untied.lm_head.weight, params["lm_head.weight"])
     assert torch.equal(untied.transformer.wte.weight, merged["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize(("module", "name"), [(nn.Embedding(5, 4), "e"), (nn.ConvTranspose2d(4, 6, 3, groups=2), "c")])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_weights_lie_in_memory_as_the_base_does(module: nn.Module, name: str, use_dora: bool) -> None:
+    model = nn.ModuleDict({name: module})
+    params = base_params(model)
+    adapters = init(model, LoraConfig(r=2, target_modules=[name], use_dora=use_dora, init_lora_weights=False))
+    merged = merge(params, adapters)
+    assert {n: t.stride() for n, t in merged.items()} == {n: t.stride() for n, t in params.items()}

@@ -183,10 +183,10 @@ def _evaluate(
 @torch.no_grad()
 def _merge(model: ByteLM, params: Params, trained: Trained, windows: Tensor, out: Path) -> float:
     """Merge an adapter, save the weights, load them into an unmodified model and compare the logits."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     merged = fl.merge(params, trained.adapters)
-    save_file({name: tensor.contiguous() for name, tensor in merged.items()}, out / "merged.safetensors")
+    (out / "merged.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in merged.items()}))
     plain = load_base()
     plain.load_state_dict(merged)
     ids = windows[:, :-1]

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from funclora._apply import Adapters, named_tensors
@@ -76,7 +76,7 @@ def save_peft(path: str | os.PathLike[str], adapters: Adapters, config: LoraConf
     text = config_text(config, [w.module for w in by_module], fan_in_fan_out=fan_in_fan_out)
 
     def write_weights(file: Path) -> None:
-        save_file(written, file, metadata={"format": "pt"})
+        file.write_bytes(save(written, metadata={"format": "pt"}))  # save_file's files are for their owner alone
 
     def write_config(file: Path) -> None:
         file.write_text(text, encoding="utf-8")

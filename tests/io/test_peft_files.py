@@ -464,9 +464,10 @@ def test_an_adapter_is_replaced_and_the_rest_of_the_folder_stays(tmp_path: Path)
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     assert list(load_peft(str(folder), model)[0]) == list(adapters)
     assert (folder / CONFIG).stat().st_mode == mode == (folder / "README.md").stat().st_mode
+    assert (folder / WEIGHTS).stat().st_mode == mode
 
 
-@pytest.mark.parametrize("step", ["save_file", "write_text", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["write_bytes", "write_text", "fsync", "replace"])
 @pytest.mark.parametrize("new", [True, False])
 def test_a_failure_leaves_the_old_adapter_or_nothing(
     step: str, new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -480,13 +481,14 @@ def test_a_failure_leaves_the_old_adapter_or_nothing(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left")
 
-    def half(tensors: Any, file: Path, metadata: Any) -> None:
-        file.write_bytes(b"half")
+    def half(file: Path, data: bytes) -> None:
+        with file.open("wb") as out:
+            out.write(data[: len(data) // 2])
         fail()
 
     match step:
-        case "save_file":
-            monkeypatch.setattr("funclora.io.peft.save_file", half)
+        case "write_bytes":
+            monkeypatch.setattr(Path, "write_bytes", half)
         case "write_text":
             monkeypatch.setattr(Path, "write_text", fail)
         case "fsync":
