@@ -8,7 +8,10 @@ from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._config import LoraConfig
 from funclora._init import init
 from funclora._merge import merge
+from funclora._population import per_example_value_and_grad, population_step
+from funclora._route import route
 from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
 from funclora.io.peft import load_peft, save_peft
@@ -19,6 +22,7 @@ __all__ = [
     "LoRA",
     "LoraConfig",
     "Rule",
+    "Stack",
     "apply",
     "base_params",
     "bind",
@@ -27,9 +31,15 @@ __all__ = [
     "load_peft",
     "merge",
     "optim",
+    "per_example_value_and_grad",
+    "population_step",
+    "route",
     "save_peft",
+    "stack",
     "summary",
     "trace_targets",
     "train_step",
+    "unstack",
     "value_and_grad",
+    "vmap",
 ]

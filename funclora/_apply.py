@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from funclora._clone import clone_module
 from funclora._layout import Embedding, Layout
-from funclora._lazy import LazyWeight
+from funclora._lazy import LazyWeight, requires_grad
+from funclora._route import Routed
+from funclora._rows import Entrance, with_rows
 from funclora._rules import LinearMap, Rule
 from funclora._tree import pytree_node
 from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
@@ -121,6 +123,11 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
         return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner, uses)
 
     bound = clone_module(model, tensor)
+    n, repeats = rows_of_batch(adapters)
+    if n > 1:
+        entrance = Entrance(n, repeats)
+        for module in bound.modules():
+            entrance.guard(module)
     if unused:
         name = min(unused)
         raise ParamsError(
@@ -193,6 +200,18 @@ def trace_targets(
     return cast(dict[str, Literal["fast", "dense", "untouched"]], uses)
 
 
+def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
+    """How many rows a batch has for adapters that differ by row, and their repetitions; 1 if they do not differ."""
+    sizes = {(rule.n, rule.repeats): name for name, rule in adapters.items() if isinstance(rule, Routed)}
+    if len(sizes) > 1:
+        raise ParamsError(
+            "adapters are routed for batches of different sizes: "
+            + ", ".join(f"{name!r} for {n} rows" for (n, _), name in sizes.items())
+            + ". Take the rules of one call of route."
+        )
+    return next(iter(sizes), (1, 1))
+
+
 def check_adapters(params: Params, adapters: Adapters) -> None:
     """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
     for name, rule in adapters.items():
@@ -212,6 +231,7 @@ class _TracedModule:
 
     def __init__(self, model: nn.Module, params: Params, adapters: Adapters) -> None:
         self._model = model
+        self._rows = rows_of_batch(adapters)
         self._tensors = {}
         places: dict[tuple[int, str], str] = {}
         for name, value in params.items():
@@ -229,7 +249,10 @@ class _TracedModule:
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
+
+        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)
@@ -254,7 +277,7 @@ def _rewritten(
             return plain
         # torch would renormalise the table in place.
         return LazyWeight.of(name, plain, Unchanged(), owner, None)
-    if not weight.requires_grad and not any(getattr(rule, leaf).requires_grad for leaf in rule.leaves):
+    if not requires_grad(weight, rule):
         rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
     return LazyWeight.of(name, weight, rule, owner, uses)
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora._maps import UnmappedError, linear_maps
+from funclora._route import differs_by_row, operate_by_row
+from funclora._rows import written
 from funclora._rules import Rule
 from funclora._views import inlined, views
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
@@ -94,7 +96,7 @@ class LazyWeight(torch.Tensor):
         if func in _OF_THE_BASE:
             return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
         if func == _REQUIRES_GRAD:
-            return args[0].base.requires_grad or any(t.requires_grad for t in pytree.tree_leaves(args[0].rule))
+            return requires_grad(args[0].base, args[0].rule)
         mapped = None
         try:
             if func in linear_maps:
@@ -108,6 +110,9 @@ class LazyWeight(torch.Tensor):
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
             return op.finish(lazy.rule.read(op, lazy.base, dropout))
+        by_row = operate_by_row(func, args, kwargs)
+        if by_row is not NotImplemented:
+            return by_row
         if torch.compiler.is_compiling():  # the tracer follows neither the copies in `inlined` nor names of functions
             return func(*_dense(args), **_dense(kwargs))
         if func in inlined:
@@ -115,13 +120,18 @@ class LazyWeight(torch.Tensor):
         return _dense_fallback(func, args, kwargs)
 
 
+def requires_grad(weight: Tensor, rule: Rule) -> bool:
+    """Whether autograd follows a weight or a tensor of its rule."""
+    tensors = (weight, *pytree.tree_leaves(rule))
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
 def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dense weights, with one warning per parameter and operation."""
     operation = getattr(func, "__name__", str(func))
     if operation in ("__get__", "__set__"):
         operation = getattr(getattr(func, "__self__", None), "__name__", operation)
-
-    for x in pytree.tree_leaves(_written(func, operation, args, kwargs)):
+    for x in pytree.tree_leaves(written(func, args, kwargs)):
         if isinstance(x, LazyWeight):
             raise PurityError(
                 f"{x.target!r}: the model calls {operation}, which would write to a rewritten weight. "
@@ -130,6 +140,11 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     for x in pytree.tree_leaves((args, kwargs)):
         if not isinstance(x, LazyWeight):
             continue
+        if differs_by_row(x):
+            raise UnsupportedError(
+                f"{x.target!r} is another weight for every row of the batch, and {operation} has no such form. Leave "
+                "the target out, use funclora.vmap over the stack, or call the model once for each member."
+            )
         x.used("fast" if x.rule.dense_is_free else "dense")
         if x.rule.dropout_p and x.training():
             raise UnsupportedError(
@@ -147,17 +162,6 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 def _dense(tree: Any) -> Any:
     """The tree with dense weights in place of lazy ones."""
     return pytree.tree_map(lambda x: x.dense() if isinstance(x, LazyWeight) else x, tree)
-
-
-def _written(func: Callable[..., Any], operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    in_place = operation.endswith("_") and not operation.endswith("__")
-    dunder = operation.startswith("__i") and operation.endswith("__") and operation not in ("__invert__", "__index__")
-    setter = operation == "__setitem__" or getattr(func, "__name__", "") == "__set__"
-    written = [kwargs.get("out")]
-    if in_place or dunder or setter or kwargs.get("inplace"):
-        written += [*args, *kwargs.values()][:1]
-    return written
 
 
 def _base(x: Any) -> Any:

@@ -24,8 +24,10 @@ class UnmappedError(Exception):
 class Map(ABC):
     """A torch operation seen as a linear function of one weight (`funclora._rules.LinearMap`)."""
 
+    x: Tensor
     bias: Tensor | None = None
     backwards: bool = False
+    drops: bool = True  # dropout acts on its input
 
     @abstractmethod
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor: ...
@@ -36,18 +38,58 @@ class Map(ABC):
     @abstractmethod
     def per_output(self, vector: Tensor) -> Tensor: ...
 
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        return added(y, self.low_rank(a, b, dropout), scaling)
+
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        """`low_rank` of several updates, each on inputs of its own.
+
+        Args:
+            x: `[groups, rows, *]`: for each group an input of this operation with that many rows in front.
+            a: `[groups, *]`.
+            b: `[groups, *]`.
+            dropout: as in `low_rank`.
+
+        Returns:
+            `[groups, rows, *]`.
+        """
+        randomness = "different" if dropout else "error"
+        by_group = torch.func.vmap(lambda x, a, b: self.on(x).low_rank(a, b, dropout), randomness=randomness)
+        out: Tensor = by_group(x, a, b)
+        return out
+
+    def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operation without bias on an input `[rows, *]` of this one."""
+        return self.on(x).dense(weight, bias=False)
+
+    def on(self, x: Tensor) -> Map:
+        """The same operation on another input."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.x = x
+        return new
+
     def scaled_input(self, factor: Tensor) -> Map:
-        raise UnmappedError  # only maps that can be `backwards` are asked
+        return self.on((self.x * factor).to(self.x.dtype))
 
     def finish(self, y: Tensor) -> Tensor:
         """What the operation does to its result after the linear part."""
         return y
 
 
+def added(y: Tensor, u: Tensor, scaling: float | Tensor) -> Tensor:
+    """y + s·u, in the wider dtype of the two."""
+    return y + u * scaling if isinstance(scaling, Tensor) else torch.add(y, u, alpha=scaling)
+
+
 def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
     """The input of the low-rank path: in the adapter's dtype, with dropout."""
     x = x.to(a.dtype)
     return F.dropout(x, dropout) if dropout else x
+
+
+# Dtypes in which a sum may be rounded at another place than PEFT rounds it.
+_EXACT = (torch.float32, torch.float64)
 
 
 class LinearMap(Map):
@@ -62,14 +104,28 @@ class LinearMap(Map):
         return F.linear(self.x, weight, self.bias if bias else None)
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        h, second = self._halfway(a, b, dropout)
+        return F.linear(h, second)
+
+    def _halfway(self, a: Tensor, b: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
         first, second = (b.mT, a.mT) if self.backwards else (a, b)
-        return F.linear(F.linear(_input(self.x, a, dropout), first), second)
+        return F.linear(_input(self.x, a, dropout), first), second
+
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        h, second = self._halfway(a, b, dropout)
+        if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in _EXACT:
+            return added(y, F.linear(h, second), scaling)
+        # The product is added where it is made: one pass over the outputs less, forward and backward.
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
+
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        first, second = (b.mT, a) if self.backwards else (a, b.mT)
+        h = first @ _input(x, a, dropout).flatten(1, -2).mT  # in this order, batches of small products are fast
+        y: Tensor = (h.mT @ second).unflatten(1, x.shape[1:-1])
+        return y
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector
-
-    def scaled_input(self, factor: Tensor) -> Map:
-        return LinearMap((self.x * factor).to(self.x.dtype), self.bias, backwards=self.backwards)
 
 
 class MatmulMap(LinearMap):
@@ -84,11 +140,12 @@ class MatmulMap(LinearMap):
         first, second = (b, a) if self.backwards else (a.mT, b.mT)
         return _input(self.x, a, dropout) @ first @ second
 
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        plain = Map if a.dim() > 2 else LinearMap
+        return plain.add_low_rank(self, y, a, b, scaling, dropout)
+
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.unsqueeze(-2) if vector.dim() > 1 else vector
-
-    def scaled_input(self, factor: Tensor) -> Map:
-        return MatmulMap((self.x * factor).to(self.x.dtype), self.bias, backwards=self.backwards)
 
 
 class LeftMatmulMap(Map):
@@ -107,9 +164,6 @@ class LeftMatmulMap(Map):
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.unsqueeze(-1)
-
-    def scaled_input(self, factor: Tensor) -> Map:
-        return LeftMatmulMap((self.x * factor).to(self.x.dtype), backwards=self.backwards)
 
 
 class GroupedMap(Map):
@@ -136,12 +190,11 @@ class GroupedMap(Map):
         rows = torch.arange(self.x.shape[0], device=self.offs.device, dtype=self.offs.dtype)
         return vector[torch.searchsorted(self.offs, rows, right=True)]
 
-    def scaled_input(self, factor: Tensor) -> Map:
-        return GroupedMap(self.op, (self.x * factor).to(self.x.dtype), self.offs, backwards=self.backwards)
-
 
 class EmbeddingMap(Map):
     """Rows of a table, `[*ids, dim]`."""
+
+    drops = False  # the input is a one-hot vector: to drop it would drop whole tokens. PEFT does not either
 
     def __init__(
         self,
@@ -152,7 +205,7 @@ class EmbeddingMap(Map):
         norm_type: float,
         scale_grad_by_freq: bool,
     ) -> None:
-        self.ids = ids
+        self.x = ids
         self.n_rows = n_rows
         self.padding_idx = padding_idx
         self.max_norm = max_norm
@@ -160,12 +213,10 @@ class EmbeddingMap(Map):
         self.scale_grad_by_freq = scale_grad_by_freq
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
-        return F.embedding(self.ids, weight)
+        return F.embedding(self.x, weight)
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        # The input of the low-rank path is a one-hot vector: dropping it would drop whole tokens. As in PEFT,
-        # dropout does not act here.
-        return F.linear(F.embedding(self.ids, a.mT), b)
+        return F.linear(F.embedding(self.x, a.mT), b)
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector
@@ -178,13 +229,13 @@ class EmbeddingMap(Map):
             scale = torch.where(norm > self.max_norm, self.max_norm / (norm + 1e-7), 1.0)
             y = y + (y * scale - y).detach()
         if self.scale_grad_by_freq:
-            flat = self.ids.flatten()
+            flat = self.x.flatten()
             counts = torch.zeros(self.n_rows, device=y.device)  # float32: bfloat16 counts to 256
             counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=counts.dtype))
-            y = y.detach() + (y - y.detach()) / counts[self.ids].unsqueeze(-1).to(y.dtype)
+            y = y.detach() + (y - y.detach()) / counts[self.x].unsqueeze(-1).to(y.dtype)
         if self.padding_idx is not None:
             padding = self.padding_idx % self.n_rows
-            y = torch.where((self.ids == padding).unsqueeze(-1), y.detach(), y)
+            y = torch.where((self.x == padding).unsqueeze(-1), y.detach(), y)
         return y
 
 
@@ -210,6 +261,16 @@ class ConvMap(Map):
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
         h = self.conv(_input(self.x, a, dropout), self.down(a), None, **self.options)
         return _CONVS[self.spatial](h, b, groups=self.groups)
+
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        several = x.shape[1 : -self.spatial - 1]
+        y: Tensor = super().grouped(x.flatten(1, len(several)), a, b, dropout).unflatten(1, several)
+        return y
+
+    def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        several = x.shape[: -self.spatial - 1]
+        y: Tensor = super().by_rows(x.flatten(0, len(several) - 1), weight).unflatten(0, several)
+        return y
 
     def down(self, a: Tensor) -> Tensor:
         """The kernel of the first convolution: every group reads its channels with the same `a`."""

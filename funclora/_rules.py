@@ -49,6 +49,9 @@ class LinearMap(Protocol):
     def per_output(self, vector: Tensor) -> Tensor:
         """A vector `[*lead, out]`, shaped to broadcast over the result (over the input, if `backwards`)."""
 
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        """`y + s·low_rank(a, b, dropout)`, in the wider dtype of the two."""
+
     def scaled_input(self, factor: Tensor) -> LinearMap:
         """The same operation on `input · factor`."""
 
@@ -102,14 +105,15 @@ class LowRank(Rule):
     Attributes:
         a: the factor that reads the input, `[r, in]` (see `funclora._layout` for convolutions and experts).
         b: the factor that writes the output, `[out, r]`, of the dtype of `a`.
-        scaling: s, usually α/r, or α/√r for rsLoRA (arXiv 2312.03732).
+        scaling: s, usually α/r, or α/√r for rsLoRA (arXiv 2312.03732). A number; a tensor `[]` where members of a
+            stack that differ in it are mapped.
         dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
         layout: where the matrix lies in the weight.
     """
 
     a: Tensor
     b: Tensor
-    scaling: float = field(default=1.0, kw_only=True)
+    scaling: float | Tensor = field(default=1.0, kw_only=True)
     dropout: float = field(default=0.0, kw_only=True)
     layout: Layout = field(default=Linear(), kw_only=True)
 
@@ -161,8 +165,8 @@ class LowRank(Rule):
         return replace(self, layout=Parameter(not self.layout.transposed))
 
     def add_update(self, op: LinearMap, y: Tensor, dropout: float) -> Tensor:
-        """`y + s·op(B·A)` in the dtype of y."""
-        return torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling).to(y.dtype)
+        """`y + s·op(B·A)`, in the wider dtype of the two."""
+        return op.add_low_rank(y, self.a, self.b, self.scaling, dropout)
 
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
@@ -196,7 +200,8 @@ class LoRA(LowRank):
         return self.layout.weight(self.update(weight), weight.shape)
 
     def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
-        return self.add_update(op, op.dense(weight, bias=True), dropout)
+        y = op.dense(weight, bias=True)
+        return self.add_update(op, y, dropout).to(y.dtype)
 
 
 @pytree_node
@@ -272,12 +277,13 @@ class Gained(LowRank):
         gain = op.per_output(self.gain)
         if op.backwards:
             op = op.scaled_input(gain)
-            return self.add_update(op, op.dense(weight, bias=True), dropout)
+            y = op.dense(weight, bias=True)
+            return self.add_update(op, y, dropout).to(y.dtype)
         y = op.dense(weight, bias=False)
-        out = torch.add(y, op.low_rank(self.a, self.b, dropout), alpha=self.scaling) * gain
-        if op.bias is not None:
-            out = out + op.per_output(op.bias)
-        return out.to(y.dtype)
+        out = self.add_update(op, y, dropout)
+        if op.bias is None:
+            return (out * gain).to(y.dtype)
+        return torch.addcmul(op.per_output(op.bias).to(out.dtype), out, gain.to(out.dtype)).to(y.dtype)
 
 
 @pytree_node
@@ -328,7 +334,7 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
         raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot carry an update.")
 
 
-def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
     norms = []
     for piece, a_piece in layout.pieces(weight, a, NORM_SHARE):
@@ -338,7 +344,7 @@ def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: 
     return combined
 
 
-def row_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def row_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the rows of M + s·B·A, without ever holding that matrix as a whole.
 
     ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) costs the same number of operations,
@@ -369,10 +375,12 @@ def _block(length: int, numel: int) -> int:
     return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
 
 
-def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
     dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
     matrix, a, b = matrix.to(dtype), a.to(dtype), b.to(dtype)
+    if isinstance(scaling, Tensor):
+        b, scaling = b * scaling, 1.0
     with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
         if matrix.dim() == 2:
             return torch.addmm(matrix, b, a, alpha=scaling)

@@ -59,6 +59,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         >>> loss.item(), grads["weight"].b.tolist(), grads["weight"].a.tolist()
         (0.0, [[6.0]], [[0.0, 0.0]])
     """
+    checked = checked_loss(loss_fn, has_aux)
 
     def run(
         model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any
@@ -66,11 +67,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         params = {name: tensor.detach() for name, tensor in params.items()}
 
         def loss_and_aux(adapters: Adapters) -> tuple[Tensor, Any]:
-            out = loss_fn(bind(model, params, adapters), *args, **kwargs)
-            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-                raise ConfigError(f"loss_fn: expected a pair (loss, aux) with has_aux=True, got {_kind(out)}.")
-            loss, aux = out if has_aux else (out, ())
-            return _scalar(loss), aux
+            return checked(bind(model, params, adapters), *args, **kwargs)  # type: ignore[no-any-return]
 
         tree: Any = dict(adapters)
         leaves: list[Any] = optree.tree_leaves(tree)
@@ -79,7 +76,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         if torch.compiler.is_compiling() or _is_transformed():
             grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
         else:
-            loss, aux, grads = _autograd(loss_and_aux, adapters)
+            loss, aux, grads = autograd(loss_and_aux, tree)
         return ((loss, aux) if has_aux else loss), grads
 
     return run
@@ -129,18 +126,17 @@ def train_step(
     """
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ConfigError(f"accumulate: expected a positive integer, got {accumulate!r}.")
-    gradient = value_and_grad(loss_fn, has_aux=True) if has_aux else value_and_grad(_with_aux(loss_fn), has_aux=True)
-    # TorchOpt writes into the gradients and its state unless told otherwise.
-    pure = {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
+    gradient = value_and_grad(checked_loss(loss_fn, has_aux), has_aux=True)
+    pure = is_pure(optimizer)
 
     def step(
         params: Params, adapters: Adapters, state: Any, batch: Any, *, seed: int | None = None
     ) -> tuple[dict[str, Rule], Any, dict[str, Any]]:
         tree: Any = optree.tree_map(torch.Tensor.detach, cast(Any, dict(adapters)))
         with _seeded(seed, tree):
-            parts = [gradient(model, params, tree, part) for part in _micro_batches(batch, accumulate)]
-        grads = _mean([grads for _, grads in parts])
-        loss = _mean([loss for (loss, _), _ in parts])
+            parts = [gradient(model, params, tree, part) for part in micro_batches(batch, accumulate)]
+        grads = mean([grads for _, grads in parts])
+        loss = mean([loss for (loss, _), _ in parts])
         with torch.no_grad():
             updates, state = optimizer.update(grads, state, params=tree, **pure)
             tree = apply_updates(tree, updates)
@@ -153,11 +149,9 @@ def train_step(
     return step
 
 
-def _autograd(
-    loss_and_aux: Callable[[Adapters], tuple[Tensor, Any]], adapters: Adapters
-) -> tuple[Tensor, Any, dict[str, Rule]]:
+def autograd(loss_and_aux: Callable[[Any], tuple[Tensor, Any]], tree: Any) -> tuple[Tensor, Any, Any]:
     """Loss, aux and gradients by ordinary autograd, about a fifth faster than `torch.func` for one adapter."""
-    tree: Any = dict(adapters)
+    n_rules = len(tree)
     paths, leaves, spec = optree.tree_flatten_with_path(tree)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     with torch.enable_grad():
@@ -172,7 +166,7 @@ def _autograd(
     unused = list(dict.fromkeys(str(path[0]) for path, g in zip(paths, found, strict=True) if g is None))
     if unused:
         warnings.warn(
-            f"the loss does not depend on {len(unused)} of {len(adapters)} adapters (their gradient is taken as "
+            f"the loss does not depend on {len(unused)} of {n_rules} adapters (their gradient is taken as "
             f"zero): {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}.",
             UnusedAdapterWarning,
             stacklevel=3,
@@ -211,8 +205,22 @@ def _graph(loss: Tensor) -> list[Any]:
     return nodes
 
 
-def _with_aux(loss_fn: LossFn) -> LossFn:
-    return lambda *args, **kwargs: (loss_fn(*args, **kwargs), ())
+def checked_loss(loss_fn: LossFn, has_aux: bool) -> LossFn:
+    """The loss as a function that returns a pair of a scalar and aux, `()` if it has none."""
+
+    def pair(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        out = loss_fn(*args, **kwargs)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ConfigError(f"loss_fn: expected a pair (loss, aux) with has_aux=True, got {_kind(out)}.")
+        loss, aux = out if has_aux else (out, ())
+        return _scalar(loss), aux
+
+    return pair
+
+
+def is_pure(optimizer: Optimizer) -> dict[str, bool]:
+    """What to tell an optimizer so that it writes to nothing: TorchOpt does, unless it is told."""
+    return {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -235,8 +243,8 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _micro_batches(batch: Any, n: int) -> list[Any]:
-    """Cut every tensor of the batch into n equal parts along its first dimension."""
+def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:
+    """Cut every tensor of the batch into n equal parts along a dimension."""
     if n == 1:
         return [batch]
     leaves, spec = optree.tree_flatten(batch)
@@ -248,17 +256,18 @@ def _micro_batches(batch: Any, n: int) -> list[Any]:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             parts.append([leaf] * n)
-        elif leaf.dim() == 0 or leaf.shape[0] % n:
+        elif leaf.dim() <= dim or leaf.shape[dim] % n:
             raise ConfigError(
                 f"accumulate={n} does not divide a tensor of the batch with shape {list(leaf.shape)}. Every tensor's "
-                "first dimension must be a multiple of it."
+                f"{'first' if dim == 0 else 'second'} dimension must be a multiple of it."
             )
         else:
-            parts.append(leaf.chunk(n))
+            parts.append(leaf.chunk(n, dim))
     return [optree.tree_unflatten(spec, part) for part in zip(*parts, strict=True)]
 
 
-def _mean(trees: list[Any]) -> Any:
+def mean(trees: list[Any]) -> Any:
+    """The mean of trees, leaf by leaf."""
     if len(trees) == 1:
         return trees[0]
     return optree.tree_map(lambda *leaves: torch.stack(leaves).mean(0), *trees)

@@ -7,7 +7,6 @@ Python, from linear operations, to copies that run their body on lazy weights.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from funclora._layout import Matrices
 from funclora._maps import UnmappedError
-from funclora._rules import LowRank
+from funclora._rows import undispatched
 
 # Any: a lazy weight; this module knows it only by `rule`, `base` and `like`.
 
 
 def _rule(lazy: Any) -> Any:
     rule = getattr(lazy, "rule", None)
-    if not isinstance(rule, LowRank) or not isinstance(rule.layout, Matrices):
+    if not isinstance(getattr(rule, "layout", None), Matrices) or not hasattr(rule, "flipped"):
         raise UnmappedError
     return rule
 
@@ -130,14 +129,6 @@ views: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def _inlined(function: types.FunctionType) -> types.FunctionType:
-    """A copy of a function of `torch.nn.functional` that does not hand itself to its arguments' subclass."""
-    names = {**function.__globals__, "has_torch_function": lambda _: False}
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
 inlined: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _inlined(F.multi_head_attention_forward),  # type: ignore[arg-type]
+    F.multi_head_attention_forward: undispatched(F.multi_head_attention_forward),
 }
