@@ -118,7 +118,7 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             if name in adapters:
                 raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
             return value.clone()
-        return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner, uses)
+        return _rewritten(name, value, adapters.get(name), owner, uses)
 
     bound = clone_module(model, tensor)
     if unused:
@@ -225,7 +225,7 @@ class _TracedModule:
                 )
             is_buffer = leaf in owner._buffers
             self._tensors[name] = (
-                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, owner, None)
+                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, None)
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,22 +241,19 @@ class _TracedModule:
         return value
 
 
-def _rewritten(
-    name: str, weight: Tensor, rule: Rule | None, owner: Any, module: nn.Module, uses: dict[str, str] | None
-) -> Tensor:
-    """What takes the place of a parameter of `module`.
-
-    `owner` is the same module, weakly referenced where it will hold the result; `uses` records what becomes of it.
-    """
+def _rewritten(name: str, weight: Tensor, rule: Rule | None, owner: nn.Module, uses: dict[str, str] | None) -> Tensor:
+    """What takes the place of a parameter of `owner`; `uses` records what becomes of it."""
     if rule is None or (uses is None and rule.dense_is_free):
         plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
-        if getattr(module, "max_norm", None) is None or plain.dim() != 2:
+        if getattr(owner, "max_norm", None) is None or plain.dim() != 2:
             return plain
         # torch would renormalise the table in place.
-        return LazyWeight.of(name, plain, Unchanged(), owner, None)
-    if not weight.requires_grad and not any(getattr(rule, leaf).requires_grad for leaf in rule.leaves):
+        weight, rule, uses = plain, Unchanged(), None
+    elif not weight.requires_grad and not any(getattr(rule, leaf).requires_grad for leaf in rule.leaves):
         rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
-    return LazyWeight.of(name, weight, rule, owner, uses)
+    # The owner holds the weight: a weak reference back lets both die at once. The compiler follows none, needs none.
+    held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)
+    return LazyWeight.of(name, weight, rule, held, uses)
 
 
 @pytree_node
