@@ -70,9 +70,37 @@ def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tens
     return _Cloner(tensor).clone(model)
 
 
+def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:
+    """Raise `UnsupportedError` if a module runs other weights than those registered in it.
+
+    Args:
+        module: the module, without its children.
+        prefix: its full name with a dot at the end, "" for the model itself, None outside of the tree.
+    """
+    name = repr((prefix or "").rstrip(".") or "the model")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"{name} is a ScriptModule, whose weights cannot be bound without changing it. "
+            "Pass the Python module that it was scripted from."
+        )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        kind = type(module).__name__
+        raise UnsupportedError(
+            f"{name} is a {kind}, which copies its weights to other devices or averages gradients of its own "
+            f"parameters, not of adapters. Pass the module that it wraps ({kind}.module), without the prefix "
+            "'module.' in the names of params and adapters."
+        )
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedError(
+            f"{name} is a replica that nn.DataParallel made, and has no parameters of its own. Pass the module that "
+            "was replicated, with params and adapters moved to the device."
+        )
+
+
 class _Cloner:
     def __init__(self, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> None:
         self.tensor = tensor
+        self.kinds: set[type] = set()  # classes of modules that can be bound
         self.made: list[tuple[_Scope, dict[str, Any], list[str]]] = []  # attributes of a copy, and which to rewire
         self.nodes: Things = {}  # modules and tensors
         self.things: Things = {}  # everything else
@@ -90,11 +118,9 @@ class _Cloner:
 
     def _module(self, module: M, prefix: str | None) -> M:
         """Copy a module and its registered children; `prefix` is None for a module outside of the tree."""
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(
-                f"{prefix or 'the model'!r} is a ScriptModule, whose weights cannot be bound without changing it. "
-                "Pass the Python module that it was scripted from."
-            )
+        if type(module) not in self.kinds or "_is_replica" in module.__dict__:
+            refuse_unbindable(module, prefix)
+            self.kinds.add(type(module))
         if getattr(parametrize, "_cache_enabled", 0) and parametrize.is_parametrized(module):
             raise UnsupportedError(
                 f"{prefix or 'the model'!r} is parametrized, and torch.nn.utils.parametrize.cached() would give it the "
