@@ -280,7 +280,7 @@ def _rewritten(name: str, weight: Tensor, rule: Rule | None, owner: nn.Module, u
     """What takes the place of a parameter of `owner`; `uses` records what becomes of it."""
     if rule is None or (uses is None and rule.dense_is_free):
         plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
-        if getattr(owner, "max_norm", None) is None or plain.dim() != 2:
+        if plain.dim() != 2 or getattr(owner, "max_norm", None) is None:
             return plain
         # torch would renormalise the table in place.
         weight, rule, uses = plain, Unchanged(), None
