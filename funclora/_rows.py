@@ -302,25 +302,26 @@ def undispatched(function: types.FunctionType) -> types.FunctionType:
 def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that an operation writes to."""
     found = [kwargs.get("out")]
-    if _writers.get(func) or kwargs.get("inplace") or (not torch.compiler.is_compiling() and func in _setters):
+    writes = _writers.get(func, False) if torch.compiler.is_compiling() else _writes(getattr(func, "__name__", ""))
+    if writes or kwargs.get("inplace"):
         found += [*args, *kwargs.values()][:1]
     return [x for x in found if x is not None]
 
 
-def _all_writers() -> Iterator[Callable[..., Any]]:
-    """Torch's functions that write to their first argument; by table, since tracers cannot look at names."""
-    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F)):
-        for name, function in space.items():
-            in_place = name.endswith("_") and not name.startswith("_")
-            dunder = name.startswith("__i") and name.endswith("__") and name not in _NOT_IN_PLACE
-            if callable(function) and (in_place or dunder or name == "__setitem__"):
-                yield function
+def _writes(name: str) -> bool:
+    """Whether torch's function of that name writes to its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    return in_place or dunder or name in ("__setitem__", "__set__")
 
 
-_PROPERTY = type(Tensor.shape)
-_NOT_IN_PLACE = ("__init__", "__init_subclass__", "__int__", "__index__", "__invert__")
-_writers = dict.fromkeys(_all_writers(), True)
-_setters = frozenset(x.__set__ for x in vars(torch._C.TensorBase).values() if hasattr(x, "__set__"))
+# For the compiler, which cannot look at the names of functions.
+_writers = {
+    function: True
+    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F))
+    for name, function in space.items()
+    if callable(function) and _writes(name) and not name.startswith(("_foreach", "__init"))
+}
 
 
 def _placed(
@@ -594,8 +595,8 @@ def _know(rule: Any, names: str, *spaces: Any, by_function: bool = False) -> Non
         for space in spaces or (torch, Tensor, F, torch.special, torch.linalg):
             for form in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
                 function: Any = getattr(space, form, None)
-                if isinstance(function, (property, _PROPERTY)):
-                    function = function.__get__  # type: ignore[union-attr]
+                if hasattr(function, "__set__"):  # a property
+                    function = function.__get__
                 if callable(function):
                     _rules[function] = rule(function) if by_function else rule
 
