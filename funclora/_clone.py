@@ -74,19 +74,25 @@ class _Cloner:
         try:
             new = self._module(model, "")
             for module, scope in self.made:  # grows while modules that are not registered anywhere turn up
-                self._rewire(module.__dict__, scope)
+                self._rewire(module, scope)
         finally:
             self.made.clear()  # ends the cycle with the scopes, so that the copy dies with its last reference
         return new
 
-    def _rewire(self, attributes: dict[str, Any], scope: _Scope) -> None:
+    def _rewire(self, module: nn.Module, scope: _Scope) -> None:
         """Make the plain attributes of a new module refer to the new modules and tensors."""
+        attributes = module.__dict__
         for name, value in attributes.items():
             kind = type(value)
             if kind in _ATOMIC or name in _REGISTRIES:
                 continue
             if name in _OWN and kind in _MUTABLE and not value:
                 attributes[name] = kind()
+            elif name == "_flat_weights" and isinstance(module, nn.RNNBase):
+                # torch's functional_call leaves the tensors of its call in the original's list. They may be those of
+                # a transform that is over, which nothing can read.
+                own = module._parameters
+                attributes[name] = [own.get(n, w) for n, w in zip(module._flat_weights_names, value, strict=True)]
             else:
                 attributes[name] = scope.replaced(value)
 
