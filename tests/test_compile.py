@@ -169,7 +169,8 @@ def test_apply_and_its_gradients(name: str) -> None:
     def with_grads(entry: Entry, params: Any, adapters: Any) -> Any:
         leaves, spec = pytree.tree_flatten((params, adapters))
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        output = entry(*pytree.tree_unflatten(leaves, spec), s.ids)
+        params, adapters = pytree.tree_unflatten(leaves, spec)
+        output = entry(params, adapters, s.ids)
         return output, torch.autograd.grad(output.square().sum(), leaves)
 
     unchanged = snapshot(s.model, s.params, s.adapters)
@@ -275,7 +276,7 @@ def test_another_structure_is_another_graph(watched: Watched) -> None:
     first = dict(list(watched.adapters.items())[:1])
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, use_dora=True)
     dora: Any = init(watched.model, config)
-    variants = (watched.adapters, first, {}, dora, watched.adapters, first, {}, dora)
+    variants: list[Any] = [watched.adapters, first, {}, dora] * 2
     assert [watched.graphs(adapters) for adapters in variants] == [1, 2, 3, 4, 4, 4, 4, 4]
 
 
