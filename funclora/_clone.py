@@ -147,6 +147,12 @@ class _Cloner:
             for name, kind in _HOOKS.items():
                 attributes[name] = kind()
             names = names[len(_OWN) :]
+        if isinstance(module, nn.RNNBase):
+            # torch's functional_call leaves the tensors of its call in the original's list. They may be those of a
+            # transform that is over, which nothing can read.
+            flat = zip(module._flat_weights_names, attributes["_flat_weights"], strict=True)
+            attributes["_flat_weights"] = [attributes["_parameters"].get(name, weight) for name, weight in flat]
+            names.remove("_flat_weights")
         names = [name for name in names if type(attributes[name]) not in _ATOMIC and name not in _REGISTRIES]
         if names:
             self.made.append((_Scope(self, own, things), attributes, names))

@@ -462,22 +462,3 @@ def test_base_params_are_detached_and_share_storage() -> None:
         assert value.data_ptr() == model.state_dict()[name].data_ptr()
     tied = nn.ModuleList([nn.Linear(2, 2)] * 2)
     assert list(base_params(tied)) == list(tied.state_dict())
-
-
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_compiled_attention_has_the_weights_of_the_eager_one(need_weights: bool) -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            attended: Tensor = self.attention(x, x, x, need_weights=need_weights)[0]
-            return attended
-
-    model = Attends()
-    params = base_params(model)
-    adapters = lora(params, "attention.in_proj_weight", "attention.out_proj.weight")
-    compiled = torch.compile(lambda adapters, x: apply(model, params, adapters, x), fullgraph=True, backend="eager")
-    x = torch.randn(2, 3, 8)
-    torch.testing.assert_close(compiled(adapters, x), apply(model, params, adapters, x))
