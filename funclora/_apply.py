@@ -288,7 +288,7 @@ class _TracedModule:
         def call(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
 
-        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows)
+        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows, {})
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)

@@ -46,10 +46,12 @@ class Scope:
     Attributes:
         n: the number of rows.
         active: false when the call is over; its tensors are then like any other.
+        known: what earlier operations found, by the operation and all that its rule looks at.
         spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
     """
 
     n: int
+    known: dict[Any, Place]
     active: bool = True
     spoilt: dict[int, Any] = field(default_factory=dict)
 
@@ -114,7 +116,36 @@ class RowTensor(torch.Tensor):
             return undispatched(func)(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            return out if rule is _question else _placed(func, rule, args, kwargs, out)
+            if rule is _question:
+                return out
+            if rule is None or type(out) is not Tensor or torch.compiler.is_compiling():
+                return _placed(func, rule, args, kwargs, out)
+            # The layers of a model ask the same questions again and again.
+            scopes: list[Scope] = []
+            key = (func, _looks((args, *kwargs.items()), scopes))
+            scope = scopes[0] if scopes else None
+            if scope is not None and not scope.spoilt and scope.known.get(key) is not None:
+                return scope.enter(out, scope.known[key])
+            placed = _placed(func, rule, args, kwargs, out)
+            if scope is not None and type(placed) is RowTensor and isinstance(placed.place, Place):
+                scope.known[key] = placed.place
+            return placed
+
+
+def _looks(value: Any, scopes: list[Scope]) -> Any:
+    """All of an argument that a rule may look at, to be compared; the scopes of its rows are collected."""
+    kind = type(value)
+    if kind is RowTensor and value.scope.active:
+        if not scopes or scopes[0] is not value.scope:
+            scopes.append(value.scope)
+        return len(scopes), value.place, value.shape, value.dtype
+    if kind in (tuple, list):
+        return tuple([_looks(part, scopes) for part in value])
+    if kind is slice:
+        return kind, value.start, value.stop, value.step
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return kind, value
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -227,6 +258,7 @@ class Entrance:
     def __init__(self, n: int, repeats: int) -> None:
         self.n = n
         self.repeats = repeats
+        self.known: dict[Any, Place] = {}
         self.inside = threading.local()
 
     def guard(self, module: nn.Module) -> None:
@@ -250,14 +282,21 @@ class Entrance:
             return function(*args, **kwargs)
         self.inside.now = True
         try:
-            return with_rows(function, args, kwargs, self.n, self.repeats)
+            return with_rows(function, args, kwargs, self.n, self.repeats, self.known)
         finally:
             self.inside.now = False
 
 
-def with_rows(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], n: int, repeats: int) -> Any:
+def with_rows(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    n: int,
+    repeats: int,
+    known: dict[Any, Place],
+) -> Any:
     """`function(*args, **kwargs)` on inputs that know their rows."""
-    scope = Scope(n)
+    scope = Scope(n, known)
     entered = []
 
     def enter(x: Any) -> Any:
