@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import optree
 import torch
@@ -16,20 +15,9 @@ from funclora._apply import Adapters, Params, bind
 from funclora._rules import Rule
 from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import apply_updates, global_norm
+from funclora.optim._members import Optimizer, is_pure
 
 LossFn = Callable[..., Any]
-
-
-class Optimizer(Protocol):
-    """What `train_step` asks of an optimizer: the protocol of TorchOpt, optax and `funclora.optim`."""
-
-    @property
-    def init(self) -> Callable[[Any], Any]:
-        """`params -> state`."""
-
-    @property
-    def update(self) -> Callable[..., tuple[Any, Any]]:
-        """`(grads, state, params=...) -> (updates, state)`; the updates are added to the parameters."""
 
 
 def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:
@@ -216,11 +204,6 @@ def checked_loss(loss_fn: LossFn, has_aux: bool) -> LossFn:
         return _scalar(loss), aux
 
     return pair
-
-
-def is_pure(optimizer: Optimizer) -> dict[str, bool]:
-    """What to tell an optimizer so that it writes to nothing: TorchOpt does, unless it is told."""
-    return {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -1,14 +1,4 @@
-"""Optimizers and schedules as pure functions over any pytree of tensors.
-
-An optimizer is a pair `init(params) -> state` and `update(grads, state, params=None) -> (updates, state)`, as
-in TorchOpt and optax. `update` writes to nothing that it gets; its updates are to be added to the parameters.
-All of it runs under `torch.func.grad`, `torch.func.vmap` and `torch.compile(fullgraph=True)`.
-
-One optimizer can train a stack of adapters, with leaves `[n_adapters, ...]`: `lr`, `weight_decay`, `ratio`
-and `max_norm` then take one value per adapter too, a tensor `[n_adapters]` on their device. Inside `vmap` an
-adapter is alone, and its values are `[]`. The state counts the steps taken in an int64 tensor: `[]`, or
-`[n_adapters]` where the states of single adapters were stacked.
-"""
+"""Optimizers as pairs of pure functions."""
 
 from __future__ import annotations
 
@@ -23,24 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from funclora.errors import ConfigError
-
-__all__ = [
-    "GradientTransformation",
-    "adamw",
-    "apply_updates",
-    "chain",
-    "clip_by_global_norm",
-    "constant",
-    "global_norm",
-    "lora_plus",
-    "sgd",
-    "warmup_cosine",
-    "warmup_linear",
-]
+from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 
 PyTree: TypeAlias = Any
-PerMember: TypeAlias = float | Tensor  # a tensor is [] or [n_adapters]
-Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class GradientTransformation(NamedTuple):
@@ -104,8 +79,8 @@ def adamw(
     """
     _check_rates(lr, weight_decay)
     for name, beta in (("b1", b1), ("b2", b2)):
-        _check(name, beta, lambda x: 0 <= x < 1, "a number in [0, 1)", "usual are 0.9 and 0.999")
-    _check("eps", eps, _nonnegative, "a finite number >= 0", "1e-8 is usual")
+        check(name, beta, lambda x: 0 <= x < 1, "a number in [0, 1)", "usual are 0.9 and 0.999")
+    check("eps", eps, nonnegative, "a finite number >= 0", "1e-8 is usual")
 
     def init(params: PyTree) -> AdamWState:
         return AdamWState(_no_step(params), _map(_moment, params=params), _map(_moment, params=params))
@@ -166,7 +141,7 @@ def sgd(
                 [-0.5000, -0.5000, -0.5000]])
     """
     _check_rates(lr, weight_decay)
-    _check("momentum", momentum, lambda x: 0 <= x < 1, "a number in [0, 1)", "0.9 is usual")
+    check("momentum", momentum, lambda x: 0 <= x < 1, "a number in [0, 1)", "0.9 is usual")
     if nesterov and not momentum:
         raise ConfigError("nesterov: expected momentum > 0 with it, got momentum=0; pass momentum=0.9, say")
 
@@ -180,7 +155,7 @@ def sgd(
         like = grads if params is None else params
 
         def decay(p: Tensor, g: Tensor) -> Tensor:
-            g = g.to(_wide(p.dtype))
+            g = g.to(wide(p.dtype))
             return g + _per_member(weight_decay, g) * p.to(g.dtype) if decays else g
 
         def accumulate(t: Tensor, g: Tensor) -> Tensor:
@@ -228,7 +203,7 @@ def lora_plus(
     References:
         LoRA+: arXiv 2402.12354. Deviation from PEFT: embeddings have no learning rate of their own.
     """
-    _check("ratio", ratio, lambda x: 0 < x < math.inf, "a finite number > 0", "16 is usual", tensor=True)
+    check("ratio", ratio, lambda x: 0 < x < math.inf, "a finite number > 0", "16 is usual", tensor=True)
     inner = base(lr, **kwargs)
 
     def init(params: PyTree) -> PyTree:
@@ -304,7 +279,7 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    _check("max_norm", max_norm, lambda x: x > 0, "a number > 0", "1.0 is usual", tensor=True)
+    check("max_norm", max_norm, lambda x: x > 0, "a number > 0", "1.0 is usual", tensor=True)
 
     def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         leaves = optree.tree_leaves(grads)
@@ -330,7 +305,7 @@ def global_norm(tree: PyTree) -> Tensor:
     """
     # A norm of norms has the gradient 0 where all is 0; the root of a sum of squares has none.
     leaves: list[Tensor] = optree.tree_leaves(tree)
-    norms = [torch.linalg.vector_norm(x, dtype=_wide(x.dtype)).to(leaves[0].device) for x in leaves]
+    norms = [torch.linalg.vector_norm(x, dtype=wide(x.dtype)).to(leaves[0].device) for x in leaves]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
     return norm
 
@@ -348,77 +323,6 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     return _map(lambda p, u: (p + u).to(p.dtype), params=params, updates=updates)
 
 
-def constant(lr: PerMember) -> Schedule:
-    """The schedule that is `lr` (a number, or a tensor `[]` or `[n_adapters]`) at every step.
-
-    Examples:
-        >>> constant(0.1)(torch.arange(3))
-        tensor([0.1000, 0.1000, 0.1000])
-    """
-    _check("lr", lr, _nonnegative, "a finite number >= 0", "pass the rate itself", tensor=True)
-    return lambda step: lr * torch.ones_like(step, dtype=_wide(torch.get_default_dtype()))
-
-
-def warmup_cosine(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMember = 0.0) -> Schedule:
-    """A linear warmup from 0 to `lr`, then half a cosine down to `end`.
-
-        step < warmup_steps:   lr·step/warmup_steps
-        else:                  end + (lr - end)·(1 + cos πx)/2
-                               x = min(1, (step - warmup_steps)/(total_steps - warmup_steps))
-
-    The first update has step 0: with a warmup its rate is 0, as in optax and transformers.
-
-    Args:
-        lr: The highest rate: a number, or a tensor `[]` or `[n_adapters]`.
-        warmup_steps: Length of the warmup; may be 0.
-        total_steps: The step from which on the rate is `end`; counts the warmup too.
-        end: The last rate: a number, or a tensor `[]` or `[n_adapters]`.
-
-    Returns:
-        A function of int64 steps, `[]` or of any shape that broadcasts with `lr`, that returns learning rates
-        of that shape, in torch's default dtype, float32 at least.
-
-    Raises:
-        ConfigError: If an argument is out of range, or the warmup leaves no step.
-
-    Examples:
-        >>> warmup_cosine(1.0, warmup_steps=2, total_steps=6)(torch.arange(7))
-        tensor([0.0000, 0.5000, 1.0000, 0.8536, 0.5000, 0.1464, 0.0000])
-
-    References:
-        Cosine annealing: arXiv 1608.03983.
-    """
-    return _warmup(lr, warmup_steps, total_steps, end, lambda x: (1 + torch.cos(math.pi * x)) / 2)
-
-
-def warmup_linear(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMember = 0.0) -> Schedule:
-    """A linear warmup from 0 to `lr`, then a straight line down to `end`; all else is as in `warmup_cosine`.
-
-        step < warmup_steps:   lr·step/warmup_steps
-        else:                  end + (lr - end)·(1 - x)
-
-    Examples:
-        >>> warmup_linear(1.0, warmup_steps=2, total_steps=6)(torch.arange(7))
-        tensor([0.0000, 0.5000, 1.0000, 0.7500, 0.5000, 0.2500, 0.0000])
-    """
-    return _warmup(lr, warmup_steps, total_steps, end, lambda x: 1 - x)
-
-
-def _warmup(lr: PerMember, warmup: int, total: int, end: PerMember, decay: Callable[[Tensor], Tensor]) -> Schedule:
-    for name, rate in (("lr", lr), ("end", end)):
-        _check(name, rate, _nonnegative, "a finite number >= 0", "pass the rate itself", tensor=True)
-    _check("warmup_steps", warmup, lambda n: n >= 0 and n == int(n), "an integer >= 0", "0 means no warmup")
-    need = f"an integer > warmup_steps={warmup}"
-    _check("total_steps", total, lambda n: n > warmup and n == int(n), need, "it counts the warmup too")
-
-    def schedule(step: Tensor) -> Tensor:
-        x = step.to(_wide(torch.get_default_dtype()))
-        after = end + (lr - end) * decay(((x - warmup) / (total - warmup)).clamp(0, 1))
-        return torch.where(step < warmup, lr * (x / max(warmup, 1)), after)
-
-    return schedule
-
-
 def _per_member(value: PerMember, leaf: Tensor) -> PerMember:
     """`value` so that it broadcasts over `leaf`: a number or `[]` to all, `[n]` along the leading axis."""
     if not isinstance(value, Tensor):
@@ -434,8 +338,8 @@ def _per_member(value: PerMember, leaf: Tensor) -> PerMember:
 
 
 def _scale(leaf: Tensor, factor: PerMember) -> Tensor:
-    wide = leaf.to(_wide(leaf.dtype))
-    return (wide * _per_member(factor, wide)).to(leaf.dtype)
+    x = leaf.to(wide(leaf.dtype))
+    return (x * _per_member(factor, x)).to(leaf.dtype)
 
 
 def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
@@ -489,18 +393,12 @@ def _decays(weight_decay: PerMember, params: PyTree) -> bool:
     return decays
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    if not dtype.is_floating_point:
-        raise ConfigError(f"leaves: expected floating-point tensors, got {dtype}; leave it out of the tree")
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _widest(tree: PyTree) -> torch.dtype:
     return functools.reduce(torch.promote_types, (x.dtype for x in optree.tree_leaves(tree)), torch.float32)
 
 
 def _moment(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf, dtype=_wide(leaf.dtype))
+    return torch.zeros_like(leaf, dtype=wide(leaf.dtype))
 
 
 def _no_step(params: PyTree) -> Tensor:
@@ -536,24 +434,7 @@ def _map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> Any:
     return tuple(optree.tree_unflatten(spec, [row[i] for row in rows]) for i in range(outputs))
 
 
-def _nonnegative(x: float) -> bool:
-    return 0 <= x < math.inf
-
-
-def _check(
-    name: str, value: object, holds: Callable[[float], bool], need: str, hint: str, tensor: bool = False
-) -> None:
-    # A tensor's values stay unread: they may be traced, and to read them would wait for the device.
-    if tensor and isinstance(value, Tensor) and value.dim() <= 1 and value.is_floating_point():
-        return
-    if isinstance(value, int | float) and not isinstance(value, bool) and holds(value):
-        return
-    need += ", or a floating-point tensor [] or [n_adapters]" if tensor else ""
-    got = f"a {value.dtype} tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise ConfigError(f"{name}: expected {need}, got {got}; {hint}")
-
-
 def _check_rates(lr: object, weight_decay: object) -> None:
     if not callable(lr):
-        _check("lr", lr, _nonnegative, "a schedule, a finite number >= 0", "1e-4 is usual", tensor=True)
-    _check("weight_decay", weight_decay, _nonnegative, "a finite number >= 0", "0.0 is none", tensor=True)
+        check("lr", lr, nonnegative, "a schedule, a finite number >= 0", "1e-4 is usual", tensor=True)
+    check("weight_decay", weight_decay, nonnegative, "a finite number >= 0", "0.0 is none", tensor=True)

@@ -1,0 +1,122 @@
+"""One optimizer for each member of a stack."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import optree
+import torch
+from torch import Tensor
+
+from funclora._stack import Cohort, Specs, Stack, stack
+from funclora.errors import ConfigError
+from funclora.optim._transforms import GradientTransformation
+
+
+class Optimizer(Protocol):
+    """What training asks of an optimizer: the protocol of TorchOpt, optax and `funclora.optim`."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """`params -> state`."""
+
+    @property
+    def update(self) -> Callable[..., tuple[Any, Any]]:
+        """`(grads, state, params=...) -> (updates, state)`; the updates are added to the parameters."""
+
+
+def is_pure(optimizer: Optimizer) -> dict[str, bool]:
+    """What to tell an optimizer so that it writes to nothing: TorchOpt does, unless it is told."""
+    return {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
+
+
+class MemberTransformation(GradientTransformation):
+    """A pair of functions over stacks, for each member on its own."""
+
+
+def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tensor) -> MemberTransformation:
+    """One optimizer for every member of a stack, each with values of its own.
+
+    Args:
+        build: called as `build(**values)` with one value for each name, a tensor `[]`; returns an optimizer, for
+            example `lambda lr, wd: adamw(lr, weight_decay=wd)`. Schedules and clipping are part of it.
+        **values: by name one number for each member, `[n_members]`.
+
+    Returns:
+        A pair `init(stack) -> state` and `update(grads, state, params=...) -> (updates, state)`, all of them stacks of
+        the same members. The values are part of the state: they follow their members through `state[kept]`.
+
+    Raises:
+        ConfigError: in `init`, if there is not one value for each member; in `update`, if the state is that of other
+            members.
+
+    Examples:
+        >>> from funclora import stack
+        >>> from funclora.optim import per_member, sgd
+        >>> members = stack([{"x": torch.zeros(1)}, {"x": torch.zeros(1)}])
+        >>> optimizer = per_member(sgd, lr=[0.5, 2.0])
+        >>> updates, state = optimizer.update(stack([{"x": torch.ones(1)}] * 2), optimizer.init(members), members)
+        >>> updates[0]["x"].item(), updates[1]["x"].item()
+        (-0.5, -2.0)
+    """
+
+    def init(members: Stack[Any]) -> Stack[Any]:
+        if not isinstance(members, Stack):
+            raise ConfigError(f"per_member: init: expected a stack, got a {type(members).__name__}.")
+        tensors = {name: torch.as_tensor(value, dtype=torch.get_default_dtype()) for name, value in values.items()}
+        for name, tensor in tensors.items():
+            if tensor.shape != (len(members),):
+                raise ConfigError(
+                    f"per_member: {name}: expected one number for each of {len(members)} members, got a tensor of "
+                    f"shape {list(tensor.shape)}."
+                )
+
+        def one(tree: Any, values: dict[str, Tensor]) -> Any:
+            return {"values": values, "state": build(**values).init(tree)}
+
+        def cohort_of(cohort: Cohort[Any]) -> Cohort[Any]:
+            device = cohort.values[0].device
+            own = {name: tensor[list(cohort.members)].to(device) for name, tensor in tensors.items()}
+            return _cohort(torch.func.vmap(one)(cohort.tree(), own), cohort.members)
+
+        return Stack(tuple(map(cohort_of, members.cohorts)))
+
+    def update(grads: Stack[Any], state: Stack[Any], params: Stack[Any] | None = None) -> tuple[Any, Any]:
+        def one(grads: Any, before: Any, params: Any) -> Any:
+            optimizer = build(**before["values"])
+            updates, inner = optimizer.update(grads, before["state"], params=params, **is_pure(optimizer))
+            return updates, {"values": before["values"], "state": inner}
+
+        updates, after = [], []
+        for i, (g, s) in enumerate(zip(grads.cohorts, _like(state, grads), strict=True)):
+            given = (g.tree(), s.tree(), params.cohorts[i].tree() if params is not None else None)
+            new, inner = torch.func.vmap(one, (0, 0, None if params is None else 0))(*given)
+            updates.append(replace(g, values=tuple(optree.tree_leaves(new))))
+            after.append(_cohort(inner, g.members))
+        return Stack(tuple(updates)), Stack(tuple(after))
+
+    return MemberTransformation(init, update)
+
+
+def _cohort(tree: Any, members: tuple[int, ...]) -> Cohort[Any]:
+    leaves, spec = optree.tree_flatten(tree)
+    return Cohort(tuple(leaves), Specs((spec,) * len(members)), members)
+
+
+def _like(state: Stack[Any], members: Stack[Any]) -> list[Cohort[Any]]:
+    """The state's cohorts, in the grouping and order of another stack of the same members."""
+    if not isinstance(state, Stack) or len(state) != len(members):
+        got = f"one of {len(state)}" if isinstance(state, Stack) else f"a {type(state).__name__}"
+        raise ConfigError(f"per_member: update: expected the state of {len(members)} members, got {got}.")
+    if [c.members for c in state.cohorts] == [c.members for c in members.cohorts]:
+        return list(state.cohorts)
+    grouped = []
+    for cohort in members.cohorts:
+        same = stack([state[i] for i in cohort.members]).cohorts
+        if len(same) != 1:
+            raise ConfigError("per_member: update: the state is that of other members than the gradients.")
+        grouped.append(same[0])
+    return grouped
