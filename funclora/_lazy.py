@@ -124,6 +124,7 @@ class LazyWeight(torch.Tensor):
         by_row = operate_by_row(func, args, kwargs)
         if by_row is not NotImplemented:
             return by_row
+        _refuse_writes(func, args, kwargs)
         if torch.compiler.is_compiling():  # the tracer follows neither the copies in `inlined` nor names of functions
             return func(*_dense(args), **_dense(kwargs))
         if func in inlined:
@@ -137,17 +138,25 @@ def requires_grad(weight: Tensor, rule: Rule) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the dense weights, with one warning per parameter and operation."""
-    operation = getattr(func, "__name__", str(func))
-    if operation in ("__get__", "__set__"):
-        operation = getattr(getattr(func, "__self__", None), "__name__", operation)
+def _refuse_writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for x in pytree.tree_leaves(written(func, args, kwargs)):
         if isinstance(x, LazyWeight):
             raise PurityError(
-                f"{x.target!r}: the model calls {operation}, which would write to a rewritten weight. "
+                f"{x.target!r}: the model calls {_operation(func)}, which would write to a rewritten weight. "
                 "Compute the new value out of place, or leave this parameter out of the adapter's targets."
             )
+
+
+def _operation(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the dense weights, with one warning per parameter and operation."""
+    operation = _operation(func)
     for x in pytree.tree_leaves((args, kwargs)):
         if not isinstance(x, LazyWeight):
             continue
@@ -162,7 +171,7 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
                 f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
                 "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
             )
-        if not torch.compiler.is_compiling() and not x.rule.dense_is_free:
+        if not x.rule.dense_is_free:
             message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
             if is_strict():
                 raise DenseFallbackError(message)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora._apply import Adapters, Params, bind
+from funclora._apply import Adapters, Params, bind, unwritten
 from funclora._route import route
 from funclora._rows import streams
 from funclora._rules import Rule
@@ -173,7 +173,7 @@ def _value_and_grad(
         def one(member: Tensor, batch: Any) -> tuple[Tensor, Any]:
             return loss_fn(_Bound(rows, member), batch)  # type: ignore[no-any-return]
 
-        with streams(generators):
+        with streams(generators), unwritten(params, {}):
             by_member = torch.func.vmap(one, in_dims=(0, _dims(batch, dim)), randomness="different")
             losses, aux = by_member(torch.arange(len(members)), batch)
         return losses.sum(), (losses.detach(), aux)

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funclora._apply import Adapters, Params, bind
+from funclora._apply import Adapters, Params, bind, unwritten
 from funclora._rules import Rule
 from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import apply_updates, global_norm
@@ -55,7 +55,11 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         params = {name: tensor.detach() for name, tensor in params.items()}
 
         def loss_and_aux(adapters: Adapters) -> tuple[Tensor, Any]:
-            return checked(bind(model, params, adapters), *args, **kwargs)  # type: ignore[no-any-return]
+            bound = bind(model, params, adapters)
+            if torch.compiler.is_compiling():  # a graph has no versions to compare
+                return checked(bound, *args, **kwargs)  # type: ignore[no-any-return]
+            with unwritten(params, adapters):
+                return checked(bound, *args, **kwargs)  # type: ignore[no-any-return]
 
         tree: Any = dict(adapters)
         leaves: list[Any] = optree.tree_leaves(tree)

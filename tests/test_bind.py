@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from funclora import LoRA, apply, base_params, bind, merge
+from funclora import LoRA, Rule, apply, base_params, bind, merge, value_and_grad
 from funclora._apply import trace_targets
 from funclora._layout import Conv1D, Embedding, Linear
 from funclora.errors import ParamsError, PurityError, UnsupportedError
@@ -322,6 +322,10 @@ def test_writing_to_a_rewritten_weight_is_refused(operation: str) -> None:
     check()
 
 
+def gradient(model: nn.Module, params: dict[str, Tensor], adapters: dict[str, Rule], x: Tensor) -> object:
+    return value_and_grad(lambda bound, x: bound(x).sum())(model, params, adapters, x)
+
+
 class WritesElsewhere(nn.Module):
     """Writes to a weight that the adapter may or may not rewrite."""
 
@@ -337,7 +341,7 @@ class WritesElsewhere(nn.Module):
         return self.lin(x @ self.gain)
 
 
-@pytest.mark.parametrize("call", [apply, trace_targets])
+@pytest.mark.parametrize("call", [apply, trace_targets, gradient])
 @pytest.mark.parametrize("kind", ["none", "full"])
 @pytest.mark.parametrize("operation", [n for n in WRITES if n not in ("data", "requires_grad_")])
 def test_writing_to_a_weight_that_is_not_rewritten_is_noticed(
