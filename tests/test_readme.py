@@ -1,12 +1,15 @@
-"""The README's example runs, and does what its comments say."""
+"""The code in the README and in the guides runs, and does what it says."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text(encoding="utf-8"))
 
 
 def test_the_example_runs() -> None:
@@ -19,3 +22,13 @@ def test_the_example_runs() -> None:
     assert names["metrics"]["loss"] < 0.5 * before
     model.load_state_dict(merged)
     torch.testing.assert_close(model(names["x"]), names["logits"])
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_code_of_a_guide_runs(guide: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / guide).read_text(encoding="utf-8"), re.DOTALL)
+    exec("\n".join(blocks), {})
+
+
+def test_there_are_guides_with_code() -> None:
+    assert "many-adapters.md" in GUIDES
