@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from funclora.errors import ConfigError
+from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 
 PyTree: TypeAlias = Any
@@ -89,10 +90,25 @@ def adamw(
         decays, t = _decays(weight_decay, params), state.step + 1
         # What is one number per adapter comes first: few operations are left that run over whole leaves.
         count = t.to(_widest(state.mu))
+        rate = _at(lr, state.step, count) * torch.ones_like(count)
+        shrink = rate * _at(weight_decay, state.step, count)
+        like = grads if params is None else params
+        trees = {"mu": state.mu, "nu": state.nu, "grads": grads, "params": like}
+
+        def scaled(direction: Tensor, like: Tensor, rate: Tensor, shrink: Tensor) -> Tensor:
+            over = _overwriting()
+            update = over(torch.mul, direction, _per_member(rate, direction))
+            if decays:
+                update = over(torch.addcmul, update, like.to(update.dtype), _per_member(shrink, update), value=-1)
+            return update.to(like.dtype)
+
+        if fits_kernel(*trees.values()):
+            kernel = AdamKernel(b1, b2, eps, scaled)
+            _map(lambda *leaves: None, **trees)  # for its errors
+            updates, mu, nu = kernel(state.mu, state.nu, grads, like, t, rate, shrink)
+            return updates, AdamWState(t, mu, nu)
         correction = _one_minus_power(b2, count).sqrt()
-        rate = _at(lr, state.step, count)
-        scale, damping = -rate * correction / _one_minus_power(b1, count), eps * correction
-        shrink = rate * _at(weight_decay, state.step, count) * torch.ones_like(count)
+        scale, damping = -correction / _one_minus_power(b1, count), eps * correction
         over = _overwriting()
 
         def step(m: Tensor, v: Tensor, g: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,13 +117,10 @@ def adamw(
             v = over(torch.addcmul, b2 * v, g, g, value=1 - b2)
             # Clamped for the derivative alone: that of the root at 0 is inf, and inf·0 is NaN.
             root = over(torch.sqrt, v.clamp_min(torch.finfo(v.dtype).tiny))
-            update = over(torch.div, _per_member(scale, m) * m, over(torch.add, root, _per_member(damping, m)))
-            if decays:
-                update = over(torch.addcmul, update, like.to(m.dtype), _per_member(shrink, m), value=-1)
-            return update.to(like.dtype), m, v
+            direction = over(torch.div, _per_member(scale, m) * m, over(torch.add, root, _per_member(damping, m)))
+            return scaled(direction, like, rate, shrink), m, v
 
-        like = grads if params is None else params
-        updates, mu, nu = _map(step, 3, mu=state.mu, nu=state.nu, grads=grads, params=like)
+        updates, mu, nu = _map(step, 3, **trees)
         return updates, AdamWState(t, mu, nu)
 
     return GradientTransformation(init, update)
