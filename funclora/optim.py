@@ -532,3 +532,11 @@ def _check_rates(lr: object, weight_decay: object) -> None:
     if not callable(lr):
         _check("lr", lr, _nonnegative, "a schedule, a finite number >= 0", "1e-4 is usual", tensor=True)
     _check("weight_decay", weight_decay, _nonnegative, "a finite number >= 0", "0.0 is none", tensor=True)
+
+
+def __getattr__(name: str) -> object:
+    if name == "per_member":  # it is written for stacks, which are built on this module
+        from funclora._population import per_member
+
+        return per_member
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
