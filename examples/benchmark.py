@@ -325,7 +325,7 @@ class Bench:
         return self.only in name
 
     def rounds_of(self, r: int, work: Work) -> int:
-        return max(2, self.rounds * work.turns if r == HEADLINE else round(self.rounds * 3 / 7))
+        return max(2, self.rounds * work.turns if r == HEADLINE else round(self.rounds * 2 / 5))
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Any:
         return torch.compile(function, **options, backend="eager" if self.quick else "inductor")
@@ -563,7 +563,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="folder to write to; docs, but a new one in /tmp for part of a run")
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
-    parser.add_argument("--rounds", type=int, default=7, help="of the headline rank; fewer for the others")
+    parser.add_argument("--rounds", type=int, default=5, help="of the headline rank; fewer for the others")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="run what has this in its name")
     parser.add_argument("--memory-of", choices=MEMORY_OF, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

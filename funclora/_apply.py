@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from funclora._clone import clone_module
+from funclora._clone import clone_module, refuse_unbindable
 from funclora._layout import Embedding, Layout
-from funclora._lazy import LazyWeight, requires_grad
+from funclora._lazy import Carriers, LazyWeight, requires_grad
 from funclora._route import Routed
 from funclora._rows import Entrance, with_rows
 from funclora._rules import LinearMap, Rule
 from funclora._tree import pytree_node
-from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
+from funclora.errors import DenseFallbackWarning, ParamsError, PurityError, UnsupportedError, near
 
 M = TypeVar("M", bound=nn.Module)
 Adapters = Mapping[str, Rule]
@@ -83,7 +84,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 
     Raises:
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
-        UnsupportedError: the model cannot be copied (a ScriptModule).
+        UnsupportedError: the model cannot be copied (a ScriptModule, a DataParallel or DistributedDataParallel).
 
     Examples:
         >>> from funclora import LoRA
@@ -97,6 +98,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 
 
 def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
+    refuse_unbindable(model)
     check_adapters(params, adapters)
     if torch.compiler.is_compiling():
         return cast(M, _TracedModule(model, params, adapters))
@@ -120,8 +122,9 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             if name in adapters:
                 raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
             return value.clone()
-        return _rewritten(name, value, adapters.get(name), weakref.proxy(owner), owner, uses)
+        return _rewritten(name, value, adapters.get(name), owner, uses, carriers)
 
+    carriers: Carriers = {}
     bound = clone_module(model, tensor)
     n, repeats = rows_of_batch(adapters)
     if n > 1:
@@ -155,6 +158,7 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
 
     Raises:
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
+        PurityError: the model wrote to one of its weights in place.
 
     Examples:
         >>> from funclora import LoRA
@@ -164,7 +168,37 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
         >>> apply(model, params, adapters, torch.ones(2)).tolist()
         [6.0]
     """
-    return bind(model, params, adapters)(*args, **kwargs)
+    bound = bind(model, params, adapters)
+    if torch.compiler.is_compiling():  # a graph has no versions to compare
+        return bound(*args, **kwargs)
+    with unwritten(params, adapters):
+        return bound(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
+    """Raise `PurityError` if the block writes to a tensor that a bound module shares with its maker.
+
+    Those are the weights without an adapter, and the values of `Full`: a lazy weight itself refuses to be written to.
+    """
+    leaves = [(name, leaf) for name, rule in adapters.items() if rule.dense_is_free for leaf in rule.leaves]
+    tensors = [*params.values(), *(getattr(adapters[name], leaf) for name, leaf in leaves)]
+    before = _versions(tensors)
+    yield
+    after = _versions(tensors)
+    if after != before:
+        names = [*(f"params[{name!r}]" for name in params), *(f"adapters[{name!r}].{leaf}" for name, leaf in leaves)]
+        name = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
+        raise PurityError(
+            f"{name} was written to in place while the model ran, and has lost the values that were passed in. Let the "
+            "model compute the new value out of place, or keep it in a buffer: a bound model has buffers of its own."
+        )
+
+
+def _versions(tensors: list[Tensor]) -> list[int | None]:
+    """How often each tensor was written to, as autograd counts; for inference tensors it does not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def trace_targets(
@@ -196,7 +230,9 @@ def trace_targets(
     uses = dict.fromkeys(adapters, "untouched")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DenseFallbackWarning)
-        _bind(model, params, adapters, uses)(*args, **kwargs)
+        bound = _bind(model, params, adapters, uses)
+        with unwritten(params, adapters):
+            bound(*args, **kwargs)
     return cast(dict[str, Literal["fast", "dense", "untouched"]], uses)
 
 
@@ -245,14 +281,14 @@ class _TracedModule:
                 )
             is_buffer = leaf in owner._buffers
             self._tensors[name] = (
-                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, owner, None)
+                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, None, {})
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
 
-        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows)
+        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows, {})
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)
@@ -265,21 +301,20 @@ class _TracedModule:
 
 
 def _rewritten(
-    name: str, weight: Tensor, rule: Rule | None, owner: Any, module: nn.Module, uses: dict[str, str] | None
+    name: str, weight: Tensor, rule: Rule | None, owner: nn.Module, uses: dict[str, str] | None, carriers: Carriers
 ) -> Tensor:
-    """What takes the place of a parameter of `module`.
-
-    `owner` is the same module, weakly referenced where it will hold the result; `uses` records what becomes of it.
-    """
+    """What takes the place of a parameter of `owner`; `uses` records what becomes of it."""
     if rule is None or (uses is None and rule.dense_is_free):
         plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
-        if getattr(module, "max_norm", None) is None or plain.dim() != 2:
+        if plain.dim() != 2 or getattr(owner, "max_norm", None) is None:
             return plain
         # torch would renormalise the table in place.
-        return LazyWeight.of(name, plain, Unchanged(), owner, None)
-    if not requires_grad(weight, rule):
+        weight, rule, uses = plain, Unchanged(), None
+    elif not requires_grad(weight, rule):
         rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
-    return LazyWeight.of(name, weight, rule, owner, uses)
+    # The owner holds the weight: a weak reference back lets both die at once. The compiler follows none, needs none.
+    held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)
+    return LazyWeight.of(name, weight, rule, held, uses, carriers)
 
 
 @pytree_node

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import operator
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -26,9 +27,16 @@ from funclora.errors import UnsupportedError
 M = TypeVar("M", bound=nn.Module)
 Things = dict[int, Any]  # id of an original -> its replacement
 
-# Attributes of nn.Module that are rebuilt, and those that are containers of its own (hooks), empty most of the time.
+# The attributes that nn.Module itself sets, before all others: registries, which are rebuilt, and other containers
+# (of hooks), which are empty most of the time.
+_OWN = list(nn.Module().__dict__)
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
-_OWN = frozenset(nn.Module().__dict__)
+_HOOKS = {
+    name: type(value)
+    for name, value in nn.Module().__dict__.items()
+    if isinstance(value, (dict, set)) and name not in _REGISTRIES
+}
+_hooks = operator.itemgetter(*_HOOKS)
 _ATOMIC = frozenset((
     type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, torch.Generator,
     types.BuiltinFunctionType, types.ModuleType,
@@ -62,10 +70,38 @@ def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tens
     return _Cloner(tensor).clone(model)
 
 
+def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:
+    """Raise `UnsupportedError` if a module runs other weights than those registered in it.
+
+    Args:
+        module: the module, without its children.
+        prefix: its full name with a dot at the end, "" for the model itself, None outside of the tree.
+    """
+    name = repr((prefix or "").rstrip(".") or "the model")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"{name} is a ScriptModule, whose weights cannot be bound without changing it. "
+            "Pass the Python module that it was scripted from."
+        )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        kind = type(module).__name__
+        raise UnsupportedError(
+            f"{name} is a {kind}, which copies its weights to other devices or averages gradients of its own "
+            f"parameters, not of adapters. Pass the module that it wraps ({kind}.module), without the prefix "
+            "'module.' in the names of params and adapters."
+        )
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedError(
+            f"{name} is a replica that nn.DataParallel made, and has no parameters of its own. Pass the module that "
+            "was replicated, with params and adapters moved to the device."
+        )
+
+
 class _Cloner:
     def __init__(self, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> None:
         self.tensor = tensor
-        self.made: list[tuple[nn.Module, _Scope]] = []
+        self.kinds: set[type] = set()  # classes of modules that can be bound
+        self.made: list[tuple[_Scope, dict[str, Any], list[str]]] = []  # attributes of a copy, and which to rewire
         self.nodes: Things = {}  # modules and tensors
         self.things: Things = {}  # everything else
         self.keep: list[Any] = []  # originals, so that no id is reused
@@ -73,56 +109,59 @@ class _Cloner:
     def clone(self, model: M) -> M:
         try:
             new = self._module(model, "")
-            for module, scope in self.made:  # grows while modules that are not registered anywhere turn up
-                self._rewire(module.__dict__, scope)
+            for scope, attributes, names in self.made:  # grows while modules that are registered nowhere turn up
+                for name in names:
+                    attributes[name] = scope.replaced(attributes[name])
         finally:
             self.made.clear()  # ends the cycle with the scopes, so that the copy dies with its last reference
         return new
 
-    def _rewire(self, attributes: dict[str, Any], scope: _Scope) -> None:
-        """Make the plain attributes of a new module refer to the new modules and tensors."""
-        for name, value in attributes.items():
-            kind = type(value)
-            if kind in _ATOMIC or name in _REGISTRIES:
-                continue
-            if name in _OWN and kind in _MUTABLE and not value:
-                attributes[name] = kind()
-            else:
-                attributes[name] = scope.replaced(value)
-
     def _module(self, module: M, prefix: str | None) -> M:
         """Copy a module and its registered children; `prefix` is None for a module outside of the tree."""
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(
-                f"{prefix or 'the model'!r} is a ScriptModule, whose weights cannot be bound without changing it. "
-                "Pass the Python module that it was scripted from."
-            )
+        if type(module) not in self.kinds or "_is_replica" in module.__dict__:
+            refuse_unbindable(module, prefix)
+            self.kinds.add(type(module))
         if getattr(parametrize, "_cache_enabled", 0) and parametrize.is_parametrized(module):
             raise UnsupportedError(
                 f"{prefix or 'the model'!r} is parametrized, and torch.nn.utils.parametrize.cached() would give it the "
                 "weights of another call. Bind and call it outside of that context."
             )
         new = object.__new__(type(module))
-        new.__dict__.update(module.__dict__)
-        new.__dict__.pop("_compiled_call_impl", None)  # compiled for the original: the copy runs eagerly
+        attributes = module.__dict__.copy()
+        object.__setattr__(new, "__dict__", attributes)
+        attributes.pop("_compiled_call_impl", None)  # compiled for the original: the copy runs eagerly
         # The copies of a module under several names see weights of their own, so nothing of theirs is shared.
-        scope = _Scope(self, {} if id(module) in self.nodes else self.things)
+        things = {} if id(module) in self.nodes else self.things
         self.nodes.setdefault(id(module), new)
+        own: Things = {}
         for registry, is_buffer in (("_parameters", False), ("_buffers", True)):
             copies: dict[str, Tensor | None] = {}
-            for name, value in module.__dict__[registry].items():
+            for name, value in attributes[registry].items():
                 copies[name] = value
                 if value is not None:
-                    copies[name] = scope.own[id(value)] = self._tensor(prefix, name, value, new, is_buffer)
+                    copies[name] = own[id(value)] = self._tensor(prefix, name, value, new, is_buffer)
                     self.nodes.setdefault(id(value), copies[name])
-            new.__dict__[registry] = copies
-        self.made.append((new, scope))
-        children = new.__dict__["_modules"] = {
-            name: None if child is None else self._module(child, None if prefix is None else f"{prefix}{name}.")
-            for name, child in module.__dict__["_modules"].items()
-        }
-        if "_orig_mod" in children and "dynamo_ctx" in new.__dict__:  # what torch.compile(model) returns
-            new.__dict__["forward"] = children["_orig_mod"]
+            attributes[registry] = copies
+        names = list(attributes)
+        if names[: len(_OWN)] == _OWN and not any(_hooks(attributes)):  # a look at each would take longer than the rest
+            for name, kind in _HOOKS.items():
+                attributes[name] = kind()
+            names = names[len(_OWN) :]
+        if isinstance(module, nn.RNNBase):
+            # torch's functional_call leaves the tensors of its call in the original's list. They may be those of a
+            # transform that is over, which nothing can read.
+            flat = zip(module._flat_weights_names, attributes["_flat_weights"], strict=True)
+            attributes["_flat_weights"] = [attributes["_parameters"].get(name, weight) for name, weight in flat]
+            names.remove("_flat_weights")
+        names = [name for name in names if type(attributes[name]) not in _ATOMIC and name not in _REGISTRIES]
+        if names:
+            self.made.append((_Scope(self, own, things), attributes, names))
+        children = attributes["_modules"] = attributes["_modules"].copy()
+        for name, child in children.items():
+            if child is not None:
+                children[name] = self._module(child, None if prefix is None else f"{prefix}{name}.")
+        if "_orig_mod" in children and "dynamo_ctx" in attributes:  # what torch.compile(model) returns
+            attributes["forward"] = children["_orig_mod"]
         return new
 
     def _tensor(self, prefix: str | None, name: str, value: Tensor, owner: nn.Module, is_buffer: bool) -> Tensor:
@@ -136,9 +175,9 @@ class _Cloner:
 class _Scope:
     """Replaces what the attributes of one module refer to."""
 
-    def __init__(self, cloner: _Cloner, things: Things) -> None:
+    def __init__(self, cloner: _Cloner, own: Things, things: Things) -> None:
         self.cloner = cloner
-        self.own: Things = {}  # the module's own tensors
+        self.own = own  # the module's own tensors
         self.things = things
 
     def replaced(self, value: Any, depth: int = _OBJECT_DEPTH) -> Any:
@@ -146,9 +185,10 @@ class _Scope:
         kind = type(value)
         if kind in _ATOMIC:
             return value
+        key = id(value)
         for known in (self.own, self.cloner.nodes, self.things):
-            if id(value) in known:
-                return known[id(value)]
+            if key in known:
+                return known[key]
         if kind not in _WEAK:  # proxies have their referent's class
             if isinstance(value, nn.Module):
                 return self.cloner._module(value, None)
@@ -169,7 +209,7 @@ class _Scope:
         return self._copied(value, depth - 1)
 
     def _leads_to_the_tree(self, value: Any, depth: int, seen: set[int]) -> bool:
-        if type(value) in _ATOMIC or id(value) in seen:
+        if id(value) in seen:
             return False
         if id(value) in self.own or id(value) in self.cloner.nodes:
             return True
@@ -179,8 +219,10 @@ class _Scope:
             return isinstance(value, nn.Module)
         seen.add(id(value))
         parts, is_object = _parts(value)
-        return (not is_object or depth > 0) and any(
-            self._leads_to_the_tree(part, depth - is_object, seen) for part in parts
+        if is_object and depth <= 0:
+            return False
+        return any(
+            type(part) not in _ATOMIC and self._leads_to_the_tree(part, depth - is_object, seen) for part in parts
         )
 
     def _remember(self, value: Any, new: Any) -> None:
@@ -188,8 +230,11 @@ class _Scope:
         self.cloner.keep.append(value)
 
     def _container(self, value: Any, depth: int) -> Any:
-        new = copy.copy(value)
+        new = value.copy() if type(value) in _MUTABLE else copy.copy(value)
         self._remember(value, new)  # before its items: one of them may lead back here
+        atomic = _ATOMIC.issuperset
+        if atomic(map(type, value)) and (not isinstance(value, dict) or atomic(map(type, value.values()))):
+            return new
         if isinstance(value, dict):
             items = [(self.replaced(k, depth), self.replaced(v, depth)) for k, v in value.items()]
             dict.clear(new)

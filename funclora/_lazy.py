@@ -7,7 +7,6 @@ linear in the weight (`F.linear`, convolutions, embedding lookups, matrix produc
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,8 @@ from funclora._rows import written
 from funclora._rules import Rule
 from funclora._views import inlined, views
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
+
+Carriers = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
 
 class LazyWeight(torch.Tensor):
@@ -46,10 +47,18 @@ class LazyWeight(torch.Tensor):
     _training: bool
 
     @staticmethod
-    def of(name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None) -> LazyWeight:
-        """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`."""
-        carrier = torch.full((1,) * base.dim(), float("nan"), dtype=base.dtype, device=base.device)
-        lazy = carrier.expand(base.shape).as_subclass(LazyWeight)
+    def of(
+        name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None, carriers: Carriers
+    ) -> LazyWeight:
+        """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`.
+
+        Those of one call that look alike share what carries them, in `carriers`.
+        """
+        kind = (base.shape, base.dtype, base.device)
+        if kind not in carriers:
+            nan = torch.full((1,) * base.dim(), float("nan"), dtype=base.dtype, device=base.device)
+            carriers[kind] = nan.expand(base.shape)
+        lazy = carriers[kind].as_subclass(LazyWeight)
         lazy.base = base
         lazy.rule = rule
         lazy.target = name
@@ -59,7 +68,7 @@ class LazyWeight(torch.Tensor):
 
     def like(self, base: Tensor, rule: Rule) -> LazyWeight:
         """A lazy weight for a view of this one's parameter."""
-        return LazyWeight.of(self.target, base, rule, self.owner, self.uses)
+        return LazyWeight.of(self.target, base, rule, self.owner, self.uses, {})
 
     def used(self, how: str) -> None:
         """Record a use; one dense use counts more than any fast ones."""
@@ -74,9 +83,11 @@ class LazyWeight(torch.Tensor):
 
     def training(self) -> bool:
         """Whether the owner is in training mode, or was when this was last asked, should it be gone by now."""
-        with contextlib.suppress(ReferenceError):
-            self._training = self.owner.training
-        return self._training
+        try:
+            self._training = training = self.owner.training
+        except ReferenceError:
+            return self._training
+        return training
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({self.target!r}, {type(self.rule).__name__}, {list(self.base.shape)}, {self.base.dtype})"

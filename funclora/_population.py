@@ -363,7 +363,9 @@ class _Call:
     def _as_rows(x: Tensor, dim: int | None, n: int, count: int) -> Tensor:
         if dim is not None:
             if x.dim() < 2:
-                raise ConfigError("the loss calls the model on a tensor without dimensions. Its first must be examples.")
+                raise ConfigError(
+                    "the loss calls the model on a tensor without dimensions. Its first must be examples."
+                )
             return x.movedim(dim, 0).flatten(0, 1)
         if x.dim() and x.shape[0] == count:
             return x.expand(n, *x.shape).flatten(0, 1)

@@ -46,11 +46,13 @@ class Scope:
     Attributes:
         n: the number of rows.
         active: false when the call is over; its tensors are then like any other.
+        known: what earlier operations found, by the operation and all that its rule looks at.
         spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
         read: the operation by which Python learnt values of rows, "" if none did: numbers cannot be followed.
     """
 
     n: int
+    known: dict[Any, Place]
     active: bool = True
     spoilt: dict[int, Any] = field(default_factory=dict)
     read: str = ""
@@ -123,7 +125,44 @@ class RowTensor(torch.Tensor):
             return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            return out if rule is _question else _placed(func, rule, args, kwargs, out)
+            if rule is _question:
+                return out
+            if rule is None or type(out) is not Tensor or torch.compiler.is_compiling():
+                return _placed(func, rule, args, kwargs, out)
+            # The layers of a model ask the same questions again and again.
+            scopes: list[Scope] = []
+            key = (func, _looks((args, *kwargs.items()), scopes))
+            scope = scopes[0] if len(scopes) == 1 and _is_hashable(key) else None
+            if scope is not None and not (scope.spoilt or scope.read) and scope.known.get(key) is not None:
+                return scope.enter(out, scope.known[key])
+            placed = _placed(func, rule, args, kwargs, out)
+            if scope is not None and type(placed) is RowTensor and isinstance(placed.place, Place):
+                scope.known[key] = placed.place
+            return placed
+
+
+def _looks(value: Any, scopes: list[Scope]) -> Any:
+    """All of an argument that a rule may look at, to be compared; the scopes of its rows are collected."""
+    kind = type(value)
+    if kind is RowTensor and value.scope.active:
+        if not scopes or scopes[0] is not value.scope:
+            scopes.append(value.scope)
+        return len(scopes), value.place, value.shape, value.dtype
+    if kind in (tuple, list):
+        return kind, tuple([_looks(part, scopes) for part in value])
+    if kind is slice:
+        return kind, value.start, value.stop, value.step
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return kind, value
+
+
+def _is_hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:  # an array among the arguments, for example
+        return False
+    return True
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -236,6 +275,7 @@ class Entrance:
     def __init__(self, n: int, repeats: int) -> None:
         self.n = n
         self.repeats = repeats
+        self.known: dict[Any, Place] = {}
         self.inside = threading.local()
 
     def guard(self, module: nn.Module) -> None:
@@ -262,17 +302,22 @@ class Entrance:
             return function(*args, **kwargs)
         self.inside.now = True
         try:
-            return with_rows(function, args, kwargs, self.n, self.repeats, alone)
+            return with_rows(function, args, kwargs, self.n, self.repeats, self.known, alone)
         finally:
             self.inside.now = False
 
 
 def with_rows(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], n: int, repeats: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    n: int,
+    repeats: int,
+    known: dict[Any, Place],
     alone: bool = False,
 ) -> Any:
     """`function(*args, **kwargs)` on inputs that know their rows; `alone`: every output must have them in front."""
-    scope = Scope(n)
+    scope = Scope(n, known)
     entered = []
 
     def enter(x: Any) -> Any:
@@ -292,6 +337,7 @@ def with_rows(
             f"the adapters are routed for {n} rows, and no input tensor has {sizes} as its first dimension. Pass one "
             "id for each row; for beam search: route(..., repeats=num_beams)."
         )
+
     def leave(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
@@ -303,7 +349,7 @@ def with_rows(
             )
         if alone and place != Place(0, 1):
             raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} for {n} rows, in which these do not lie along the "
+                f"the model returns a tensor of shape {list(x.shape)} for {n} rows, which do not lie along the "
                 "first dimension: it joins the members' results, or is the same for all of them. Compute the loss "
                 "outside of the model, from outputs with examples as their first dimension."
             )
@@ -337,7 +383,8 @@ def undispatched(function: types.FunctionType) -> types.FunctionType:
 def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that an operation writes to."""
     found = [kwargs.get("out")]
-    if _writers.get(func) or kwargs.get("inplace") or (not torch.compiler.is_compiling() and func in _setters):
+    writes = _writers.get(func, False) if torch.compiler.is_compiling() else _writes(getattr(func, "__name__", ""))
+    if writes or kwargs.get("inplace"):
         found += [*args, *kwargs.values()][:1]
     elif isinstance(func, _OPS) and _is_mutable(func):
         found += [*args, *kwargs.values()]
@@ -355,20 +402,20 @@ def _is_mutable(op: Any) -> bool:
     return any(_is_mutable(getattr(op, name)) for name in op.overloads() if "out" not in name)
 
 
-def _all_writers() -> Iterator[Callable[..., Any]]:
-    """Torch's functions that write to their first argument; by table, since tracers cannot look at names."""
-    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F)):
-        for name, function in space.items():
-            in_place = name.endswith("_") and not name.endswith("__")
-            dunder = name.startswith("__i") and name.endswith("__") and name not in _NOT_IN_PLACE
-            if callable(function) and (in_place or dunder or name == "__setitem__"):
-                yield function
+def _writes(name: str) -> bool:
+    """Whether torch's function of that name writes to its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    return in_place or dunder or name in ("__setitem__", "__set__")
 
 
-_PROPERTY = type(Tensor.shape)
-_NOT_IN_PLACE = ("__init__", "__init_subclass__", "__int__", "__index__", "__invert__")
-_writers = dict.fromkeys(_all_writers(), True)
-_setters = frozenset(x.__set__ for x in vars(torch._C.TensorBase).values() if hasattr(x, "__set__"))
+# For the compiler, which cannot look at the names of functions.
+_writers = {
+    function: True
+    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F))
+    for name, function in space.items()
+    if callable(function) and _writes(name) and not name.startswith(("_foreach", "__init"))
+}
 
 
 def _placed(
@@ -551,10 +598,8 @@ def _along(position: int, default: Any = None) -> RowRule:
 
     def rule(call: Call) -> Places:
         dims = call.arg(position, "dim", "axis", default=default)
-        if isinstance(dims, Tensor):  # the elementwise max and min of two tensors
-            return _aligned(call)
         place, n_dims = call.place(), call.x.dim()
-        if dims is None or isinstance(dims, bool):
+        if dims is None or isinstance(dims, (bool, Tensor)):
             raise LostError
         along = {d % n_dims for d in (dims if isinstance(dims, Sequence) else (dims,))}
         out = call.out if isinstance(call.out, Tensor) else call.out[0]
@@ -567,6 +612,11 @@ def _along(position: int, default: Any = None) -> RowRule:
         raise LostError
 
     return rule
+
+
+def _extreme(call: Call) -> Places:
+    """max and min: along a dimension, or elementwise of two tensors."""
+    return _aligned(call) if isinstance(call.arg(1, "dim", "axis", "other"), Tensor) else _along(1)(call)
 
 
 def _last(call: Call) -> Places:
@@ -707,8 +757,8 @@ def _know(rule: Any, names: str, *spaces: Any, by_function: bool = False) -> Non
         for space in spaces or (torch, Tensor, F, torch.special, torch.linalg):
             for form in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
                 function: Any = getattr(space, form, None)
-                if isinstance(function, (property, _PROPERTY)):
-                    function = function.__get__  # type: ignore[union-attr]
+                if hasattr(function, "__set__"):  # a property
+                    function = function.__get__
                 if by_function and form == f"{name}_":
                     continue  # it changes the shape of its argument: whatever knows that is too old
                 if form == f"__r{name}__" and rule is _matmul:
@@ -742,8 +792,9 @@ _know(_viewed, """transpose swapaxes swapdims permute movedim moveaxis unsqueeze
 _know(_indexed, "getitem")
 _know(_joined(new_dim=False), "cat concat concatenate")
 _know(_joined(new_dim=True), "stack")
-_know(_along(1), """sum mean amax amin max min prod std var any all logsumexp argmax argmin softmax log_softmax
+_know(_along(1), """sum mean amax amin prod std var any all logsumexp argmax argmin softmax log_softmax
     softmin cumsum cumprod cummax cummin count_nonzero median nanmean nansum""")  # fmt: skip
+_know(_extreme, "max min")
 _know(_along(1, default=-1), "sort argsort glu")
 _know(_along(2, default=-1), "topk kthvalue")
 _know(_along(2), "norm vector_norm")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import optree
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from funclora.errors import ConfigError
 
@@ -111,24 +112,28 @@ def adamw(
 
     def update(grads: PyTree, state: AdamWState, params: PyTree = None) -> tuple[PyTree, AdamWState]:
         decays, t = _decays(weight_decay, params), state.step + 1
-        mu = _map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - b1), mu=state.mu, grads=grads)
-        nu = _map(lambda v, g: _lerp_square(v, g.to(v.dtype), b2), nu=state.nu, grads=grads)
         # What is one number per adapter comes first: few operations are left that run over whole leaves.
-        count = t.to(_widest(mu))
+        count = t.to(_widest(state.mu))
         correction = _one_minus_power(b2, count).sqrt()
         rate = _at(lr, state.step, count)
-        scale, damping = rate * correction / _one_minus_power(b1, count), eps * correction
-        shrink = rate * _at(weight_decay, state.step, count)
+        scale, damping = -rate * correction / _one_minus_power(b1, count), eps * correction
+        shrink = rate * _at(weight_decay, state.step, count) * torch.ones_like(count)
+        over = _overwriting()
 
-        def step(m: Tensor, v: Tensor, like: Tensor) -> Tensor:
+        def step(m: Tensor, v: Tensor, g: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g = g.to(m.dtype)
+            m = torch.lerp(m, g, 1 - b1)
+            v = over(torch.addcmul, b2 * v, g, g, value=1 - b2)
             # Clamped for the derivative alone: that of the root at 0 is inf, and inf·0 is NaN.
-            root = v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
-            update = -_per_member(scale, m) * m / (root + _per_member(damping, m))
+            root = over(torch.sqrt, v.clamp_min(torch.finfo(v.dtype).tiny))
+            update = over(torch.div, _per_member(scale, m) * m, over(torch.add, root, _per_member(damping, m)))
             if decays:
-                update = update - _per_member(shrink, m) * like.to(m.dtype)
-            return update.to(like.dtype)
+                update = over(torch.addcmul, update, like.to(m.dtype), _per_member(shrink, m), value=-1)
+            return update.to(like.dtype), m, v
 
-        return _map(step, mu=mu, nu=nu, params=grads if params is None else params), AdamWState(t, mu, nu)
+        like = grads if params is None else params
+        updates, mu, nu = _map(step, 3, mu=state.mu, nu=state.nu, grads=grads, params=like)
+        return updates, AdamWState(t, mu, nu)
 
     return GradientTransformation(init, update)
 
@@ -445,8 +450,22 @@ def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
     return optree.tree_unflatten(spec, scaled)
 
 
-def _lerp_square(v: Tensor, g: Tensor, decay: float) -> Tensor:
-    return torch.addcmul(decay * v, g, g, value=1 - decay)
+def _overwriting() -> Callable[..., Tensor]:
+    """`op(x, ...)`, written over x, a temporary of the caller's own, unless autograd, a transform or a tracer looks on.
+
+    Fresh memory for every result would be a good part of the cost of a step.
+    """
+    watched = (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+    def over(op: Callable[..., Tensor], x: Tensor, *rest: Tensor, **options: float) -> Tensor:
+        return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)
+
+    return over
 
 
 def _one_minus_power(decay: float, count: Tensor) -> Tensor:
@@ -490,8 +509,11 @@ def _no_step(params: PyTree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def _map(fn: Callable[..., Tensor], **trees: PyTree) -> PyTree:
-    """`optree.tree_map` over trees with names; refuses other structures, and shapes that would broadcast."""
+def _map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> Any:
+    """`optree.tree_map` over trees with names; refuses other structures, and shapes that would broadcast.
+
+    With `outputs` other than 1, `fn` returns a tuple of that length and there are as many trees.
+    """
     (first, tree), *others = trees.items()
     leaves, spec = optree.tree_flatten(tree)
     columns = [leaves]
@@ -508,7 +530,10 @@ def _map(fn: Callable[..., Tensor], **trees: PyTree) -> PyTree:
                     f"got {got}; gradients, parameters and state must belong to the same adapters"
                 )
         columns.append(column)
-    return optree.tree_unflatten(spec, map(fn, *columns))
+    if outputs == 1:
+        return optree.tree_unflatten(spec, map(fn, *columns))
+    rows = list(map(fn, *columns))
+    return tuple(optree.tree_unflatten(spec, [row[i] for row in rows]) for i in range(outputs))
 
 
 def _nonnegative(x: float) -> bool:

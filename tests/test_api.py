@@ -4,8 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from torch import nn
 
 import funclora as fl
 
@@ -33,13 +31,3 @@ def test_every_public_name_is_there() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys; from funclora.cli._app import app; print('torch' in sys.modules)"
     assert python(code) == "False"
-
-
-def test_two_weights_for_one_shared_module_are_refused_under_compile() -> None:
-    shared = nn.Linear(2, 2)
-    model = nn.Sequential(shared, nn.Tanh(), shared)
-    params = fl.base_params(model)
-    adapters = fl.init(model, fl.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False))
-    compiled = torch.compile(lambda adapters, x: fl.apply(model, params, adapters, x), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="one parameter of one module under two names"):
-        compiled(adapters, torch.ones(1, 2))

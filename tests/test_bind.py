@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from funclora import LoRA, apply, base_params, bind, merge
+from funclora._apply import trace_targets
 from funclora._layout import Conv1D, Embedding, Linear
 from funclora.errors import ParamsError, PurityError, UnsupportedError
 
@@ -254,6 +255,35 @@ def test_script_modules_are_refused(deep: bool) -> None:
         bind(model, base_params(model), {})
 
 
+def distributed(model: nn.Module) -> nn.Module:
+    """A DistributedDataParallel as it looks to `bind`; a real one wants a process group."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    return wrapped
+
+
+PARALLEL: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "data": (nn.DataParallel, r"is a DataParallel.*Pass the module that it wraps \(DataParallel\.module\)"),
+    "distributed": (distributed, r"is a DistributedDataParallel.*\(DistributedDataParallel\.module\)"),
+    "replica": (lambda model: model._replicate_for_data_parallel(), r"is a replica.*Pass the module that was rep"),
+}
+
+
+@pytest.mark.parametrize("call", [bind, apply], ids=["bind", "apply"])
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_wrappers_that_copy_the_model_are_refused(name: str, deep: bool, call: Callable[..., Any]) -> None:
+    wrap, message = PARALLEL[name]
+    plain = nn.Linear(3, 3)
+    model = nn.Sequential(nn.Linear(3, 3), wrap(plain)) if deep else wrap(plain)
+    # With the names of the inner model too: what is wrong is the wrapper, not the names.
+    for params in [base_params(model)] if deep else [base_params(model), base_params(plain)]:
+        with pytest.raises(UnsupportedError, match=f"{'.1' if deep else '.the model'}. {message}"):
+            call(model, params, {} if deep else lora(base_params(plain), "weight"))
+    bind(plain, base_params(plain), {})
+
+
 def write_out(w: Tensor) -> None:
     torch.add(w, 1, out=w)
 
@@ -290,6 +320,74 @@ def test_writing_to_a_rewritten_weight_is_refused(operation: str) -> None:
     with pytest.raises(PurityError, match=r"'weight': the model calls .*which would write"):
         apply(model, params, adapters, torch.randn(2, 4))
     check()
+
+
+class WritesElsewhere(nn.Module):
+    """Writes to a weight that the adapter may or may not rewrite."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+        self.lin = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.write(self.gain)
+        return self.lin(x @ self.gain)
+
+
+@pytest.mark.parametrize("call", [apply, trace_targets])
+@pytest.mark.parametrize("kind", ["none", "full"])
+@pytest.mark.parametrize("operation", [n for n in WRITES if n not in ("data", "requires_grad_")])
+def test_writing_to_a_weight_that_is_not_rewritten_is_noticed(
+    operation: str, kind: str, call: Callable[..., object]
+) -> None:
+    model = WritesElsewhere(WRITES[operation])
+    params = base_params(model)
+    adapters = lora(params, "lin.weight") | (lora(params, "gain", kind="full") if kind == "full" else {})
+    message = r"params\['gain'\] was written to" if kind == "none" else r"adapters\['gain'\]\.value was written to"
+    if kind == "full" and call is trace_targets:  # is lazy there, to see whether it is read
+        message = "'gain': the model calls"
+    with pytest.raises(PurityError, match=message):
+        call(model, params, adapters, torch.randn(2, 4))
+
+
+def test_writing_to_a_weight_is_noticed_in_inference_mode_and_under_vmap() -> None:
+    model = WritesElsewhere(lambda w: w.mul_(0.9))
+    params, x = base_params(model), torch.randn(2, 4)
+    adapters = lora(params, "lin.weight")
+    with torch.inference_mode(), pytest.raises(PurityError, match=r"params\['gain'\] was written"):
+        apply(model, params, adapters, x)
+    with pytest.raises(PurityError, match=r"params\['gain'\] was written"):
+        torch.vmap(lambda x: apply(model, params, adapters, x))(x)
+
+
+def test_tensors_without_a_count_of_writes_can_be_applied() -> None:
+    model, params, adapters = setup()
+    with torch.inference_mode():
+        params = {name: value.clone() for name, value in params.items()}
+        x = torch.randn(3, 4)
+        close(apply(model, params, adapters, x), apply(model, dict(params), adapters, x), 0)
+
+
+def test_writing_to_weights_between_calls_is_allowed() -> None:
+    model, params, _ = setup()
+    adapters, x = lora(params, "body.0.bias", kind="full"), torch.randn(3, 4)
+    first = apply(model, params, adapters, x)
+    params["norm.weight"].mul_(2)
+    adapters["body.0.bias"].value.add_(1)
+    assert distance(apply(model, params, adapters, x), first) > 1e-2
+
+
+def test_the_error_of_the_model_comes_before_that_of_a_write() -> None:
+    def write(w: Tensor) -> None:
+        w.mul_(2)
+        raise ZeroDivisionError("the model's own")
+
+    model = WritesElsewhere(write)
+    with pytest.raises(ZeroDivisionError, match="the model's own"):
+        apply(model, base_params(model), {}, torch.randn(2, 4))
 
 
 def test_embedding_bag_with_max_norm_does_not_write_to_params() -> None:
@@ -364,22 +462,3 @@ def test_base_params_are_detached_and_share_storage() -> None:
         assert value.data_ptr() == model.state_dict()[name].data_ptr()
     tied = nn.ModuleList([nn.Linear(2, 2)] * 2)
     assert list(base_params(tied)) == list(tied.state_dict())
-
-
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_compiled_attention_has_the_weights_of_the_eager_one(need_weights: bool) -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            attended: Tensor = self.attention(x, x, x, need_weights=need_weights)[0]
-            return attended
-
-    model = Attends()
-    params = base_params(model)
-    adapters = lora(params, "attention.in_proj_weight", "attention.out_proj.weight")
-    compiled = torch.compile(lambda adapters, x: apply(model, params, adapters, x), fullgraph=True, backend="eager")
-    x = torch.randn(2, 3, 8)
-    torch.testing.assert_close(compiled(adapters, x), apply(model, params, adapters, x))

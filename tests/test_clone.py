@@ -278,3 +278,24 @@ def test_an_adapter_on_one_of_two_tied_parameters_leaves_the_other(target: str) 
     rule = make_rule("lora", Embedding() if target == "embed.weight" else Linear(), params[target], gen(1))
     weights = params | {target: oracle(params[target], rule)}
     close(apply(model, params, {target: rule}, ids), weights["embed.weight"][ids] @ weights["head.weight"].T, 1e-6)
+
+
+def test_recurrent_layers_after_a_functional_call_inside_a_transform() -> None:
+    """It leaves tensors of the transform in a list of the layer's, which nothing can read any more."""
+    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    params = base_params(model)
+    adapters = {"weight_ih_l0": make_rule("lora", Linear(), params["weight_ih_l0"], gen(1))}
+
+    def curvature(output: Callable[[dict[str, Tensor]], Any]) -> Tensor:
+        def loss(t: Tensor) -> Tensor:
+            weights = {name: value.clone() for name, value in params.items()}
+            return output(weights | {"weight_ih_l0": t * params["weight_ih_l0"]})[0].square().sum()
+
+        return torch.func.grad(torch.func.grad(loss))(torch.ones(()))
+
+    def through_apply() -> tuple[Tensor, Tensor]:
+        return apply(model, params, adapters, x)[0], curvature(lambda params: apply(model, params, adapters, x))
+
+    expected = through_apply()
+    curvature(lambda params: torch.func.functional_call(model, params, x))
+    close(through_apply(), expected, 0)

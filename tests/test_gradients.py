@@ -152,6 +152,64 @@ def test_forward_mode(case: Case, kind: str) -> None:
             close(actual, torch.func.jvp(function(through_oracle), (adapters,), (direction,)), 1e-9)
 
 
+def along_two_directions(case: Case, kind: str) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Two numbers as a function of how far the adapters have moved: through `apply`, `merge` and the oracle."""
+    s = case.setup(torch.float64)
+    start, *directions = (make_adapters(case, s.params, kind, gen(i)) for i in (1, 2, 3))
+
+    def of(output: Callable[[Adapters], Any]) -> Callable[[Tensor], Tensor]:
+        def numbers(t: Tensor) -> Tensor:
+            ys = tensors(output(pytree.tree_map(lambda x, d, e: x + t[0] * d + t[1] * e, start, *directions)))
+            return torch.stack([loss_of(ys), loss_of([y + 1 for y in ys])])
+
+        return numbers
+
+    return (
+        of(lambda adapters: apply(s.model, s.params, adapters, *s.args, **s.kwargs)),
+        of(lambda adapters: dense_call(s, merge(s.params, adapters))),
+        of(lambda adapters: dense_call(s, s.params | {n: oracle(s.params[n], rule) for n, rule in adapters.items()})),
+    )
+
+
+HERE = torch.tensor([0.1, -0.2], dtype=torch.float64)
+
+
+@every_kind
+@every_case
+def test_jacobians_and_hessians(case: Case, kind: str) -> None:
+    ours, merged, formula = along_two_directions(case, kind)
+    tolerance = 1e-5 if case.name == "llama" else 1e-9  # its norms compute in float32
+    with plain_attention():
+        expected = torch.func.jacrev(formula)(HERE)
+        assert expected.abs().min() > 1e-6
+        close(torch.func.jacrev(ours)(HERE), expected, tolerance)
+        close(torch.func.jacrev(merged)(HERE), expected, tolerance)
+        if kind != "full" or case in FORWARD or case not in LAYERS:  # a plain table is looked up by torch itself
+            close(torch.func.jacfwd(ours)(HERE), expected, tolerance)
+        if case in TWICE or case not in LAYERS:
+            expected = torch.func.jacrev(torch.func.jacrev(formula))(HERE)
+            close(torch.func.jacrev(torch.func.jacrev(ours))(HERE), expected, tolerance)
+            close(torch.func.hessian(ours)(HERE), expected, tolerance)
+
+
+# Tracing takes a second; gpt2 and llama it cannot trace, because their masks depend on values.
+LINEARIZED = [("linear", kind) for kind in KINDS] + [
+    (name, "lora") for name in ("embedding", "conv2d", "conv-t1d-groups", "gpt2-conv1d", "experts-loop", "mha")
+]
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # the tracer's own
+@pytest.mark.parametrize(("name", "kind"), LINEARIZED)
+def test_linearize(name: str, kind: str) -> None:
+    ours, _, formula = along_two_directions(next(case for case in CASES if case.name == name), kind)
+    with plain_attention():
+        value, push = torch.func.linearize(ours, HERE)
+        jacobian = torch.func.jacrev(formula)(HERE)
+    close(value, formula(HERE), 1e-9)
+    for direction in torch.eye(2, dtype=torch.float64):
+        close(push(direction), jacobian @ direction, 1e-9)
+
+
 @every_kind
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv-t2d-groups", "experts-bmm"])
 def test_merge_can_be_differentiated_and_mapped(name: str, kind: str) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from funclora import optim
 from funclora.errors import ConfigError
@@ -431,21 +432,24 @@ def test_states_of_single_adapters_stack(name: str) -> None:
     assert_trees_close(torch.vmap(optimizer.init)(stack(params)), stack([optimizer.init(p) for p in params]))
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-def test_inputs_stay_as_they_were(name: str, seed: int, dtype: torch.dtype) -> None:
+def test_inputs_stay_as_they_were(name: str, grad_mode: bool, seed: int, dtype: torch.dtype) -> None:
     optimizer = OPTIMIZERS[name](0.1, 0.2, 0.3)
     params, grads = adapters(seed, dtype=dtype), adapters(seed + 1, dtype=dtype)
     state = optimizer.init(params)
     for _ in range(2):
         inputs = (grads, state, params)
         before = optree.tree_map(torch.clone, inputs)
-        updates, state = optimizer.update(*inputs)
-        after = apply_updates(params, updates)
+        versions = [x._version for x in optree.tree_leaves(inputs)]
+        with torch.set_grad_enabled(grad_mode):
+            updates, state = optimizer.update(*inputs)
+            after = apply_updates(params, updates)
         for x, y in zip(optree.tree_leaves(inputs), optree.tree_leaves(before), strict=True):
             assert torch.equal(x, y)
-            assert x._version == 0
+        assert [x._version for x in optree.tree_leaves(inputs)] == versions
         old = {x.data_ptr() for x in optree.tree_leaves(inputs)}
         new = [x.data_ptr() for x in optree.tree_leaves((updates, state, after))]
         assert not old.intersection(new)
@@ -530,6 +534,36 @@ def test_adamw_has_a_derivative_where_the_gradient_is_zero() -> None:
     w = torch.zeros((), dtype=torch.float64)
     slope = torch.func.grad(lambda g: optimizer.update({"w": g}, optimizer.init({"w": w}))[0]["w"])(w)
     torch.testing.assert_close(slope, torch.tensor(-0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("batched", range(3), ids=["grads", "state", "params"])
+def test_without_autograd_transforms_work_all_the_same(name: str, batched: int) -> None:
+    # Nothing keeps the values in between then, but a tensor that is not batched cannot hold what is.
+    optimizer = OPTIMIZERS[name](0.1, 0.2, 0.3)
+    params, grads = adapters(0), adapters(1)
+    inputs = [grads, optimizer.update(grads, optimizer.init(params), params)[1], params]
+    expected = optimizer.update(*inputs)
+    in_dims = [None, None, None]
+    in_dims[batched] = 0  # type: ignore[call-overload]
+    inputs[batched] = optree.tree_map(lambda x: torch.stack([x, x]), inputs[batched])
+    with torch.no_grad():
+        updates, state = torch.vmap(optimizer.update, in_dims=tuple(in_dims))(*inputs)
+        assert_trees_close((updates, state), stack([expected, expected]), rtol=1e-12, atol=1e-12)
+
+
+def test_without_autograd_forward_mode_works_all_the_same() -> None:
+    optimizer, params, grads = adamw(0.1), adapters(0), adapters(1)
+    state = optimizer.update(grads, optimizer.init(params), params)[1]
+
+    def update(grads: Tree) -> Tree:
+        return optimizer.update(grads, state, params)[0]
+
+    expected = torch.func.jvp(update, (grads,), (params,))[1]
+    with torch.no_grad(), forward_ad.dual_level():
+        updates = update(optree.tree_map(forward_ad.make_dual, grads, params))
+        tangents = optree.tree_map(lambda x: forward_ad.unpack_dual(x).tangent, updates)
+    assert_trees_close(tangents, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_none_is_an_absent_subtree() -> None:
