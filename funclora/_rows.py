@@ -493,7 +493,7 @@ def _kept(func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
 
 def _note_write(scope: Scope, x: Tensor, places: Places) -> None:
     """Whatever shares memory with x is lost from now on, unless x held rows in that very place."""
-    if not (isinstance(x, RowTensor) and x.scope is scope and x.place == places):
+    if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
         scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again
 
 
@@ -547,7 +547,9 @@ def _viewed(func: Callable[..., Any]) -> RowRule:
     """Views that move, cut or add dimensions: seen on strides, with a stride along the rows alone."""
 
     def rule(call: Call) -> Places:
-        place = call.place_of(call.x)
+        place = (
+            call.place_of(call.x) if func is Tensor.expand_as else call.place()
+        )  # expand_as looks at the shape alone
         size = call.x.shape[place.dim]
         strides = [0] * call.x.dim()
         strides[place.dim] = 1
