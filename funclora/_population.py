@@ -254,7 +254,10 @@ class _Call:
         (count,) = counts
         rows = iter([self._as_rows(x, d, n, count) for x, d in zip(tensors, dims, strict=True)])
         args, kwargs = self.spec.unflatten([next(rows) if isinstance(x, Tensor) else x for x in self.leaves])
-        out = _get(self.rows.of(count), self.path)(*args, **kwargs)
+        bound = self.rows.of(count)
+        function = _get(bound, self.path)
+        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is but one row
+        out = entrance.call(function, args, kwargs, alone=True) if entrance else function(*args, **kwargs)
         flat, self.out_spec = pytree.tree_flatten(out)
         self.out_leaves = flat
         outs = [x for x in flat if isinstance(x, Tensor)]
@@ -270,7 +273,11 @@ class _Call:
     @staticmethod
     def _as_rows(x: Tensor, dim: int | None, n: int, count: int) -> Tensor:
         if dim is not None:
-            return x.movedim(dim, 0).flatten(0, 1) if x.dim() > 1 else x
+            if x.dim() < 2:
+                raise ConfigError(
+                    "the loss calls the model on a tensor without dimensions. Its first must be examples."
+                )
+            return x.movedim(dim, 0).flatten(0, 1)
         if x.dim() and x.shape[0] == count:
             return x.expand(n, *x.shape).flatten(0, 1)
         return x

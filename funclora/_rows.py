@@ -48,12 +48,21 @@ class Scope:
         active: false when the call is over; its tensors are then like any other.
         known: what earlier operations found, by the operation and all that its rule looks at.
         spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
+        read: the operation by which Python learnt values of rows, "" if none did: numbers cannot be followed.
     """
 
     n: int
     known: dict[Any, Place]
     active: bool = True
     spoilt: dict[int, Any] = field(default_factory=dict)
+    read: str = ""
+
+    def lost(self, *tensors: Tensor) -> str:
+        """What lost the rows of these tensors other than the operations that made them; "" if nothing did."""
+        if self.read:
+            return self.read
+        spoilt = self.spoilt and any(x.untyped_storage()._cdata in self.spoilt for x in tensors)
+        return "a write in place" if spoilt else ""
 
     def enter(self, x: Tensor, place: Place | str) -> RowTensor:
         """The tensor with the place of its rows, or with the name of the operation that lost them."""
@@ -112,8 +121,8 @@ class RowTensor(torch.Tensor):
         if func is F.dropout and _streams.get() is not None:
             return _dropout(*args, **kwargs)
         rule = _rules.get(func)
-        if rule is None and isinstance(func, types.FunctionType):  # Python code: its operations shall say
-            return undispatched(func)(*args, **kwargs)
+        if rule is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
+            return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
             if rule is _question:
@@ -123,8 +132,8 @@ class RowTensor(torch.Tensor):
             # The layers of a model ask the same questions again and again.
             scopes: list[Scope] = []
             key = (func, _looks((args, *kwargs.items()), scopes))
-            scope = scopes[0] if scopes else None
-            if scope is not None and not scope.spoilt and scope.known.get(key) is not None:
+            scope = scopes[0] if len(scopes) == 1 and _is_hashable(key) else None
+            if scope is not None and not (scope.spoilt or scope.read) and scope.known.get(key) is not None:
                 return scope.enter(out, scope.known[key])
             placed = _placed(func, rule, args, kwargs, out)
             if scope is not None and type(placed) is RowTensor and isinstance(placed.place, Place):
@@ -140,12 +149,20 @@ def _looks(value: Any, scopes: list[Scope]) -> Any:
             scopes.append(value.scope)
         return len(scopes), value.place, value.shape, value.dtype
     if kind in (tuple, list):
-        return tuple([_looks(part, scopes) for part in value])
+        return kind, tuple([_looks(part, scopes) for part in value])
     if kind is slice:
         return kind, value.start, value.stop, value.step
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     return kind, value
+
+
+def _is_hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:  # an array among the arguments, for example
+        return False
+    return True
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -207,7 +224,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, Place | str]:
     if not isinstance(x, RowTensor):
         return x, ""
     with torch._C.DisableTorchFunctionSubclass():  # not as_subclass, which cannot be traced back
-        return x.view_as(x), x.place if x.scope.active else ""
+        return x.view_as(x), (x.scope.lost(x) or x.place) if x.scope.active else ""
 
 
 def rows_first(x: Tensor, place: Place, n: int) -> Tensor:
@@ -274,15 +291,18 @@ class Entrance:
 
         kind: Any = type(module)
         entered.__signature__ = _signature(kind)  # type: ignore[attr-defined]
+        entered.entrance = self  # type: ignore[attr-defined]
         module.__dict__["forward"] = entered
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False
+    ) -> Any:
         """`function(*args, **kwargs)`; the rows go in and come out here, unless this is inside another call."""
         if getattr(self.inside, "now", False):
             return function(*args, **kwargs)
         self.inside.now = True
         try:
-            return with_rows(function, args, kwargs, self.n, self.repeats, self.known)
+            return with_rows(function, args, kwargs, self.n, self.repeats, self.known, alone)
         finally:
             self.inside.now = False
 
@@ -294,12 +314,16 @@ def with_rows(
     n: int,
     repeats: int,
     known: dict[Any, Place],
+    alone: bool = False,
 ) -> Any:
-    """`function(*args, **kwargs)` on inputs that know their rows."""
+    """`function(*args, **kwargs)` on inputs that know their rows; `alone`: every output must have them in front."""
     scope = Scope(n, known)
     entered = []
 
     def enter(x: Any) -> Any:
+        if isinstance(x, RowTensor) and x.scope.n == n:  # recomputed in backward: what the forward pass knew
+            entered.append(x)
+            return scope.enter(x.view_as(x), x.place)
         if isinstance(x, Tensor) and x.dim() and x.shape[0] in (n, n * repeats) and x.dtype != torch.bool:
             entered.append(x)
             return scope.enter(x, Place(0, x.shape[0] // n))
@@ -313,8 +337,26 @@ def with_rows(
             f"the adapters are routed for {n} rows, and no input tensor has {sizes} as its first dimension. Pass one "
             "id for each row; for beam search: route(..., repeats=num_beams)."
         )
+
+    def leave(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        plain, place = rows_of(x)
+        if isinstance(place, str) and place and x.dim():
+            raise UnsupportedError(
+                f"the model returns a tensor of shape {list(x.shape)} whose rows {place} may have mixed or reordered. "
+                "Call the model once for each member, or use funclora.vmap over the stack."
+            )
+        if alone and place != Place(0, 1):
+            raise UnsupportedError(
+                f"the model returns a tensor of shape {list(x.shape)} for {n} rows, which do not lie along the "
+                "first dimension: it joins the members' results, or is the same for all of them. Compute the loss "
+                "outside of the model, from outputs with examples as their first dimension."
+            )
+        return plain if isinstance(x, RowTensor) else x
+
     try:
-        return tree_map(lambda x: rows_of(x)[0] if isinstance(x, RowTensor) else x, function(*args, **kwargs))
+        return tree_map(leave, function(*args, **kwargs))
     finally:
         scope.active = False
 
@@ -344,7 +386,20 @@ def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     writes = _writers.get(func, False) if torch.compiler.is_compiling() else _writes(getattr(func, "__name__", ""))
     if writes or kwargs.get("inplace"):
         found += [*args, *kwargs.values()][:1]
-    return [x for x in found if x is not None]
+    elif isinstance(func, _OPS) and _is_mutable(func):
+        found += [*args, *kwargs.values()]
+    each = (x for some in found for x in (some if isinstance(some, (list, tuple)) else (some,)))
+    return [x for x in each if isinstance(x, Tensor)]
+
+
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def _is_mutable(op: Any) -> bool:
+    """Whether an operation of `torch.ops` may write to its arguments."""
+    if isinstance(op, torch._ops.OpOverload):
+        return bool(op._schema.is_mutable)
+    return any(_is_mutable(getattr(op, name)) for name in op.overloads() if "out" not in name)
 
 
 def _writes(name: str) -> bool:
@@ -368,18 +423,28 @@ def _placed(
 ) -> Any:
     """The result of an operation, with the place of the rows in it. Torch functions of subclasses are off here."""
     writes = written(func, args, kwargs)
-    if not (writes or isinstance(out, (Tensor, tuple, list))):
+    if not (writes or rule is _number or isinstance(out, (Tensor, tuple, list))):
         return out
     call = Call(args, kwargs, out)
     scope = call.scope
-    if scope is None or rule is _constant:
+    if scope is None:
+        return _kept(func, args, out)
+    if rule is _number:
+        scope.read = func.__name__
+        return out
+    if rule is _constant and not any(isinstance(x, RowTensor) for x in call.tensors if x is not call.x):
         return out
     places = _places(func, rule, call)
-    if writes:
+    if rule is _batch_norm and isinstance(places, str):  # in training mode the statistics of all rows are kept
+        writes = [x for x in call.tensors if x is call.arg(1, "running_mean") or x is call.arg(2, "running_var")]
+        for x in writes:
+            _note_write(scope, x, places)
+    elif writes:
         for x in call.tensors:
             if any(x is target for target in writes):
                 _note_write(scope, x, places)
-        return out
+        if not isinstance(out, Tensor) or any(out is target for target in writes):
+            return out
     if isinstance(out, Tensor):
         return scope.enter(out, places)  # type: ignore[arg-type]
     each = places if isinstance(places, tuple) and not isinstance(places, Place) else (places,) * len(out)
@@ -389,23 +454,46 @@ def _placed(
 
 def _places(func: Callable[..., Any], rule: RowRule | None, call: Call) -> Places:
     name = getattr(func, "__name__", str(func))
+    if call.scope and (cause := call.scope.lost(*call.tensors)):
+        return cause
     for x in call.tensors:
         if isinstance(x, RowTensor) and x.scope is call.scope and isinstance(x.place, str):
             return x.place  # lost before
         if isinstance(x, RowTensor) and x.scope is not call.scope and x.scope.active:
             return f"{name} of two models' rows"
-    spoilt = call.scope.spoilt if call.scope else {}
-    if spoilt and any(x.untyped_storage()._cdata in spoilt for x in call.tensors):
-        return "a write in place"
     try:
-        return name if rule is None else rule(call)
+        return name if rule is None else _proven(rule(call), call, name)
     except LostError:
         return name
 
 
+def _proven(places: Places, call: Call, name: str) -> Places:
+    """The places that a rule gives, those that do not fit the results' shapes replaced by the operation's name."""
+
+    def checked(place: Place | str | None, out: Any) -> Place | str | None:
+        if isinstance(place, Place) and isinstance(out, Tensor):
+            n = call.scope.n  # type: ignore[union-attr]
+            fits = 0 <= place.dim < out.dim() and out.shape[place.dim] == n * place.inner
+            return place if fits and place.inner else name
+        return place
+
+    if isinstance(places, tuple) and not isinstance(places, Place):
+        return tuple(map(checked, places, call.out))
+    if isinstance(call.out, (tuple, list)) and isinstance(places, Place):
+        return tuple(checked(places, out) for out in call.out)
+    return checked(places, call.out)
+
+
+def _kept(func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
+    """A tensor detached when its call is over, as recomputation in backward does, remembers its place."""
+    if func in (Tensor.detach, torch.detach) and isinstance(args[0], RowTensor):
+        return args[0].scope.enter(out, args[0].place)
+    return out
+
+
 def _note_write(scope: Scope, x: Tensor, places: Places) -> None:
     """Whatever shares memory with x is lost from now on, unless x held rows in that very place."""
-    if not (isinstance(x, RowTensor) and x.scope is scope and x.place == places):
+    if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
         scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again
 
 
@@ -418,19 +506,29 @@ def _question(call: Call) -> Places:
 
 
 def _constant(call: Call) -> Places:
-    """A new tensor that holds no values of its argument."""
-    return None
+    """A new tensor that holds no values of its first argument."""
+    raise LostError  # it may hold those of another
+
+
+def _number(call: Call) -> Places:
+    """Values as Python's own: nobody knows what becomes of them."""
+    raise LostError
 
 
 def _aligned(call: Call) -> Place:
     """Elementwise operations, which broadcast: the rows lie in the same place, counted from the last dimension."""
     found = {(place.dim - x.dim(), place.inner) for x, place in call.rows()}
-    if len(found) != 1:
+    if len(found) != 1 or not isinstance(call.out, Tensor):
         raise LostError
     ((dim, inner),) = found
     if call.out.dim() + dim < 0 or call.out.shape[dim] != call.scope.n * inner:  # type: ignore[union-attr]
         raise LostError
     return Place(call.out.dim() + dim, inner)
+
+
+def _own(call: Call) -> Place:
+    """Operations that keep the shape of the first argument, the only one whose values with rows they take."""
+    return call.place_of(call.x)
 
 
 def _reshaped(call: Call) -> Places:
@@ -449,11 +547,15 @@ def _viewed(func: Callable[..., Any]) -> RowRule:
     """Views that move, cut or add dimensions: seen on strides, with a stride along the rows alone."""
 
     def rule(call: Call) -> Places:
-        place = call.place_of(call.x)
+        place = (
+            call.place_of(call.x) if func is Tensor.expand_as else call.place()
+        )  # expand_as looks at the shape alone
         size = call.x.shape[place.dim]
         strides = [0] * call.x.dim()
         strides[place.dim] = 1
-        out = func(torch.empty_strided(call.x.shape, strides, device="meta"), *call.args[1:], **call.kwargs)
+        like = torch.empty_strided(call.x.shape, strides, device="meta")
+        kwargs = {name: value for name, value in call.kwargs.items() if value is not call.x}
+        out = func(like, *call.args[1:], **kwargs)
 
         def found(view: Tensor) -> Place | str:
             dims = [i for i, stride in enumerate(view.stride()) if stride == 1 and view.shape[i] == size]
@@ -483,7 +585,7 @@ def _joined(*, new_dim: bool) -> RowRule:
 
     def rule(call: Call) -> Places:
         places = {place for _, place in call.rows()}
-        dim = call.arg(1, "dim", default=0) % call.out.dim()
+        dim = call.arg(1, "dim", "axis", default=0) % call.out.dim()
         place = places.pop()
         at = place.dim + (new_dim and dim <= place.dim)
         if places or dim == at or call.out.shape[at] != call.scope.n * place.inner:  # type: ignore[union-attr]
@@ -498,10 +600,8 @@ def _along(position: int, default: Any = None) -> RowRule:
 
     def rule(call: Call) -> Places:
         dims = call.arg(position, "dim", "axis", default=default)
-        if isinstance(dims, Tensor):  # the elementwise max and min of two tensors
-            return _aligned(call)
         place, n_dims = call.place(), call.x.dim()
-        if dims is None or isinstance(dims, bool):
+        if dims is None or isinstance(dims, (bool, Tensor)):
             raise LostError
         along = {d % n_dims for d in (dims if isinstance(dims, Sequence) else (dims,))}
         out = call.out if isinstance(call.out, Tensor) else call.out[0]
@@ -514,6 +614,11 @@ def _along(position: int, default: Any = None) -> RowRule:
         raise LostError
 
     return rule
+
+
+def _extreme(call: Call) -> Places:
+    """max and min: along a dimension, or elementwise of two tensors."""
+    return _aligned(call) if isinstance(call.arg(1, "dim", "axis", "other"), Tensor) else _along(1)(call)
 
 
 def _last(call: Call) -> Places:
@@ -531,18 +636,23 @@ def _linear(call: Call) -> Places:
     return place
 
 
-def _product(call: Call) -> Places:
+def _product(first: int) -> RowRule:
     """matmul and its kind: rows along batch dimensions, or along the outer dimension of one factor alone."""
-    left, right = call.tensors[-2:]
-    if left.dim() < 2 or right.dim() < 2:
-        raise LostError
-    place = _aligned(call)
-    end = place.dim - call.out.dim()
-    if end == -2 and (call.has_rows(right) or not call.has_rows(left)):
-        raise LostError
-    if end == -1 and (call.has_rows(left) or not call.has_rows(right)):
-        raise LostError
-    return place
+
+    def rule(call: Call) -> Places:
+        left = call.arg(first, "mat1", "batch1", *(() if first else ("input", "self")))
+        right = call.arg(first + 1, "other", "mat2", "batch2")
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.dim() < 2 or right.dim() < 2:
+            raise LostError
+        place = _aligned(call)
+        end = place.dim - call.out.dim()
+        if end == -2 and (call.has_rows(right) or not call.has_rows(left)):
+            raise LostError
+        if end == -1 and (call.has_rows(left) or not call.has_rows(right)):
+            raise LostError
+        return place
+
+    return rule
 
 
 def _einsum(call: Call) -> Places:
@@ -569,8 +679,8 @@ def _attention(call: Call) -> Places:
     return place
 
 
-def _looked_up(call: Call) -> Places:
-    """embedding: rows of indices."""
+def _alone(call: Call) -> Places:
+    """embedding, prelu: rows of the first argument, which keep their place."""
     return call.place()
 
 
@@ -587,6 +697,14 @@ def _batched(spatial: int) -> RowRule:
     return rule
 
 
+def _images(call: Call) -> Places:
+    """Operations on `[*batch, channels, height, width]`."""
+    place = call.place()
+    if place.dim >= call.x.dim() - 3:
+        raise LostError
+    return place
+
+
 def _batch_norm(call: Call) -> Places:
     if call.arg(5, "training", "use_input_stats", default=True):
         raise LostError  # its statistics are those of all rows
@@ -601,11 +719,17 @@ def _padded(call: Call) -> Places:
 
 
 def _gathered(call: Call) -> Places:
-    """gather, index_select, along another dimension than the rows'."""
+    """gather along another dimension than the rows', by an index that has them in the same place, or none."""
     place, index = call.place_of(call.x), call.arg(2, "index")
     if call.arg(1, "dim") % call.x.dim() == place.dim or (call.has_rows(index) and call.place_of(index) != place):
         raise LostError
-    if index.dim() == call.x.dim() and index.shape[place.dim] != call.x.shape[place.dim]:
+    return place
+
+
+def _selected(call: Call) -> Places:
+    """index_select: one index for all rows."""
+    place = call.place()
+    if call.arg(1, "dim") % call.x.dim() == place.dim:
         raise LostError
     return place
 
@@ -626,6 +750,7 @@ def _triangle(call: Call) -> Places:
 
 
 _rules: dict[Callable[..., Any], RowRule] = {}
+_matmul = _product(0)
 
 
 def _know(rule: Any, names: str, *spaces: Any, by_function: bool = False) -> None:
@@ -636,6 +761,10 @@ def _know(rule: Any, names: str, *spaces: Any, by_function: bool = False) -> Non
                 function: Any = getattr(space, form, None)
                 if hasattr(function, "__set__"):  # a property
                     function = function.__get__
+                if by_function and form == f"{name}_":
+                    continue  # it changes the shape of its argument: whatever knows that is too old
+                if form == f"__r{name}__" and rule is _matmul:
+                    continue  # its factors are the other way round
                 if callable(function):
                     _rules[function] = rule(function) if by_function else rule
 
@@ -653,9 +782,11 @@ _know(_aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dropout and
     hardswish hardtanh heaviside hypot int invert isfinite isinf isnan isneginf isposinf ldexp le leaky_relu lerp
     less less_equal lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor logit
     logsigmoid long lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative not_equal or
-    positive pow pos prelu rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid sign silu
-    sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold to true_divide truediv
-    trunc type_as where xlogy xor zero""")  # fmt: skip
+    positive pow pos rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid sign silu
+    sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv
+    trunc where xlogy xor zero""")  # fmt: skip
+_know(_own, "to type_as")
+_know(_alone, "prelu")
 _know(_reshaped, "view reshape flatten unflatten ravel view_as reshape_as")
 _know(_viewed, """transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze expand expand_as T mT H mH
     select narrow chunk split tensor_split unbind unsafe_chunk unsafe_split split_with_sizes t""",
@@ -663,24 +794,34 @@ _know(_viewed, """transpose swapaxes swapdims permute movedim moveaxis unsqueeze
 _know(_indexed, "getitem")
 _know(_joined(new_dim=False), "cat concat concatenate")
 _know(_joined(new_dim=True), "stack")
-_know(_along(1), """sum mean amax amin max min prod std var any all logsumexp argmax argmin softmax log_softmax
+_know(_along(1), """sum mean amax amin prod std var any all logsumexp argmax argmin softmax log_softmax
     softmin cumsum cumprod cummax cummin count_nonzero median nanmean nansum""")  # fmt: skip
+_know(_extreme, "max min")
 _know(_along(1, default=-1), "sort argsort glu")
 _know(_along(2, default=-1), "topk kthvalue")
 _know(_along(2), "norm vector_norm")
 _know(_along(2, default=1), "normalize", F)
 _know(_last, "layer_norm rms_norm")
 _know(_linear, "linear", F)
-_know(_product, "matmul mm bmm addmm baddbmm")
+_know(_matmul, "matmul mm bmm")
+_know(_product(1), "addmm baddbmm")
 _know(_einsum, "einsum")
 _know(_attention, "scaled_dot_product_attention", F)
-_know(_looked_up, "embedding", F)
+_know(_alone, "embedding", F)
 for _n in (1, 2, 3):
     _know(_batched(_n), f"conv{_n}d conv_transpose{_n}d max_pool{_n}d avg_pool{_n}d adaptive_avg_pool{_n}d "
           f"adaptive_max_pool{_n}d dropout{_n}d", F)  # fmt: skip
-_know(_batched(0), "group_norm interpolate pixel_shuffle pixel_unshuffle unfold", F)
+_know(_batched(0), "group_norm interpolate", F)
+_know(_images, "pixel_shuffle pixel_unshuffle unfold", F)
 _know(_batch_norm, "batch_norm instance_norm", F)
 _know(_padded, "pad", F)
-_know(_gathered, "gather index_select")
+_know(_gathered, "gather")
+_know(_selected, "index_select")
 _know(_repeated, "repeat_interleave")
 _know(_triangle, "tril triu")
+_numbers = """item tolist numpy is_nonzero equal allclose __bool__ __int__ __float__ __complex__ __index__ __contains__
+    __array__ __dlpack__"""
+for _space in (Tensor, torch):
+    for _name in _numbers.split():
+        if callable(getattr(_space, _name, None)):
+            _rules[getattr(_space, _name)] = _number
