@@ -169,8 +169,8 @@ class _Passes:
                 self.whole = True
                 continue
             for sums, x in zip(self.sums, values, strict=True):
-                x = x.to(sums.dtype)
-                sums[member : member + m] += x.sum(1) if x.dim() == 2 else x * r
+                exact = x.to(sums.dtype)
+                sums[member : member + m] += exact.sum(1) if x.dim() == 2 else exact * r
             start += r
             if start >= n:
                 member, start = member + m, 0
@@ -245,7 +245,7 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
 
 def _some(members: Population, start: int, stop: int) -> Population:
     """Members in the order of their cohorts, as views."""
-    cohorts = []
+    cohorts: list[Cohort[Any]] = []
     before = taken = 0
     for cohort in members.cohorts:
         part = slice(max(0, start - before), max(0, stop - before))

@@ -52,7 +52,7 @@ def _report(results: Results, console: object) -> None:
 
     assert isinstance(console, Console)
     table = Table(title="Loss on held-out text, nats per byte")
-    for column in ("domain", "base", "LoRA", "DoRA", "trainable", "seconds"):
+    for column in ("domain", "base", "LoRA", "DoRA", "trainable"):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for domain in results.settings.names:
         own = {t.method: t for t in results.trained if t.domain == domain}
@@ -61,9 +61,9 @@ def _report(results: Results, console: object) -> None:
             domain,
             *(f"{loss:.3f}" for loss in losses),
             " / ".join(f"{t.trainable:,}" for t in own.values()),
-            " / ".join(f"{t.seconds:.1f}" for t in own.values()),
         )
     console.print(table)
+    console.print(f"{len(results.trained)} adapters trained together in {results.seconds:.1f} seconds.")
     best = sum(
         results.losses[t.name][t.domain]
         == min(results.losses[other.name][t.domain] for other in results.trained if other.method == t.method)
