@@ -30,7 +30,7 @@ def demo(
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=None)
-        from funclora.demo.plot import heatmap
+        from funclora.demo.plot import gains
         from funclora.demo.run import Settings, run
 
         settings = Settings(domains=domains, steps=steps, r=rank, seed=seed)
@@ -40,7 +40,7 @@ def demo(
             bar.update(task, advance=1, description=description)
 
         results = run(out, settings, progress)
-    heatmap(results, out / "heatmap.png")
+    gains(results, out / "heatmap.png")
     _report(results, console)
     console.print(f"\nEverything is in [bold]{out}[/]: results.json, heatmap.png, merged.safetensors, adapters/")
 

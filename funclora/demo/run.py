@@ -13,6 +13,7 @@ from torch import Tensor
 
 import funclora as fl
 from funclora._apply import Adapters, Params
+from funclora._population import per_member
 from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
 
@@ -151,7 +152,7 @@ def _train(
             batches = corpus.batches(text, batch=settings.batch, context=settings.context, generator=generator)
             members.append((domain, method, config, adapters, batches))
     schedule = fl.optim.warmup_cosine(settings.lr, max(1, settings.steps // 10), settings.steps + 1)
-    optimizer = fl.optim.per_member(
+    optimizer = per_member(
         lambda: fl.optim.chain(fl.optim.clip_by_global_norm(1.0), fl.optim.adamw(schedule, weight_decay=0.0))
     )
     # A row of each member at a time: the batch of all members would need a gigabyte.
