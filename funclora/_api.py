@@ -5,7 +5,9 @@
 
 from funclora import errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
+from funclora._cache import AdapterCache, CacheStats
 from funclora._config import LoraConfig
+from funclora._evaluate import evaluate
 from funclora._init import init
 from funclora._merge import merge
 from funclora._population import per_example_value_and_grad, population_step
@@ -17,6 +19,8 @@ from funclora._train import train_step, value_and_grad
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
+    "AdapterCache",
+    "CacheStats",
     "DoRA",
     "Full",
     "LoRA",
@@ -27,6 +31,7 @@ __all__ = [
     "base_params",
     "bind",
     "errors",
+    "evaluate",
     "init",
     "load_peft",
     "merge",

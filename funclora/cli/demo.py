@@ -30,7 +30,7 @@ def demo(
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=None)
-        from funclora.demo.plot import heatmap
+        from funclora.demo.plot import gains
         from funclora.demo.run import Settings, run
 
         settings = Settings(domains=domains, steps=steps, r=rank, seed=seed)
@@ -40,7 +40,7 @@ def demo(
             bar.update(task, advance=1, description=description)
 
         results = run(out, settings, progress)
-    heatmap(results, out / "heatmap.png")
+    gains(results, out / "heatmap.png")
     _report(results, console)
     console.print(f"\nEverything is in [bold]{out}[/]: results.json, heatmap.png, merged.safetensors, adapters/")
 
@@ -52,7 +52,7 @@ def _report(results: Results, console: object) -> None:
 
     assert isinstance(console, Console)
     table = Table(title="Loss on held-out text, nats per byte")
-    for column in ("domain", "base", "LoRA", "DoRA", "trainable", "seconds"):
+    for column in ("domain", "base", "LoRA", "DoRA", "trainable"):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for domain in results.settings.names:
         own = {t.method: t for t in results.trained if t.domain == domain}
@@ -61,9 +61,9 @@ def _report(results: Results, console: object) -> None:
             domain,
             *(f"{loss:.3f}" for loss in losses),
             " / ".join(f"{t.trainable:,}" for t in own.values()),
-            " / ".join(f"{t.seconds:.1f}" for t in own.values()),
         )
     console.print(table)
+    console.print(f"{len(results.trained)} adapters trained together in {results.seconds:.1f} seconds.")
     best = sum(
         results.losses[t.name][t.domain]
         == min(results.losses[other.name][t.domain] for other in results.trained if other.method == t.method)

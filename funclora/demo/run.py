@@ -15,6 +15,7 @@ import funclora as fl
 from funclora._apply import Adapters, Params
 from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
+from funclora.optim import per_member
 
 METHODS = ("LoRA", "DoRA")
 Progress = Callable[[str], None]
@@ -51,21 +52,19 @@ class Settings:
 
     @property
     def ticks(self) -> int:
-        """How often `run` reports progress: each training step, each evaluation, and the three last things."""
-        adapters = len(METHODS) * len(self.names)
-        return adapters * self.steps + (1 + adapters) * len(self.names) + 3
+        """How often `run` reports progress: each training step, each domain's evaluation, and the three last things."""
+        return self.steps + len(self.names) + 3
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One adapter: where it comes from, what it is, what it cost."""
+    """One adapter: where it comes from, what it is."""
 
     domain: str
     method: str
     adapters: Adapters
     config: fl.LoraConfig
     trainable: int
-    seconds: float
 
     @property
     def name(self) -> str:
@@ -80,6 +79,7 @@ class Results:
     Attributes:
         settings: what it was run with.
         trained: the adapters.
+        seconds: how long their training took, of all together.
         base: held-out loss of the base model by domain, nats per byte.
         losses: held-out loss, `losses[adapter name][domain]`.
         merge_error: largest difference between the logits of the merged and the adapted model.
@@ -90,6 +90,7 @@ class Results:
 
     settings: Settings
     trained: list[Trained]
+    seconds: float
     base: dict[str, float]
     losses: dict[str, dict[str, float]]
     merge_error: float
@@ -113,15 +114,15 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
     out.mkdir(parents=True, exist_ok=True)
     model = load_base()
     params = fl.base_params(model)
-    heldout = {}
-    trained = []
-    for domain in settings.names:
-        train, test = corpus.split(domain)
-        heldout[domain] = corpus.windows(test, count=settings.windows, context=settings.context)
-        trained += [_train(model, params, domain, method, train, settings, progress) for method in METHODS]
-
-    base = _evaluate(model, params, {}, heldout, "base", progress)
-    losses = {t.name: _evaluate(model, params, t.adapters, heldout, t.name, progress) for t in trained}
+    texts = {domain: corpus.split(domain) for domain in settings.names}
+    heldout = {
+        domain: corpus.windows(test, count=settings.windows, context=settings.context)
+        for domain, (_, test) in texts.items()
+    }
+    started = time.perf_counter()
+    trained = _train(model, params, {domain: train for domain, (train, _) in texts.items()}, settings, progress)
+    seconds = time.perf_counter() - started
+    base, losses = _evaluate(model, params, trained, heldout, progress)
 
     progress("saving")
     for t in trained:
@@ -131,53 +132,54 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
     progress("continuing a prompt")
     prompt = "class "
     continuations = {t.name: _continue(model, params, t, prompt, settings.seed) for t in (trained[0], trained[-1])}
-    results = Results(settings, trained, base, losses, merge_error, trained[0].name, prompt, continuations)
+    results = Results(settings, trained, seconds, base, losses, merge_error, trained[0].name, prompt, continuations)
     (out / "results.json").write_text(json.dumps(_as_json(results), indent=2) + "\n", encoding="utf-8")
     return results
 
 
 def _train(
-    model: ByteLM,
-    params: Params,
-    domain: str,
-    method: str,
-    text: bytes,
-    settings: Settings,
-    progress: Progress,
-) -> Trained:
-    config = fl.LoraConfig(
-        r=settings.r, lora_alpha=2 * settings.r, target_modules="all-linear", use_dora=method == "DoRA"
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    adapters = fl.init(model, config, generator=generator)
+    model: ByteLM, params: Params, texts: dict[str, bytes], settings: Settings, progress: Progress
+) -> list[Trained]:
+    """Adapters of every method for every text, as one population: each sees its own text and nothing of the others."""
+    members = []
+    for domain, text in texts.items():
+        for method in METHODS:
+            config = fl.LoraConfig(
+                r=settings.r, lora_alpha=2 * settings.r, target_modules="all-linear", use_dora=method == "DoRA"
+            )
+            generator = torch.Generator().manual_seed(settings.seed)
+            adapters = fl.init(model, config, generator=generator)
+            batches = corpus.batches(text, batch=settings.batch, context=settings.context, generator=generator)
+            members.append((domain, method, config, adapters, batches))
     schedule = fl.optim.warmup_cosine(settings.lr, max(1, settings.steps // 10), settings.steps + 1)
-    optimizer = fl.optim.chain(fl.optim.clip_by_global_norm(1.0), fl.optim.adamw(schedule, weight_decay=0.0))
-    step = fl.train_step(model, next_byte_loss, optimizer)
-    state = optimizer.init(adapters)
-    batches = corpus.batches(text, batch=settings.batch, context=settings.context, generator=generator)
-    started = time.perf_counter()
+    optimizer = per_member(
+        lambda: fl.optim.chain(fl.optim.clip_by_global_norm(1.0), fl.optim.adamw(schedule, weight_decay=0.0))
+    )
+    # A row of each member at a time: the batch of all members would need a gigabyte.
+    step = fl.population_step(model, next_byte_loss, optimizer, accumulate=settings.batch)
+    population = fl.stack(adapters for *_, adapters, _ in members)
+    state = optimizer.init(population)
     for _ in range(settings.steps):
-        adapters, state, metrics = step(params, adapters, state, next(batches))
-        progress(f"{method} on {domain}, loss {metrics['loss'].item():.3f}")
-    seconds = time.perf_counter() - started
-    return Trained(domain, method, adapters, config, fl.summary(params, adapters).trainable, seconds)
+        batch = torch.stack([next(batches) for *_, batches in members])
+        population, state, metrics = step(params, population, state, batch)
+        progress(f"{len(members)} adapters at once, mean loss {metrics['loss'].mean().item():.3f}")
+    return [
+        Trained(domain, method, adapters, config, fl.summary(params, adapters).trainable)
+        for (domain, method, config, _, _), adapters in zip(members, population, strict=True)
+    ]
 
 
-@torch.no_grad()
 def _evaluate(
-    model: ByteLM,
-    params: Params,
-    adapters: Adapters,
-    heldout: dict[str, Tensor],
-    name: str,
-    progress: Progress,
-) -> dict[str, float]:
-    bound = fl.bind(model, params, adapters)
-    losses = {}
+    model: ByteLM, params: Params, trained: list[Trained], heldout: dict[str, Tensor], progress: Progress
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Held-out losses of the base model by domain, and of each adapter: `losses[name][domain]`."""
+    members = fl.stack([{}, *(t.adapters for t in trained)])
+    columns = {}
     for domain, windows in heldout.items():
-        losses[domain] = next_byte_loss(bound, windows).item()
-        progress(f"evaluating {name}")
-    return losses
+        progress(f"evaluating all adapters on {domain}")
+        columns[domain] = fl.evaluate(model, params, members, [windows], next_byte_loss).tolist()
+    base, *rows = ({domain: column[i] for domain, column in columns.items()} for i in range(len(members)))
+    return base, {t.name: row for t, row in zip(trained, rows, strict=True)}
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ def _as_json(results: Results) -> dict[str, object]:
         "base": results.base,
         "losses": results.losses,
         "trainable": {t.name: t.trainable for t in results.trained},
-        "seconds": {t.name: round(t.seconds, 2) for t in results.trained},
+        "seconds": round(results.seconds, 2),
         "merged": {"adapter": results.merged, "largest difference of logits": results.merge_error},
         "prompt": results.prompt,
         "continuations": results.continuations,

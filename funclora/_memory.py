@@ -1,0 +1,93 @@
+"""How much memory a computation takes: what its tensors hold at their worst moment."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Larger passes gain nothing on a CPU.
+ON_CPU = 1 << 30
+# Of what is free on a device: the allocator rounds up, and kernels need room of their own.
+FREE_SHARE = 0.7
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of memory that the tensors of a tree hold, shared memory counted once.
+
+    Examples:
+        >>> x = torch.zeros(4, 2)
+        >>> nbytes([x, x[0]])
+        32
+    """
+    storages = (x.untyped_storage() for x in pytree.tree_leaves(tree) if isinstance(x, Tensor))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that one pass may take there, if nobody says otherwise."""
+    if device.type != "cuda":
+        return ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(FREE_SHARE * (free + cached))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. On a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside the block, and remembers the most there were at a time.
+
+    The resident set of the process would not do: it keeps what was freed, and other threads' memory is in it. The
+    workspace inside of a kernel is not seen.
+
+    Attributes:
+        live: bytes of the tensors that are still there.
+        peak: the largest value of `live` so far.
+
+    Examples:
+        >>> with Peak() as memory:
+        ...     for _ in range(3):
+        ...         x = torch.zeros(1000) + 1
+        >>> memory.peak, memory.live
+        (12000, 4000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._known:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        freed: Callable[..., None] = self._freed
+        weakref.finalize(storage, freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

@@ -1,0 +1,102 @@
+"""`funclora eval`: the loss of saved adapters on texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from funclora.cli._losses import Losses
+
+
+def evaluate(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders, or folders of them.", show_default=False)],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Text, or .jsonl with a text in each line. Repeat for several.", show_default=False),
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a transformers model with its tokenizer; else the demo's.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Where the text is in a line of .jsonl.")] = "text",
+    context: Annotated[int, typer.Option(min=1, help="Tokens that the model sees at a time.")] = 256,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="At most so many stretches of each file, spread over it; else all.")
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(min=1, help="MiB that a pass may take besides model and adapters.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and, with several files, heatmap.png.")] = None,
+) -> None:
+    """Evaluate saved adapters on texts, all of them in one pass: loss in nats per token, and perplexity.
+
+    Every token of a text but the first is predicted once, from at most CONTEXT tokens before it. The base model
+    stands in the first row. For the demo's model the tokens are bytes.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    if out is not None and len(data) > 1:
+        try:
+            import matplotlib  # noqa: F401 -- before the work, not after
+        except ModuleNotFoundError:
+            _fail("--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'")
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        from funclora.cli._losses import InputError, losses
+        from funclora.errors import FuncloraError
+
+        def progress(description: str, total: int) -> None:
+            bar.update(task, total=total, advance=1, description=description)
+
+        try:
+            found = losses(
+                adapters,
+                data,
+                model=model,
+                field=field,
+                context=context,
+                rows=rows,
+                memory=None if memory is None else memory << 20,
+                device=device,
+                progress=progress,
+            )
+            if out is not None:
+                found.write(out)
+        except (InputError, FuncloraError, OSError) as error:
+            _fail(str(error))
+    if json:
+        typer.echo(found.json())
+    else:
+        _report(found, Console())
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"funclora eval: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def _report(found: Losses, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from funclora.cli._losses import perplexity
+
+    tokens = " + ".join(f"{n:,}" for n in found.tokens)
+    table = Table(title=f"Loss in nats per token / perplexity, on {tokens} tokens", caption="bold: the best of a file")
+    table.add_column("adapter")
+    for file in found.files:
+        table.add_column(escape(file), justify="right")
+    best = [min(column) for column in zip(*found.losses, strict=True)]
+    for name, row in zip(("(base)", *found.adapters), (found.base, *found.losses), strict=True):
+        cells = [f"{loss:.3f} / {perplexity(loss):,.2f}" for loss in row]
+        bold = [name != "(base)" and loss == least for loss, least in zip(row, best, strict=True)]
+        table.add_row(escape(name), *(f"[bold]{c}[/]" if b else c for c, b in zip(cells, bold, strict=True)))
+    console.print(table)
