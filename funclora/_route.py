@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._layout import Layout
-from funclora._maps import LeftMatmulMap, linear_maps
+from funclora._maps import ConvMap, LeftMatmulMap, LinearMap, linear_maps
 from funclora._rows import Place, RowTensor, dropped, is_elementwise, rows_back, rows_first, rows_of
 from funclora._rules import DoRA, Full, LowRank, Rule
 from funclora._stack import Cohort, Stack
@@ -264,6 +264,8 @@ class Prepared(Rule):
             raise lost(place, "a weight with an adapter for each row is read")
         if isinstance(op, LeftMatmulMap) and place.dim >= x.dim() - 2:
             raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
+        if self.n > 1 and not _keeps(op, x, place):
+            raise lost(type(op).__name__.removesuffix("Map"), "a weight with an adapter for each row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
         gain = self._gain()
         if op.backwards and gain is not None:
@@ -297,6 +299,13 @@ class Prepared(Rule):
             else:
                 gain = gain + part.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
         return gain
+
+
+def _keeps(op: Any, x: Tensor, place: Place) -> bool:
+    """Whether an operation on a weight leaves rows that lie there alone."""
+    if isinstance(op, ConvMap):
+        return place.dim == 0 and x.dim() == op.spatial + 2
+    return not isinstance(op, LinearMap) or place.dim < x.dim() - 1
 
 
 def _with(rule: Folded, part: Part, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:

@@ -806,7 +806,7 @@ _know(_aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dropout and
     positive pow pos rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid sign silu
     sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv
     trunc where xlogy xor zero""")  # fmt: skip
-_know(_own, "to type_as")
+_know(_own, "to type type_as")
 _know(_alone, "prelu")
 _know(_reshaped, "view reshape flatten unflatten ravel view_as reshape_as")
 _know(_viewed, """transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze expand expand_as T mT H mH
