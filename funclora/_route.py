@@ -265,7 +265,7 @@ class Prepared(Rule):
         if isinstance(op, LeftMatmulMap) and place.dim >= x.dim() - 2:
             raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
         if self.n > 1 and not _keeps(op, x, place):
-            raise lost(type(op).__name__.removesuffix("Map"), "a weight with an adapter for each row is read along rows")
+            raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
         gain = self._gain()
         if op.backwards and gain is not None:
@@ -382,6 +382,8 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
     lazy.used("fast")
     rule, base = lazy.rule, lazy.base
+    if func is F.embedding and (kwargs.get("max_norm") is not None or args[3:4] not in ((), (None,))):
+        base = base.clone()  # torch writes to it
     updating = rule.updating()
     y: Tensor = operation(base if updating is None else lazy.like(base, updating))
     out, place = rows_of(y)
