@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._layout import Layout
-from funclora._maps import LeftMatmulMap, linear_maps
+from funclora._maps import ConvMap, LeftMatmulMap, LinearMap, linear_maps
 from funclora._rows import Place, RowTensor, dropped, is_elementwise, rows_back, rows_first, rows_of
 from funclora._rules import DoRA, Full, LowRank, Rule
 from funclora._stack import Cohort, Stack
@@ -264,6 +264,8 @@ class Prepared(Rule):
             raise lost(place, "a weight with an adapter for each row is read")
         if isinstance(op, LeftMatmulMap) and place.dim >= x.dim() - 2:
             raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
+        if self.n > 1 and not _keeps(op, x, place):
+            raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
         gain = self._gain()
         if op.backwards and gain is not None:
@@ -297,6 +299,13 @@ class Prepared(Rule):
             else:
                 gain = gain + part.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
         return gain
+
+
+def _keeps(op: Any, x: Tensor, place: Place) -> bool:
+    """Whether an operation on a weight leaves rows that lie there alone."""
+    if isinstance(op, ConvMap):
+        return place.dim == 0 and x.dim() == op.spatial + 2
+    return not isinstance(op, LinearMap) or place.dim < x.dim() - 1
 
 
 def _with(rule: Folded, part: Part, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
@@ -373,6 +382,8 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
     lazy.used("fast")
     rule, base = lazy.rule, lazy.base
+    if func is F.embedding and (kwargs.get("max_norm") is not None or args[3:4] not in ((), (None,))):
+        base = base.clone()  # torch writes to it
     updating = rule.updating()
     y: Tensor = operation(base if updating is None else lazy.like(base, updating))
     out, place = rows_of(y)

@@ -48,6 +48,7 @@ class Scope:
         active: false when the call is over; its tensors are then like any other.
         known: what earlier operations found, by the operation and all that its rule looks at.
         spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
+        taken: the tensors that `take` took.
         read: the operation by which Python learnt values of rows, "" if none did: numbers cannot be followed.
     """
 
@@ -56,6 +57,7 @@ class Scope:
     active: bool = True
     spoilt: dict[int, Any] = field(default_factory=dict)
     read: str = ""
+    taken: list[RowTensor] = field(default_factory=list)
 
     def lost(self, *tensors: Tensor) -> str:
         """What lost the rows of these tensors other than the operations that made them; "" if nothing did."""
@@ -64,12 +66,29 @@ class Scope:
         spoilt = self.spoilt and any(x.untyped_storage()._cdata in self.spoilt for x in tensors)
         return "a write in place" if spoilt else ""
 
-    def enter(self, x: Tensor, place: Place | str) -> RowTensor:
-        """The tensor with the place of its rows, or with the name of the operation that lost them."""
-        rows = x.as_subclass(RowTensor)
+    def take(self, x: Tensor | None) -> None:
+        """Make a plain tensor that rows were written to one of this call, so that what is made of it is lost too."""
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            x.__class__ = RowTensor
+            self.enter_as(x, "a write in place")  # type: ignore[arg-type]
+            self.taken.append(x)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """End the call, and give back the tensors that were taken."""
+        self.active = False
+        for x in self.taken:
+            del x.scope, x.place
+            x.__class__ = Tensor  # type: ignore[assignment]
+        self.taken.clear()
+
+    def enter_as(self, rows: RowTensor, place: Place | str) -> RowTensor:
         rows.scope = self
         rows.place = place
         return rows
+
+    def enter(self, x: Tensor, place: Place | str) -> RowTensor:
+        """The tensor with the place of its rows, or with the name of the operation that lost them."""
+        return self.enter_as(x.as_subclass(RowTensor), place)
 
 
 _streams: ContextVar[list[torch.Generator] | None] = ContextVar("funclora.streams", default=None)
@@ -358,7 +377,7 @@ def with_rows(
     try:
         return tree_map(leave, function(*args, **kwargs))
     finally:
-        scope.active = False
+        scope.close()
 
 
 @functools.cache
@@ -495,6 +514,8 @@ def _note_write(scope: Scope, x: Tensor, places: Places) -> None:
     """Whatever shares memory with x is lost from now on, unless x held rows in that very place."""
     if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
         scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again
+        for plain in (x, x._base):
+            scope.take(plain)
 
 
 # --- rules -----------------------------------------------------------------------------------------------------
@@ -785,7 +806,7 @@ _know(_aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dropout and
     positive pow pos rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid sign silu
     sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv
     trunc where xlogy xor zero""")  # fmt: skip
-_know(_own, "to type_as")
+_know(_own, "to type type_as")
 _know(_alone, "prelu")
 _know(_reshaped, "view reshape flatten unflatten ravel view_as reshape_as")
 _know(_viewed, """transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze expand expand_as T mT H mH

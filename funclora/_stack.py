@@ -197,10 +197,14 @@ def unstack(stack: Stack[T]) -> list[T]:
 
 def _structure(member: Any) -> Any:
     """The tree of a member without the scalings: members of a cohort may differ in them."""
-    plain = optree.tree_map(
-        lambda rule: replace(rule, scaling=1.0) if isinstance(rule, LowRank) else rule, member, is_leaf=_is_rule
+    return optree.tree_structure(unscaled(member))
+
+
+def unscaled(tree: Any) -> Any:
+    """The tree with the scaling 1 in all of its rules."""
+    return optree.tree_map(
+        lambda rule: replace(rule, scaling=1.0) if isinstance(rule, LowRank) else rule, tree, is_leaf=_is_rule
     )
-    return optree.tree_structure(plain)
 
 
 def _is_rule(x: Any) -> bool:

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._stack import Cohort, Specs, Stack, stack
+from funclora._stack import Cohort, Specs, Stack, stack, unscaled
 from funclora.errors import ConfigError
 from funclora.optim._transforms import GradientTransformation
 
@@ -80,7 +80,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         def cohort_of(cohort: Cohort[Any]) -> Cohort[Any]:
             device = cohort.values[0].device
             own = {name: tensor[list(cohort.members)].to(device) for name, tensor in tensors.items()}
-            return _cohort(torch.func.vmap(one)(cohort.tree(), own), cohort.members)
+            return _cohort(torch.func.vmap(one)(unscaled(cohort.tree()), own), cohort.members)
 
         return Stack(tuple(map(cohort_of, members.cohorts)))
 
@@ -92,7 +92,8 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
 
         updates, after = [], []
         for i, (g, s) in enumerate(zip(grads.cohorts, _like(state, grads), strict=True)):
-            given = (g.tree(), s.tree(), params.cohorts[i].tree() if params is not None else None)
+            # A cohort's tree has its first member's scaling, and who is first may have changed since `init`.
+            given = (unscaled(g.tree()), s.tree(), unscaled(params.cohorts[i].tree()) if params is not None else None)
             new, inner = torch.func.vmap(one, (0, 0, None if params is None else 0))(*given)
             updates.append(replace(g, values=tuple(optree.tree_leaves(new))))
             after.append(_cohort(inner, g.members))
