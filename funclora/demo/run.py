@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import funclora as fl
-from funclora._apply import Adapters, Params
+from funclora._apply import Params
 from funclora._population import per_member
 from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
@@ -62,7 +62,7 @@ class Trained:
 
     domain: str
     method: str
-    adapters: Adapters
+    adapters: dict[str, fl.Rule]
     config: fl.LoraConfig
     trainable: int
 
