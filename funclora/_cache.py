@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
@@ -218,7 +218,7 @@ class AdapterCache:
         adapters, _ = load_peft(folder, self._model)
         if self._device is not None:
             tree: Any = adapters
-            adapters = optree.tree_map(lambda x: x.to(self._device), tree)
+            adapters = cast(Adapter, optree.tree_map(lambda x: x.to(self._device), tree))
         size = nbytes(adapters)
         if size > self._memory:
             raise ConfigError(

@@ -159,7 +159,8 @@ class _Passes:
         while member < len(self.members):
             size = self.plan.size(row, n, len(self.members) - member, self.whole)
             if size is None:
-                self._run(member, 1, _rows(batch, 0, 1), 1, row)  # only to see what it takes
+                # Only to see what it takes. Not one: a single row needs no routing, and so takes less than its share.
+                self._run(0, min(2, len(self.members)), _rows(batch, 0, 2), min(2, n), row)
                 continue
             m, r = (1, min(size[1], n - start)) if start else size
             values = self._run(member, m, _rows(batch, start, start + r), r, row)

@@ -351,7 +351,7 @@ def test_models_that_mix_rows_are_refused(name: str) -> None:
 
 KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
     "sequence first": lambda x: x.transpose(0, 1), "tokens": lambda x: x.flatten(0, 1),
-    "sequence first tokens": lambda x: x.transpose(0, 1).unsqueeze(0), 
+    "sequence first tokens": lambda x: x.transpose(0, 1).unsqueeze(0),
     "heads": lambda x: x.unflatten(-1, (2, 2)).flatten(2),
     "flip within": lambda x: x.flatten(1).view_as(x), "norm": lambda x: nn.functional.layer_norm(x, (4,)),
     "attend": lambda x: nn.functional.scaled_dot_product_attention(x, x, x),

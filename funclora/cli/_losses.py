@@ -134,7 +134,7 @@ def losses(
             windows[file] = [windows[file][i] for i in chosen]
     ticks = len(folders) + sum(math.ceil(len(some) / BATCH) for some in windows.values())
     params = fl.base_params(net)
-    members = [{}]
+    members: list[dict[str, fl.Rule]] = [{}]
     for name, folder in folders.items():
         progress(f"loading {name}", ticks)
         try:
@@ -150,7 +150,8 @@ def losses(
         targets = ids[:, 1:]
         logits = scores(bound, ids[:, :-1].clamp(min=0)).float()
         by_token = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none")
-        return by_token.unflatten(0, targets.shape).sum(1)
+        by_row: Tensor = by_token.unflatten(0, targets.shape).sum(1)
+        return by_row
 
     columns, tokens = [], []
     for file, some in windows.items():

@@ -48,7 +48,8 @@ def evaluate(
         except ModuleNotFoundError:
             _fail("--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'")
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console, found, failure = Console(stderr=True), None, ""
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
         from funclora.cli._losses import InputError, losses
         from funclora.errors import FuncloraError
@@ -71,7 +72,9 @@ def evaluate(
             if out is not None:
                 found.write(out)
         except (InputError, FuncloraError, OSError) as error:
-            _fail(str(error))
+            failure = str(error)
+    if found is None or failure:
+        _fail(failure)
     if json:
         typer.echo(found.json())
     else:

@@ -24,6 +24,7 @@ def test_everything_promised_is_there_and_true(tmp_path: Path) -> None:
 
     assert len(seen) == settings.ticks
     assert results.merge_error < 1e-4
+    assert results.seconds > 0
     names = [f"{domain}-{method.lower()}" for domain in settings.names for method in METHODS]
     assert [t.name for t in results.trained] == list(results.losses) == names
     for t in results.trained:
@@ -39,6 +40,10 @@ def test_everything_promised_is_there_and_true(tmp_path: Path) -> None:
         windows = corpus.windows(heldout, count=settings.windows, context=settings.context)
         loss = next_byte_loss(fl.bind(model, params, adapters), windows)
         assert loss.item() == pytest.approx(results.losses[t.name][t.domain], rel=1e-5)
+    for domain in settings.names:
+        _, heldout = corpus.split(domain)
+        windows = corpus.windows(heldout, count=settings.windows, context=settings.context)
+        assert next_byte_loss(model, windows).item() == pytest.approx(results.base[domain], rel=1e-5)
     merged = load_file(tmp_path / "merged.safetensors")
     assert merged.keys() == params.keys()
     assert not torch.equal(merged["layers.0.attn.q_proj.weight"], params["layers.0.attn.q_proj.weight"])
@@ -51,6 +56,6 @@ def test_the_command_prints_a_table_and_names_its_folder(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     printed = re.sub(r"\s+", "", result.output)
     assert str(out) in printed
-    for word in ("asyncio", "LoRA", "DoRA", "trainable", "seconds", "continues"):
+    for word in ("asyncio", "LoRA", "DoRA", "trainable", "populationatatime", "continues"):
         assert word in printed
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
