@@ -559,7 +559,7 @@ def _check_rates(lr: object, weight_decay: object) -> None:
     _check("weight_decay", weight_decay, _nonnegative, "a finite number >= 0", "0.0 is none", tensor=True)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name == "per_member":  # it is written for stacks, which are built on this module
         from funclora._population import per_member
 

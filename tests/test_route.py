@@ -93,11 +93,11 @@ def test_routed_rows_equal_a_loop(case: Case, kind: str, as_tensor: bool) -> Non
     alone = members(case, params, kind)
     ids = torch.tensor(IDS) if as_tensor else IDS
     if case.name in REFUSED or (as_tensor and kind in ("full", "stack")):
-        if case.name == "embedding-scale-grad" and kind == "full" and not as_tensor:
+        if case.name in ("embedding-scale-grad", "embedding-all") and kind == "full" and not as_tensor:
             return  # a plain table: torch counts the ids itself
         # Inputs without examples are cut into rows all the same here: torch may be the one to refuse them.
         refused = (UnsupportedError, RuntimeError) if "experts" in case.name or "mha" in case.name else UnsupportedError
-        with pytest.raises(refused, match=""):
+        with pytest.raises(refused, match="row|size|shape|expected|dimension"):
             apply(model, params, route(stack(alone), ids), *args, **kwargs)
         return
     output = apply(model, params, route(stack(alone), ids), *args, **kwargs)
@@ -239,7 +239,7 @@ def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(MixtralConfig(vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-                                            num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))  # fmt: skip
+                                            num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))  # fmt: skip  # noqa: E501
 
 
 def text(n: int) -> dict[str, Tensor]:
@@ -351,7 +351,7 @@ def test_models_that_mix_rows_are_refused(name: str) -> None:
 
 KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
     "sequence first": lambda x: x.transpose(0, 1), "tokens": lambda x: x.flatten(0, 1),
-    "sequence first tokens": lambda x: x.transpose(0, 1).unsqueeze(0), 
+    "sequence first tokens": lambda x: x.transpose(0, 1).unsqueeze(0),
     "heads": lambda x: x.unflatten(-1, (2, 2)).flatten(2),
     "flip within": lambda x: x.flatten(1).view_as(x), "norm": lambda x: nn.functional.layer_norm(x, (4,)),
     "attend": lambda x: nn.functional.scaled_dot_product_attention(x, x, x),
