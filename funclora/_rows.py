@@ -337,7 +337,7 @@ def with_rows(
 ) -> Any:
     """`function(*args, **kwargs)` on inputs that know their rows; `alone`: every output must have them in front."""
     scope = Scope(n, known)
-    entered = []
+    entered: list[Tensor] = []
 
     def enter(x: Any) -> Any:
         if isinstance(x, RowTensor) and x.scope.n == n:  # recomputed in backward: what the forward pass knew

@@ -155,6 +155,7 @@ def test_a_broken_member_changes_no_other_by_a_bit(where: str, bad: float) -> No
             adapters[2] = optree.tree_map(lambda x: torch.full_like(x, bad), adapters[2])
         members = stack(adapters)
         state, step = optimizer.init(members), population_step(model, mse, optimizer)
+        metrics: dict[str, Any] = {}
         for _ in range(2):
             members, state, metrics = step(params, members, state, batch)
         return members, state, metrics
@@ -203,7 +204,7 @@ def test_checkpointing_gives_the_same(recompute: str) -> None:
         population_step(each, mse, sgd)(base_params(plain), stack(alone), sgd.init(stack(alone)), batch)[0]
         for each in (plain, model)
     ]
-    close(*results)
+    close(results[0], results[1])
 
 
 class Conv(nn.Module):
@@ -320,7 +321,7 @@ def test_what_does_not_fit_the_population_raises() -> None:
     with pytest.raises(ConfigError, match="seeds"):
         step(params, members, state, batch, seeds=[1, 2])
     with pytest.raises(ParamsError, match="stack"):
-        step(params, members[0], state, batch)  # type: ignore[arg-type]
+        step(params, members[0], state, batch)
     with pytest.raises(ConfigError, match="scalar"):
         population_step(model, lambda bound, b: bound(b[0]), sgd)(params, members, state, batch)
     with pytest.raises(ConfigError, match="does not divide"):

@@ -69,7 +69,7 @@ def members(case: Case, params: Any, kind: str) -> list[Any]:
     if kind == "stack":  # of all kinds
         return [make_adapters(case, params, k, gen(i)) for i, k in enumerate(("lora", "mixed", "full"))]
     return [
-        {n: replace(r, scaling=0.5 + i) if hasattr(r, "scaling") else r
+        {n: replace(r, scaling=0.5 + i) if hasattr(r, "scaling") else r  # type: ignore[type-var]
          for n, r in make_adapters(case, params, kind, gen(i)).items()} for i in range(3)
     ]  # fmt: skip
 
@@ -93,11 +93,11 @@ def test_routed_rows_equal_a_loop(case: Case, kind: str, as_tensor: bool) -> Non
     alone = members(case, params, kind)
     ids = torch.tensor(IDS) if as_tensor else IDS
     if case.name in REFUSED or (as_tensor and kind in ("full", "stack")):
-        if case.name == "embedding-scale-grad" and kind == "full" and not as_tensor:
+        if case.name in ("embedding-scale-grad", "embedding-all") and kind == "full" and not as_tensor:
             return  # a plain table: torch counts the ids itself
         # Inputs without examples are cut into rows all the same here: torch may be the one to refuse them.
         refused = (UnsupportedError, RuntimeError) if "experts" in case.name or "mha" in case.name else UnsupportedError
-        with pytest.raises(refused, match=""):
+        with pytest.raises(refused, match=r"row|whole|form|size|shape|expected|dimension"):
             apply(model, params, route(stack(alone), ids), *args, **kwargs)
         return
     output = apply(model, params, route(stack(alone), ids), *args, **kwargs)
@@ -239,7 +239,7 @@ def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM(MixtralConfig(vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-                                            num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))  # fmt: skip
+                                            num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))  # fmt: skip  # noqa: E501
 
 
 def text(n: int) -> dict[str, Tensor]:
@@ -445,7 +445,7 @@ def test_transforms_of_a_routed_model() -> None:
     close(optree.tree_leaves(grads), list(expected), 1e-11)
     direction = torch.randn_like(x)
     several = optree.tree_map(Tensor.detach, several)
-    _, slope = torch.func.jvp(lambda x: loss(several, x), (x,), (direction,))
+    _, slope, *_ = torch.func.jvp(lambda x: loss(several, x), (x,), (direction,))
     close(slope, (torch.func.grad(loss, 1)(several, x) * direction).sum(), 1e-10)
     many = torch.randn(3, 4, 6, dtype=F64)
     close(torch.func.vmap(lambda x: loss(several, x))(many), torch.stack([loss(several, x) for x in many]), 1e-10)
@@ -454,7 +454,8 @@ def test_transforms_of_a_routed_model() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     model, params = mlp()
     several = stack(ranks(params, *ALL[:2]))
-    for ids in ([0, 2], [-2], [], [0.5], [True]):
+    wrong: list[Any] = [[0, 2], [-2], [], [0.5], [True]]
+    for ids in wrong:
         with pytest.raises(ConfigError, match="ids"):
             route(several, ids)
     with pytest.raises(ConfigError, match="either"):
@@ -464,6 +465,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="repeats"):
         route(several, [0], repeats=0)
     with pytest.raises(ConfigError, match="stack"):
-        route(several[0], [0])  # type: ignore[arg-type]
+        route(several[0], [0])
     with pytest.raises(UnsupportedError, match="3 rows"):
         apply(model, params, route(several, [0, 1, 0]), torch.randn(4, 6, dtype=F64))

@@ -200,10 +200,10 @@ def arguments(shape: tuple[int, ...], place: Place, whole: bool) -> Iterator[tup
     yield (x, Given(torch.zeros(4)), Given(torch.ones(4))), {}
     yield (x, Given(torch.zeros(4)), Given(torch.ones(4))), {"training": True}
     yield (x, Given(torch.zeros(4)), Given(torch.ones(4)), None, None, True), {}
-    for index in (0, -1, slice(None), slice(1, None), slice(0, 3), (slice(None), 0), (0, slice(None)), (..., 0),
+    for part in (0, -1, slice(None), slice(1, None), slice(0, 3), (slice(None), 0), (0, slice(None)), (..., 0),
                   (None, slice(None)), (..., None), True, [0, 1, 2], (0, 1), [0, 1], ([0, 1, 2],),
                   (slice(None), [2, 1, 0]), (slice(None), None, 0)):  # fmt: skip
-        yield (x, index), {}
+        yield (x, part), {}
 
 
 def name_of(func: Any) -> str:
@@ -268,7 +268,7 @@ SQUARE = Given(values((3, 3)), Place(0, 1))
         lambda x: x.unsqueeze(0).squeeze_(0).flip(0),
         lambda x: torch.ops.aten.flip(x, [0]),
         lambda x: torch.max(x, 0, out=(torch.empty(4, 3), torch.empty(4, 3, dtype=torch.long)))[0] + x,
-        lambda x: torch.cumsum(x, torch.tensor(0)),
+        lambda x: torch.cumsum(x, torch.tensor(0)),  # type: ignore[arg-type]
     ],
 )
 def test_rows_that_are_mixed_are_lost(func: Function) -> None:
@@ -365,7 +365,7 @@ def test_ways_to_call_an_operation_give_the_same_place() -> None:
         (lambda x: x[None, :, ..., 0], Place(1, 1)),
         (lambda x: torch.cat([x, x], -1), Place(0, 1)),
         (lambda x: torch.stack([x, x], 0), Place(1, 1)),
-        (lambda x: torch.stack([x[:, 0]] * 3, axis=1), Place(0, 1)),
+        (lambda x: torch.stack([x[:, 0]] * 3, axis=1), Place(0, 1)),  # type: ignore[call-arg]
         (lambda x: torch.einsum("bth,h->bt", x, torch.ones(3)), Place(0, 1)),
         (lambda x: x @ torch.ones(3, 5), Place(0, 1)),
         (lambda x: torch.ones(2, 4) @ x, Place(0, 1)),

@@ -93,4 +93,4 @@ def test_what_is_no_stack_is_refused() -> None:
         with pytest.raises(IndexError, match="1 members"):
             several[index]
     with pytest.raises(TypeError, match="int"):
-        several["x"]  # type: ignore[call-overload]
+        several["x"]  # type: ignore[index]
