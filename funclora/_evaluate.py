@@ -49,9 +49,10 @@ def evaluate(
             a value for each row, `[n_rows]`, or one value for the batch, `[]`, which counts as the mean of its rows;
             or a tree of such tensors. It runs under `torch.func.vmap`, as the loss of `population_step` does.
         memory: bytes that a pass may take besides the model and the adapters. Members, and rows if the metric gives a
-            value for each, are computed together as far as that reaches. What a pass takes is measured. By default 70
-            percent of what is free on a GPU, and 1 GiB elsewhere. One member with one row is computed in any case,
-            and so is one with a whole batch if the metric gives one value for it.
+            value for each, are computed together as far as that reaches. What a pass takes is measured, by the tensors
+            it makes; on a CPU the process may grow by up to three times that, as the C library keeps freed memory. By
+            default 70 percent of what is free on a GPU, and 256 MiB elsewhere. One member with one row is computed in
+            any case, and so is one with a whole batch if the metric gives one value for it.
 
     Returns:
         What the metric returns, each tensor the members' means over all rows, `[n_members]`.

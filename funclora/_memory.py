@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Larger passes gain nothing on a CPU.
-ON_CPU = 1 << 30
+ON_CPU = 256 << 20
 # Of what is free on a device: the allocator rounds up, and kernels need room of their own.
 FREE_SHARE = 0.7
 

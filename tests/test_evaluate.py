@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +128,29 @@ def test_passes_keep_to_the_budget_and_use_it(monkeypatch: pytest.MonkeyPatch) -
         passes.append(len(peaks))
     assert passes[0] > 3 * passes[1]
     assert passes[2] == 1 + 3  # two rows of two members to see, then each batch at once
+
+
+GROWTH = """
+import resource, torch, funclora as fl
+from funclora.demo.model import load_base, next_byte_loss
+torch.set_num_threads(1)
+model = load_base()
+config = fl.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+stack = fl.stack(fl.init(model, config, generator=torch.Generator().manual_seed(i)) for i in range(24))
+ids = torch.randint(256, (4, 257), generator=torch.Generator().manual_seed(0))
+for memory in (2**24, 10**9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fl.evaluate(model, fl.base_params(model), stack, [ids], next_byte_loss, memory=memory)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss is in other units, or not there")
+def test_the_process_grows_by_what_the_budget_asks_for() -> None:
+    out = subprocess.run([sys.executable, "-c", GROWTH], check=True, capture_output=True, text=True).stdout
+    small, large = map(float, out.split())
+    assert small < 130, out  # of which much is code that torch loads
+    assert large > 80, out
 
 
 @pytest.mark.parametrize(
