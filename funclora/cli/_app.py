@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from funclora.cli.demo import demo
+from funclora.cli.sweep import sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command()(sweep)
 
 
 @app.callback()

@@ -50,15 +50,17 @@ def available(device: torch.device) -> int:
         free = 1024 * int(info.split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError):
         return 2**31
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
+    groups = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    free = min([free, *(left for limit, used in groups if (left := _left_in_group(limit, used)) is not None)])
     return int(0.8 * (max(free, 0) + peak(device)))
+
+
+def _left_in_group(limit: str, used: str) -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / limit).read_text()) - int((folder / used).read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def reset_peak(device: torch.device) -> None:

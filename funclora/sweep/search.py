@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import optree
@@ -201,7 +200,9 @@ class Search:
 
     def _size(self) -> None:
         state, settings = self.store.state, self.settings
-        limit = min(len(self.live), settings.population or len(self.members)) or 1
+        if not self.live:
+            return
+        limit = min(len(self.live), settings.population or len(self.members))
         if state.size is None or state.budget != settings.budget:
             self._tell("measuring memory")
             budget = settings.budget or memory.available(self.task.device)
@@ -223,7 +224,8 @@ class Search:
 
     def _weight(self, i: int) -> float:
         member = self.members[i]
-        return member.rank * (1.5 if member.method == "dora" else 1) * (10 if member.targets == "all-linear" else 1)
+        targets = 10 if member.targets == "all-linear" else len(member.targets.split("+"))
+        return member.rank * targets * (1.5 if member.method == "dora" else 1)
 
     def _halve_population(self, n: int, error: BaseException) -> None:
         if n == 1:
@@ -323,9 +325,7 @@ class Search:
     def _fresh(self, i: int) -> dict[str, fl.Rule]:
         member = self.members[i]
         generator = torch.Generator().manual_seed(member.seed)
-        return fl.init(
-            self.task.model, member.config(**self.task.lora), generator=generator, params=self.task.params
-        )
+        return fl.init(self.task.model, member.config(**self.task.lora), generator=generator, params=self.task.params)
 
     def _begun(self, adapters: list[dict[str, fl.Rule]], ids: list[int]) -> tuple[Population, Stack[Any]]:
         members = fl.stack(adapters)

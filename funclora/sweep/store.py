@@ -1,9 +1,9 @@
 """A search on disk. Killed at any moment, the folder holds the last state that was committed as a whole.
 
-    sweep.json        the configuration, which later runs in the folder must agree with
-    state.json        how far each member is; names the files with its tensors. Its renaming is the commit
-    state/*.safetensors
-    results.jsonl     one line for each member and evaluation
+sweep.json        the configuration, which later runs in the folder must agree with
+state.json        how far each member is; names the files with its tensors. Its renaming is the commit
+state/*.safetensors
+results.jsonl     one line for each member and evaluation
 """
 
 from __future__ import annotations
