@@ -55,16 +55,16 @@ def train_one_by_one(task: Task, members: list[Member], settings: Settings) -> t
     losses = []
     seconds = 0.0
     for member in members:
-        optimizer = settings.optimizer()(torch.tensor(member.lr))
+        schedule = fl.optim.warmup_cosine(member.lr, settings.warmup, settings.steps + 1)
+        adamw = fl.optim.adamw(lambda step, schedule=schedule: schedule(step + 1), weight_decay=settings.weight_decay)
+        optimizer = fl.optim.chain(fl.optim.clip_by_global_norm(settings.clip), adamw)
         step = fl.train_step(task.model, task.loss, optimizer)
         adapters = fresh(task, member)
         state = optimizer.init(adapters)
         loss = 0.0
         started = time.perf_counter()
         for k in range(settings.steps):
-            adapters, state, metrics = step(
-                task.params, adapters, state, task.batch(member.seed, k, settings.batch)
-            )
+            adapters, state, metrics = step(task.params, adapters, state, task.batch(member.seed, k, settings.batch))
             loss = metrics["loss"].item()
         seconds += time.perf_counter() - started
         losses.append(loss)
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> Result:
     task = demo_task("asyncio", context=options.context, windows=1)
     space = Space(lr="1e-4:1e-2", rank=options.rank, method=options.method, targets=options.targets, seeds="0,1,2,3")
     members = space.draws(options.members, seed=0)
-    settings = Settings(steps=options.steps, batch=options.batch)
-    warm = Settings(steps=1, batch=options.batch)  # what is only slow once is not counted
+    settings = Settings(steps=options.steps, warmup=min(4, options.steps), batch=options.batch)
+    warm = Settings(steps=1, warmup=0, batch=options.batch)  # what is only slow once is not counted
     train_together(task, members, warm)
     train_one_by_one(task, members[:1], warm)
     together, losses = train_together(task, members, settings)

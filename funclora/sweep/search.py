@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import funclora as fl
 from funclora._population import PerMember, Population, per_member
 from funclora._stack import Stack
 from funclora.errors import ConfigError
-from funclora.optim import adamw, chain, clip_by_global_norm, warmup_cosine
+from funclora.optim import GradientTransformation, adamw, chain, clip_by_global_norm, warmup_cosine
 from funclora.sweep import memory
 from funclora.sweep.space import Member
 from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Progress, Store
@@ -74,9 +74,31 @@ class Settings:
             # One step ahead: the rate of step 0 is 0, and a member has no step to give away.
             schedule = warmup_cosine(lr, min(self.warmup, self.steps), self.steps + 1)
             decayed = adamw(lambda step: schedule(step + 1), weight_decay=self.weight_decay)
-            return chain(clip_by_global_norm(self.clip), decayed)
+            return flat(chain(clip_by_global_norm(self.clip), decayed))
 
         return build
+
+
+def flat(optimizer: Any) -> GradientTransformation:
+    """An optimizer on all leaves as one vector: many small operations become a few, and take a quarter of the time.
+
+    For optimizers to which it makes no difference, as it does to none that works elementwise or by the global norm.
+    """
+
+    def joined(tree: Any) -> dict[str, Tensor]:
+        return {"leaves": torch.cat([leaf.flatten() for leaf in optree.tree_leaves(tree)])}
+
+    def init(params: Any) -> Any:
+        return optimizer.init(joined(params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves: list[Tensor]
+        leaves, spec = optree.tree_flatten(grads)
+        updates, state = optimizer.update(joined(grads), state, params=None if params is None else joined(params))
+        parts = updates["leaves"].split([leaf.numel() for leaf in leaves])
+        return spec.unflatten([part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]), state
+
+    return GradientTransformation(init, update)
 
 
 @dataclass
@@ -384,6 +406,6 @@ def _keys(spec: Any) -> list[str]:
     return ["/".join(map(str, path)) for path in spec.paths()]
 
 
-def _tensors(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    leaves, spec = optree.tree_flatten(tree)  # type: ignore[arg-type]
+def _tensors(tree: Any) -> dict[str, Tensor]:
+    leaves, spec = optree.tree_flatten(tree)
     return {key: leaf.detach().cpu().contiguous().clone() for key, leaf in zip(_keys(spec), leaves, strict=True)}

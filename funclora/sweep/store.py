@@ -81,11 +81,11 @@ class Store:
         """
         self.folder = folder
         self.tensors = folder / "state"
-        config = json.loads(json.dumps(config))
+        given: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read back
         if (folder / CONFIG).exists():
-            _agree(folder, _read(folder / CONFIG), config)
+            _agree(folder, _read(folder / CONFIG), given)
         else:
-            replace_files(folder, {CONFIG: _writer(_json(config))})
+            replace_files(folder, {CONFIG: _writer(_json(given))})
         self.state = State({i: Progress() for i in range(n)})
         if (folder / STATE).exists():
             self.state = self._load()
