@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +52,17 @@ def train_together(task: Task, members: list[Member], settings: Settings) -> tup
     return time.perf_counter() - started, losses
 
 
+def later(schedule: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The schedule without its first step, whose rate is 0."""
+    return lambda step: schedule(step + 1)
+
+
 def train_one_by_one(task: Task, members: list[Member], settings: Settings) -> tuple[float, list[float]]:
     losses = []
     seconds = 0.0
     for member in members:
         schedule = fl.optim.warmup_cosine(member.lr, settings.warmup, settings.steps + 1)
-        adamw = fl.optim.adamw(lambda step, schedule=schedule: schedule(step + 1), weight_decay=settings.weight_decay)
+        adamw = fl.optim.adamw(later(schedule), weight_decay=settings.weight_decay)
         optimizer = fl.optim.chain(fl.optim.clip_by_global_norm(settings.clip), adamw)
         step = fl.train_step(task.model, task.loss, optimizer)
         adapters = fresh(task, member)

@@ -133,6 +133,8 @@ def _axis(axes: Axes, x: int, ticks: list[tuple[float, str]]) -> None:
 def _places(values: list[Any], name: str) -> tuple[dict[Any, float], list[tuple[float, str]]]:
     """The height in [0, 1] of every value on its axis, and the axis's ticks."""
     distinct = sorted(set(values))
+    if not distinct:
+        return {}, []
     if name == "heldout_loss" or (name != "seed" and len(distinct) > 8 and not isinstance(distinct[0], str)):
         scale = math.log if name != "heldout_loss" else float
         low, high = scale(distinct[0]), scale(distinct[-1])

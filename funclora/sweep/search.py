@@ -251,9 +251,9 @@ class Search:
 
     def _halve_population(self, n: int, error: BaseException) -> None:
         if n == 1:
+            said = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"memory ran out with a single member: {str(error).splitlines()[0] if str(error) else error!r}. "
-                "Lower --batch, --context or --rank."
+                f"memory ran out with a single member: {said}. Lower --batch, --context or --rank."
             ) from error
         self.store.state.size = self.status.size = n // 2
         self._note(f"memory ran out with {n} members together, going on with {n // 2}")

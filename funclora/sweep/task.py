@@ -120,10 +120,12 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
     texts = read_texts(data)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise UnsupportedError("--model needs transformers. Type: pip install transformers") from error
     if not (model / "config.json").is_file():
         raise FormatError(f"--model: {model} is not a folder with a config.json, as save_pretrained writes it.")
+    logging.disable_progress_bar()  # ours is enough
     try:
         base = AutoModelForCausalLM.from_pretrained(str(model), local_files_only=True, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
