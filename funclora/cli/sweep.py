@@ -158,7 +158,8 @@ def _ranking(board: list[dict[str, Any]], shown: int) -> RenderableType:
     varied = [name for name in OPTIONS if len({row[name] for row in board}) > 1]
     columns = {"member": "member", "heldout_loss": "held-out", "step": "step"} | {name: name for name in varied}
     for name, title in (columns | {"status": "status"}).items():
-        table.add_column(title, justify="left" if name in ("method", "targets", "init", "status") else "right")
+        words = name in ("method", "targets", "init", "status")
+        table.add_column(title, justify="left" if words else "right", overflow="fold")
     for row in board[:shown]:
         loss = row["heldout_loss"]
         cells = [row[name] for name in varied]

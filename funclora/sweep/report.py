@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import partial
@@ -21,7 +22,8 @@ from funclora.io._files import replace_files
 from funclora.io.peft import save_peft
 from funclora.sweep.search import Search
 
-COLORS = mpl.colormaps["viridis_r"]  # the darker, the lower the loss
+COLORS = mpl.colormaps["viridis"]  # the darker, the lower the loss
+SPREAD = 0.05
 AXES = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
 
 
@@ -75,18 +77,19 @@ def learning_curves(records: list[dict[str, Any]], file: Path) -> None:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], title="best", fontsize=8)
         figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label="last held-out loss")
-        axes.set_ylim(top=_sensible_top([loss for curve in curves.values() for _, loss in curve]))
+        axes.set_ylim(*_sensible([loss for curve in curves.values() for _, loss in curve]))
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss, nats per token")
     figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
 
-def _sensible_top(losses: list[float]) -> float:
-    """A member that diverges must not press all the others into one line."""
+def _sensible(losses: list[float]) -> tuple[float, float]:
+    """Limits of an axis. A member that diverges must not press all the others into one line."""
     losses = sorted(losses)
-    middle, low = losses[len(losses) * 3 // 4], losses[0]
-    return min(losses[-1], middle + 2 * (middle - low) + 1e-3) + 0.02 * (middle - low) + 1e-3
+    low, middle = losses[0], losses[len(losses) * 3 // 4]
+    high = min(losses[-1], middle + 2 * (middle - low)) + 1e-3
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
@@ -98,11 +101,13 @@ def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
     norm = _norm([row["heldout_loss"] for row in rows])
     figure, axes = plt.subplots(figsize=(2 + 1.7 * len(names), 5), layout="constrained")
     last = max((row["step"] for row in rows), default=0)
-    for row in reversed(rows):
-        heights = [places[name][0][row[name]] for name in names]
+    for k, row in reversed([*enumerate(rows)]):
+        # Lines through one value lie side by side, the best one lowest.
+        aside = SPREAD * (k / max(1, len(rows) - 1) - 0.5)
+        heights = [places[name][0][row[name]] + (aside if name != "heldout_loss" else 0) for name in names]
         finished = row["step"] == last
         axes.plot(
-            range(len(names)), heights, color=COLORS(norm(row["heldout_loss"])), linewidth=1.8 if finished else 0.9,
+            *_curve(heights), color=COLORS(norm(row["heldout_loss"])), linewidth=1.8 if finished else 0.9,
             alpha=0.95 if finished else 0.5,
         )  # fmt: skip
     for x, name in enumerate(names):
@@ -120,6 +125,17 @@ def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
     plt.close(figure)
 
 
+def _curve(heights: list[float]) -> tuple[list[float], list[float]]:
+    """A smooth line through a height on each axis: level where it crosses one, so that it can be followed."""
+    xs, ys = [0.0], heights[:1]
+    for x, (here, there) in enumerate(itertools.pairwise(heights)):
+        for k in range(1, 21):
+            u = k / 20
+            xs.append(x + u)
+            ys.append(here + (there - here) * (3 - 2 * u) * u * u)
+    return xs, ys
+
+
 def _axis(axes: Axes, x: int, ticks: list[tuple[float, str]]) -> None:
     axes.axvline(x, color="0.35", linewidth=0.9, zorder=3)
     for height, text in ticks:
@@ -135,17 +151,22 @@ def _places(values: list[Any], name: str) -> tuple[dict[Any, float], list[tuple[
     distinct = sorted(set(values))
     if not distinct:
         return {}, []
-    if name == "heldout_loss" or (name != "seed" and len(distinct) > 8 and not isinstance(distinct[0], str)):
-        scale = math.log if name != "heldout_loss" else float
-        low, high = scale(distinct[0]), scale(distinct[-1])
-        heights = {v: (scale(v) - low) / ((high - low) or 1.0) for v in distinct}
-        back = math.exp if scale is math.log else float
-        return heights, [(k / 4, f"{back(low + (high - low) * k / 4):.4g}") for k in range(5)]
+    if name == "heldout_loss":
+        norm = _norm(values)
+        heights = {v: float(norm(v)) for v in distinct}
+        ticks = [(k / 4, f"{norm.inverse(k / 4):.4g}") for k in range(5)]
+        more = bool(distinct[-1] > norm.inverse(1.0))
+        return heights, [*ticks[:-1], (1.0, ticks[-1][1] + " and more" * more)]
+    if name != "seed" and len(distinct) > 8 and not isinstance(distinct[0], str):
+        low, high = math.log(distinct[0]), math.log(distinct[-1])
+        heights = {v: (math.log(v) - low) / (high - low) for v in distinct}
+        return heights, [(k / 4, f"{math.exp(low + (high - low) * k / 4):.4g}") for k in range(5)]
     heights = {v: k / max(1, len(distinct) - 1) for k, v in enumerate(distinct)}
     return heights, [(height, v if isinstance(v, str) else f"{v:g}") for v, height in heights.items()]
 
 
 def _norm(losses: list[float]) -> Normalize:
     """Colours from the best loss to one that a few bad members cannot push away."""
-    losses = sorted(losses)
-    return Normalize(losses[0], losses[len(losses) * 3 // 4], clip=True) if losses else Normalize(0, 1)
+    losses = sorted(losses) or [0.0]
+    low, middle = losses[0], losses[len(losses) * 3 // 4]
+    return Normalize(low, middle if middle > low else low + 1e-3, clip=True)
