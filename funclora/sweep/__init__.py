@@ -1,0 +1,1 @@
+"""Hyperparameter searches whose candidates are trained together, as populations."""

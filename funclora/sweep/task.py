@@ -1,0 +1,216 @@
+"""What the members are trained on: a frozen causal language model, and text for training and for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import funclora as fl
+from funclora._apply import Params
+from funclora.errors import ConfigError, FormatError, UnsupportedError, near
+
+EVERY = 8  # of eight texts the last is held out
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model and its data.
+
+    Attributes:
+        name: for people.
+        model: never changed.
+        params: its weights, on the device of the search.
+        train: `[n_tokens]`, the training text.
+        heldout: `[n_windows, context + 1]` int64.
+        context: tokens that the model sees.
+        keywords: further arguments of the model's call.
+        lora: further fields of the adapters' configurations.
+    """
+
+    name: str
+    model: nn.Module
+    params: Params
+    train: Tensor
+    heldout: Tensor
+    context: int
+    keywords: dict[str, Any]
+    lora: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.heldout.device
+
+    def row_losses(self, bound: Any, windows: Tensor) -> Tensor:
+        """Mean loss of each row, nats per token: `[rows, context + 1]` -> `[rows]`."""
+        out = bound(windows[:, :-1], **self.keywords)
+        logits = (out if isinstance(out, Tensor) else out.logits).float()
+        return F.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(1)
+
+    def loss(self, bound: Any, windows: Tensor) -> Tensor:
+        """The training loss of one member."""
+        return self.row_losses(bound, windows).mean()
+
+    def batch(self, seed: int, step: int, rows: int) -> Tensor:
+        """The training windows of a step, `[rows, context + 1]`: a function of nothing but these numbers."""
+        digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        starts = torch.randint(len(self.train) - self.context, (rows, 1), generator=generator)
+        return self.train[starts + torch.arange(self.context + 1)].long().to(self.device)
+
+    def digests(self) -> dict[str, str]:
+        """Short digests of the data and of the base, to notice that either was exchanged."""
+        data = hashlib.blake2b(digest_size=8)
+        for tensor in (self.train, self.heldout):
+            data.update(tensor.cpu().contiguous().numpy().tobytes())
+        base = hashlib.blake2b(digest_size=8)
+        for name, tensor in self.params.items():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]  # all of a large base would take minutes
+            base.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            base.update(some.double().cpu().numpy().tobytes() if some.is_floating_point() else b"")
+        return {"data": data.hexdigest(), "base": base.hexdigest()}
+
+
+def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -> Task:
+    """The demo's model, and one of the packages of Python's standard library.
+
+    Raises:
+        ConfigError: no such domain, or the context is longer than the model's.
+    """
+    from funclora.demo import corpus
+    from funclora.demo.model import load_base
+
+    if domain not in corpus.DOMAINS:
+        known = ", ".join(corpus.DOMAINS)
+        raise ConfigError(f"--domain: expected one of {known}, got {domain!r}.{near(domain, corpus.DOMAINS, 1)}")
+    model = load_base().to(_device(device))
+    if context > model.config.context:
+        raise ConfigError(f"--context: expected at most {model.config.context} for the demo's model, got {context}.")
+    train, heldout = map(corpus.encode, corpus.split(domain))
+    return Task(
+        name=f"{domain}, the demo's model",
+        model=model,
+        params=fl.base_params(model),
+        train=train,
+        heldout=_spread(heldout, windows, context).to(device),
+        context=context,
+        keywords={},
+        lora={},
+    )
+
+
+def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "cpu") -> Task:
+    """A causal language model that transformers loads from a folder, and a JSONL file with a `text` in every line.
+
+    Every eighth text is held out; of fewer than eight texts, the last eighth of all tokens.
+
+    Raises:
+        UnsupportedError: transformers is missing.
+        FormatError: the data or the model cannot be read.
+        ConfigError: there is too little text.
+    """
+    texts = read_texts(data)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UnsupportedError("--model needs transformers. Type: pip install transformers") from error
+    if not (model / "config.json").is_file():
+        raise FormatError(f"--model: {model} is not a folder with a config.json, as save_pretrained writes it.")
+    logging.disable_progress_bar()  # ours is enough
+    try:
+        base = AutoModelForCausalLM.from_pretrained(str(model), local_files_only=True, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise FormatError(f"--model: transformers cannot load {model}: {str(error).splitlines()[0]}") from error
+    base = base.eval().requires_grad_(False).to(_device(device))
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise ConfigError(f"--context: expected at most {longest} for {model}, got {context}.")
+    ids = [_tokens(tokenizer, text) for text in texts]
+    train, heldout = _split(ids)
+    for name, part in (("training", train), ("held-out", heldout)):
+        if len(part) <= context:
+            raise ConfigError(
+                f"--data: {data} has {len(part)} {name} tokens, a window needs {context + 1}. Give more text, or "
+                "a shorter --context."
+            )
+    return Task(
+        name=f"{data.name}, {model.name}",
+        model=base,
+        params=fl.base_params(base),
+        train=train,
+        heldout=_spread(heldout, windows, context).to(device),
+        context=context,
+        keywords={"use_cache": False},
+        lora={"task_type": "CAUSAL_LM", "base_model_name_or_path": str(model)},
+    )
+
+
+def read_texts(file: Path) -> list[str]:
+    """The `text` fields of a JSONL file.
+
+    Raises:
+        FormatError: a line has none, or there are none at all.
+    """
+    texts = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"--data: {file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise FormatError(f'--data: {file}, line {number}: expected an object like {{"text": "..."}}.')
+        texts.append(text)
+    if not texts:
+        raise FormatError(f"--data: {file} has no lines.")
+    return texts
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _split(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    if len(texts) >= EVERY:
+        held = [ids for i, ids in enumerate(texts) if i % EVERY == EVERY - 1]
+        train = [ids for i, ids in enumerate(texts) if i % EVERY != EVERY - 1]
+        return _joined(train), _joined(held)
+    everything = _joined(texts)
+    cut = len(everything) - len(everything) // EVERY
+    return everything[:cut], everything[cut:]
+
+
+def _joined(texts: list[list[int]]) -> Tensor:
+    return torch.tensor(list(itertools.chain.from_iterable(texts)))
+
+
+def _spread(ids: Tensor, count: int, context: int) -> Tensor:
+    """Evenly spaced windows, `[count, context + 1]`."""
+    starts = torch.linspace(0, len(ids) - context - 1, count).long()
+    return ids[starts[:, None] + torch.arange(context + 1)].long()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,656 @@
+"""`funclora sweep`: members go the way they would go alone, and a search that is killed ends as if it had not been."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import funclora
+import funclora as fl
+from funclora.cli._app import app
+from funclora.demo.corpus import encode, windows
+from funclora.demo.model import ByteLM, ByteLMConfig
+from funclora.errors import ConfigError, FormatError
+from funclora.io import _files
+from funclora.sweep import memory, report
+from funclora.sweep.search import Search, Settings
+from funclora.sweep.space import Member, Space
+from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Store
+from funclora.sweep.task import Task, demo_task, folder_task
+
+TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
+SETTINGS = Settings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
+MIXED = Space(lr="1e-2", rank="2,4", targets="all-linear,q_proj+v_proj")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    torch.manual_seed(0)
+    model = ByteLM(ByteLMConfig(dim=16, layers=1, heads=2, hidden=24, context=12)).eval().requires_grad_(False)
+    heldout = windows(TEXT, count=5, context=12)
+    return Task("toy", model, fl.base_params(model), encode(TEXT), heldout, 12, {}, {})
+
+
+def searched(
+    folder: Path, task: Task, members: list[Member], settings: Settings = SETTINGS, save: int | None = None
+) -> Search:
+    config = {"members": [member.values for member in members], "steps": settings.steps}
+    search = Search(task, members, settings, Store(folder, config, len(members)))
+    if not search.store.state.done:
+        search.run()
+        if save is not None:
+            report.write(search, save)
+    return search
+
+
+def losses(search: Search) -> dict[tuple[int, int], float]:
+    return {(r["member"], r["step"]): r["heldout_loss"] for r in search.store.state.records}
+
+
+def comparable(folder: Path) -> tuple[Any, ...]:
+    """All that a search leaves, but for times."""
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    weights = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted((folder / "adapters").rglob("*.safetensors"))
+    }
+    return lines, (folder / "leaderboard.json").read_text(), weights
+
+
+# The space
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    members = Space(lr="1e-3,1e-2,1e-3", rank="2,4", alpha="2r,8", seeds="0,7").grid()
+    assert len(members) == 2 * 2 * 2 * 2 * 2 * 2
+    assert len({tuple(m.values.items()) for m in members}) == len(members) - 2 * 2 * 2 * 2  # 2r and 8 agree at rank 4
+    assert {(m.rank, m.alpha) for m in members} == {(2, 4), (2, 8), (4, 8)}
+    assert [m.id for m in members] == list(range(len(members)))
+
+
+def test_draws_are_decided_by_the_seed_and_begin_alike() -> None:
+    space = Space(lr="1e-4:1e-2", rank="2:16", alpha="1:64")
+    assert space.draws(8, seed=3) == space.draws(32, seed=3)[:8]
+    assert space.draws(8, seed=3) != space.draws(8, seed=4)
+
+
+def test_draws_are_log_uniform_and_within_their_range() -> None:
+    members = Space(lr="1e-4:1e-2", rank="2:16").draws(400, seed=0)
+    rates = [m.lr for m in members]
+    assert 1e-4 <= min(rates) < 1.2e-4
+    assert 0.8e-2 < max(rates) <= 1e-2
+    assert 0.42 < sum(rate < 1e-3 for rate in rates) / 400 < 0.58
+    assert {m.rank for m in members} == set(range(2, 17))
+    assert {m.method for m in members} == {"lora", "dora"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "1e-3,fast"}, "--lr: expected a positive number, got 'fast'"),
+        ({"lr": "-1"}, "--lr: expected a positive number, got '-1'"),
+        ({"lr": "1e-3,,1"}, "--lr: expected values with commas"),
+        ({"lr": "1:2:3"}, "--lr: expected a range low:high"),
+        ({"lr": "1e-2:1e-4"}, "--lr: expected a range whose first number is the lower"),
+        ({"lr": "1e-4:1e-2"}, "--lr: a range needs a number of draws; add --random"),
+        ({"rank": "2.5"}, "--rank: expected a positive integer, got '2.5'"),
+        ({"rank": "0"}, "--rank: expected a positive integer"),
+        ({"alpha": "xr"}, "--alpha: expected a positive number or 2r, got 'xr'"),
+        ({"seeds": "a"}, "--seeds: expected an integer"),
+        ({"method": "lora,dorra"}, r"--method: .* got 'dorra'. Near names: dora\."),
+        ({"init": "gausian"}, r"--init: .* got 'gausian'. Near names: gaussian\."),
+        ({"init": "orthogonal", "rank": "3"}, "needs even ranks"),
+    ],
+)
+def test_options_that_cannot_be_read(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Space(**options).grid()
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2**31), ("512MiB", 2**29), ("1.5 GB", 1_500_000_000), ("100", 100), ("3k", 3000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 XB", "-1GB", "2i"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a size such as 2GiB"):
+        memory.parse_size(text)
+
+
+@pytest.mark.parametrize(("budget", "size"), [(110, 1), (119, 1), (120, 2), (259, 15), (260, 16), (10**6, 23)])
+def test_the_largest_population_that_fits(budget: int, size: int) -> None:
+    tried = []
+
+    def measure(n: int) -> int:
+        tried.append(n)
+        return 100 + 10 * n
+
+    found, expected = memory.fitting(measure, 23, budget)
+    assert found == size
+    assert expected == 100 + 10 * size
+    assert max(tried) <= max(2 * size, 2)
+
+
+def test_a_probe_that_runs_out_of_memory_ends_the_search_for_a_size() -> None:
+    def measure(n: int) -> int:
+        if n > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return n
+
+    assert memory.fitting(measure, 64, 10**9) == (4, 4)
+
+
+def test_a_budget_below_one_member_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"one member alone needs 2.00 GiB.* budget is 1.00 GiB.*lower --batch"):
+        memory.fitting(lambda n: 2**31, 4, 2**30)
+
+
+def test_what_running_out_of_memory_looks_like() -> None:
+    for error in (torch.OutOfMemoryError("x"), RuntimeError("not enough memory: you tried"), MemoryError()):
+        assert memory.is_out_of_memory(error)
+    assert not memory.is_out_of_memory(RuntimeError("shapes"))
+    assert not memory.is_out_of_memory(ValueError("not enough memory"))
+
+
+def test_the_peak_sees_a_large_tensor() -> None:
+    cpu = torch.device("cpu")
+    memory.reset_peak(cpu)
+    before = memory.peak(cpu)
+    torch.ones(2**27, dtype=torch.uint8)
+    assert memory.peak(cpu) - before > 2**26
+
+
+# Trajectories
+
+
+def alone(task: Task, member: Member, settings: Settings) -> tuple[dict[str, fl.Rule], list[float]]:
+    """The member's training, written with what the library offers for one adapter."""
+    adapters = fl.init(task.model, member.config(), generator=torch.Generator().manual_seed(member.seed))
+    schedule = fl.optim.warmup_cosine(member.lr, settings.warmup, settings.steps + 1)
+    adamw = fl.optim.adamw(lambda step: schedule(step + 1), weight_decay=settings.weight_decay)
+    optimizer = fl.optim.chain(fl.optim.clip_by_global_norm(settings.clip), adamw)
+    step, state = fl.train_step(task.model, task.loss, optimizer), optimizer.init(adapters)
+    heldout = []
+    for k in range(settings.steps):
+        adapters, state, _ = step(task.params, adapters, state, task.batch(member.seed, k, settings.batch))
+        if (k + 1) % settings.every == 0:
+            heldout.append(task.row_losses(fl.bind(task.model, task.params, adapters), task.heldout).mean().item())
+    return adapters, heldout
+
+
+def test_each_member_goes_the_way_it_would_go_alone(tmp_path: Path, task: Task) -> None:
+    members = [*MIXED.grid()[::3], replace(MIXED.grid()[0], lr=0.1, seed=5, init="gaussian")]
+    members = [replace(member, id=i) for i, member in enumerate(members)]
+    settings = replace(SETTINGS, weight_decay=0.1, clip=0.3)
+    search = Search(task, members, settings, Store(tmp_path, {}, len(members)))
+    search.run()
+    found = losses(search)
+    assert len({m.method for m in members}) == 2
+    for member in members:
+        adapters, heldout = alone(task, member, settings)
+        assert [found[member.id, step] for step in (2, 4)] == pytest.approx(heldout, abs=2e-5)
+        for name, rule in search.adapters(member.id).items():
+            for leaf in rule.leaves:
+                torch.testing.assert_close(getattr(rule, leaf), getattr(adapters[name], leaf), rtol=1e-3, atol=2e-4)
+    assert max(found.values()) - min(found.values()) > 0.01  # they differ by more than they may deviate
+
+
+def test_a_trajectory_does_not_depend_on_the_population(tmp_path: Path, task: Task) -> None:
+    members = MIXED.grid()
+    together = losses(searched(tmp_path / "a", task, members))
+    by_three = losses(searched(tmp_path / "b", task, members, replace(SETTINGS, population=3)))
+    assert together.keys() == by_three.keys()
+    assert len(together) == 2 * len(members)
+    for key, loss in together.items():
+        assert by_three[key] == pytest.approx(loss, abs=2e-5)
+
+
+def test_data_are_a_function_of_seed_and_step(task: Task) -> None:
+    batches = {(seed, step): task.batch(seed, step, 3) for seed in (0, 1) for step in (0, 1)}
+    for one, other in itertools.combinations(batches.values(), 2):
+        assert not torch.equal(one, other)
+    assert torch.equal(task.batch(1, 1, 3), batches[1, 1])
+
+
+# Halving
+
+
+def test_cuts_and_points() -> None:
+    settings = Settings(steps=81, every=20, halving=3, rungs=3)
+    assert settings.cuts(32) == [9, 27]
+    assert settings.points(32) == [9, 20, 27, 40, 60, 80, 81]
+    assert settings.cuts(8) == [27]
+    assert settings.cuts(2) == []
+    assert replace(settings, halving=0).cuts(32) == []
+    assert replace(settings, steps=2).cuts(32) == [1]
+
+
+def test_each_rung_keeps_the_best(tmp_path: Path, task: Task) -> None:
+    members = Space(lr="1e-4,1e-3,1e-2,5e-2,1e-1", rank="2", targets="q_proj", method="lora", seeds="0,1").grid()
+    settings = replace(SETTINGS, steps=9, every=3, halving=3)
+    search = searched(tmp_path, task, members, settings, save=2)
+    found = losses(search)
+    assert settings.cuts(10) == [1, 3]
+    field = set(range(10))
+    for step, keep in ((1, 4), (3, 2)):
+        assert {i for i, s in found if s == step} == field
+        field = set(sorted(field, key=lambda i: found[i, step])[:keep])
+    assert {i for i, s in found if s == 9} == field
+    assert {i for i, p in search.progress.items() if p.status == LIVE} == field
+    assert {p.status for p in search.progress.values()} == {LIVE, HALVED}
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert [row["step"] for row in board] == [9] * 2 + [3] * 2 + [1] * 6
+    for _, rows in itertools.groupby(board, key=lambda row: row["step"]):
+        of_step = [row["heldout_loss"] for row in rows]
+        assert of_step == sorted(of_step)
+    assert search.status.done == search.status.total == 10 * 1 + 4 * 2 + 2 * 6
+
+
+def test_a_member_whose_loss_is_not_finite_is_dropped_and_reported(tmp_path: Path, task: Task) -> None:
+    good = Space(lr="1e-2", rank="2", targets="q_proj").grid()
+    bad = [*good, replace(good[0], id=2, lr=1e38)]
+    search = searched(tmp_path / "bad", task, bad, save=3)
+    assert [search.progress[i].status for i in range(3)] == [LIVE, LIVE, NOT_FINITE]
+    step = search.progress[2].step
+    assert any(f"member 2 dropped at step {step}: its loss is not finite" in note for note in search.status.notes)
+    lines = [json.loads(line) for line in (tmp_path / "bad" / "results.jsonl").read_text().splitlines()]
+    assert [line["heldout_loss"] for line in lines if line["member"] == 2][-1] is None
+    expected = losses(searched(tmp_path / "good", task, good))
+    found = losses(search)
+    for key, loss in expected.items():
+        assert found[key] == pytest.approx(loss, abs=2e-5)
+    assert len(list((tmp_path / "bad" / "adapters").iterdir())) == 2
+    assert search.ranking()[-1] == 2
+
+
+# Memory that runs out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")])
+def test_a_population_that_runs_out_of_memory_is_halved(tmp_path: Path, task: Task, error: Exception) -> None:
+    members = MIXED.grid()
+    search = Search(task, members, SETTINGS, Store(tmp_path, {}, len(members)))
+    step, sizes = search.step, []
+
+    def limited(params: Any, stack: Any, state: Any, batch: Tensor) -> Any:
+        sizes.append(len(stack))
+        # The probe may be large: memory runs out later, when something else took it.
+        if len(stack) > 2 and len(sizes) > 6:
+            raise error
+        return step(params, stack, state, batch)
+
+    search.step = limited
+    search.run()
+    assert "memory ran out with 8 members together, going on with 4" in search.status.notes
+    assert "memory ran out with 4 members together, going on with 2" in search.status.notes
+    assert max(sizes[8:]) == search.store.state.size == 2
+    expected = losses(searched(tmp_path / "plain", task, members))
+    found = losses(search)
+    assert found.keys() == expected.keys()
+    assert [found[key] for key in expected] == pytest.approx([*expected.values()], abs=2e-5)
+
+
+def test_memory_that_one_member_exhausts_is_an_error(tmp_path: Path, task: Task) -> None:
+    search = Search(task, MIXED.grid()[:2], SETTINGS, Store(tmp_path, {}, 2))
+    search.store.state.size, search.store.state.budget = 2, SETTINGS.budget
+
+    def exhausted(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    search.step = exhausted
+    with pytest.raises(ConfigError, match=r"a single member: CUDA out of memory.*Lower --batch"):
+        search.run()
+
+
+def test_other_errors_are_not_taken_for_memory(tmp_path: Path, task: Task) -> None:
+    search = Search(task, MIXED.grid()[:2], SETTINGS, Store(tmp_path, {}, 2))
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    search.step = broken
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        search.run()
+
+
+# Killed and resumed
+
+SMALL = Space(lr="1e-3,1e-2,1e-1", rank="2", targets="q_proj+v_proj", method="lora,dora").grid()
+CUT = replace(SETTINGS, steps=4, every=1, halving=2, rungs=2, population=4)
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_at(monkeypatch: pytest.MonkeyPatch, write: int, *, before: bool) -> Iterator[None]:
+    """Ends everything at one of the writes: before it, or between it and whatever follows."""
+    count = itertools.count()
+
+    def replace_files(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+        for name, writer in writers.items():
+            k = next(count)
+            if k == write and before:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f".{name}.draft.tmp").write_text("half")
+                raise Killed
+            _files.replace_files(folder, {name: writer})
+            if k == write:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("funclora.sweep.store.replace_files", replace_files)
+        patch.setattr("funclora.sweep.report.replace_files", replace_files)
+        yield
+
+
+def test_killed_at_any_write_it_ends_with_the_same_result(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched(tmp_path / "whole", task, SMALL, CUT, save=2)
+    expected = comparable(tmp_path / "whole")
+    assert len(expected[0]) == 6 * 2 + 3 * 2
+    writes, interrupted = 0, 0
+    while True:
+        folder = tmp_path / str(writes)
+        with killed_at(monkeypatch, writes, before=writes % 2 == 0):
+            try:
+                searched(folder, task, SMALL, CUT, save=2)
+            except Killed:
+                interrupted += 1
+            else:
+                break
+        searched(folder, task, SMALL, CUT, save=2)
+        assert comparable(folder) == expected, f"killed at write {writes}"
+        assert not list(folder.rglob("*.tmp"))
+        writes += 3
+    assert interrupted > 8
+
+
+def command(out: Path, *more: str) -> list[str]:
+    options = "--lr 1e-3,1e-2,3e-2 --rank 2 --targets q_proj --method lora,dora --steps 12 --every 1 --halving 2"
+    tail = ["--context", "8", "--batch", "1", "--windows", "2", "--memory", "1TiB", "--save", "1"]
+    return ["sweep", "--out", str(out), *options.split(), *tail, *more]
+
+
+def process(out: Path) -> "subprocess.Popen[str]":
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(funclora.__file__).parents[1]), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"
+    }  # fmt: skip
+    code = "from funclora.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command(out)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    reference = process(whole)
+    reference.communicate()
+    assert reference.returncode == 0
+    rng, killed = random.Random(0), 0
+    for _ in range(3):
+        running = process(out)
+        seen = (out / "state.json").read_bytes() if (out / "state.json").exists() else b""
+        while running.poll() is None and (
+            not (out / "state.json").exists() or (out / "state.json").read_bytes() == seen
+        ):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)
+        running.kill()
+        running.communicate()
+        killed += running.returncode == -9
+    last = process(out)
+    last.communicate()
+    assert last.returncode == 0
+    assert killed >= 1
+    assert comparable(out) == comparable(whole)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len({(line["member"], line["step"]) for line in lines}) == len(lines)
+
+
+def test_lines_that_no_commit_counts_are_cut_off(tmp_path: Path, task: Task) -> None:
+    first = Search(task, SMALL, CUT, Store(tmp_path, {}, len(SMALL)))
+    first.run()
+    n = first.store.state.lines
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"member": 0')
+    again = Store(tmp_path, {}, len(SMALL))
+    assert len(again.state.records) == n
+    again.commit()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == n
+
+
+def test_broken_files_are_told(tmp_path: Path, task: Task) -> None:
+    searched(tmp_path, task, SMALL[:2], CUT)
+    config = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(FormatError, match=r"has lost lines. Use another --out"):
+        Store(tmp_path, config, 2)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(FormatError, match=r"state.json is not JSON"):
+        Store(tmp_path, config, 2)
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    one, other = Store(tmp_path, {}, 1), Store(tmp_path, {}, 1)
+    with one.alone(), pytest.raises(ConfigError, match="another process is at work"), other.alone():
+        pass
+    with other.alone():
+        pass
+
+
+# The command
+
+
+def invoke(*args: str) -> Any:
+    return CliRunner().invoke(app, list(args))
+
+
+def test_the_command_leaves_what_it_promises(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke(*command(out, "--json"))
+    assert result.exit_code == 0, result.output
+    outcome = json.loads(result.stdout)
+    board = json.loads((out / "leaderboard.json").read_text())
+    assert outcome["leaderboard"] == board
+    assert len(board) == 6
+    for picture in ("learning_curves.png", "parallel_coordinates.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    (folder,) = (out / "adapters").iterdir()
+    assert folder.name == f"01-member-{board[0]['member']:03d}"
+    task = demo_task("asyncio", context=8, windows=2)
+    adapters, config = fl.load_peft(folder, task.model)
+    assert config.use_dora == (board[0]["method"] == "dora")
+    loss = task.row_losses(fl.bind(task.model, task.params, adapters), task.heldout).mean()
+    assert loss.item() == pytest.approx(board[0]["heldout_loss"], rel=1e-4)
+    assert not list((out / "state").iterdir())
+
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.json*")}
+    again = invoke(*command(out))  # done already: told again, nothing is written
+    assert again.exit_code == 0
+    assert "The best 6 of 6" in again.output
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.json*")} == before
+
+    other = invoke(*command(out, "--clip", "0.5"))
+    assert other.exit_code == 2
+    assert re.search(r"has a search with clip = 1.0, this one has 0.5\.", other.stderr)
+    assert len(other.stderr.splitlines()) == 1
+    other = invoke(*command(out, "--domain", "email", "--json"))
+    assert other.exit_code == 2
+    assert 'has a search with source = "asyncio' in json.loads(other.stdout)["error"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--method", "dorra"], "Near names: dora"),
+        (["--domain", "emial"], "Near names: email"),
+        (["--targets", "q_prj"], "q_proj"),
+        (["--lr", "1e-4:1e-2"], "add --random 32"),
+        (["--memory", "lots"], "expected a size such as 2GiB"),
+        (["--memory", "1MiB"], "one member alone needs"),
+        (["--context", "999"], "expected at most 256"),
+        (["--model", "somewhere"], "--model and --data belong together"),
+        (["--device", "toaster"], "'toaster' cannot be used here"),
+    ],
+)
+def test_errors_are_one_line_with_a_remedy(tmp_path: Path, args: list[str], message: str) -> None:
+    result = invoke("sweep", "--out", str(tmp_path / "out"), "--windows", "2", *args)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_if_no_loss_stays_finite_the_command_says_so(tmp_path: Path) -> None:
+    result = invoke(*command(tmp_path / "out", "--lr", "1e38"))
+    assert result.exit_code == 2
+    assert "no member's loss stayed finite" in result.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from funclora.cli._app import app; app(['sweep', '--help'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(funclora.__file__).parents[1])}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode == 0
+    )
+
+
+# Other models
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama")
+    vocabulary = {word: i for i, word in enumerate(["</s>", "<unk>", *(f"w{k}" for k in range(30))])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32, num_key_value_heads=2, max_position_embeddings=64, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def jsonl(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+def test_a_folder_of_transformers_and_a_file_of_texts(tmp_path: Path, llama: Path) -> None:
+    data = jsonl(tmp_path / "texts.jsonl", [" ".join(f"w{(i + k) % 30}" for k in range(20)) for i in range(16)])
+    out = tmp_path / "out"
+    options = "--lr 1e-2,1e-1 --rank 2 --targets q_proj+v_proj --steps 4 --every 2 --halving 0 --context 8 --windows 3"
+    result = invoke("sweep", "--model", str(llama), "--data", str(data), "--out", str(out), "--json", *options.split())
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["leaderboard"]) == 4
+    written = json.loads(next((out / "adapters").glob("01-*/adapter_config.json")).read_text())
+    assert written["task_type"] == "CAUSAL_LM"
+    assert written["base_model_name_or_path"] == str(llama)
+
+
+def test_every_eighth_text_is_held_out(tmp_path: Path, llama: Path) -> None:
+    data = jsonl(tmp_path / "texts.jsonl", [f"w{i} \u2028" * 9 for i in range(16)])
+    task = folder_task(llama, data, context=4, windows=3)
+    assert set(task.heldout.flatten().tolist()) <= {2 + 7, 2 + 15, 0}
+    assert not {2 + 7, 2 + 15} & set(task.train.tolist())
+    few = folder_task(llama, jsonl(tmp_path / "few.jsonl", ["w1 " * 79]), context=4, windows=2)
+    assert len(few.train) == 70
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{}", "line 1: expected an object like"), ("[", "line 1: expected"), ('{"text": 3}', "line 1"), ("", "no lines")],
+)
+def test_data_that_cannot_be_read(tmp_path: Path, llama: Path, line: str, message: str) -> None:
+    (tmp_path / "texts.jsonl").write_text(line + "\n")
+    with pytest.raises(FormatError, match=message):
+        folder_task(llama, tmp_path / "texts.jsonl", context=8, windows=2)
+
+
+def test_too_little_text_and_no_model(tmp_path: Path, llama: Path) -> None:
+    data = jsonl(tmp_path / "texts.jsonl", ["w1 " * 12])
+    with pytest.raises(ConfigError, match="held-out tokens, a window needs 9"):
+        folder_task(llama, data, context=8, windows=2)
+    with pytest.raises(FormatError, match=r"not a folder with a config.json"):
+        folder_task(tmp_path, data, context=8, windows=2)
+    with pytest.raises(FormatError, match=r"none.jsonl cannot be read"):
+        folder_task(llama, tmp_path / "none.jsonl", context=8, windows=2)
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    data = jsonl(tmp_path / "texts.jsonl", ["w1"])
+    result = invoke("sweep", "--model", str(tmp_path), "--data", str(data), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "pip install transformers" in result.stderr
+
+
+# Pictures and the comparison
+
+
+def test_axes_of_the_picture() -> None:
+    heights, ticks = report._places([1e-4, 1e-2, 1e-3], "lr")
+    assert heights == {1e-4: 0, 1e-3: 0.5, 1e-2: 1}
+    assert [text for _, text in ticks] == ["0.0001", "0.001", "0.01"]
+    rates = [10 ** (-4 + k / 10) for k in range(21)]
+    heights, ticks = report._places(rates, "lr")
+    assert [heights[rate] for rate in rates] == pytest.approx([k / 20 for k in range(21)])
+    assert [float(text) for _, text in ticks] == pytest.approx([1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2], rel=1e-3)
+    assert report._places(["b", "a"], "targets")[0] == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("losses_", [[], [None], [1.0], [1.0, 2.0, None, math.pi]])
+def test_pictures_of_few_members(tmp_path: Path, losses_: list[float | None]) -> None:
+    rows = [
+        {"member": i, "heldout_loss": loss, "step": 1, "status": LIVE, **SMALL[i].values}
+        for i, loss in enumerate(losses_)
+    ]
+    report.parallel_coordinates(rows, tmp_path / "p.png")
+    report.learning_curves(rows, tmp_path / "l.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_with_members_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+
+    file = Path(__file__).parents[2] / "examples" / "sweep_speed.py"
+    result = runpy.run_path(str(file))["main"](["--members=3", "--steps=2", "--context=8"])
+    assert result.members == 3
+    assert result.difference < 1e-3
+    assert f"{result.ratio:8.1f}" in capsys.readouterr().out
