@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 import funclora as fl
-from funclora._population import per_member
+from funclora.optim import per_member
 from funclora.sweep.search import Settings
 from funclora.sweep.space import Member, Space
 from funclora.sweep.task import Task, demo_task

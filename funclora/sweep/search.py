@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 import funclora as fl
-from funclora._population import PerMember, Population, per_member
+from funclora._population import Population
 from funclora._stack import Stack
 from funclora.errors import ConfigError
-from funclora.optim import GradientTransformation, adamw, chain, clip_by_global_norm, warmup_cosine
+from funclora.optim import GradientTransformation, adamw, chain, clip_by_global_norm, per_member, warmup_cosine
+from funclora.optim._members import MemberTransformation
 from funclora.sweep import memory
 from funclora.sweep.space import Member
 from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Progress, Store
@@ -353,7 +354,7 @@ class Search:
         members = fl.stack(adapters)
         return members, self._optimizer(ids).init(members)
 
-    def _optimizer(self, ids: list[int]) -> PerMember:
+    def _optimizer(self, ids: list[int]) -> MemberTransformation:
         return per_member(self.settings.optimizer(), lr=[self.members[i].lr for i in ids])
 
     def _restored(self, group: list[int]) -> tuple[Population, Stack[Any]]:
