@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,13 +115,16 @@ def _run(
     store = Store(out, config, len(members))
     console = Console(stderr=as_json, quiet=as_json)
     with store.alone():
-        live = Live(console=console, refresh_per_second=4, auto_refresh=False, transient=True)
+        live = Live(console=console, auto_refresh=False, transient=True)
+
+        drawn = 0.0
 
         def observe(status: Status) -> None:
-            live.update(_table(status, search))
-            # Nothing is drawn where nobody looks: a log would get a table for every step.
-            if console.is_terminal:
-                live.refresh()
+            nonlocal drawn
+            # A small step takes less time than to draw the table, and a log is looked at by nobody.
+            if console.is_terminal and time.monotonic() > drawn + 0.25:
+                live.update(_table(status, search), refresh=True)
+                drawn = time.monotonic()
 
         search = Search(task, members, settings, store, observe)
         resumed = sum(p.step for p in search.progress.values())

@@ -332,7 +332,7 @@ class Search:
         return found
 
     def _cut(self, rung: int) -> None:
-        """Keep the best at a rung. The tensors of the others stay only where they may be saved at the end."""
+        """Keep the best at a rung. The tensors of the others stay, they may be saved at the end."""
         field_ = [i for i in self.ranking() if self.progress[i].status == LIVE]
         keep = math.ceil(len(field_) / self.settings.halving)
         for i in field_[keep:]:
