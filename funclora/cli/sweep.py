@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from funclora.sweep.search import Search, Settings, Status
+    from funclora.sweep.search import Search, Status
+    from funclora.sweep.settings import Settings
     from funclora.sweep.space import Member
     from funclora.sweep.task import Task
 
@@ -71,7 +72,7 @@ def sweep(
         space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
         members = space.draws(random, seed) if random else space.grid()
         from funclora.sweep.memory import parse_size
-        from funclora.sweep.search import Settings
+        from funclora.sweep.settings import Settings
         from funclora.sweep.task import demo_task, folder_task
 
         settings = Settings(

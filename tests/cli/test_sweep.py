@@ -28,7 +28,8 @@ from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.errors import ConfigError, FormatError
 from funclora.io import _files
 from funclora.sweep import memory, report
-from funclora.sweep.search import Search, Settings
+from funclora.sweep.search import Search
+from funclora.sweep.settings import Settings
 from funclora.sweep.space import Member, Space
 from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Store
 from funclora.sweep.task import Task, demo_task, folder_task
