@@ -414,8 +414,6 @@ def process(out: Path) -> "subprocess.Popen[str]":
 def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     reference = process(whole)
-    reference.communicate()
-    assert reference.returncode == 0
     rng, killed = random.Random(0), 0
     for _ in range(2):
         running = process(out)
@@ -430,7 +428,8 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
         killed += running.returncode == -9
     last = process(out)
     last.communicate()
-    assert last.returncode == 0
+    reference.communicate()
+    assert last.returncode == reference.returncode == 0
     assert killed >= 1
     assert comparable(out) == comparable(whole)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
