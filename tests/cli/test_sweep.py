@@ -396,7 +396,7 @@ def test_killed_at_any_write_it_ends_with_the_same_result(
 
 
 def command(out: Path, *more: str) -> list[str]:
-    options = "--lr 1e-3,1e-2,3e-2 --rank 2 --targets q_proj --method lora,dora --steps 8 --every 1 --halving 2"
+    options = "--lr 1e-3,1e-2,3e-2 --rank 2 --targets q_proj --method lora,dora --steps 8 --every 2 --halving 2"
     tail = ["--context", "8", "--batch", "1", "--windows", "2", "--memory", "1TiB", "--save", "1"]
     return ["sweep", "--out", str(out), *options.split(), *tail, *more]
 
