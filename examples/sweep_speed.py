@@ -17,7 +17,7 @@ import torch
 
 import funclora as fl
 from funclora.optim import per_member
-from funclora.sweep.search import Settings
+from funclora.sweep.settings import Settings
 from funclora.sweep.space import Member, Space
 from funclora.sweep.task import Task, demo_task
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funclora._clone import clone_module, refuse_unbindable
+from funclora._entrance import Entrance, with_rows
 from funclora._layout import Embedding, Layout
 from funclora._lazy import Carriers, LazyWeight, requires_grad
-from funclora._route import Routed
-from funclora._rows import Entrance, with_rows
+from funclora._routed import Routed
 from funclora._rules import LinearMap, Rule
 from funclora._tree import pytree_node
 from funclora.errors import DenseFallbackWarning, ParamsError, PurityError, UnsupportedError, near

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from funclora._apply import Params
 from funclora._memory import Peak, budget, is_out_of_memory
-from funclora._population import Population, _Bound, _check_members, _dims, _Rows, _size
+from funclora._population import BoundMembers, Population, RowModels, batch_dims, batch_size, check_members
 from funclora._stack import Cohort, Specs, Stack
 from funclora.errors import ConfigError
 
@@ -72,7 +72,7 @@ def evaluate(
         >>> evaluate(model, params, members, data, lambda bound, x: bound(x)[:, 0]).tolist()
         [0.0, 1.5]
     """
-    _check_members("evaluate", stack, None, None)
+    check_members("evaluate", stack, None, None)
     if memory is not None and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 1):
         raise ConfigError(f"evaluate: memory: expected a positive number of bytes, got {memory!r}.")
     with torch.no_grad():
@@ -148,11 +148,11 @@ class _Passes:
         self.sums: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
         self.spec: Any = None
-        self.latest: tuple[tuple[int, int, int], _Rows] | None = None
+        self.latest: tuple[tuple[int, int, int], RowModels] | None = None
 
     def add(self, batch: Any) -> None:
         """Evaluate all members on a batch."""
-        n = _size(batch, 0, "evaluate")
+        n = batch_size(batch, 0, "evaluate")
         if not n:
             return
         row = tuple(math.prod(x.shape[1:]) for x in optree.tree_leaves(batch) if isinstance(x, Tensor))
@@ -194,14 +194,14 @@ class _Passes:
         known = self.latest is not None and self.latest[0] == key
         if not known:
             self.latest = None  # before the new one is made
-            self.latest = key, _Rows(self.model, self.params, _some(self.members, member, member + m))
+            self.latest = key, RowModels(self.model, self.params, _some(self.members, member, member + m))
         assert self.latest is not None
         rows = self.latest[1]
         try:
             with Peak() as memory:
                 by_member = torch.func.vmap(
-                    lambda i, batch: self._checked(self.metric(_Bound(rows, i), batch), r),
-                    in_dims=(0, _dims(batch, None)),
+                    lambda i, batch: self._checked(self.metric(BoundMembers(rows, i), batch), r),
+                    in_dims=(0, batch_dims(batch, None)),
                     randomness="different",
                 )
                 values: list[Tensor] = by_member(torch.arange(m), batch)

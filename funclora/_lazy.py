@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from funclora._by_row import differs_by_row, operate_by_row
 from funclora._maps import UnmappedError, linear_maps
-from funclora._route import differs_by_row, operate_by_row
 from funclora._rows import written
 from funclora._rules import Rule
 from funclora._views import inlined, views

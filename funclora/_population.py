@@ -80,7 +80,7 @@ def population_step(
     def step(
         params: Params, members: Population, state: Any, batch: Any, *, seeds: Sequence[int] | None = None
     ) -> tuple[Population, Any, dict[str, Any]]:
-        _check_members("population_step", members, batch, None if shared else 0)
+        check_members("population_step", members, batch, None if shared else 0)
         generators = _generators(seeds, members)
         members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
         dim = None if shared else 0
@@ -137,7 +137,7 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
     def run(model: nn.Module, params: Params, adapters: Adapters, batch: Any) -> tuple[Any, dict[str, Rule]]:
         tree: Any = dict(adapters)
         leaves, spec = optree.tree_flatten(tree)
-        n = _size(batch, 0, "per_example_value_and_grad")
+        n = batch_size(batch, 0, "per_example_value_and_grad")
         copies = tuple(leaf.detach().expand(n, *leaf.shape) for leaf in leaves)
         members: Population = Stack((Cohort(copies, Specs((spec,) * n), tuple(range(n))),))
         examples = optree.tree_map(lambda x: x.unsqueeze(1) if isinstance(x, Tensor) else x, batch)
@@ -168,13 +168,13 @@ def _value_and_grad(
     params = {name: tensor.detach() for name, tensor in params.items()}
 
     def losses_and_aux(members: Population) -> tuple[Tensor, Any]:
-        rows = _Rows(model, params, members)
+        rows = RowModels(model, params, members)
 
         def one(member: Tensor, batch: Any) -> tuple[Tensor, Any]:
-            return loss_fn(_Bound(rows, member), batch)  # type: ignore[no-any-return]
+            return loss_fn(BoundMembers(rows, member), batch)  # type: ignore[no-any-return]
 
         with streams(generators), unwritten(params, {}):
-            by_member = torch.func.vmap(one, in_dims=(0, _dims(batch, dim)), randomness="different")
+            by_member = torch.func.vmap(one, in_dims=(0, batch_dims(batch, dim)), randomness="different")
             losses, aux = by_member(torch.arange(len(members)), batch)
         return losses.sum(), (losses.detach(), aux)
 
@@ -182,11 +182,11 @@ def _value_and_grad(
     return losses, aux, grads
 
 
-def _dims(batch: Any, dim: int | None) -> Any:
+def batch_dims(batch: Any, dim: int | None) -> Any:
     return optree.tree_map(lambda x: dim if isinstance(x, Tensor) else None, batch)
 
 
-class _Rows:
+class RowModels:
     """The model for all members: bound once for each number of rows that a member may have."""
 
     def __init__(self, model: nn.Module, params: Params, members: Population) -> None:
@@ -202,10 +202,10 @@ class _Rows:
         return self.bound[count]
 
 
-class _Bound:
+class BoundMembers:
     """The bound model that the loss of one member sees, under vmap."""
 
-    def __init__(self, rows: _Rows, member: Tensor, path: str = "") -> None:
+    def __init__(self, rows: RowModels, member: Tensor, path: str = "") -> None:
         self._rows = rows
         self._member = member
         self._path = path
@@ -223,7 +223,7 @@ class _Bound:
         value = _get(self._rows.model, path)
         if isinstance(value, Tensor):
             raise UnsupportedError(f"bound.{path}: a parameter differs by member here. Compute with it in the model.")
-        return _Bound(self._rows, self._member, path) if callable(value) else value
+        return BoundMembers(self._rows, self._member, path) if callable(value) else value
 
 
 def _get(model: Any, path: str) -> Any:
@@ -235,7 +235,7 @@ def _get(model: Any, path: str) -> Any:
 class _Call:
     """One call of the model, and what of its inputs and outputs is no tensor."""
 
-    def __init__(self, rows: _Rows, path: str, leaves: list[Any], spec: Any) -> None:
+    def __init__(self, rows: RowModels, path: str, leaves: list[Any], spec: Any) -> None:
         self.rows = rows
         self.path = path
         self.leaves = leaves
@@ -305,7 +305,7 @@ class _OnRows(torch.autograd.Function):
         return outs, (0,) * len(outs)
 
 
-def _size(batch: Any, dim: int, where: str) -> int:
+def batch_size(batch: Any, dim: int, where: str) -> int:
     sizes = {x.shape[dim] if x.dim() > dim else None for x in optree.tree_leaves(batch) if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes:
         found = sorted(str(s) for s in sizes) or "none"
@@ -313,10 +313,10 @@ def _size(batch: Any, dim: int, where: str) -> int:
     return sizes.pop()  # type: ignore[return-value]
 
 
-def _check_members(where: str, members: Any, batch: Any, dim: int | None) -> None:
+def check_members(where: str, members: Any, batch: Any, dim: int | None) -> None:
     if not isinstance(members, Stack):
         raise ParamsError(f"{where}: expected a stack of adapters, got a {type(members).__name__}; use stack([...]).")
-    n = len(members) if dim is None else _size(batch, dim, where)
+    n = len(members) if dim is None else batch_size(batch, dim, where)
     if n != len(members):
         raise ConfigError(
             f"{where}: the batch is for {n} members and the stack has {len(members)}. Its tensors are "
@@ -329,5 +329,5 @@ def _generators(seeds: Sequence[int] | None, members: Stack[Any]) -> list[torch.
         return None
     if len(seeds) != len(members):
         raise ConfigError(f"seeds: expected one int for each of {len(members)} members, got {len(seeds)}.")
-    device = members.cohorts[0].values[0].device
+    device = next((value.device for cohort in members.cohorts for value in cohort.values), "cpu")
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -119,7 +119,12 @@ class Stack(Generic[T]):
             raise TypeError(f"stack[...]: expected an int, a slice or a list of ints, got {index!r}.")
         if not -n <= index < n:
             raise IndexError(f"stack[{index}]: there are {n} members.")
-        return next((c, c.members.index(index % n)) for c in self.cohorts if index % n in c.members)
+        return self._places[index % n]
+
+    @functools.cached_property
+    def _places(self) -> dict[int, tuple[Cohort[T], int]]:
+        """Each member's cohort, and its position there."""
+        return {member: (cohort, k) for cohort in self.cohorts for k, member in enumerate(cohort.members)}
 
     def _some(self, indices: Iterable[int]) -> Stack[T]:
         chosen: dict[int, tuple[Cohort[T], list[int], list[int]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from funclora.sweep.search import Search, Settings, Status
+    from funclora.sweep.search import Search, Status
+    from funclora.sweep.settings import Settings
     from funclora.sweep.space import Member
     from funclora.sweep.task import Task
 
@@ -70,7 +72,7 @@ def sweep(
         space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
         members = space.draws(random, seed) if random else space.grid()
         from funclora.sweep.memory import parse_size
-        from funclora.sweep.search import Settings
+        from funclora.sweep.settings import Settings
         from funclora.sweep.task import demo_task, folder_task
 
         settings = Settings(
@@ -114,13 +116,16 @@ def _run(
     store = Store(out, config, len(members))
     console = Console(stderr=as_json, quiet=as_json)
     with store.alone():
-        live = Live(console=console, refresh_per_second=4, auto_refresh=False, transient=True)
+        live = Live(console=console, auto_refresh=False, transient=True)
+
+        drawn = 0.0
 
         def observe(status: Status) -> None:
-            live.update(_table(status, search))
-            # Nothing is drawn where nobody looks: a log would get a table for every step.
-            if console.is_terminal:
-                live.refresh()
+            nonlocal drawn
+            # A small step takes less time than to draw the table, and a log is looked at by nobody.
+            if console.is_terminal and time.monotonic() > drawn + 0.25:
+                live.update(_table(status, search), refresh=True)
+                drawn = time.monotonic()
 
         search = Search(task, members, settings, store, observe)
         resumed = sum(p.step for p in search.progress.values())

@@ -20,86 +20,13 @@ import funclora as fl
 from funclora._population import Population
 from funclora._stack import Stack
 from funclora.errors import ConfigError
-from funclora.optim import GradientTransformation, adamw, chain, clip_by_global_norm, per_member, warmup_cosine
+from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation
 from funclora.sweep import memory
+from funclora.sweep.settings import Settings
 from funclora.sweep.space import Member
 from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Progress, Store
 from funclora.sweep.task import Task
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the members are trained and compared.
-
-    Attributes:
-        steps: training steps of a member that is never dropped.
-        batch: windows in each step of a member.
-        every: steps between evaluations, each of which is a checkpoint too.
-        halving: at each rung the best 1/halving stay; below 2 all stay.
-        rungs: evaluations that decide, the last one included.
-        warmup: steps of warmup.
-        clip: largest norm of a member's gradient.
-        weight_decay: AdamW's.
-        budget: memory in bytes, None for most of what is free.
-        population: the largest number of members trained together, None for what fits.
-    """
-
-    steps: int = 81
-    batch: int = 2
-    every: int = 9
-    halving: int = 3
-    rungs: int = 3
-    warmup: int = 4
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    budget: int | None = None
-    population: int | None = None
-
-    def cuts(self, n: int) -> list[int]:
-        """The steps at which n members are cut, in order."""
-        if self.halving < 2:
-            return []
-        rungs = min(self.rungs, 1 + int(math.log(n, self.halving) + 1e-9)) if n > 1 else 1
-        cuts = {round(self.steps / self.halving**k) for k in range(1, rungs)}
-        return sorted(step for step in cuts if 0 < step < self.steps)
-
-    def points(self, n: int) -> list[int]:
-        """The steps at which members are evaluated."""
-        return sorted({*range(self.every, self.steps, self.every), *self.cuts(n), self.steps})
-
-    def optimizer(self) -> Callable[..., Any]:
-        """`lr -> optimizer` of one member."""
-
-        def build(lr: Tensor) -> Any:
-            # One step ahead: the rate of step 0 is 0, and a member has no step to give away.
-            schedule = warmup_cosine(lr, min(self.warmup, self.steps), self.steps + 1)
-            decayed = adamw(lambda step: schedule(step + 1), weight_decay=self.weight_decay)
-            return flat(chain(clip_by_global_norm(self.clip), decayed))
-
-        return build
-
-
-def flat(optimizer: Any) -> GradientTransformation:
-    """An optimizer on all leaves as one vector: many small operations become a few, and take a quarter of the time.
-
-    For optimizers to which it makes no difference, as it does to none that works elementwise or by the global norm.
-    """
-
-    def joined(tree: Any) -> dict[str, Tensor]:
-        return {"leaves": torch.cat([leaf.flatten() for leaf in optree.tree_leaves(tree)])}
-
-    def init(params: Any) -> Any:
-        return optimizer.init(joined(params))
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        leaves: list[Tensor]
-        leaves, spec = optree.tree_flatten(grads)
-        updates, state = optimizer.update(joined(grads), state, params=None if params is None else joined(params))
-        parts = updates["leaves"].split([leaf.numel() for leaf in leaves])
-        return spec.unflatten([part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]), state
-
-    return GradientTransformation(init, update)
 
 
 @dataclass
@@ -333,7 +260,7 @@ class Search:
         return found
 
     def _cut(self, rung: int) -> None:
-        """Keep the best at a rung. The tensors of the others stay only where they may be saved at the end."""
+        """Keep the best at a rung. The tensors of the others stay, they may be saved at the end."""
         field_ = [i for i in self.ranking() if self.progress[i].status == LIVE]
         keep = math.ceil(len(field_) / self.settings.halving)
         for i in field_[keep:]:

@@ -28,13 +28,15 @@ from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.errors import ConfigError, FormatError
 from funclora.io import _files
 from funclora.sweep import memory, report
-from funclora.sweep.search import Search, Settings
+from funclora.sweep.search import Search
+from funclora.sweep.settings import Settings
 from funclora.sweep.space import Member, Space
 from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Store
 from funclora.sweep.task import Task, demo_task, folder_task
 
 TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
 SETTINGS = Settings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
+EIGHT = Space(lr="1e-3,1e-2,3e-2,1e-1", rank="2", targets="q_proj", method="lora,dora")
 MIXED = Space(lr="1e-2", rank="2,4", targets="all-linear,q_proj+v_proj")
 
 
@@ -219,9 +221,9 @@ def test_each_member_goes_the_way_it_would_go_alone(tmp_path: Path, task: Task) 
 
 
 def test_a_trajectory_does_not_depend_on_the_population(tmp_path: Path, task: Task) -> None:
-    members = MIXED.grid()
+    members = [replace(member, id=i) for i, member in enumerate(MIXED.grid()[1:6])]
     together = losses(searched(tmp_path / "a", task, members))
-    by_three = losses(searched(tmp_path / "b", task, members, replace(SETTINGS, population=3)))
+    by_three = losses(searched(tmp_path / "b", task, members, replace(SETTINGS, population=2)))
     assert together.keys() == by_three.keys()
     assert len(together) == 2 * len(members)
     for key, loss in together.items():
@@ -291,7 +293,7 @@ def test_a_member_whose_loss_is_not_finite_is_dropped_and_reported(tmp_path: Pat
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")])
 def test_a_population_that_runs_out_of_memory_is_halved(tmp_path: Path, task: Task, error: Exception) -> None:
-    members = MIXED.grid()
+    members = EIGHT.grid()
     search = Search(task, members, SETTINGS, Store(tmp_path, {}, len(members)))
     step, sizes = search.step, []
 
@@ -314,7 +316,7 @@ def test_a_population_that_runs_out_of_memory_is_halved(tmp_path: Path, task: Ta
 
 
 def test_memory_that_one_member_exhausts_is_an_error(tmp_path: Path, task: Task) -> None:
-    search = Search(task, MIXED.grid()[:2], SETTINGS, Store(tmp_path, {}, 2))
+    search = Search(task, EIGHT.grid()[:2], SETTINGS, Store(tmp_path, {}, 2))
     search.store.state.size, search.store.state.budget = 2, SETTINGS.budget
 
     def exhausted(*args: Any) -> Any:
@@ -326,7 +328,7 @@ def test_memory_that_one_member_exhausts_is_an_error(tmp_path: Path, task: Task)
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path: Path, task: Task) -> None:
-    search = Search(task, MIXED.grid()[:2], SETTINGS, Store(tmp_path, {}, 2))
+    search = Search(task, EIGHT.grid()[:2], SETTINGS, Store(tmp_path, {}, 2))
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("shapes do not match")
@@ -339,7 +341,7 @@ def test_other_errors_are_not_taken_for_memory(tmp_path: Path, task: Task) -> No
 # Killed and resumed
 
 SMALL = Space(lr="1e-3,1e-2,1e-1", rank="2", targets="q_proj+v_proj", method="lora,dora").grid()
-CUT = replace(SETTINGS, steps=4, every=1, halving=2, rungs=2, population=4)
+CUT = replace(SETTINGS, steps=4, every=2, halving=2, rungs=2, population=4)
 
 
 class Killed(BaseException):
@@ -371,9 +373,11 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, write: int, *, before: bool) -> I
 def test_killed_at_any_write_it_ends_with_the_same_result(
     tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for picture in ("learning_curves", "parallel_coordinates"):  # slow, and not looked at here
+        monkeypatch.setattr(report, picture, lambda rows, file: file.write_bytes(b""))
     searched(tmp_path / "whole", task, SMALL, CUT, save=2)
     expected = comparable(tmp_path / "whole")
-    assert len(expected[0]) == 6 * 2 + 3 * 2
+    assert len(expected[0]) == 6 + 3
     writes, interrupted = 0, 0
     while True:
         folder = tmp_path / str(writes)
@@ -388,11 +392,11 @@ def test_killed_at_any_write_it_ends_with_the_same_result(
         assert comparable(folder) == expected, f"killed at write {writes}"
         assert not list(folder.rglob("*.tmp"))
         writes += 3
-    assert interrupted > 8
+    assert interrupted > 6
 
 
 def command(out: Path, *more: str) -> list[str]:
-    options = "--lr 1e-3,1e-2,3e-2 --rank 2 --targets q_proj --method lora,dora --steps 12 --every 1 --halving 2"
+    options = "--lr 1e-3,1e-2,3e-2 --rank 2 --targets q_proj --method lora,dora --steps 8 --every 2 --halving 2"
     tail = ["--context", "8", "--batch", "1", "--windows", "2", "--memory", "1TiB", "--save", "1"]
     return ["sweep", "--out", str(out), *options.split(), *tail, *more]
 
@@ -410,10 +414,8 @@ def process(out: Path) -> "subprocess.Popen[str]":
 def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     reference = process(whole)
-    reference.communicate()
-    assert reference.returncode == 0
     rng, killed = random.Random(0), 0
-    for _ in range(3):
+    for _ in range(2):
         running = process(out)
         seen = (out / "state.json").read_bytes() if (out / "state.json").exists() else b""
         while running.poll() is None and (
@@ -426,7 +428,8 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
         killed += running.returncode == -9
     last = process(out)
     last.communicate()
-    assert last.returncode == 0
+    reference.communicate()
+    assert last.returncode == reference.returncode == 0
     assert killed >= 1
     assert comparable(out) == comparable(whole)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -529,7 +532,7 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path, args: list[str], mess
 
 
 def test_if_no_loss_stays_finite_the_command_says_so(tmp_path: Path) -> None:
-    result = invoke(*command(tmp_path / "out", "--lr", "1e38"))
+    result = invoke(*command(tmp_path / "out", "--lr", "1e38", "--targets", "all-linear"))
     assert result.exit_code == 2
     assert "no member's loss stayed finite" in result.stderr
 

@@ -1,0 +1,363 @@
+"""A different adapter for every row of the batch, in one ordinary forward pass.
+
+The operation on the base weight runs once, on all rows. What differs by row is small: the low-rank path runs as one
+batched product over the members (rows of one member together), and a DoRA member's gain is a vector per row.
+For a row with member j, s its scaling and g its gain (m/‖V‖ for DoRA, else 1):
+
+    y = g_j ∘ (x·Wᵀ) + (x·A_jᵀ)·(s·g_j ∘ B_j)ᵀ + bias
+
+With weights w over the members it is the base's weight plus the weighted sum of the members' changes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from funclora._layout import Layout
+from funclora._maps import ConvMap, LeftMatmulMap, LinearMap
+from funclora._row_rules import Place
+from funclora._rows import dropped, rows_back, rows_first, rows_of
+from funclora._rules import DoRA, Full, LowRank, Rule
+from funclora._tree import pytree_node
+from funclora.errors import UnsupportedError
+
+# The place of the rows where there is one: the whole tensor is that row, and gets a dimension in front.
+ALONE = Place(0, 0)
+# How many members' DoRA norms to compute together.
+CHUNK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows use which member, for m members with up to `count` rows each.
+
+    Attributes:
+        n: the number of rows in all.
+        count: the largest number of rows of a member.
+        table: `[m·count]`, the rows of the members one after the other; None if that is all rows in order. Members
+            with fewer rows repeat one of them.
+        kept: the positions in the table that are no repetition; None if there is none.
+        span: the first row and the one after the last, if the table is all rows between them in order.
+    """
+
+    n: int
+    count: int
+    table: Tensor | None
+    kept: Tensor | None
+    span: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, rows: list[list[int]], n: int, device: torch.device) -> Rows:
+        count = max(map(len, rows))
+        table = [row for each in rows for row in (*each, *each[:1] * (count - len(each)))]
+        span = (table[0], table[0] + len(table))
+        if table == list(range(n)):
+            return cls(n, count, None, None, span)
+        if table == list(range(*span)):
+            return cls(n, count, torch.tensor(table, device=device), None, span)
+        kept = None
+        if any(len(each) < count for each in rows):
+            kept = torch.tensor([i * count + j for i, each in enumerate(rows) for j in range(len(each))], device=device)
+        return cls(n, count, torch.tensor(table, device=device), kept)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """`[n, *]` -> `[m, count, *]`."""
+        if self.span is not None:
+            x = x[slice(*self.span)]
+        elif self.table is not None:
+            x = x.index_select(0, self.table)
+        return cast(Tensor, x.unflatten(0, (-1, self.count)))
+
+    def added(self, y: Tensor, u: Tensor) -> Tensor:
+        """y `[n, *]` with u `[m, count, *]` added to the rows."""
+        rows, u = self._rows_of(u.flatten(0, 1))
+        if rows is None:
+            return y + u
+        return y.to(torch.promote_types(y.dtype, u.dtype)).index_add(0, rows, u)
+
+    def put(self, y: Tensor, u: Tensor) -> Tensor:
+        """y `[n, *]` with the rows replaced by u `[m, count, *]`."""
+        rows, u = self._rows_of(u.flatten(0, 1))
+        return u if rows is None else y.index_copy(0, rows, u.to(y.dtype))
+
+    def first(self) -> list[int]:
+        """The first row of each member."""
+        if self.table is None:
+            return list(range(0, self.n, self.count))
+        firsts: list[int] = self.table[:: self.count].tolist()
+        return firsts
+
+    def of_member(self, j: int, device: torch.device) -> Tensor:
+        """The rows of the j-th member."""
+        positions = torch.arange(j * self.count, (j + 1) * self.count, device=device)
+        if self.kept is not None:
+            positions = self.kept[(self.kept >= j * self.count) & (self.kept < (j + 1) * self.count)]
+        return positions if self.table is None else self.table[positions]
+
+    def _rows_of(self, u: Tensor) -> tuple[Tensor | None, Tensor]:
+        if self.table is None or self.kept is None:
+            return self.table, u
+        return self.table[self.kept], u[self.kept]
+
+
+class Part(NamedTuple):
+    """Members of one kind at one weight, `m` of them: how the batch uses the rule with leaves `[m, *]`.
+
+    Attributes:
+        scalings: `[m]`.
+        rows: which rows use which member; None where `weights` are given.
+        weights: `[n, m]`, each row's weights of the members.
+        present: `[n]`, where m is the number of rows: whether the row has a member at all.
+    """
+
+    scalings: Tensor
+    rows: Rows | None
+    weights: Tensor | None = None
+    present: Tensor | None = None
+
+
+class Parts(tuple[Part, ...]):
+    """The parts of a rule as static data of a tree: two are equal if they are the same."""
+
+    __slots__ = ()
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Routed(Rule):
+    """Another member of a stack for every row of the batch. Made by `route`.
+
+    Attributes:
+        rules: for each part the members' rule, its leaves `[m, *]`.
+        parts: for each rule the rows that use its members.
+        n: the number of rows.
+        repeats: how many times in succession the model may be given each of them.
+    """
+
+    rules: tuple[Rule, ...]
+    parts: Parts
+    n: int
+    repeats: int
+
+    leaves: ClassVar[tuple[str, ...]] = ("rules",)
+
+    @property
+    def dropout_p(self) -> float:
+        return max(rule.dropout_p for rule in self.rules)
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
+        return None if self.replacing() else self.rules[0].layout  # type: ignore[attr-defined]
+
+    def replacing(self) -> list[tuple[Full, Part]]:
+        """The members that replace the weight as a whole."""
+        return [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, Full)]
+
+    def updating(self) -> Routed | None:
+        """The rule of the other members, if there are any."""
+        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if not isinstance(rule, Full)]
+        return replace(self, rules=tuple(r for r, _ in kept), parts=Parts(p for _, p in kept)) if kept else None
+
+    def dense(self, weight: Tensor) -> Tensor:
+        raise UnsupportedError(
+            "every row of the batch has a weight of its own here, and there is no such form of this operation. Leave "
+            "the target out, use funclora.vmap over the stack, or call the model once for each member."
+        )
+
+    def check(self, name: str, weight: Tensor) -> None:
+        for rule in self.rules:
+            one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[0] for leaf in rule.leaves})
+            one.check(name, weight)
+            if isinstance(rule, LowRank) and rule.layout.lead(weight.shape):
+                raise UnsupportedError(
+                    f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
+                    "token belongs to is not known there. Call the model once for each member, or leave the target out."
+                )
+
+    def prepared(self, weight: Tensor) -> Rule:
+        if self.replacing():
+            return self
+        folded = (_folded(rule, part, weight) for rule, part in zip(self.rules, self.parts, strict=True))
+        return Prepared(tuple(folded), self.parts, self.n, self.layout)
+
+    def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+        return self.prepared(weight).read(op, weight, dropout)
+
+    def flipped(self) -> Routed:
+        """The rule of the transposed weight."""
+        return replace(self, rules=tuple(rule.flipped() for rule in self.rules))  # type: ignore[attr-defined]
+
+    def rows(self, start: int, length: int) -> Routed:
+        """The rule of the output units from `start` on."""
+        return replace(self, rules=tuple(rule.rows(start, length) for rule in self.rules))  # type: ignore[attr-defined]
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Folded(Rule):
+    """gain ∘ W + B·A for m members, the scaling and the gain multiplied into B.
+
+    Attributes:
+        a: `[m, *]`.
+        b: `[m, *]`.
+        gain: `[m, out]`, or None for members without.
+        dropout: on the input of `a`.
+    """
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None
+    dropout: float
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "gain")
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout
+
+    def dense(self, weight: Tensor) -> Tensor:
+        raise AssertionError
+
+    def check(self, name: str, weight: Tensor) -> None:
+        raise AssertionError
+
+
+def _folded(rule: Rule, part: Part, weight: Tensor) -> Folded:
+    assert isinstance(rule, LowRank)
+    gain, scale = None, part.scalings.to(rule.b.dtype)
+    scale = scale.reshape(-1, *[1] * (rule.b.dim() - 1))
+    if isinstance(rule, DoRA):
+        by_member = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).prepared(weight).gain, chunk_size=CHUNK)
+        gain = by_member(rule, part.scalings)
+        scale = scale * gain.reshape(*gain.shape, *[1] * (rule.b.dim() - 2))
+    # B is kept in the order in which it is multiplied from the right.
+    b = (rule.b.mT * scale.mT).to(rule.b.dtype).contiguous().mT if scale.dim() == 3 else rule.b * scale
+    return Folded(rule.a, b.to(rule.b.dtype), gain, rule.dropout)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Prepared(Rule):
+    """A `Routed` rule whose norms are worked out."""
+
+    rules: tuple[Folded, ...]
+    parts: Parts
+    n: int
+    layout: Layout | None
+
+    leaves: ClassVar[tuple[str, ...]] = ("rules",)
+    dense = Routed.dense
+    check = Routed.check
+
+    @property
+    def dropout_p(self) -> float:
+        return max(rule.dropout_p for rule in self.rules)
+
+    def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+        x, place = rows_of(op.x)
+        if self.n == 1:
+            place = ALONE
+        if not isinstance(place, Place):
+            raise lost(place, "a weight with an adapter for each row is read")
+        if isinstance(op, LeftMatmulMap) and place.dim >= x.dim() - 2:
+            raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
+        if self.n > 1 and not _keeps(op, x, place):
+            raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
+        rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
+        gain = self._gain()
+        if op.backwards and gain is not None:
+            scaled = rows * spread(gain, rows, op.per_output(gain[0]).shape)
+            op = op.on(rows_back(scaled.to(x.dtype), place))
+        y = op.dense(weight, bias=gain is None)
+        dtype, out = y.dtype, rows_first(y, place, self.n)
+        if gain is not None and not op.backwards:
+            out = out * spread(gain, out, op.per_output(gain[0]).shape)
+        out = self._updated(op, rows, out, dropout)
+        if gain is not None and op.bias is not None:
+            bias = op.per_output(op.bias)
+            out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
+        out = rows_back(out.to(dtype), place)
+        return out if self.n == 1 else track.scope.enter(out, place)
+
+    def _updated(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The rows y with the low-rank updates of all parts; x is the operation's input by rows."""
+        spans = [part.rows.span if part.rows else None for part in self.parts]
+        ends = sorted(span for span in spans if span is not None)
+        if (
+            len(ends) == len(spans)
+            and [a for a, _ in ends] == [0, *(b for _, b in ends[:-1])]
+            and ends[-1][1] == self.n
+        ):
+            # The parts follow each other: together they are added in one pass.
+            order = sorted(range(len(spans)), key=lambda i: spans[i] or (0, 0))
+            us = [_grouped(self.rules[i], self.parts[i], op, x, dropout).flatten(0, 1) for i in order]
+            return y + (us[0] if len(us) == 1 else torch.cat(us))
+        for rule, part in zip(self.rules, self.parts, strict=True):
+            y = _with(rule, part, op, x, y, dropout)
+        return y
+
+    def _gain(self) -> Tensor | None:
+        """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
+        gain: Tensor | None = None
+        for rule, part in zip(self.rules, self.parts, strict=True):
+            own = rule.gain
+            if own is None:
+                continue
+            if gain is None:
+                gain = own.new_ones(self.n, own.shape[-1])
+            if part.present is not None:
+                gain = torch.where(part.present.unsqueeze(-1), own, gain)
+            elif part.rows is not None:
+                gain = part.rows.put(gain, own.unsqueeze(1).expand(-1, part.rows.count, -1))
+            else:
+                gain = gain + part.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
+        return gain
+
+
+def _keeps(op: Any, x: Tensor, place: Place) -> bool:
+    """Whether an operation on a weight leaves rows that lie there alone."""
+    if isinstance(op, ConvMap):
+        return place.dim == 0 and x.dim() == op.spatial + 2
+    return not isinstance(op, LinearMap) or place.dim < x.dim() - 1
+
+
+def _grouped(rule: Folded, part: Part, op: Any, x: Tensor, dropout: float) -> Tensor:
+    """The low-rank updates of one part's rows, `[m, count, *]`."""
+    assert part.rows is not None
+    inputs = part.rows.gathered(x)
+    if dropout and rule.dropout and op.drops:
+        inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, part.rows.first(), part.rows.n)
+    updates: Tensor = op.grouped(inputs, rule.a, rule.b, 0.0)
+    return updates
+
+
+def _with(rule: Folded, part: Part, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+    """The rows y with what one part adds to them; x is the operation's input by rows."""
+    if part.rows is not None:
+        return part.rows.added(y, _grouped(rule, part, op, x, dropout))
+    for a, b, w in zip(rule.a, rule.b, part.weights.unbind(1), strict=True):  # type: ignore[union-attr]
+        u = op.grouped(x.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), rule.dropout if dropout else 0.0)[0]
+        y = y + u * spread(w.to(u.dtype), u, ())
+    return y
+
+
+def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A value `[n, *]` for each row, of that shape for one row, to broadcast over rows `[n, *]`."""
+    return v.reshape(v.shape[0], *[1] * (like.dim() - 1 - len(shape)), *shape)
+
+
+def lost(operation: str, doing: str) -> UnsupportedError:
+    """The error for rows that cannot be told apart."""
+    cause = f"{operation} mixed or reordered the rows before" if operation else "its input does not come from the batch"
+    return UnsupportedError(
+        f"{doing}, but which row of the batch an input belongs to is not known: {cause}. Use funclora.vmap over the "
+        "stack, call the model once for each member, or leave the targets behind that operation out."
+    )
