@@ -29,8 +29,9 @@ demo: .venv/.has-demo ## run the demo
 test: .venv/.has-test ## run the tests and the examples in the docstrings
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-header -n $(JOBS) $(ARGS)
 
-bench: .venv/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md
+bench: .venv/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md and docs/benchmarks-many.md
 	@$(BIN)/python examples/benchmark.py $(ARGS)
+	@$(BIN)/python examples/benchmark_many.py $(ARGS)
 
 lint: .venv/.has-lint .venv/.has-test ## check style, formatting and types
 	@$(BIN)/ruff check -q

@@ -32,7 +32,7 @@ import funclora as fl
 
 RANK = 8
 LR = 1e-3
-FORWARDS = [(n, 1, t) for t in (1, 16, 64) for n in (1, 4, 16, 64, 256)]
+FORWARDS = [(n, 1, t) for t in (1, 16, 64) for n in (1, 4, 16, 64, 256) if n * t <= 4096]
 TRAINS = [(1, 1, 16), (4, 1, 16), (16, 1, 16), (32, 1, 16), (64, 1, 16), (64, 1, 1), (8, 2, 64)]
 MEMORY = (1, 8, 32)
 LOOPS = 16  # merged models and vmap are run up to that many members: each merged model is a copy of the weights
