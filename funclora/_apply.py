@@ -310,7 +310,7 @@ def _rewritten(
             return plain
         # torch would renormalise the table in place.
         weight, rule, uses = plain, Unchanged(), None
-    elif not requires_grad(weight, rule):
+    elif not (requires_grad(weight) or requires_grad(rule)):
         rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
     # The owner holds the weight: a weak reference back lets both die at once. The compiler follows none, needs none.
     held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)

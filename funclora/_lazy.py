@@ -107,7 +107,7 @@ class LazyWeight(torch.Tensor):
         if func in _OF_THE_BASE:
             return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
         if func == _REQUIRES_GRAD:
-            return requires_grad(args[0].base, args[0].rule)
+            return requires_grad(args[0].base) or requires_grad(args[0].rule)
         mapped = None
         try:
             if func in linear_maps:
@@ -132,10 +132,13 @@ class LazyWeight(torch.Tensor):
         return _dense_fallback(func, args, kwargs)
 
 
-def requires_grad(weight: Tensor, rule: Rule) -> bool:
-    """Whether autograd follows a weight or a tensor of its rule."""
-    tensors = (weight, *pytree.tree_leaves(rule))
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
+    """Whether autograd follows a weight, or a tensor of a rule. Asked at each bind: no pytree is walked for it."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    if isinstance(x, Rule):
+        return any(requires_grad(getattr(x, leaf)) for leaf in x.leaves)
+    return x is not None and any(map(requires_grad, x))
 
 
 def _refuse_writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
