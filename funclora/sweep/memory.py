@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from funclora._memory import is_out_of_memory as is_out_of_memory
 from funclora.errors import ConfigError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -144,14 +145,4 @@ def _too_small(found: int | None, budget: int) -> str:
     return (
         f"--memory: one member alone needs {need}, the base model included; the budget is {readable(budget)}. "
         "Raise it, or lower --batch or --context."
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
     )
