@@ -41,19 +41,21 @@ class Map(ABC):
     def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
         return added(y, self.low_rank(a, b, dropout), scaling)
 
-    def grouped(self, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        """`low_rank` of several updates, each on inputs of its own.
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
+        """`s·low_rank` of several updates, each on inputs of its own.
 
         Args:
             x: `[groups, rows, *]`: for each group an input of this operation with that many rows in front.
             a: `[groups, *]`.
             b: `[groups, *]`.
+            scalings: `[groups]`, or None for 1.
             dropout: as in `low_rank`.
 
         Returns:
             `[groups, rows, *]`.
         """
         randomness = "different" if dropout else "error"
+        b = scaled(b, scalings)
         by_group = torch.func.vmap(lambda x, a, b: self.on(x).low_rank(a, b, dropout), randomness=randomness)
         out: Tensor = by_group(x, a, b)
         return out
@@ -75,6 +77,11 @@ class Map(ABC):
     def finish(self, y: Tensor) -> Tensor:
         """What the operation does to its result after the linear part."""
         return y
+
+
+def scaled(x: Tensor, scalings: Tensor | None) -> Tensor:
+    """x `[groups, *]` times a number for each group, in its own dtype."""
+    return x if scalings is None else (x * scalings.reshape(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
 def added(y: Tensor, u: Tensor, scaling: float | Tensor) -> Tensor:
@@ -118,11 +125,11 @@ class LinearMap(Map):
         # The product is added where it is made: one pass over the outputs less, forward and backward.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
 
-    def grouped(self, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         first, second = (b.mT, a) if self.backwards else (a, b.mT)
         h = first @ _input(x, a, dropout).flatten(1, -2).mT  # in this order, batches of small products are fast
-        y: Tensor = (h.mT @ second).unflatten(1, x.shape[1:-1])
-        return y
+        y = scaled(h, scalings).mT @ second
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector
@@ -262,9 +269,9 @@ class ConvMap(Map):
         h = self.conv(_input(self.x, a, dropout), self.down(a), None, **self.options)
         return _CONVS[self.spatial](h, b, groups=self.groups)
 
-    def grouped(self, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         several = x.shape[1 : -self.spatial - 1]
-        y: Tensor = super().grouped(x.flatten(1, len(several)), a, b, dropout).unflatten(1, several)
+        y: Tensor = super().grouped(x.flatten(1, len(several)), a, b, scalings, dropout).unflatten(1, several)
         return y
 
     def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:

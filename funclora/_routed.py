@@ -18,11 +18,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from funclora._layout import Layout
+from funclora._layout import ConvTranspose, Layout
 from funclora._maps import ConvMap, LeftMatmulMap, LinearMap
 from funclora._row_rules import Place
 from funclora._rows import dropped, rows_back, rows_first, rows_of
-from funclora._rules import DoRA, Full, LowRank, Rule
+from funclora._rules import DoRA, Full, Gained, LowRank, Rule, constant, row_norms_of_many
 from funclora._tree import pytree_node
 from funclora.errors import UnsupportedError
 
@@ -67,11 +67,9 @@ class Rows:
 
     def gathered(self, x: Tensor) -> Tensor:
         """`[n, *]` -> `[m, count, *]`."""
-        if self.span is not None:
-            x = x[slice(*self.span)]
-        elif self.table is not None:
-            x = x.index_select(0, self.table)
-        return cast(Tensor, x.unflatten(0, (-1, self.count)))
+        if self.table is not None:
+            x = x[slice(*self.span)] if self.span is not None else x.index_select(0, self.table)
+        return x.reshape(-1, self.count, *x.shape[1:])
 
     def added(self, y: Tensor, u: Tensor) -> Tensor:
         """y `[n, *]` with u `[m, count, *]` added to the rows."""
@@ -185,8 +183,8 @@ class Routed(Rule):
     def prepared(self, weight: Tensor) -> Rule:
         if self.replacing():
             return self
-        folded = (_folded(rule, part, weight) for rule, part in zip(self.rules, self.parts, strict=True))
-        return Prepared(tuple(folded), self.parts, self.n, self.layout)
+        gained = (_gained(rule, part, weight) for rule, part in zip(self.rules, self.parts, strict=True))
+        return Prepared(tuple(gained), self.parts, self.n)
 
     def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).read(op, weight, dropout)
@@ -200,66 +198,38 @@ class Routed(Rule):
         return replace(self, rules=tuple(rule.rows(start, length) for rule in self.rules))  # type: ignore[attr-defined]
 
 
-@pytree_node
-@dataclass(frozen=True, eq=False)
-class Folded(Rule):
-    """gain ∘ W + B·A for m members, the scaling and the gain multiplied into B.
-
-    Attributes:
-        a: `[m, *]`.
-        b: `[m, *]`.
-        gain: `[m, out]`, or None for members without.
-        dropout: on the input of `a`.
-    """
-
-    a: Tensor
-    b: Tensor
-    gain: Tensor | None
-    dropout: float
-
-    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "gain")
-
-    @property
-    def dropout_p(self) -> float:
-        return self.dropout
-
-    def dense(self, weight: Tensor) -> Tensor:
-        raise AssertionError
-
-    def check(self, name: str, weight: Tensor) -> None:
-        raise AssertionError
-
-
-def _folded(rule: Rule, part: Part, weight: Tensor) -> Folded:
+def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
+    """The rule of the members of a part, DoRA's norms worked out."""
     assert isinstance(rule, LowRank)
-    gain, scale = None, part.scalings.to(rule.b.dtype)
-    scale = scale.reshape(-1, *[1] * (rule.b.dim() - 1))
-    if isinstance(rule, DoRA):
+    if not isinstance(rule, DoRA):
+        return rule
+    if rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
         by_member = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).prepared(weight).gain, chunk_size=CHUNK)
-        gain = by_member(rule, part.scalings)
-        scale = scale * gain.reshape(*gain.shape, *[1] * (rule.b.dim() - 2))
-    # B is kept in the order in which it is multiplied from the right.
-    b = (rule.b.mT * scale.mT).to(rule.b.dtype).contiguous().mT if scale.dim() == 3 else rule.b * scale
-    return Folded(rule.a, b.to(rule.b.dtype), gain, rule.dropout)
+        return Gained(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
+    with constant():
+        a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
+        norms = row_norms_of_many(rule.layout.matrix(weight), a, b, part.scalings).detach()
+    return rule.gained(norms)
 
 
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class Prepared(Rule):
-    """A `Routed` rule whose norms are worked out."""
+    """A `Routed` rule of low-rank updates whose norms are worked out."""
 
-    rules: tuple[Folded, ...]
+    rules: tuple[LowRank, ...]
     parts: Parts
     n: int
-    layout: Layout | None
 
     leaves: ClassVar[tuple[str, ...]] = ("rules",)
     dense = Routed.dense
     check = Routed.check
+    dropout_p = Routed.dropout_p
 
     @property
-    def dropout_p(self) -> float:
-        return max(rule.dropout_p for rule in self.rules)
+    def layout(self) -> Layout:
+        """Where the matrix lies in the weight."""
+        return self.rules[0].layout
 
     def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         x, place = rows_of(op.x)
@@ -273,44 +243,63 @@ class Prepared(Rule):
             raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
         gain = self._gain()
+        inputs = rows
         if op.backwards and gain is not None:
-            scaled = rows * spread(gain, rows, op.per_output(gain[0]).shape)
-            op = op.on(rows_back(scaled.to(x.dtype), place))
+            inputs = (rows * spread(gain, rows, op.per_output(gain[0]).shape)).to(x.dtype)
+            op = op.on(rows_back(inputs, place))
         y = op.dense(weight, bias=gain is None)
         dtype, out = y.dtype, rows_first(y, place, self.n)
-        if gain is not None and not op.backwards:
-            out = out * spread(gain, out, op.per_output(gain[0]).shape)
-        out = self._updated(op, rows, out, dropout)
+        if self.parts[0].weights is not None:  # a mixture: the members' gains are summed, their updates keep their own
+            out = self._mixed(op, rows, self._scaled(op, out, gain), dropout)
+        else:
+            out = self._scaled(op, self._updated(op, inputs, out, dropout), gain)
         if gain is not None and op.bias is not None:
             bias = op.per_output(op.bias)
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
         out = rows_back(out.to(dtype), place)
         return out if self.n == 1 else track.scope.enter(out, place)
 
+    @staticmethod
+    def _scaled(op: Any, out: Tensor, gain: Tensor | None) -> Tensor:
+        """The rows of a result by their gains; where the operation runs backwards, its inputs were."""
+        if gain is None or op.backwards:
+            return out
+        return out * spread(gain, out, op.per_output(gain[0]).shape)
+
     def _updated(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
         """The rows y with the low-rank updates of all parts; x is the operation's input by rows."""
-        spans = [part.rows.span if part.rows else None for part in self.parts]
-        ends = sorted(span for span in spans if span is not None)
-        if (
-            len(ends) == len(spans)
-            and [a for a, _ in ends] == [0, *(b for _, b in ends[:-1])]
-            and ends[-1][1] == self.n
-        ):
-            # The parts follow each other: together they are added in one pass.
-            order = sorted(range(len(spans)), key=lambda i: spans[i] or (0, 0))
+        order = _in_succession(self.parts, self.n)
+        if order:  # together they are added in one pass
             us = [_grouped(self.rules[i], self.parts[i], op, x, dropout).flatten(0, 1) for i in order]
             return y + (us[0] if len(us) == 1 else torch.cat(us))
         for rule, part in zip(self.rules, self.parts, strict=True):
-            y = _with(rule, part, op, x, y, dropout)
+            assert part.rows is not None
+            y = part.rows.added(y, _grouped(rule, part, op, x, dropout))
+        return y
+
+    def _mixed(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The rows y with the weighted sum of all members' updates."""
+        for rule, part in zip(self.rules, self.parts, strict=True):
+            assert part.weights is not None
+            weights = part.weights * part.scalings.to(part.weights.dtype)
+            for j, w in enumerate(weights.unbind(1)):
+                a, b, inputs = rule.a[j : j + 1], rule.b[j : j + 1], x
+                gain = op.per_output(rule.gain[j]) if isinstance(rule, Gained) else None
+                if gain is not None and op.backwards:
+                    inputs = (x * gain).to(x.dtype)
+                u = op.grouped(inputs.unsqueeze(0), a, b, None, rule.dropout if dropout else 0.0)[0]
+                if gain is not None and not op.backwards:
+                    u = u * gain
+                y = y + u * spread(w.to(u.dtype), u, ())
         return y
 
     def _gain(self) -> Tensor | None:
         """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
         gain: Tensor | None = None
         for rule, part in zip(self.rules, self.parts, strict=True):
-            own = rule.gain
-            if own is None:
+            if not isinstance(rule, Gained):
                 continue
+            own = rule.gain
             if gain is None:
                 gain = own.new_ones(self.n, own.shape[-1])
             if part.present is not None:
@@ -322,6 +311,17 @@ class Prepared(Rule):
         return gain
 
 
+def _in_succession(parts: Parts, n: int) -> list[int]:
+    """The order in which the rows of the parts follow each other and are all there are; empty if they do not."""
+    spans = [part.rows.span if part.rows is not None else None for part in parts]
+    found = sorted((span, i) for i, span in enumerate(spans) if span is not None)
+    ends = [0, *(end for (_, end), _ in found)]
+    follow = (
+        len(found) == len(spans) and ends[-1] == n and all(a == b for ((a, _), _), b in zip(found, ends, strict=False))
+    )
+    return [i for _, i in found] if follow else []
+
+
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:
     """Whether an operation on a weight leaves rows that lie there alone."""
     if isinstance(op, ConvMap):
@@ -329,24 +329,14 @@ def _keeps(op: Any, x: Tensor, place: Place) -> bool:
     return not isinstance(op, LinearMap) or place.dim < x.dim() - 1
 
 
-def _grouped(rule: Folded, part: Part, op: Any, x: Tensor, dropout: float) -> Tensor:
+def _grouped(rule: LowRank, part: Part, op: Any, x: Tensor, dropout: float) -> Tensor:
     """The low-rank updates of one part's rows, `[m, count, *]`."""
     assert part.rows is not None
     inputs = part.rows.gathered(x)
     if dropout and rule.dropout and op.drops:
         inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, part.rows.first(), part.rows.n)
-    updates: Tensor = op.grouped(inputs, rule.a, rule.b, 0.0)
+    updates: Tensor = op.grouped(inputs, rule.a, rule.b, part.scalings, 0.0)
     return updates
-
-
-def _with(rule: Folded, part: Part, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-    """The rows y with what one part adds to them; x is the operation's input by rows."""
-    if part.rows is not None:
-        return part.rows.added(y, _grouped(rule, part, op, x, dropout))
-    for a, b, w in zip(rule.a, rule.b, part.weights.unbind(1), strict=True):  # type: ignore[union-attr]
-        u = op.grouped(x.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), rule.dropout if dropout else 0.0)[0]
-        y = y + u * spread(w.to(u.dtype), u, ())
-    return y
 
 
 def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,54 +130,85 @@ class RowTensor(torch.Tensor):
         cls, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         for kind in kinds:
-            if kind not in _PLAIN and not issubclass(kind, RowTensor):
+            if kind is not RowTensor and kind not in _PLAIN and not issubclass(kind, RowTensor):
                 return NotImplemented  # it is a lazy weight's turn
         kwargs = kwargs or {}
+        rule = rules.get(func)
+        if rule is question:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func is F.dropout and _streams.get() is not None:
             return _dropout(*args, **kwargs)
-        rule = rules.get(func)
         if rule is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
             return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            if rule is question:
-                return out
-            if rule is None or type(out) is not Tensor or torch.compiler.is_compiling():
+            if rule is None or torch.compiler.is_compiling():
+                return _placed(func, rule, args, kwargs, out)
+            if type(out) is not Tensor:
+                if func in _MAY_RETURN_SELF and out is args[0]:
+                    return out
                 return _placed(func, rule, args, kwargs, out)
             # The layers of a model ask the same questions again and again.
-            scopes: list[Scope] = []
-            key = (func, _looks((args, *kwargs.items()), scopes))
-            scope = scopes[0] if len(scopes) == 1 and _is_hashable(key) else None
-            if scope is not None and not (scope.spoilt or scope.read) and scope.known.get(key) is not None:
-                return scope.enter(out, scope.known[key])
+            key, scope = _looks(func, args, kwargs)
+            if scope is None:
+                return _placed(func, rule, args, kwargs, out)
+            place = scope.known.get(key)
+            if place is not None and not (scope.spoilt or scope.read):
+                if any(x is out for x in args):
+                    return scope.enter(out, place)
+                out.__class__ = RowTensor  # nobody knows it yet: no alias is needed
+                return scope.enter_as(cast(RowTensor, out), place)
             placed = _placed(func, rule, args, kwargs, out)
-            if scope is not None and type(placed) is RowTensor and isinstance(placed.place, Place):
+            if type(placed) is RowTensor and isinstance(placed.place, Place):
                 scope.known[key] = placed.place
             return placed
 
 
-def _looks(value: Any, scopes: list[Scope]) -> Any:
-    """All of an argument that a rule may look at, to be compared; the scopes of its rows are collected."""
+_MAY_RETURN_SELF = frozenset((Tensor.to, Tensor.contiguous, Tensor.float, Tensor.type_as))
+_NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, type(...)))
+
+
+def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Scope | None]:
+    """All of an operation's arguments that its rule may look at, to be compared, and the call whose rows they hold.
+
+    None in place of the call, if there are several or the arguments cannot be compared.
+    """
+    key: list[Any] = [func]
+    scopes: list[Scope] = []
+    for value in args:
+        _look(value, key, scopes)
+    for name, value in kwargs.items():
+        key.append(name)
+        _look(value, key, scopes)
+    looks = tuple(key)
+    try:
+        hash(looks)
+    except TypeError:  # an array among the arguments, for example
+        return looks, None
+    return looks, scopes[0] if len(scopes) == 1 else None
+
+
+def _look(value: Any, key: list[Any], scopes: list[Scope]) -> None:
     kind = type(value)
     if kind is RowTensor and value.scope.active:
         if not scopes or scopes[0] is not value.scope:
             scopes.append(value.scope)
-        return len(scopes), value.place, value.shape, value.dtype
-    if kind in (tuple, list):
-        return kind, tuple([_looks(part, scopes) for part in value])
-    if kind is slice:
-        return kind, value.start, value.stop, value.step
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    return kind, value
-
-
-def _is_hashable(key: Any) -> bool:
-    try:
-        hash(key)
-    except TypeError:  # an array among the arguments, for example
-        return False
-    return True
+        key += (value.place, value.shape, value.dtype)
+    elif kind in _NUMBERS:
+        key += (kind, value)
+    elif kind is tuple or kind is list:
+        key += (kind, len(value))
+        for part in value:
+            _look(part, key, scopes)
+    elif kind is slice:
+        key.append(kind)
+        for part in (value.start, value.stop, value.step):
+            _look(part, key, scopes)
+    elif isinstance(value, Tensor):
+        key += (Tensor, value.shape, value.dtype)
+    else:
+        key += (kind, value)
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)

@@ -11,8 +11,9 @@ dense form (`read`). A new method is a new subclass of `Rule`, made a tree node 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +29,8 @@ from funclora.errors import ParamsError
 NORM_BLOCK = 2**20
 # ... and at most this share of the weight, so that the weight as a whole never exists.
 NORM_SHARE = 8
+# What is left of the squares of two vectors where their difference is no more than float32's rounding of them.
+CANCELLED = 2.0**-46
 
 
 class LinearMap(Protocol):
@@ -240,9 +243,13 @@ class DoRA(LowRank):
     def prepared(self, weight: Tensor) -> Gained:
         if self.exact_norm_grad:
             norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling)
-        else:  # a constant of reverse mode and of forward mode
-            with torch.no_grad(), _set_fwd_grad_enabled(False):
+        else:
+            with constant():
                 norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
+        return self.gained(norm)
+
+    def gained(self, norm: Tensor) -> Gained:
+        """This rule with the norms of its rows worked out, of a magnitude's shape."""
         zero = norm == 0
         gain = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
         return Gained(self.a, self.b, gain, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
@@ -334,6 +341,13 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
         raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot carry an update.")
 
 
+@contextlib.contextmanager
+def constant() -> Iterator[None]:
+    """What is computed here is a constant of reverse mode and of forward mode."""
+    with torch.no_grad(), _set_fwd_grad_enabled(False):
+        yield
+
+
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
     norms = []
@@ -368,6 +382,37 @@ def row_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
     n = _block(n_in, matrix.numel())
     blocks = zip(matrix.split(n, -1), a.split(n, -1), strict=True)
     return norm(torch.stack([norm(_updated(m, a_, b, scaling), dim=-1) for m, a_ in blocks]), dim=0)
+
+
+def row_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:
+    """`row_norms` for m updates of one matrix: the products of M with all their factors are one.
+
+    ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) in float64, which has digits to spare where
+    s·B·A cancels M up to the rounding of float32. Rows that it cancels further are zero.
+
+    Args:
+        matrix: M, `[out, in]`.
+        a: `[m, r, in]`.
+        b: `[m, out, r]`.
+        scalings: s, `[m]`.
+
+    Returns:
+        `[m, out]`, in the dtype of `dense`.
+    """
+    dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
+    a, b, s = a.double(), b.double(), scalings.double()[:, None]
+    own, inner = b.new_zeros(matrix.shape[0]), torch.zeros_like(b.mT).flatten(0, 1)
+    with torch.autocast(matrix.device.type, enabled=False):
+        for columns, a_ in zip(
+            *(x.split(_block(matrix.shape[1], matrix.numel()), -1) for x in (matrix, a)), strict=True
+        ):
+            block = columns.double()
+            own = own + block.square().sum(-1)
+            inner = torch.addmm(inner, a_.flatten(0, 1), block.mT)
+        update = ((b @ (a @ a.mT)) * b).sum(-1) * s**2
+        squares = own + 2 * s * (inner.view_as(b.mT) * b.mT).sum(1) + update
+    squares = torch.where(squares > CANCELLED * (own + update), squares, 0.0)
+    return squares.sqrt().to(dtype)
 
 
 def _block(length: int, numel: int) -> int:
