@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora._apply import Adapters, Params, bind, unwritten
-from funclora._route import route
+from funclora._route import in_groups, route
 from funclora._rows import streams
 from funclora._rules import Rule
 from funclora._stack import Cohort, Specs, Stack
@@ -173,7 +173,7 @@ def _value_and_grad(
         def one(member: Tensor, batch: Any) -> tuple[Tensor, Any]:
             return loss_fn(BoundMembers(rows, member), batch)  # type: ignore[no-any-return]
 
-        with streams(generators), unwritten(params, {}):
+        with streams(generators and [generators[i] for i in rows.order]), unwritten(params, {}):
             by_member = torch.func.vmap(one, in_dims=(0, batch_dims(batch, dim)), randomness="different")
             losses, aux = by_member(torch.arange(len(members)), batch)
         return losses.sum(), (losses.detach(), aux)
@@ -187,17 +187,24 @@ def batch_dims(batch: Any, dim: int | None) -> Any:
 
 
 class RowModels:
-    """The model for all members: bound once for each number of rows that a member may have."""
+    """The model for all members: bound once for each number of rows that a member may have.
+
+    Attributes:
+        order: the members in the order of their rows: those that are computed together follow each other.
+        back: the members' places in it.
+    """
 
     def __init__(self, model: nn.Module, params: Params, members: Population) -> None:
         self.model = model
         self.params = params
         self.members = members
         self.bound: dict[int, nn.Module] = {}
+        self.order = in_groups(members)
+        self.back = sorted(range(len(members)), key=self.order.__getitem__)
 
     def of(self, count: int) -> nn.Module:
         if count not in self.bound:
-            ids = [i for i in range(len(self.members)) for _ in range(count)]
+            ids = [i for i in self.order for _ in range(count)]
             self.bound[count] = bind(self.model, self.params, route(self.members, ids))
         return self.bound[count]
 
@@ -252,7 +259,7 @@ class _Call:
                 "member's examples in each of them."
             )
         (count,) = counts
-        rows = iter([self._as_rows(x, d, n, count) for x, d in zip(tensors, dims, strict=True)])
+        rows = iter([self._as_rows(x, d, n, count, self.rows.order) for x, d in zip(tensors, dims, strict=True)])
         args, kwargs = self.spec.unflatten([next(rows) if isinstance(x, Tensor) else x for x in self.leaves])
         bound = self.rows.of(count)
         function = _get(bound, self.path)
@@ -268,16 +275,16 @@ class _Call:
                     "it joins the members' results. Compute the loss outside of the model, from outputs with examples "
                     "as their first dimension."
                 )
-        return tuple(x.unflatten(0, (n, count)) for x in outs)
+        return tuple(_taken(x.unflatten(0, (n, count)), self.rows.back) for x in outs)
 
     @staticmethod
-    def _as_rows(x: Tensor, dim: int | None, n: int, count: int) -> Tensor:
+    def _as_rows(x: Tensor, dim: int | None, n: int, count: int, order: list[int]) -> Tensor:
         if dim is not None:
             if x.dim() < 2:
                 raise ConfigError(
                     "the loss calls the model on a tensor without dimensions. Its first must be examples."
                 )
-            return x.movedim(dim, 0).flatten(0, 1)
+            return _taken(x.movedim(dim, 0), order).flatten(0, 1)
         if x.dim() and x.shape[0] == count:
             return x.expand(n, *x.shape).flatten(0, 1)
         return x
@@ -286,6 +293,11 @@ class _Call:
         found = iter(outs)
         leaves = [next(found) if isinstance(x, Tensor) else x for x in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+def _taken(x: Tensor, order: list[int]) -> Tensor:
+    """The members of x `[n_members, *]` in that order."""
+    return x if order == sorted(order) else x.index_select(0, torch.tensor(order, device=x.device))
 
 
 class _OnRows(torch.autograd.Function):

@@ -90,6 +90,16 @@ def route(
     return {name: _routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
 
 
+def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
+    """The members in an order in which those that `route` computes together follow each other."""
+
+    def kind(cohort: Cohort[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        rules = sorted(cohort.tree().items())
+        return [(type(rule).__name__, name, getattr(rule, rule.leaves[0]).shape[1:]) for name, rule in rules]
+
+    return [member for cohort in sorted(stack.cohorts, key=kind) for member in cohort.members]
+
+
 def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[str, Rule]:
     """A copy of its adapter for every row."""
     n = ids.shape[0]

@@ -403,9 +403,8 @@ def row_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) ->
     a, b, s = a.double(), b.double(), scalings.double()[:, None]
     own, inner = b.new_zeros(matrix.shape[0]), torch.zeros_like(b.mT).flatten(0, 1)
     with torch.autocast(matrix.device.type, enabled=False):
-        for columns, a_ in zip(
-            *(x.split(_block(matrix.shape[1], matrix.numel()), -1) for x in (matrix, a)), strict=True
-        ):
+        n = max(1, NORM_BLOCK // len(matrix))
+        for columns, a_ in zip(matrix.split(n, -1), a.split(n, -1), strict=True):
             block = columns.double()
             own = own + block.square().sum(-1)
             inner = torch.addmm(inner, a_.flatten(0, 1), block.mT)

@@ -80,7 +80,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         def cohort_of(cohort: Cohort[Any]) -> Cohort[Any]:
             device = cohort.values[0].device
             own = {name: tensor[list(cohort.members)].to(device) for name, tensor in tensors.items()}
-            return _cohort(torch.func.vmap(one)(unscaled(cohort.tree()), own), cohort.members)
+            return _cohort(_mapped(one, unscaled(cohort.tree()), own), cohort.members)
 
         return Stack(tuple(map(cohort_of, members.cohorts)))
 
@@ -94,12 +94,27 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         for i, (g, s) in enumerate(zip(grads.cohorts, _like(state, grads), strict=True)):
             # A cohort's tree has its first member's scaling, and who is first may have changed since `init`.
             given = (unscaled(g.tree()), s.tree(), unscaled(params.cohorts[i].tree()) if params is not None else None)
-            new, inner = torch.func.vmap(one, (0, 0, None if params is None else 0))(*given)
+            new, inner = _mapped(one, *given)
             updates.append(replace(g, values=tuple(optree.tree_leaves(new))))
             after.append(_cohort(inner, g.members))
         return Stack(tuple(updates)), Stack(tuple(after))
 
     return MemberTransformation(init, update)
+
+
+def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
+    """`torch.func.vmap(function)(*trees)`, the trees taken apart by optree: by torch that would be half of a step."""
+    given: Any = trees
+    leaves, spec = optree.tree_flatten(given)
+    spec_out: Any = None
+
+    def flat(*leaves: Tensor) -> tuple[Any, ...]:
+        nonlocal spec_out
+        out, spec_out = optree.tree_flatten(function(*optree.tree_unflatten(spec, leaves)))
+        return tuple(out)
+
+    out = torch.func.vmap(flat)(*leaves)
+    return optree.tree_unflatten(spec_out, out)
 
 
 def _cohort(tree: Any, members: tuple[int, ...]) -> Cohort[Any]:
