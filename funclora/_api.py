@@ -3,7 +3,7 @@
 `funclora` itself looks them up here when they are first used, so that its command line starts without torch.
 """
 
-from funclora import errors, optim
+from funclora import algebra, errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._cache import AdapterCache, CacheStats
 from funclora._config import LoraConfig
@@ -27,6 +27,7 @@ __all__ = [
     "LoraConfig",
     "Rule",
     "Stack",
+    "algebra",
     "apply",
     "base_params",
     "bind",
