@@ -16,11 +16,13 @@ from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
+from funclora.io.combine import CombinedFolders, combine_peft
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "AdapterCache",
     "CacheStats",
+    "CombinedFolders",
     "DoRA",
     "Full",
     "LoRA",
@@ -31,6 +33,7 @@ __all__ = [
     "apply",
     "base_params",
     "bind",
+    "combine_peft",
     "errors",
     "evaluate",
     "init",

@@ -325,8 +325,10 @@ def _on_changes(
         wide = [term._replace(rule=_wide(rule)) for term, rule in zip(terms, like, strict=True)]
         return made_of(name, like, *truncated_product(name, concatenated(name, wide), rank))
     changes = [_change(name, rule, terms, params) for rule in like]
-    total = mixing(f"the change of {name!r}", changes, [term.weight for term in terms])
-    return made_of(name, like, *truncated(name, total, rank, clamp))
+    turned = like[0].layout.transposed  # random numbers go to the entries in the order of the weight, as in PEFT
+    oriented = [each.mT if turned else each for each in changes]
+    total = mixing(f"the change of {name!r}", oriented, [term.weight for term in terms])
+    return made_of(name, like, *truncated(name, total.mT if turned else total, rank, clamp))
 
 
 def _change(name: str, rule: LoRA | DoRA, terms: Sequence[Term], params: Params | None) -> Tensor:
