@@ -425,7 +425,7 @@ def test_dora_is_refused_elsewhere() -> None:
 
 # --- what is refused -------------------------------------------------------------------------------------------
 
-X = {"w": lora("linear", 2, 0)}
+X: dict[str, Any] = {"w": lora("linear", 2, 0)}
 
 
 def test_stacks_are_refused() -> None:
@@ -521,8 +521,9 @@ def test_places_among_siblings() -> None:
 
 
 def test_nothing_is_written_to() -> None:
-    x, y = {"w": lora("linear", 2, 0), "b": fl.Full(PARAMS["b"])}, {"w": lora("linear", 2, 1)}
-    leaves = [x["w"].a, x["w"].b, y["w"].a, y["w"].b, *PARAMS.values()]  # type: ignore[union-attr]
+    x: dict[str, Any] = {"w": lora("linear", 2, 0), "b": fl.Full(PARAMS["b"])}
+    y: dict[str, Any] = {"w": lora("linear", 2, 1)}
+    leaves: list[Tensor] = [x["w"].a, x["w"].b, y["w"].a, y["w"].b, *PARAMS.values()]
     before = [leaf.clone() for leaf in leaves]
     for kind in algebra.COMBINATION_TYPES:
         options: dict[str, Any] = {} if kind in ("cat", "svd", "linear") else {"density": 0.5}

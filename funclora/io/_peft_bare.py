@@ -13,23 +13,24 @@ from funclora._layout import Conv, Conv1D, Embedding, Layout, Linear
 from funclora._rules import LoRA, Rule
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io._peft_agree import covers
-from funclora.io._peft_config import CONFIG_FILE, HEADS, has_in_out_linear, read_config
+from funclora.io._peft_config import CONFIG_FILE, HEADS, read_config
 from funclora.io._peft_keys import FORMS, PREFIX
 from funclora.io._peft_weights import WEIGHTS_FILE, StoredTensors
 
 _A = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<suffix>lora_A\.weight|lora_embedding_A)$")
-_ADVICE = "Give the base model."
+_ADVICE = "Give the base model: model=, or --base on the command line."
 
 
-def read_bare(folder: Path) -> tuple[dict[str, Rule], LoraConfig]:
+def read_bare(folder: Path, *, in_out: bool) -> tuple[dict[str, Rule], LoraConfig]:
     """The adapters of a folder, as far as they can be understood without the model.
 
-    The layout of a convolution leaves out its groups, and that of a linear layer may be that of transformers'
-    `Conv1D`: enough to calculate with the factors and to write them back, not to apply them to a model. A target of
-    the configuration that has no tensors goes unnoticed.
+    The layout of a convolution leaves out its padding, and all linear layers get the same one: enough to calculate
+    with the factors and to write them back, not to apply them to a model. A target of the configuration that has no
+    tensors goes unnoticed.
 
     Args:
         folder: a PEFT folder.
+        in_out: linear layers are taken for transformers' `Conv1D` (see `has_in_out_linear`).
 
     Returns:
         Full parameter name -> rule, in float32 at least, and the configuration.
@@ -52,7 +53,6 @@ def read_bare(folder: Path) -> tuple[dict[str, Rule], LoraConfig]:
         if value:
             raise UnsupportedError(f"{file}: with {field}={value!r} the adapter depends on the base model. {_ADVICE}")
     stored = StoredTensors(folder / WEIGHTS_FILE)
-    in_out = has_in_out_linear(file)
     adapters = {
         f"{match['module']}.weight": _rule(stored, match, shape, config, in_out=in_out)
         for key, shape in stored.shapes().items()

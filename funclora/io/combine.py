@@ -17,6 +17,7 @@ from funclora._targets import select
 from funclora.algebra import combine
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.io._peft_bare import read_bare
+from funclora.io._peft_config import CONFIG_FILE, has_in_out_linear
 from funclora.io._peft_infer import configured
 from funclora.io._peft_weights import DTYPES
 from funclora.io.peft import load_peft, save_peft
@@ -97,7 +98,11 @@ def combine_peft(
         raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}.")
     if Path(out).resolve() in {Path(path).resolve() for path in paths}:
         raise ConfigError(f"out: {os.fspath(out)!r} is one of the adapters to combine. Name another folder.")
-    read = [read_bare(Path(path)) if model is None else load_peft(path, model) for path in paths]
+    if model is None:
+        in_out = any(has_in_out_linear(Path(path) / CONFIG_FILE) for path in paths)
+        read = [read_bare(Path(path), in_out=in_out) for path in paths]
+    else:
+        read = [load_peft(path, model) for path in paths]
     sources = [adapters for adapters, _ in read]
     combined = combine(
         sources,
