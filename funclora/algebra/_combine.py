@@ -46,6 +46,7 @@ _TYPES = {
     "magnitude_prune_svd": _Type("magnitude", on_changes=True),
 }
 COMBINATION_TYPES = tuple(_TYPES)
+"""The types that `combine` knows, by PEFT's names."""
 
 
 def combine(
