@@ -3,7 +3,7 @@
 `funclora` itself looks them up here when they are first used, so that its command line starts without torch.
 """
 
-from funclora import errors, optim
+from funclora import algebra, errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._cache import AdapterCache, CacheStats
 from funclora._config import LoraConfig
@@ -16,20 +16,24 @@ from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
+from funclora.io.combine import CombinedFolders, combine_peft
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "AdapterCache",
     "CacheStats",
+    "CombinedFolders",
     "DoRA",
     "Full",
     "LoRA",
     "LoraConfig",
     "Rule",
     "Stack",
+    "algebra",
     "apply",
     "base_params",
     "bind",
+    "combine_peft",
     "errors",
     "evaluate",
     "init",

@@ -171,6 +171,12 @@ class LowRank(Rule):
         """`y + s·op(B·A)`, in the wider dtype of the two."""
         return op.add_low_rank(y, self.a, self.b, self.scaling, dropout)
 
+    def delta(self) -> Tensor:
+        """s·B·A as a matrix `[*lead, out, in]`, in float32 at least."""
+        a, b = self.layout.factors(self.a, self.b)
+        nothing = a.new_zeros(()).expand(*a.shape[:-2], b.shape[-2], a.shape[-1])
+        return _updated(nothing, a, b, self.scaling)
+
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
         a, b = self.layout.factors(self.a, self.b)

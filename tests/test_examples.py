@@ -80,3 +80,18 @@ def test_merge_into_plain_model(options: list[str], tmp_path: Path) -> None:
         "4.weight": torch.Size([2, 128]),
         "4.bias": torch.Size([2]),
     }
+
+
+def test_combine_adapters() -> None:
+    result = run("combine_adapters", "--steps=150")
+    for task in ("left", "right"):
+        assert result.losses[f"{task} alone"][task] < 0.2
+    both = {name: row["both"] for name, row in result.losses.items()}
+    # The sum does both tasks, and so does the best approximation of half its rank; sums of factors do not.
+    assert max(both["sum"], both["sum, recompressed"]) < 0.2
+    assert min(both["left alone"], both["right alone"], both["linear"]) > 0.3
+    assert abs(both["svd"] - both["sum, recompressed"]) < 1e-3
+    assert both["cat"] == both["sum"]
+    assert (result.ranks["sum"], result.ranks["sum, recompressed"]) == (8, 4)
+    assert result.undone < 1e-5
+    assert result.folder < 1e-6

@@ -131,6 +131,11 @@ def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
     return config.replace(modules_to_save=_saved(config, model)), "megatron_core" in raw
 
 
+def has_in_out_linear(file: Path) -> bool:
+    """Whether the file says that layers of transformers' `Conv1D` are adapted. PEFT lets the last layer decide."""
+    return bool(_json(file).get("fan_in_fan_out"))
+
+
 def _json(file: Path) -> dict[str, Any]:
     if not file.parent.is_dir():
         raise FormatError(f"{file.parent}: there is no such folder.")

@@ -57,6 +57,14 @@ class StoredTensors:
                     "so in a warning at most. Rename the keys if you know where they belong."
                 )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that were not taken yet, by key."""
+        return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype in which the file holds a tensor that is there."""
+        return self._tensors[key].dtype
+
     def rows(self, key: str, why: str) -> int:
         """The length of the first dimension of a tensor that must be there."""
         shape = self._get(key, why).shape

@@ -1,0 +1,88 @@
+"""Matrices of low rank: the best factors of a given rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from funclora._apply import Adapters
+from funclora._rules import Full, LowRank, Rule
+from funclora.algebra._terms import compute_dtype, made_of, positive, rules
+from funclora.errors import NonFiniteError
+
+
+def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:
+    """The same adapter with low-rank updates of at most that rank, each the best there is.
+
+    The update is the truncated singular value decomposition of s·B·A: no matrix of that rank is nearer to it
+    (Eckart and Young 1936). It is computed from QR decompositions of the factors, `B = Q₁R₁`, `Aᵀ = Q₂R₂`, and the
+    decomposition of `s·R₁R₂ᵀ`, which is `[r, r]`: the update itself never exists.
+
+    The new B has the singular vectors times the singular values, the new A has orthonormal rows, the scaling is 1.
+    A rule whose rank is not above `rank` stays as it is, and so does `Full`. `DoRA` keeps its magnitude; what is
+    nearest is W + s·B·A.
+
+    Args:
+        adapters: full parameter name -> rule.
+        rank: the largest rank to keep. Experts are matrices of their own.
+
+    Returns:
+        Full parameter name -> rule. Dtypes are those of the factors; the computation is in float32 at least.
+
+    Raises:
+        ConfigError: `rank` is no positive integer.
+        UnsupportedError: the adapter is a stack, or has other rules.
+        NonFiniteError: a factor holds NaN or infinity.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> a, b = torch.eye(3), torch.diag(torch.tensor([1.0, 3.0, 2.0]))
+        >>> recompress({"weight": LoRA(a, b)}, rank=2)["weight"].dense(torch.zeros(3, 3)).diag()
+        tensor([0., 3., 2.])
+    """
+    positive("rank", rank)
+    found: dict[str, Rule] = {}
+    for name, rule in rules("adapters", adapters).items():
+        if isinstance(rule, Full) or rule.r <= rank:
+            found[name] = rule
+        else:
+            short = made_of(name, [rule], *truncated_product(name, rule, rank))
+            found[name] = replace(rule, a=short.a, b=short.b, scaling=1.0)
+    return found
+
+
+def truncated_product(name: str, rule: LowRank, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of the best approximation of s·B·A of at most that rank: `[*lead, k, in]` and `[*lead, out, k]`."""
+    a, b = rule.layout.factors(rule.a, rule.b)
+    dtype = compute_dtype(a.dtype, b.dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        q1, r1 = torch.linalg.qr(b.to(dtype))
+        q2, r2 = torch.linalg.qr(a.to(dtype).mT)
+        core_a, core_b = truncated(name, rule.scaling * r1 @ r2.mT, rank)
+        return core_a @ q2.mT, q1 @ core_b
+
+
+def truncated(name: str, matrix: Tensor, rank: int, clamp: float | None = None) -> tuple[Tensor, Tensor]:
+    """The factors of the best approximation of a matrix of at most that rank.
+
+    Args:
+        name: of the parameter, for messages.
+        matrix: `[*lead, out, in]`.
+        rank: k is the least of it, out and in.
+        clamp: clamp the factors to ± this quantile of their entries, as PEFT does. The signs of singular vectors
+            are arbitrary, and the quantile depends on them.
+
+    Returns:
+        Vᵀ `[*lead, k, in]` and U·S `[*lead, out, k]`.
+    """
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(f"{name!r} has no singular value decomposition: {error}") from error
+    a, b = vh[..., :rank, :], u[..., :rank] * s[..., None, :rank]
+    if clamp is not None:
+        bound = torch.quantile(torch.cat([b.flatten(), a.flatten()]), clamp)
+        a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
+    return a, b

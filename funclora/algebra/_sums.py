@@ -1,0 +1,232 @@
+"""Exact arithmetic: sums of adapters by concatenation of their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import cast
+
+import torch
+
+from funclora._apply import Adapters, Params
+from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora.algebra._elementwise import Mixing
+from funclora.algebra._terms import (
+    Term,
+    base_of,
+    change,
+    compute_dtype,
+    finite,
+    gather,
+    lead,
+    made_of,
+    rounded,
+    rules,
+)
+from funclora.errors import ConfigError, UnsupportedError
+
+_FULL = "Full replaces the weight, and only its difference from the base can be weighted."
+
+
+def scale(adapters: Adapters, factor: float, *, params: Params | None = None) -> dict[str, Rule]:
+    """The adapter whose changes of the weights are `factor` times as large.
+
+    The scaling is multiplied; factors stay the same tensors. `Full` becomes `base + factor·(value − base)`.
+
+    Args:
+        adapters: full parameter name -> rule.
+        factor: any finite number; 1 returns the rules as they are.
+        params: the base weights, needed for `Full` only.
+
+    Returns:
+        Full parameter name -> rule.
+
+    Raises:
+        ConfigError: `factor` is no finite number.
+        UnsupportedError: the adapter is a stack, or has a DoRA rule: its change is not linear in anything that it
+            holds, so no DoRA rule has a multiple of it.
+        ParamsError: the base weight of a `Full` is missing.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> scale({"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)}, 0.25)["weight"].scaling
+        0.5
+    """
+    factor = finite("factor", factor)
+    found = rules("adapters", adapters)
+    if factor == 1:
+        return dict(found)
+    return {name: _scaled(name, Term(factor, rule), params) for name, rule in found.items()}
+
+
+def negate(adapters: Adapters, *, params: Params | None = None) -> dict[str, Rule]:
+    """The adapter with the opposite changes: it undoes the other one (task negation, arXiv 2212.04089).
+
+    Args:
+        adapters: full parameter name -> rule.
+        params: the base weights, needed for `Full` only.
+
+    Returns:
+        Full parameter name -> rule. Factors are the same tensors.
+
+    Raises:
+        UnsupportedError: the adapter is a stack, or has a DoRA rule.
+        ParamsError: the base weight of a `Full` is missing.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> adapters = {"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1))}
+        >>> add(adapters, negate(adapters))["weight"].dense(torch.zeros(2, 3)).any()
+        tensor(False)
+    """
+    return scale(adapters, -1.0, params=params)
+
+
+def add(*adapters: Adapters, params: Params | None = None) -> dict[str, Rule]:
+    """The sum of adapters, exactly: their factors are concatenated, and their ranks add up.
+
+    Ranks, scalings and targets may differ. `recompress` makes the result small again.
+
+    Args:
+        adapters: one or more adapters of one model.
+        params: the base weights, needed where several adapters have a `Full`, or one has and another has not.
+
+    Returns:
+        Full parameter name -> rule, as of `task_arithmetic` with the weight 1 for each.
+
+    Raises:
+        UnsupportedError: an adapter is a stack, or one of several rules of a parameter is DoRA.
+        ParamsError: rules do not fit each other, or base weights are missing.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> one = {"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)}
+        >>> other = {"weight": LoRA(torch.ones(4, 3), torch.ones(2, 4), scaling=0.5)}
+        >>> total = add(one, other)["weight"]
+        >>> total.r, total.dense(torch.zeros(2, 3))
+        (5, tensor([[4., 4., 4.], [4., 4., 4.]]))
+    """
+    return task_arithmetic(adapters, [1.0] * len(adapters), params=params)
+
+
+def interpolate(start: Adapters, end: Adapters, t: float, *, params: Params | None = None) -> dict[str, Rule]:
+    """The adapter `(1 − t)·start + t·end`, exactly: its changes lie on the line between those of the two.
+
+    0 gives `start` and 1 gives `end`, as they are, whatever their rules; other numbers, also beyond the two, a sum.
+
+    Args:
+        start: full parameter name -> rule.
+        end: the same of the other adapter. A parameter that one of them does not rewrite has no change there.
+        t: any finite number.
+        params: the base weights, needed for `Full` only.
+
+    Returns:
+        Full parameter name -> rule, of the sum of the ranks between the ends.
+
+    Raises:
+        ConfigError: `t` is no finite number.
+        UnsupportedError: an adapter is a stack, or has a DoRA rule, between the ends.
+        ParamsError: rules do not fit each other, or base weights are missing.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> low, high = ({"weight": LoRA(torch.ones(1, 2), torch.full((1, 1), x))} for x in (1.0, 5.0))
+        >>> interpolate(low, high, 0.25)["weight"].dense(torch.zeros(1, 2))
+        tensor([[2., 2.]])
+    """
+    t = finite("t", t)
+    return task_arithmetic([start, end], [1 - t, t], params=params)
+
+
+def task_arithmetic(
+    adapters: Sequence[Adapters], weights: Sequence[float], *, params: Params | None = None
+) -> dict[str, Rule]:
+    """The weighted sum of adapters, exactly (task arithmetic, arXiv 2212.04089).
+
+    With c = w·s of each term, B is `[B₁ B₂ …]` and A is `[c₁·A₁; c₂·A₂; …]` with scaling 1; where all c are equal,
+    the factors stay as they are and c is the scaling. A term of weight 0 is left out.
+
+    Args:
+        adapters: adapters of one model; ranks, scalings and targets may differ.
+        weights: a number for each.
+        params: the base weights, needed for `Full` only: it becomes `base + Σ w·(value − base)`.
+
+    Returns:
+        Full parameter name -> rule. The dtype is the widest of the factors'. Dropout is kept where the rules of a
+        parameter have the same, and is 0 otherwise.
+
+    Raises:
+        ConfigError: the weights are not as many finite numbers as there are adapters, or all are 0.
+        UnsupportedError: an adapter is a stack, or a DoRA rule has a weight other than 1 or is one of several.
+        ParamsError: rules do not fit each other, or base weights are missing.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> one, other = ({name: LoRA(torch.ones(1, 2), torch.ones(1, 1))} for name in ("q.weight", "v.weight"))
+        >>> total = task_arithmetic([one, other], [0.5, -2])
+        >>> total["q.weight"].scaling, total["v.weight"].scaling
+        (0.5, -2.0)
+    """
+    return nonzero({name: summed(name, terms, params) for name, terms in gather(adapters, weights).items()})
+
+
+def nonzero(found: dict[str, Rule | None]) -> dict[str, Rule]:
+    """The rules that are there; an adapter without any is an error."""
+    result = {name: rule for name, rule in found.items() if rule is not None}
+    if not result:
+        raise ConfigError("weights: all of them are 0, which would make an adapter without effect.")
+    return result
+
+
+def summed(name: str, terms: Sequence[Term], params: Params | None) -> Rule | None:
+    """The exact weighted sum of the rules of one parameter; None if all weights are 0."""
+    terms = [term for term in terms if term.weight]
+    if not terms:
+        return None
+    if len(terms) == 1:
+        return _scaled(name, terms[0], params)
+    if any(isinstance(term.rule, Full) for term in terms):
+        return mixed_in_full(name, terms, Mixing(), params)
+    return concatenated(name, terms)
+
+
+def mixed_in_full(name: str, terms: Sequence[Term], mixing: Mixing, params: Params | None) -> Full:
+    """The base weight plus the combination of the rules' changes."""
+    weight = base_of(name, terms, params, _FULL)
+    total = mixing(repr(name), [change(term.rule, weight) for term in terms], [term.weight for term in terms])
+    dtype = reduce(torch.promote_types, (term.rule.value.dtype for term in terms if isinstance(term.rule, Full)))
+    return Full(rounded(repr(name), weight.to(total.dtype) + total, dtype))
+
+
+def concatenated(name: str, terms: Sequence[Term]) -> LoRA:
+    """The exact weighted sum of low-rank rules of one parameter."""
+    loras = low_rank(name, terms)
+    coefficients = [term.coefficient for term in terms]
+    n, first = lead(loras[0]), coefficients[0]
+    b = torch.cat([rule.b for rule in loras], n + 1)
+    if all(c == first for c in coefficients):
+        return made_of(name, loras, torch.cat([rule.a for rule in loras], n), b, scaling=first)
+    scaled = [rule.a.to(compute_dtype(rule.a.dtype)) * c for rule, c in zip(loras, coefficients, strict=True)]
+    return made_of(name, loras, torch.cat(scaled, n), b)
+
+
+def low_rank(name: str, terms: Sequence[Term]) -> list[LoRA]:
+    """The rules of one parameter, none of which may be DoRA."""
+    if any(isinstance(term.rule, DoRA) for term in terms):
+        raise UnsupportedError(
+            f"{name!r}: DoRA normalises the weight, so its change is not linear in its factors and a DoRA rule cannot "
+            "be scaled or added to another. Combine the changes of the weights instead: combine(..., "
+            "combination_type='svd', params=...), or one of the other types that end in _svd."
+        )
+    return [cast(LoRA, term.rule) for term in terms]
+
+
+def _scaled(name: str, term: Term, params: Params | None) -> Rule:
+    """One rule with a weight."""
+    if term.weight == 1:
+        return term.rule
+    if isinstance(term.rule, Full):
+        return mixed_in_full(name, [term], Mixing(), params)
+    (rule,) = low_rank(name, [term])
+    return replace(rule, scaling=term.weight * rule.scaling)

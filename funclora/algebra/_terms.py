@@ -1,0 +1,193 @@
+"""What a combination is made of: for every parameter, the rules of the adapters that rewrite it, with their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funclora._apply import Adapters, Params
+from funclora._layout import Layout, Parameter
+from funclora._rules import DoRA, Full, LoRA, LowRank, Rule
+from funclora._stack import Stack
+from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
+
+
+class Term(NamedTuple):
+    """One summand of the rule of one parameter."""
+
+    weight: float
+    rule: LoRA | DoRA | Full
+
+    @property
+    def coefficient(self) -> float:
+        """What B·A of a low-rank rule is multiplied with: w·s."""
+        assert isinstance(self.rule, LowRank)
+        return self.weight * float(self.rule.scaling)
+
+
+def gather(adapters: Sequence[Adapters], weights: Sequence[float] | None) -> dict[str, list[Term]]:
+    """The terms of every parameter that any of the adapters rewrites, in the adapters' order.
+
+    Args:
+        adapters: one or more adapters.
+        weights: one number for each; 1 for all if None.
+
+    Raises:
+        ConfigError: the weights are not as many finite numbers as there are adapters.
+        UnsupportedError: an adapter is a stack, or has rules that cannot be combined.
+        ParamsError: rules of one parameter do not fit each other.
+    """
+    if not isinstance(adapters, (list, tuple)):
+        got = _kind(adapters, "Give its members: list(stack).")
+        raise UnsupportedError(f"adapters: expected a list of adapters, got {got}")
+    if not adapters:
+        raise ConfigError("adapters: expected one adapter at least, got an empty list.")
+    if weights is None:
+        weights = [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise ConfigError(f"weights: expected {len(adapters)}, one for each adapter, got {len(weights)}.")
+    terms: dict[str, list[Term]] = {}
+    for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        where = f"adapters[{i}]"
+        number = finite(f"weights[{i}]", weight)
+        for name, rule in rules(where, adapter).items():
+            terms.setdefault(name, []).append(Term(number, rule))
+    for name, of_one in terms.items():
+        _check_fit(name, of_one)
+    return terms
+
+
+def rules(where: str, adapters: object) -> dict[str, LoRA | DoRA | Full]:
+    """The rules of one adapter, after checking that they can be calculated with."""
+    if not isinstance(adapters, Mapping):
+        got = _kind(adapters, "Take its members one by one: stack[i].")
+        raise UnsupportedError(f"{where}: expected one adapter, a dict of rules, got {got}")
+    if not adapters:
+        raise ParamsError(f"{where}: the adapter has no rules.")
+    found: dict[str, LoRA | DoRA | Full] = {}
+    for name, rule in adapters.items():
+        if not isinstance(rule, (LoRA, DoRA, Full)):
+            raise UnsupportedError(f"{where}[{name!r}]: expected LoRA, DoRA or Full, got {type(rule).__name__}.")
+        if isinstance(rule, LowRank) and isinstance(rule.scaling, Tensor):
+            raise UnsupportedError(
+                f"{where}[{name!r}]: the scaling is a tensor, as inside vmap over members whose scalings differ. "
+                "Combine the members one by one."
+            )
+        found[name] = rule
+    return found
+
+
+def finite(where: str, number: object) -> float:
+    """A finite number, or `ConfigError`."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise ConfigError(f"{where}: expected a finite number, got {number!r}.")
+    return float(number)
+
+
+def positive(where: str, number: object) -> int:
+    """A positive integer, or `ConfigError`."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ConfigError(f"{where}: expected a positive integer, got {number!r}.")
+    return number
+
+
+def base_of(name: str, terms: Iterable[Term], params: Params | None, why: str) -> Tensor:
+    """The base weight of a parameter, which every rule must fit."""
+    if params is None:
+        raise ParamsError(f"{name!r}: {why} Give the base weights: params=.")
+    if name not in params:
+        raise ParamsError(f"params lack {name!r}. {why}{near(name, params)}")
+    weight = params[name]
+    if weight.is_meta:
+        raise ParamsError(f"params hold {name!r} on the meta device. {why} Give real tensors.")
+    for term in terms:
+        term.rule.check(name, weight)
+    return weight
+
+
+def change(rule: Rule, weight: Tensor) -> Tensor:
+    """What the rule adds to the weight, in the weight's shape and in float32 at least."""
+    dense = rule.dense(weight)
+    dtype = compute_dtype(dense.dtype, weight.dtype)
+    return dense.to(dtype) - weight.to(dtype)
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The widest of the dtypes and float32."""
+    return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def lead(rule: LowRank) -> int:
+    """How many leading dimensions of the factors count matrices (experts)."""
+    return rule.layout.factors(rule.a, rule.b)[0].dim() - 2
+
+
+def made_of(name: str, like: Sequence[LowRank], a: Tensor, b: Tensor, *, scaling: float = 1.0) -> LoRA:
+    """The rule s·B·A in place of others: with their layout and dtype, and their dropout where they have the same.
+
+    Args:
+        name: of the parameter, for messages.
+        like: the rules that it takes the place of.
+        a: `[*lead, r, in]`, or as the layout stores it.
+        b: `[*lead, out, r]`, or as the layout stores it.
+        scaling: s.
+    """
+    first, n = like[0], lead(like[0])
+    r = a.shape[n]
+    a = a.reshape(*a.shape[: n + 1], *first.a.shape[n + 1 :])
+    b = b.reshape(*b.shape[: n + 1], r, *first.b.shape[n + 2 :])
+    dtype = reduce(torch.promote_types, (leaf.dtype for rule in like for leaf in (rule.a, rule.b)))
+    dropout = first.dropout if all(rule.dropout == first.dropout for rule in like) else 0.0
+    # Of the places among siblings, that which knows of most of them.
+    layout = max((rule.layout for rule in like), key=lambda it: it.siblings if isinstance(it, Parameter) else 0)
+    factors = (rounded(f"{name!r}: {leaf}", f, dtype) for leaf, f in (("a", a), ("b", b)))
+    return LoRA(*factors, scaling=scaling, dropout=dropout, layout=layout)
+
+
+def rounded(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value in that dtype, or `NonFiniteError` if that leaves its range."""
+    result = value.to(dtype)
+    # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
+    if not torch._C._functorch.is_functorch_wrapped_tensor(result) and not torch.isfinite(result).all():
+        raise NonFiniteError(
+            f"{where} of the result holds NaN or infinity in {dtype}. Check the adapters, or give them a wider dtype."
+        )
+    return result
+
+
+def _check_fit(name: str, terms: Sequence[Term]) -> None:
+    """Raise `ParamsError` if rules of one parameter are not about weights of one shape on one device."""
+    low_rank = [term.rule for term in terms if isinstance(term.rule, LowRank)]
+    seen: dict[str, set[Any]] = {
+        "layouts": {_place(rule.layout) for rule in low_rank},
+        "shapes of a, but for the rank": {_without(rule.a, lead(rule)) for rule in low_rank},
+        "shapes of b, but for the rank": {_without(rule.b, lead(rule) + 1) for rule in low_rank},
+        "shapes": {tuple(term.rule.value.shape) for term in terms if isinstance(term.rule, Full)},
+        "devices": {str(getattr(term.rule, leaf).device) for term in terms for leaf in term.rule.leaves},
+    }
+    for what, values in seen.items():
+        if len(values) > 1:
+            listed = " and ".join(sorted(map(str, values)))
+            raise ParamsError(f"{name!r}: the adapters have different {what}: {listed}. They are not of one model.")
+
+
+def _place(layout: Layout) -> Layout:
+    """The layout without the place among siblings, which depends on what else an adapter targets."""
+    return replace(layout, position=0, siblings=1) if isinstance(layout, Parameter) else layout
+
+
+def _without(factor: Tensor, dim: int) -> tuple[int, ...]:
+    return (*factor.shape[:dim], *factor.shape[dim + 1 :])
+
+
+def _kind(value: object, of_stack: str) -> str:
+    """What a value is that should have been something else, and what to do if it is a stack."""
+    if isinstance(value, Stack):
+        return f"a stack of {len(value)}. {of_stack}"
+    return "one adapter." if isinstance(value, Mapping) else f"{type(value).__name__}."

@@ -1,0 +1,203 @@
+"""`funclora combine`: PEFT folders into one."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from funclora.io.combine import CombinedFolders
+
+
+class Type(str, Enum):
+    """The types of `funclora.algebra.combine`, where torch is not needed to list them."""
+
+    svd = "svd"
+    linear = "linear"
+    cat = "cat"
+    ties = "ties"
+    ties_svd = "ties_svd"
+    dare_ties = "dare_ties"
+    dare_linear = "dare_linear"
+    dare_ties_svd = "dare_ties_svd"
+    dare_linear_svd = "dare_linear_svd"
+    magnitude_prune = "magnitude_prune"
+    magnitude_prune_svd = "magnitude_prune_svd"
+
+
+class Signs(str, Enum):
+    """How TIES elects signs."""
+
+    total = "total"
+    frequency = "frequency"
+
+
+class Dtype(str, Enum):
+    """In which dtype factors are written."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new PEFT folder.", show_default=False)],
+    type_: Annotated[Type, typer.Option("--type", help="How to combine, in PEFT's words.")] = Type.svd,
+    weights: Annotated[
+        str | None, typer.Option(help="A number for each adapter, with commas between; else 1 for each.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "--svd-rank", help="Rank of an _svd type; else the adapters' largest.")
+    ] = None,
+    svd_clamp: Annotated[float | None, typer.Option(help="Clamp decomposed factors to this quantile.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the entries that pruning keeps.")] = None,
+    majority_sign_method: Annotated[Signs, typer.Option(help="How TIES elects signs.")] = Signs.total,
+    seed: Annotated[int | None, typer.Option(help="Of DARE's random numbers; else 0.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the transformers model: for DoRA, experts, biases, modules_to_save."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="In which the factors are written.")] = Dtype.float32,
+    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is in OUT.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Combine saved adapters into one, as PEFT's add_weighted_adapter does, without loading a model.
+
+    cat is the exact weighted sum, whose rank is the sum of the ranks. svd is its best approximation of a given rank.
+    The types that end in _svd act on the changes of the weights, as their papers say; the same without _svd act on
+    the factors A and B, which is another operation.
+    """
+    from funclora.errors import FuncloraError
+
+    try:
+        found = _combined(
+            adapters,
+            out,
+            _numbers(weights),
+            type_.value,
+            base=base,
+            dtype=dtype.value,
+            overwrite=overwrite,
+            seed=seed,
+            svd_rank=rank,
+            svd_clamp=svd_clamp,
+            density=density,
+            majority_sign_method=majority_sign_method.value,
+        )
+    except (FuncloraError, OSError) as error:
+        _fail(str(error))
+    report = _report(found, adapters, _numbers(weights) or [1.0] * len(adapters), type_.value, out)
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(report, indent=2))
+    else:
+        _print(report)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"funclora combine: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        _fail(f"--weights: expected numbers with commas between, as 0.7,-0.3, got {text!r}.")
+
+
+def _combined(
+    adapters: list[Path],
+    out: Path,
+    weights: list[float] | None,
+    kind: str,
+    *,
+    base: Path | None,
+    dtype: str,
+    overwrite: bool,
+    seed: int | None,
+    **options: Any,
+) -> CombinedFolders:
+    import torch
+
+    from funclora.errors import ConfigError
+    from funclora.io._peft_config import CONFIG_FILE
+    from funclora.io.combine import combine_peft
+
+    if (out / CONFIG_FILE).exists() and not overwrite:
+        raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")
+    generator = None
+    if "dare" in kind:
+        generator = torch.Generator().manual_seed(seed or 0)
+    elif seed is not None:
+        raise ConfigError(f"--seed: --type {kind} draws no random numbers. Leave it out.")
+    model = None if base is None else _model(base)
+    return combine_peft(
+        adapters, out, weights, kind, model=model, dtype=getattr(torch, dtype), generator=generator, **options
+    )
+
+
+def _model(folder: Path) -> nn.Module:
+    """The transformers model of a folder, of the class that its configuration names."""
+    from funclora.errors import ConfigError
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--base: {folder} holds no config.json. It takes the folder of a transformers model.")
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ConfigError("--base needs transformers. Type: pip install 'funclora[hf]'") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        name = (config.architectures or ["?"])[0]
+        cls = getattr(transformers, name, transformers.AutoModel)
+        model: nn.Module = cls.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--base: {folder} cannot be loaded: {error}") from error
+    return model
+
+
+def _report(found: CombinedFolders, adapters: list[Path], weights: list[float], kind: str, out: Path) -> dict[str, Any]:
+    from funclora._apply import Adapters
+    from funclora._rules import LowRank
+
+    def facts(rules: Adapters) -> dict[str, Any]:
+        return {
+            "targets": len(rules),
+            "ranks": sorted({rule.r for rule in rules.values() if isinstance(rule, LowRank)}),
+            "parameters": sum(getattr(rule, leaf).numel() for rule in rules.values() for leaf in rule.leaves),
+        }
+
+    sources = [
+        {"adapter": str(path), "weight": weight, **facts(rules)}
+        for path, weight, rules in zip(adapters, weights, found.sources, strict=True)
+    ]
+    result = {"adapter": str(out), **facts(found.adapters), "r": found.config.r, "lora_alpha": found.config.lora_alpha}
+    return {"combination_type": kind, "sources": sources, "result": result}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"Combined by {report['combination_type']}")
+    table.add_column("adapter")
+    for column in ("weight", "targets", "rank", "parameters"):
+        table.add_column(column, justify="right")
+    for row in (*report["sources"], report["result"]):
+        ranks = row["ranks"]
+        rank = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
+        weight = f"{row['weight']:g}" if "weight" in row else ""
+        cells = (escape(row["adapter"]), weight, f"{row['targets']:,}", rank, f"{row['parameters']:,}")
+        table.add_row(*cells, style=None if "weight" in row else "bold")
+    Console().print(table)
