@@ -10,6 +10,7 @@ from funclora._config import LoraConfig
 from funclora._evaluate import evaluate
 from funclora._init import init
 from funclora._merge import merge
+from funclora._module import AdapterModule, as_module
 from funclora._population import per_example_value_and_grad, population_step
 from funclora._route import route
 from funclora._rules import DoRA, Full, LoRA, Rule
@@ -20,6 +21,7 @@ from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "AdapterCache",
+    "AdapterModule",
     "CacheStats",
     "DoRA",
     "Full",
@@ -28,6 +30,7 @@ __all__ = [
     "Rule",
     "Stack",
     "apply",
+    "as_module",
     "base_params",
     "bind",
     "errors",
