@@ -12,21 +12,23 @@ import copy
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, cast
 
 import optree
 import torch
 from torch import Tensor, nn
 
-from funclora._apply import Adapters, Params, bind, named_tensors, unwritten, versions
+from funclora._apply import Adapters, Params, bind, check_adapters, named_tensors, unwritten, versions
 from funclora._clone import clone_module
 from funclora._config import LoraConfig
 from funclora._module_hf import overrides, own_configs
 from funclora._routed import Routed
 from funclora._rules import Rule
 from funclora._stack import Stack
-from funclora.errors import ConfigError, ParamsError, UnsupportedError, near
+from funclora.errors import ConfigError, FuncloraWarning, ParamsError, UnsupportedError, near
 from funclora.io._peft_agree import as_wrapped
 from funclora.io.peft import save_peft
 
@@ -70,7 +72,8 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
         >>> optimizer.step()
         >>> trained = module.adapters  # {"2.weight": LoRA(...)}, as apply, merge and save_peft take it
     """
-    if isinstance(adapters, Stack) or any(isinstance(rule, Routed) for rule in adapters.values()):
+    given: Any = adapters
+    if isinstance(given, Stack) or any(isinstance(rule, Routed) for rule in adapters.values()):
         raise UnsupportedError(
             "as_module takes one adapter, got a stack or routed adapters. Pass one member, stack[i]; population_step "
             "trains all members of a stack."
@@ -79,9 +82,11 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
         raise UnsupportedError("as_module: the model was itself made by as_module. Pass the model that it was made of.")
     if not adapters:
         raise ConfigError("as_module: there is nothing to train, adapters hold no rule.")
+    check_adapters(params, adapters)
     if config is not None:
         as_wrapped(adapters, config)  # what cannot be saved is refused before it is trained
-    return _class_for(type(model))(model, params, adapters, config)
+    kind: Any = type(model)
+    return _class_for(kind)(model, params, adapters, config)
 
 
 class _Live(NamedTuple):
@@ -114,13 +119,16 @@ class AdapterModule(nn.Module):
 
     def __init__(self, model: nn.Module, params: Params, adapters: Adapters, config: LoraConfig | None) -> None:
         super().__init__()
-        tree: Any = dict(adapters)
-        paths, leaves, self._spec = optree.tree_flatten_with_path(tree)
         self.adapter = nn.Module()
-        self._slots = [
-            _register(self.adapter, ".".join(filter(None, (name, *(_LEAVES.get(leaf, leaf) for leaf in path)))), value)
-            for (name, *path), value in zip(paths, leaves, strict=True)
-        ]
+        blank = torch.empty(0, device="meta")
+        self._rules: dict[str, Rule] = {  # without their tensors
+            name: replace(cast(Any, rule), **dict.fromkeys(rule.leaves, blank)) for name, rule in adapters.items()
+        }
+        self._slots: list[tuple[str, str, nn.Module, str]] = []  # each leaf's rule, name there, owner and name here
+        for name, rule in sorted(adapters.items()):  # optimizers know parameters by their order
+            for leaf in rule.leaves:
+                path = ".".join(filter(None, (name, _LEAVES.get(leaf, leaf))))
+                self._slots.append((name, leaf, *_register(self.adapter, path, getattr(rule, leaf))))
         self._adapter_config = config
         self._names = list(params)
         self._params = {name: tensor.detach() for name, tensor in params.items()}
@@ -137,7 +145,10 @@ class AdapterModule(nn.Module):
     @property
     def adapters(self) -> dict[str, Rule]:
         """The adapters as they are now. Their leaves are the module's parameters: later steps change them."""
-        return self._tree([getattr(owner, name) for owner, name in self._slots])
+        leaves: dict[str, dict[str, Tensor]] = {name: {} for name in self._rules}
+        for name, leaf, owner, key in self._slots:
+            leaves[name][leaf] = getattr(owner, key)
+        return {name: replace(cast(Any, rule), **leaves[name]) for name, rule in self._rules.items()}
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -147,7 +158,8 @@ class AdapterModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`apply(model, params, adapters, *args, **kwargs)`."""
         if torch.compiler.is_compiling():
-            return bind(self._live.bound, self._params, self.adapters)(*args, **kwargs)
+            # The tracer follows no weights that are lazy when it comes.
+            return torch.compiler.disable(_uncompiled)(self, *args, **kwargs)
         with unwritten(self._params, self.adapters):
             return self._current()(*args, **kwargs)
 
@@ -192,14 +204,14 @@ class AdapterModule(nn.Module):
             )
         if not is_main_process:
             return
-        adapters = self.adapters
+        adapters: Any = self.adapters
         if state_dict is not None:
             names = [name for name, _ in self.named_parameters()]
             missing = [name for name in names if name not in state_dict]
             if missing:
                 raise ParamsError(f"save_pretrained: state_dict lacks {missing[0]!r}.{near(missing[0], state_dict)}")
             places = {id(parameter): name for name, parameter in self.named_parameters()}
-            adapters = optree.tree_map(lambda leaf: state_dict[places[id(leaf)]], cast(Any, adapters))
+            adapters = optree.tree_map(lambda leaf: state_dict[places[id(leaf)]], adapters)
         base = getattr(self._live.bound, "name_or_path", None)
         if isinstance(base, str) and base and config.base_model_name_or_path is None:
             config = config.replace(base_model_name_or_path=base)
@@ -249,7 +261,7 @@ class AdapterModule(nn.Module):
         return self._kind.__name__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         places = {name: _place(tensor) for name, tensor in self._params.items()}  # tied weights stay tied
         tensors = {place: self._params[name] for name, place in places.items()}
         with torch.no_grad():
@@ -264,35 +276,30 @@ class AdapterModule(nn.Module):
             "DistributedDataParallel, one process for each device (torchrun, accelerate launch)."
         )
 
-    def _tree(self, leaves: list[Tensor]) -> dict[str, Rule]:
-        return cast("dict[str, Rule]", optree.tree_unflatten(self._spec, leaves))
-
     def _current(self) -> nn.Module:
         """The bound copy: the one from before if nothing can have changed that it does not see, else a new one."""
         live = self._live
-        leaves = [getattr(owner, name) for owner, name in self._slots]
+        leaves = [getattr(owner, key) for _, _, owner, key in self._slots]
         if (
             live.leaves is not None
-            # One that is not trained may have been written to, and DoRA's norm may have been worked out for good.
             and all(now is then and now.requires_grad for now, then in zip(leaves, live.leaves, strict=True))
             and all(owner.get(name) is buffer for owner, name, buffer in live.buffers)
             and versions([buffer for _, _, buffer in live.buffers]) == live.versions
         ):
             return live.bound
-        adapters = self._tree(leaves)
+        adapters = self.adapters
         # A copy that was made in inference mode could not be trained later.
         outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
         with outside:
             bound = bind(live.bound, self._params, adapters)
         owners = [module._buffers for module in bound.modules()]
         buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner.items() if buffer is not None]
-        cast_once = any(
+        # Of what is not trained, bind may have computed with the values (DoRA's norm), and so it does in a cast.
+        sees = all(leaf.requires_grad for leaf in leaves) and not any(
             rule.dense_is_free and rule.dense(self._params[name]).dtype != self._params[name].dtype
             for name, rule in adapters.items()
         )
-        self._live = _Live(
-            bound, None if cast_once else leaves, buffers, versions([buffer for _, _, buffer in buffers])
-        )
+        self._live = _Live(bound, leaves if sees else None, buffers, versions([buffer for _, _, buffer in buffers]))
         return bound
 
     # --- copies and pickles ------------------------------------------------------------------------------------
@@ -310,8 +317,17 @@ class AdapterModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
         new = memo[id(self)] = _blank(self._kind)
         memo.update({id(tensor): tensor for tensor in self._params.values()})  # nobody writes to them
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return new
+
+
+def _uncompiled(module: AdapterModule, *args: Any, **kwargs: Any) -> Any:
+    warnings.warn(
+        "torch.compile has no effect on what as_module returns: it runs as it is. Compile apply, or a train_step.",
+        FuncloraWarning,
+        stacklevel=2,
+    )
+    return AdapterModule.forward(module, *args, **kwargs)
 
 
 def _register(root: nn.Module, path: str, value: Tensor) -> tuple[nn.Module, str]:
@@ -350,5 +366,6 @@ def _class_for(kind: type[nn.Module]) -> type[AdapterModule]:
 
 def _blank(kind: type[nn.Module]) -> AdapterModule:
     """A module without state, for `copy` and `pickle`."""
-    made = _class_for(kind)
+    hashable: Any = kind
+    made = _class_for(hashable)
     return made.__new__(made)

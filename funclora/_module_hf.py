@@ -14,6 +14,7 @@ from torch import nn
 from funclora._apply import named_tensors
 from funclora._clone import clone_module
 from funclora._lazy import LazyWeight
+from funclora._rules import Full
 from funclora.errors import UnsupportedError
 
 _GIVEN = "The adapter is the one that as_module was given"
@@ -75,12 +76,14 @@ def get_output_embeddings(self: Any) -> nn.Module | None:
 
 def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """The number of parameters of the model and its adapter, or of the adapter alone."""
-    added = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad or not only_trainable)
+    added = 0
+    for parameter in self.parameters():
+        added += parameter.numel() if parameter.requires_grad or not only_trainable else 0
     if only_trainable:
         return added
-    replaced = sum(rule.leaves == ("value",) and rule.value.numel() for rule in self.adapters.values())
-    base: int = self._current().num_parameters(exclude_embeddings=exclude_embeddings)
-    return base + added - replaced
+    replaced = sum(rule.value.numel() for rule in self.adapters.values() if isinstance(rule, Full))
+    total: int = self._current().num_parameters(exclude_embeddings=exclude_embeddings) + added - replaced
+    return total
 
 
 def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
