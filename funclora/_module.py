@@ -109,6 +109,17 @@ class AdapterModule(nn.Module):
     As in `apply`, every call starts from the buffers in `params`: running statistics of BatchNorm stay what they are.
 
     `copy.deepcopy` copies the parameters and shares the frozen weights. A pickle holds both.
+
+    Examples:
+        >>> import funclora as fl
+        >>> model = nn.Linear(2, 1)
+        >>> params = fl.base_params(model)
+        >>> module = fl.as_module(model, params, {"weight": fl.LoRA(torch.ones(1, 2), torch.ones(1, 1))})
+        >>> x = torch.ones(3, 2)
+        >>> torch.equal(module(x), fl.apply(model, params, module.adapters, x))
+        True
+        >>> module.out_features, module.weight.shape, [name for name, _ in module.named_parameters()]
+        (1, torch.Size([1, 2]), ['adapter.weight.lora_A', 'adapter.weight.lora_B'])
     """
 
     # Trainer asks for it when a checkpoint lacks keys.

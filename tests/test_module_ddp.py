@@ -29,14 +29,14 @@ def distributed(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        for i, kwargs in enumerate(({}, {"find_unused_parameters": True})):
+        for i, find_unused in enumerate((False, True)):
             model, module, data = regression()
             check = snapshot(model, fl.base_params(model))
             if rank == 1:  # the first process's values count
                 with torch.no_grad():
                     for parameter in module.parameters():
                         parameter.add_(1.0)
-            wrapped = nn.parallel.DistributedDataParallel(module, **kwargs)
+            wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=find_unused)
             optimizer = optim.AdamW(wrapped.parameters(), lr=1e-2)
             for x, y in DataLoader(data, batch_size=8):
                 optimizer.zero_grad()
