@@ -293,7 +293,7 @@ class AdapterModule(nn.Module):
         leaves = [getattr(owner, key) for _, _, owner, key in self._slots]
         if (
             live.leaves is not None
-            and all(now is then and now.requires_grad for now, then in zip(leaves, live.leaves, strict=True))
+            and all(now is then for now, then in zip(leaves, live.leaves, strict=True))
             and all(owner.get(name) is buffer for owner, name, buffer in live.buffers)
             and versions([buffer for _, _, buffer in live.buffers]) == live.versions
         ):

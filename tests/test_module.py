@@ -195,9 +195,12 @@ def test_buffers_are_those_of_params_in_every_call() -> None:
     for _ in range(2):
         module(x).sum().backward()
     check()
-    torch.testing.assert_close(
-        module.eval()(x), fl.apply(copy.deepcopy(model).eval(), params, adapters, x), rtol=0, atol=0
-    )
+    expected = fl.apply(copy.deepcopy(model).eval(), params, adapters, x)
+    torch.testing.assert_close(module.eval()(x), expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        module.load_state_dict(module.state_dict(), assign=True)  # so that it is bound in here
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
+    module.train()(x).sum().backward()
 
 
 def test_a_call_sees_every_way_to_change_the_parameters() -> None:
@@ -444,6 +447,20 @@ def test_it_passes_for_a_model_of_transformers() -> None:
     module.generation_config = copy.deepcopy(module.generation_config)
     assert (model.config.to_dict(), model.generation_config.to_dict()) == config
     check()
+
+
+def test_a_tied_weight_without_an_adapter_stays_as_it_is() -> None:
+    model = llama().eval()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    params = fl.base_params(model)
+    assert params["lm_head.weight"].data_ptr() == params["model.embed_tokens.weight"].data_ptr()
+    module = fl.as_module(
+        model, params, rules(params, {"model.embed_tokens.weight": LLAMA["model.embed_tokens.weight"]})
+    )
+    before = module(IDS).logits
+    module.tie_weights()
+    torch.testing.assert_close(module(IDS).logits, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
