@@ -10,6 +10,7 @@ from funclora._config import LoraConfig
 from funclora._evaluate import evaluate
 from funclora._init import init
 from funclora._merge import merge
+from funclora._module import AdapterModule, as_module
 from funclora._population import per_example_value_and_grad, population_step
 from funclora._route import route
 from funclora._rules import DoRA, Full, LoRA, Rule
@@ -21,6 +22,7 @@ from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "AdapterCache",
+    "AdapterModule",
     "CacheStats",
     "CombinedFolders",
     "DoRA",
@@ -31,6 +33,7 @@ __all__ = [
     "Stack",
     "algebra",
     "apply",
+    "as_module",
     "base_params",
     "bind",
     "combine_peft",

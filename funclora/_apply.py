@@ -183,9 +183,9 @@ def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
     """
     leaves = [(name, leaf) for name, rule in adapters.items() if rule.dense_is_free for leaf in rule.leaves]
     tensors = [*params.values(), *(getattr(adapters[name], leaf) for name, leaf in leaves)]
-    before = _versions(tensors)
+    before = versions(tensors)
     yield
-    after = _versions(tensors)
+    after = versions(tensors)
     if after != before:
         names = [*(f"params[{name!r}]" for name in params), *(f"adapters[{name!r}].{leaf}" for name, leaf in leaves)]
         name = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
@@ -195,7 +195,7 @@ def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
         )
 
 
-def _versions(tensors: list[Tensor]) -> list[int | None]:
+def versions(tensors: list[Tensor]) -> list[int | None]:
     """How often each tensor was written to, as autograd counts; for inference tensors it does not."""
     with torch._C.DisableTorchFunctionSubclass():
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]

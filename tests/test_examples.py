@@ -95,3 +95,20 @@ def test_combine_adapters() -> None:
     assert (result.ranks["sum"], result.ranks["sum, recompressed"]) == (8, 4)
     assert result.undone < 1e-5
     assert result.folder < 1e-6
+
+
+@pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
+def test_trainer(options: list[str], tmp_path: Path) -> None:
+    result = run("trainer", f"--out={tmp_path}", *options)
+    assert result.last_loss < 0.2 * result.first_loss
+    assert result.counted[3:] == [13, 16, 19, 22, 25, 28]
+    assert result.base_unchanged
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # TRL's names for transformers' options
+def test_sft_trainer() -> None:
+    result = run("sft_trainer")
+    assert result.last_loss < 0.2 * result.first_loss
+    assert result.continued == "still waters run deep"
+    assert result.base_unchanged
