@@ -11,6 +11,8 @@ from funclora._evaluate import evaluate
 from funclora._init import init
 from funclora._merge import merge
 from funclora._population import per_example_value_and_grad, population_step
+from funclora._quantize import dequantize, quantize
+from funclora._quantized import Quantized
 from funclora._route import route
 from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
@@ -25,11 +27,13 @@ __all__ = [
     "Full",
     "LoRA",
     "LoraConfig",
+    "Quantized",
     "Rule",
     "Stack",
     "apply",
     "base_params",
     "bind",
+    "dequantize",
     "errors",
     "evaluate",
     "init",
@@ -38,6 +42,7 @@ __all__ = [
     "optim",
     "per_example_value_and_grad",
     "population_step",
+    "quantize",
     "route",
     "save_peft",
     "stack",
