@@ -18,6 +18,7 @@ from funclora._entrance import Entrance, with_rows
 from funclora._layout import Embedding, Layout
 from funclora._lazy import Carriers, LazyWeight, requires_grad
 from funclora._quantize import of_bitsandbytes, read_any_weight, reads_packed_weights
+from funclora._quantized import plain_weight
 from funclora._routed import Routed
 from funclora._rules import LinearMap, Rule
 from funclora._tree import pytree_node
@@ -275,7 +276,9 @@ class _TracedModule:
         self._rows = rows_of_batch(adapters)
         self._tensors = {}
         places: dict[tuple[int, str], str] = {}
-        for name, value in params.items():
+        for name, given in params.items():
+            # The tracer loses track of a quantised weight inside of a lazy one.
+            value = plain_weight(given) if name in adapters else given
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
             twin = places.setdefault((id(owner), leaf), name)

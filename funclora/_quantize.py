@@ -189,13 +189,14 @@ def _int8(name: str, weight: Any, owner: Any, model: nn.Module) -> Quantized:
 
 def reads_packed_weights(module: nn.Module) -> bool:
     """Whether a module is one of bitsandbytes', whose forward wants its own packed weight and no other."""
-    return _packs(type(module))
+    kind = type(module)
+    if kind not in _packs:  # no functools.cache, which the compiler warns of
+        _packs[kind] = any(_is_theirs(base) and base.__name__ in _PACKERS for base in kind.__mro__)
+    return _packs[kind]
 
 
-@functools.cache
-def _packs(kind: type[nn.Module]) -> bool:
-    packers = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    return any(_is_theirs(base) and base.__name__ in packers for base in kind.__mro__)
+_PACKERS = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
+_packs: dict[type[nn.Module], bool] = {}
 
 
 def _is_theirs(thing: Any) -> bool:

@@ -109,9 +109,10 @@ class Quantized(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _STRIDES:
-            return func(_strided(args[0]), *args[1:], **kwargs)
-        if func in _CASTS and not (func is Tensor.type and len(args) == 1 and not kwargs):
+        is_cast = func in _CASTS and not (func is Tensor.type and len(args) == 1 and not kwargs)
+        if (is_cast or func in _VIEWS) and torch.compiler.is_compiling():  # the tracer knows none that is made inside
+            return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
+        if is_cast:
             return _cast(func, *args, **kwargs)
         if func in METADATA or func in LIKE or func == _REQUIRES_GRAD:
             with torch._C.DisableTorchFunctionSubclass():
@@ -247,7 +248,11 @@ def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     if autocast:
         source = source._replace(dtype=torch.get_autocast_dtype(kind))
-    y: Tensor = _Through.apply(x.to(source.dtype), op, source, *weight.parts)
+    x_ = x.to(source.dtype)
+    if torch.compiler.is_compiling():  # the tracer takes no such function, and decides itself what to keep
+        y: Tensor = op(x_, source.dense(weight.parts))
+    else:
+        y = _Through.apply(x_, op, source, *weight.parts)
     if bias is not None:
         y = y + bias.to(source.dtype)
     return y if autocast else y.to(x.dtype)
@@ -376,11 +381,6 @@ def _empty(x: Any) -> Any:
     return torch.empty(0, dtype=x.source.dtype, device=x.parts[0].device) if isinstance(x, Quantized) else x
 
 
-def _strided(x: Any) -> Any:
-    """A tensor with the strides of the dense weight, and without values."""
-    return x.source.viewed(torch.empty(x.source.stored, device="meta")) if isinstance(x, Quantized) else x
-
-
 def _clone(x: Quantized, *, memory_format: torch.memory_format = torch.preserve_format) -> Quantized:
     return Quantized.of(x.source, tuple(part.clone() for part in x.parts))
 
@@ -408,7 +408,6 @@ def _without_rows(args: Any, kwargs: Any) -> tuple[Any, bool]:
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_STRIDES = frozenset((Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset))
 _CASTS = frozenset((
     Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16,
     Tensor.double,
