@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, cast
@@ -213,13 +212,13 @@ def read_any_weight(module: nn.Module, name: str) -> None:
             f"{name!r} belongs to a {kind.__name__}, whose own forward reads a weight that bitsandbytes packed. Bind a "
             "model with plain layers instead: the same params fit it."
         )
-    module.__class__ = _plain_class(kind)
+    if kind not in _readers:
+        layer = _Linear if issubclass(kind, nn.Linear) else _Embedding
+        _readers[kind] = type(kind.__name__, (layer, kind), {"__module__": kind.__module__})
+    module.__class__ = _readers[kind]
 
 
-@functools.cache
-def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    layer = _Linear if issubclass(kind, nn.Linear) else _Embedding
-    return type(kind.__name__, (layer, kind), {"__module__": kind.__module__})
+_readers: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Linear(nn.Module):
