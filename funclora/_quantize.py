@@ -135,7 +135,9 @@ def _check(name: str, weight: Tensor) -> None:
     if isinstance(weight, Quantized):
         raise ParamsError(f"quantize: {name!r} is quantised already: {weight!r}.")
     if weight.dtype not in DTYPES:
-        raise ParamsError(f"quantize: {name!r} has dtype {weight.dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+        raise ParamsError(
+            f"quantize: {name!r} has dtype {weight.dtype}, expected one of {', '.join(map(str, DTYPES))}."
+        )
     if weight.is_meta or not weight.numel():
         what = "is on the meta device" if weight.is_meta else f"has shape {list(weight.shape)}"
         raise ParamsError(f"quantize: {name!r} {what}: there are no values to quantise.")

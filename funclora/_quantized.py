@@ -165,7 +165,7 @@ pytree.register_pytree_node(
         weight.source,
     ),
 )
-optree.register_pytree_node(Quantized, _flatten, _unflatten, namespace=GLOBAL_NAMESPACE)
+optree.register_pytree_node(Quantized, _flatten, _unflatten, namespace=GLOBAL_NAMESPACE)  # type: ignore[arg-type]
 
 
 class _Through(torch.autograd.Function):
@@ -186,23 +186,25 @@ class _Through(torch.autograd.Function):
         ctx.save_for_forward(*parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
-        back = _Through.apply(grad, _adjoint(ctx.op, ctx.shape, ctx.source), ctx.source, *parts)
+        back = _through(grad, _adjoint(ctx.op, ctx.shape, ctx.source), ctx.source, *parts)
         return back, None, None, *(None for _ in parts)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        out: Tensor = _Through.apply(tangent, ctx.op, ctx.source, *ctx.saved_tensors)
-        return out
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _through(tangent, ctx.op, ctx.source, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, op: Op, source: Source, *parts: Tensor
     ) -> tuple[Tensor, int]:
         # The weight is a constant, so it is the input that is batched.
         mapped = op if _is_product(op, source) else functools.partial(_mapped, op)
-        return _Through.apply(x.movedim(in_dims[0] or 0, 0), mapped, source, *parts), 0
+        return _through(x.movedim(in_dims[0] or 0, 0), mapped, source, *parts), 0
+
+
+_through: Callable[..., Tensor] = _Through.apply
 
 
 def _adjoint(op: Op, shape: torch.Size, source: Source) -> Op:
@@ -233,7 +235,9 @@ _PRODUCTS: dict[Op, Op] = {F.linear: torch.matmul, torch.matmul: F.linear}
 
 
 def _is_product(op: Op, source: Source) -> bool:
-    return op in _PRODUCTS and len(source.stored) == 2 and all(view is not Tensor.__getitem__ for view, _ in source.steps)
+    return (
+        op in _PRODUCTS and len(source.stored) == 2 and all(view is not Tensor.__getitem__ for view, _ in source.steps)
+    )
 
 
 class _NoFormError(Exception):
@@ -252,7 +256,7 @@ def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():  # the tracer takes no such function, and decides itself what to keep
         y: Tensor = op(x_, source.dense(weight.parts))
     else:
-        y = _Through.apply(x_, op, source, *weight.parts)
+        y = _through(x_, op, source, *weight.parts)
     if bias is not None:
         y = y + bias.to(source.dtype)
     return y if autocast else y.to(x.dtype)
