@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from funclora._by_row import differs_by_row, operate_by_row
 from funclora._carrier import LIKE, METADATA, carrier
 from funclora._maps import UnmappedError, linear_maps
+from funclora._quantized import held
 from funclora._rows import written
 from funclora._rules import Rule
 from funclora._views import inlined, views
@@ -120,7 +121,7 @@ class LazyWeight(torch.Tensor):
             lazy, op = mapped
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
-            return op.finish(lazy.rule.read(op, lazy.base, dropout))
+            return op.finish(lazy.rule.read(op, held(lazy.base), dropout))
         by_row = operate_by_row(func, args, kwargs)
         if by_row is not NotImplemented:
             return by_row

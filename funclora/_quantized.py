@@ -74,6 +74,7 @@ class Quantized(torch.Tensor):
 
     source: Source
     parts: Parts
+    _held: list[Tensor] | None = None  # the dense weight, where `held` keeps it
 
     @staticmethod
     def of(source: Source, parts: Parts) -> Quantized:
@@ -138,7 +139,22 @@ class Quantized(torch.Tensor):
 
 def plain_weight(x: Any) -> Any:
     """The dense weight of a quantised one; anything else as it is."""
-    return x.dequantize() if isinstance(x, Quantized) else x
+    if not isinstance(x, Quantized):
+        return x
+    if x._held is None:
+        return x.dequantize()
+    if not x._held:
+        x._held.append(x.dequantize())
+    return x._held[0]
+
+
+def held(x: Any) -> Any:
+    """The weight for several uses in a row, of which the second and later ones find it unpacked; not to be kept."""
+    if not isinstance(x, Quantized):
+        return x
+    weight = Quantized.of(x.source, x.parts)
+    weight._held = []
+    return weight
 
 
 def _mapped_tree(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -169,18 +185,23 @@ optree.register_pytree_node(Quantized, _flatten, _unflatten, namespace=GLOBAL_NA
 
 
 class _Through(torch.autograd.Function):
-    """`op(x, W)` with W unpacked for this product alone, and again for its transpose in backward."""
+    """`op(x, W)` with W unpacked for this product alone, and again for its transpose in backward.
+
+    Where W is at hand already, forward uses it; what backward keeps are the packed parts in any case.
+    """
 
     @staticmethod
-    def forward(x: Tensor, op: Op, source: Source, *parts: Tensor) -> Tensor:
+    def forward(x: Tensor, op: Op, source: Source, dense: Tensor | None, *parts: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
+            if dense is not None:
+                return op(x, dense)
             if op is F.linear and not source.steps and source.dtype in DTYPES:
                 return source.packing.linear(x, parts, source.stored)
             return op(x, source.dense(parts))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.op, ctx.source, *parts = inputs
+        x, ctx.op, ctx.source, _, *parts = inputs
         ctx.shape = x.shape
         ctx.save_for_backward(*parts)
         ctx.save_for_forward(*parts)
@@ -188,20 +209,26 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
-        back = _through(grad, _adjoint(ctx.op, ctx.shape, ctx.source), ctx.source, *parts)
-        return back, None, None, *(None for _ in parts)
+        back = _through(grad, _adjoint(ctx.op, ctx.shape, ctx.source), ctx.source, None, *parts)
+        return back, None, None, None, *(None for _ in parts)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _through(tangent, ctx.op, ctx.source, *ctx.saved_tensors)
+        return _through(tangent, ctx.op, ctx.source, None, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, op: Op, source: Source, *parts: Tensor
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        op: Op,
+        source: Source,
+        dense: Tensor | None,
+        *parts: Tensor,
     ) -> tuple[Tensor, int]:
         # The weight is a constant, so it is the input that is batched.
         mapped = op if _is_product(op, source) else functools.partial(_mapped, op)
-        return _through(x.movedim(in_dims[0] or 0, 0), mapped, source, *parts), 0
+        return _through(x.movedim(in_dims[0] or 0, 0), mapped, source, dense, *parts), 0
 
 
 _through: Callable[..., Tensor] = _Through.apply
@@ -256,7 +283,8 @@ def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():  # the tracer takes no such function, and decides itself what to keep
         y: Tensor = op(x_, source.dense(weight.parts))
     else:
-        y = _through(x_, op, source, *weight.parts)
+        dense = weight._held[0].to(source.dtype) if weight._held else None
+        y = _through(x_, op, source, dense, *weight.parts)
     if bias is not None:
         y = y + bias.to(source.dtype)
     return y if autocast else y.to(x.dtype)

@@ -573,7 +573,14 @@ def test_bind_works_norms_out_once() -> None:
 
     with Watch(), torch.no_grad():
         bound(torch.ones(1, 64))
-    assert len(unpacked) == 1
+    assert len(unpacked) == 1  # by the product
+    unpacked.clear()
+    rule = adapters["0.weight"]
+    with Watch():
+        y = apply(model, params, {"0.weight": replace(rule, a=rule.a.clone().requires_grad_())}, torch.ones(1, 64))
+        assert len(unpacked) == 1  # for the norms and the product together
+        y.sum().backward()
+    assert len(unpacked) == 1  # no gradient by the input is wanted
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------
