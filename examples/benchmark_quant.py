@@ -46,7 +46,7 @@ def ours(model: Any, params: dict[str, Tensor], config: fl.LoraConfig, ids: Tens
 
     def run() -> float:
         *now[:], metrics = step(params, *now, ids)
-        return metrics["loss"].item()  # type: ignore[no-any-return]
+        return metrics["loss"].item()
 
     return run
 
