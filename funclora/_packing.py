@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funclora.errors import ConfigError, UnsupportedError
+from funclora.errors import ConfigError, NonFiniteError, UnsupportedError
 
 Parts = tuple[Tensor, ...]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -151,7 +151,12 @@ class Int8(Packing):
                 f"quantize: int8 holds one scale for each row of a matrix, got a weight of shape {list(weight.shape)}. "
                 "Use 'nf4' or 'fp4', which pack any shape, or leave it out."
             )
-        values, scales, _ = library().functional.int8_vectorwise_quant(weight.to(torch.float16))
+        half = weight.to(torch.float16)
+        if not torch.isfinite(half).all():
+            raise NonFiniteError(
+                "quantize: int8 is packed from float16, in which a weight overflows. Use 'nf4' or 'fp4'."
+            )
+        values, scales, _ = library().functional.int8_vectorwise_quant(half)
         return values, scales
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:

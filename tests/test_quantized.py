@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,9 +277,9 @@ def test_second_derivatives_and_forward_mode_by_the_input(op: str) -> None:
 
 
 def test_convolutions_have_second_derivatives_and_forward_mode() -> None:
-    weight = packed(torch.randn(6, 4, 2, 2)).double()
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    for call in (lambda x: F.conv2d(x, weight, padding=1), lambda x: F.conv_transpose2d(x, weight[:4], stride=2)):
+    weight = packed(torch.randn(3, 2, 2, 2)).double()
+    x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    for call in (lambda x: F.conv2d(x, weight, padding=1), lambda x: F.conv_transpose2d(x, weight[:2], stride=2)):
         assert torch.autograd.gradcheck(call, (x,), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(lambda x, call=call: call(x).square(), (x,))
 
@@ -492,6 +493,7 @@ def test_summary_counts_values_not_bytes() -> None:
         (torch.ones(4, 4, device="meta"), {}, ParamsError, "'w' is on the meta device"),
         (torch.ones(0, 4), {}, ParamsError, r"'w' has shape \[0, 4\]: there are no values"),
         (torch.full((4, 4), float("nan")), {}, NonFiniteError, "'w' holds NaN or infinity"),
+        (torch.full((4, 4), 1e5), {"kind": "int8"}, NonFiniteError, "packed from float16, in which a weight overflows"),
         (torch.ones(4), {}, TargetError, r"'w' has shape \[4\]. Only matrices"),
         (torch.ones(4, 4, 2), {"kind": "int8"}, UnsupportedError, "int8 holds one scale for each row of a matrix"),
     ],
@@ -787,6 +789,41 @@ def test_a_weight_that_was_repacked_for_this_cpu_is_refused(llama: Path) -> None
         base_params(model)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"quant_storage": torch.bfloat16}, {"compute_dtype": torch.bfloat16}, {"compress_statistics": False}],
+    ids=["storage", "compute", "plain scales"],
+)
+def test_options_of_a_4_bit_layer(options: Any) -> None:
+    layer, x = bnb.nn.Linear4bit(64, 32, **options).to("cpu"), torch.randn(3, 64)
+    params = base_params(layer)
+    assert params["weight"].dtype == options.get("compute_dtype", torch.float32)
+    close(apply(layer, params, {}, x), layer(x), 2e-2 if "compute_dtype" in options else 0)
+    adapters = {"weight": make_rule("lora", Linear(), params["weight"].dequantize(), gen(0), torch.float32)}
+    grads = torch.func.grad(lambda a, p: apply(layer, p, a, x).square().sum())
+    close(grads(adapters, params), grads(adapters, dequantize(params)), 5e-2)
+    assert fl.trace_targets(layer, params, adapters, x) == {"weight": "fast"}
+
+
+@pytest.mark.parametrize("as_floats", [False, True], ids=["packed", "16 bits"])
+def test_8_bit_layers(as_floats: bool) -> None:
+    layer, x = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=as_floats), torch.randn(3, 64)
+    original = layer.weight.detach().clone()
+    layer = layer.to("cpu")
+    params = base_params(layer)
+    assert isinstance(params["weight"], Quantized) != as_floats
+    close(apply(layer, params, {}, x), F.linear(x, original, layer.bias), 0 if as_floats else 2e-2)
+
+
+def test_threads_share_a_quantised_base() -> None:
+    model = mlp(4)
+    params = quantize(base_params(model), ["0", "2", "4", "6"])
+    members, x = [member for _ in range(8) for member in members_of(params)], torch.randn(3, 64)
+    expected = [apply(model, params, member, x) for member in members]
+    with ThreadPoolExecutor(4) as pool:
+        close(list(pool.map(lambda member: apply(model, params, member, x), members)), expected, 0)
+
+
 def test_bitsandbytes_layers_of_other_kinds() -> None:
     table = bnb.nn.EmbeddingNF4(32, 64)
     table.weight.data.normal_()
@@ -797,6 +834,9 @@ def test_bitsandbytes_layers_of_other_kinds() -> None:
     rule = make_rule("dora", Embedding(), params["weight"].dequantize(), gen(0))
     plain = nn.Embedding(32, 64)
     close(apply(table, params, {"weight": rule}, ids), apply(plain, dequantize(params), {"weight": rule}, ids), 1e-6)
+
+    table8 = bnb.nn.Embedding8bit(32, 64).to("cpu")
+    close(apply(table8, base_params(table8), {}, ids), table8(ids), 1e-6)
 
     class Own(bnb.nn.Linear4bit):
         def forward(self, x: Tensor) -> Tensor:
