@@ -12,6 +12,8 @@ from funclora._init import init
 from funclora._merge import merge
 from funclora._module import AdapterModule, as_module
 from funclora._population import per_example_value_and_grad, population_step
+from funclora._quantize import dequantize, quantize
+from funclora._quantized import Quantized
 from funclora._route import route
 from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
@@ -29,6 +31,7 @@ __all__ = [
     "Full",
     "LoRA",
     "LoraConfig",
+    "Quantized",
     "Rule",
     "Stack",
     "algebra",
@@ -37,6 +40,7 @@ __all__ = [
     "base_params",
     "bind",
     "combine_peft",
+    "dequantize",
     "errors",
     "evaluate",
     "init",
@@ -45,6 +49,7 @@ __all__ = [
     "optim",
     "per_example_value_and_grad",
     "population_step",
+    "quantize",
     "route",
     "save_peft",
     "stack",

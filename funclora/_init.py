@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funclora._apply import Params, base_params
 from funclora._config import LoraConfig
 from funclora._layout import Embedding
-from funclora._rules import DoRA, Full, LoRA, Rule, weight_norms
+from funclora._rules import DoRA, Full, LoRA, Rule, refuse_full, weight_norms
 from funclora._targets import Target, select
 from funclora.errors import ParamsError, near
 
@@ -78,6 +78,7 @@ def _fresh(
     if weight.is_meta and (config.use_dora or target.layout is None):
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if target.layout is None:
+        refuse_full(name, weight)
         return Full(weight.clone())
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
     a, b = (

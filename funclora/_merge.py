@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from funclora._apply import Adapters, Params, check_adapters
-from funclora.errors import NonFiniteError, TiedWeightsWarning
+from funclora._quantized import Quantized
+from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
 
 
 def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
@@ -30,6 +31,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     Raises:
         ParamsError: an adapter's parameter is missing, or a rule does not fit its weight.
         NonFiniteError: a rewritten weight holds NaN or infinity, or overflows its dtype.
+        UnsupportedError: an adapter's weight is quantised; merge into `dequantize(params)` or into the original.
 
     Examples:
         >>> from funclora import LoRA
@@ -45,6 +47,12 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     merged = dict(params)
     for name, rule in adapters.items():
         weight = params[name]
+        if isinstance(weight, Quantized):
+            raise UnsupportedError(
+                f"merge: {name!r} is quantised, and a merged weight is dense. Say which base to merge into: "
+                "merge(dequantize(params), adapters) keeps the weights that were trained with, "
+                "merge(original_params, adapters) takes those from before quantize."
+            )
         dense = rule.dense(weight)
         # Also away from an adapter's own leaf: the result of a Full rule must not alias it.
         # In the base's order in memory: safetensors takes no transposed view.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funclora._layout import ConvTranspose, Layout
 from funclora._maps import ConvMap, LeftMatmulMap, LinearMap
+from funclora._quantized import plain_weight
 from funclora._row_rules import Place
 from funclora._rows import dropped, rows_back, rows_first, rows_of
 from funclora._rules import DoRA, Full, Gained, LowRank, Rule, constant, row_norms_of_many
@@ -210,7 +211,7 @@ def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
         return Gained(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
     with constant():
         a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
-        norms = row_norms_of_many(rule.layout.matrix(weight), a, b, part.scalings).detach()
+        norms = row_norms_of_many(rule.layout.matrix(plain_weight(weight)), a, b, part.scalings).detach()
     return rule.gained(norms)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funclora._layout import Layout, Linear, Parameter
+from funclora._quantized import Quantized, plain_weight
 from funclora._tree import pytree_node
 from funclora.errors import ParamsError
 
@@ -180,7 +181,7 @@ class LowRank(Rule):
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
         a, b = self.layout.factors(self.a, self.b)
-        return _updated(self.layout.matrix(weight), a, b, self.scaling)
+        return _updated(self.layout.matrix(plain_weight(weight)), a, b, self.scaling)
 
 
 @pytree_node
@@ -326,12 +327,22 @@ class Full(Rule):
         return self.value
 
     def check(self, name: str, weight: Tensor) -> None:
+        refuse_full(name, weight)
         if self.value.shape != weight.shape:
             raise ParamsError(
                 f"adapter of {name!r}: value has shape {list(self.value.shape)}, expected {list(weight.shape)}."
             )
         if not weight.is_floating_point():
             raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
+
+
+def refuse_full(name: str, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight is quantised: training it in full would replace it, not adapt it."""
+    if isinstance(weight, Quantized):
+        raise ParamsError(
+            f"{name!r} is quantised and cannot be trained in full (modules_to_save, Full). Leave it out of the targets "
+            "of quantize, or put its dense value, weight.dequantize(), into params."
+        )
 
 
 def refuse_low_rank(name: str, weight: Tensor) -> None:
@@ -356,6 +367,7 @@ def constant() -> Iterator[None]:
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
+    weight = plain_weight(weight)
     norms = []
     for piece, a_piece in layout.pieces(weight, a, NORM_SHARE):
         a_matrix, b_matrix = layout.factors(a_piece, b)

@@ -60,6 +60,16 @@ def test_cnn_conv_adapters() -> None:
         assert result.accuracy > 0.7, name
 
 
+def test_qlora() -> None:
+    results = run("qlora", "--pretrain-steps=30", "--steps=40", "--lr=1e-2")
+    plain, packed = results["float32"], results["nf4"]
+    assert packed.megabytes < 0.3 * plain.megabytes
+    for result in results.values():
+        assert result.after < 0.1 * result.before
+        assert result.merged == pytest.approx(result.after, rel=1e-3)
+    assert packed.after == pytest.approx(plain.after, abs=0.1)
+
+
 @pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
 def test_merge_into_plain_model(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"

@@ -12,6 +12,7 @@ from torch import nn
 
 from funclora._config import LoraConfig, pattern_matches
 from funclora._layout import Attention, Conv, Conv1D, Embedding, Linear, Parameter
+from funclora._quantize import reads_packed_weights
 from funclora._targets import inside
 from funclora.io._peft_keys import FORMS, Wrapped
 
@@ -157,5 +158,10 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Multihead
 
 def _own_forward(module: nn.Module) -> bool:
     base = next((cls for cls in _PLAIN if isinstance(module, cls)), None)
-    # Tables that scale what they return (embed_scale) are known to PEFT.
-    return base is not None and type(module).forward is not base.forward and not hasattr(module, "embed_scale")
+    # Tables that scale what they return (embed_scale) are known to PEFT, and so are the layers of bitsandbytes.
+    return (
+        base is not None
+        and type(module).forward is not base.forward
+        and not hasattr(module, "embed_scale")
+        and not reads_packed_weights(module)
+    )
