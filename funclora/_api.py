@@ -12,21 +12,25 @@ from funclora._init import init
 from funclora._merge import merge
 from funclora._population import per_example_value_and_grad, population_step
 from funclora._route import route
-from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora._rules import Delta, DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
+from funclora._tokens import Tied, TrainableTokens
 from funclora._train import train_step, value_and_grad
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "AdapterCache",
     "CacheStats",
+    "Delta",
     "DoRA",
     "Full",
     "LoRA",
     "LoraConfig",
     "Rule",
     "Stack",
+    "Tied",
+    "TrainableTokens",
     "apply",
     "base_params",
     "bind",

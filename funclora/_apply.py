@@ -19,6 +19,7 @@ from funclora._layout import Embedding, Layout
 from funclora._lazy import Carriers, LazyWeight, requires_grad
 from funclora._routed import Routed
 from funclora._rules import LinearMap, Rule
+from funclora._tokens import untied
 from funclora._tree import pytree_node
 from funclora.errors import DenseFallbackWarning, ParamsError, PurityError, UnsupportedError, near
 
@@ -100,6 +101,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
     refuse_unbindable(model)
     check_adapters(params, adapters)
+    adapters = untied(adapters)
     if torch.compiler.is_compiling():
         return cast(M, _TracedModule(model, params, adapters))
     unused = set(params)
@@ -250,7 +252,7 @@ def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
 
 def check_adapters(params: Params, adapters: Adapters) -> None:
     """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
-    for name, rule in adapters.items():
+    for name, rule in untied(adapters).items():
         weight = params.get(name)
         if weight is None:
             raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")

@@ -22,7 +22,7 @@ from funclora._layout import Layout
 from funclora._maps import ConvMap, LeftMatmulMap, LinearMap
 from funclora._row_rules import Place
 from funclora._rows import dropped, rows_back, rows_first, rows_of
-from funclora._rules import DoRA, Full, LowRank, Rule
+from funclora._rules import DoRA, LowRank, Rule
 from funclora._tree import pytree_node
 from funclora.errors import UnsupportedError
 
@@ -157,13 +157,13 @@ class Routed(Rule):
         """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
         return None if self.replacing() else self.rules[0].layout  # type: ignore[attr-defined]
 
-    def replacing(self) -> list[tuple[Full, Part]]:
-        """The members that replace the weight as a whole."""
-        return [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, Full)]
+    def replacing(self) -> list[tuple[Rule, Part]]:
+        """The members whose weight is no low-rank update of the base's."""
+        return [(r, part) for r, part in zip(self.rules, self.parts, strict=True) if not isinstance(r, LowRank)]
 
     def updating(self) -> Routed | None:
         """The rule of the other members, if there are any."""
-        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if not isinstance(rule, Full)]
+        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, LowRank)]
         return replace(self, rules=tuple(r for r, _ in kept), parts=Parts(p for _, p in kept)) if kept else None
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -174,8 +174,7 @@ class Routed(Rule):
 
     def check(self, name: str, weight: Tensor) -> None:
         for rule in self.rules:
-            one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[0] for leaf in rule.leaves})
-            one.check(name, weight)
+            member(rule, 0).check(name, weight)
             if isinstance(rule, LowRank) and rule.layout.lead(weight.shape):
                 raise UnsupportedError(
                     f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
@@ -228,6 +227,12 @@ class Folded(Rule):
 
     def check(self, name: str, weight: Tensor) -> None:
         raise AssertionError
+
+
+def member(rule: Rule, j: int) -> Rule:
+    """The rule of the j-th of some members, whose rule has leaves `[m, *]`."""
+    one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaves})
+    return one
 
 
 def _folded(rule: Rule, part: Part, weight: Tensor) -> Folded:

@@ -13,7 +13,9 @@ from funclora import _layout
 from funclora._apply import named_tensors
 from funclora._config import LoraConfig, pattern_matches
 from funclora._layout import Layout
-from funclora._rules import refuse_low_rank
+from funclora._rules import Delta, DoRA, Full, LoRA, Rule, refuse_low_rank
+from funclora._tables import Tables, checked_tokens
+from funclora._tokens import Tied, TrainableTokens
 from funclora.errors import ParamsError, TargetError, near
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -36,15 +38,21 @@ class Target:
 
     Attributes:
         module: full name of the module that was matched (for `target_parameters`, of the owner).
-        layout: where the low-rank update lies, or None where the parameter is trained in full.
+        layout: where the low-rank update lies, or None for the other rules.
         r: the rank.
         scaling: s.
+        rule: the rule that it gets.
+        tokens: the rows of a `TrainableTokens`.
+        to: the parameter that a `Tied` one follows.
     """
 
     module: str
     layout: Layout | None
     r: int = 0
     scaling: float = 1.0
+    rule: type[Rule] = Full
+    tokens: tuple[int, ...] = ()
+    to: str = ""
 
 
 def weights_of(module: nn.Module) -> dict[str, Layout] | None:
@@ -102,6 +110,12 @@ class _Selection:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         self.parameters = {name for name in self.tensors if self._is_parameter(name)}
+        self.tables = Tables.of(model)
+        if config.ensure_weight_tying and not self.tables.tied:
+            raise TargetError(
+                f"ensure_weight_tying: {type(model).__name__} ties no weight to its input embeddings, or its "
+                "config.tie_word_embeddings is not set. Leave the field at False."
+            )
         self.saved = self._saved_modules()
 
     def _is_parameter(self, name: str) -> bool:
@@ -111,6 +125,8 @@ class _Selection:
     def targets(self) -> dict[str, Target]:
         config = self.config
         matched = self._target_modules() if config.target_modules else {}
+        tables = self.tables
+        tied = config.ensure_weight_tying and (tables.input in self.saved or tables.input in matched)
         of_modules, of_parameters = self._low_rank(matched), self._target_parameters()
         for name in of_parameters:
             if name in of_modules:
@@ -140,8 +156,17 @@ class _Selection:
                         "Name it in one of them."
                     )
                 found[parameter] = Target(name, None)
+        if tied:
+            found |= self._tied(found)
         for name in self._biases(found, matched):
             found.setdefault(name, Target(name.rpartition(".")[0], None))
+        found |= self._lora_biases(of_modules) if config.lora_bias else {}
+        found |= self._tokens(found)
+        if config.ensure_weight_tying and not any(target.rule is Tied for target in found.values()):
+            raise TargetError(
+                f"ensure_weight_tying: the adapter has nothing to tie. Name {tables.input!r} in target_modules, "
+                "modules_to_save or trainable_token_indices, or leave the field at False."
+            )
         return {name: found[name] for name in self.tensors if name in found}
 
     # Matching, by PEFT's rules but never silently.
@@ -161,6 +186,9 @@ class _Selection:
         if config.exclude_modules:
             excluded = self._matching("exclude_modules", config.exclude_modules)
             matched = {n: m for n, m in matched.items() if n not in excluded}
+        if config.ensure_weight_tying and self.tables.named(matched):
+            of = {*matched, self.tables.input} - {*self.tables.tied}
+            matched = {n: m for n, m in self.modules.items() if n in of}
         return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
 
     def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
@@ -225,6 +253,8 @@ class _Selection:
                     "alike. Give the full name of the module."
                 )
             saved += [n for n in matched if n not in saved]
+        if self.config.ensure_weight_tying and self.tables.named(saved):
+            saved = [self.tables.input, *(n for n in saved if n not in (self.tables.input, *self.tables.tied))]
         for name in saved:
             if not any(True for _ in self._parameters_under(name)):
                 raise TargetError(f"modules_to_save: {name!r} has no parameters.")
@@ -258,7 +288,8 @@ class _Selection:
 
     def _target(self, key: str, module: str, layout: Layout) -> Target:
         r = self.config.rank_of(key)
-        return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)))
+        rule = DoRA if self.config.use_dora else LoRA
+        return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)), rule)
 
     def _target_parameters(self) -> dict[str, Target]:
         names: list[str] = []
@@ -301,6 +332,74 @@ class _Selection:
         if not biases:
             raise TargetError(f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'.")
         return biases
+
+    def _lora_biases(self, low_rank: dict[str, Target]) -> dict[str, Target]:
+        """The biases of the targets of `lora_bias`: to add to them is what a bias of B does."""
+        found = {}
+        for name, target in low_rank.items():
+            owner = name.rpartition(".")[0]
+            bias = f"{owner}.bias" if owner else "bias"
+            if not isinstance(target.layout, (_layout.Linear, _layout.Conv1D, _layout.Conv, _layout.ConvTranspose)):
+                kind = type(self.modules[target.module]).__name__
+                raise TargetError(
+                    f"lora_bias: {name!r} is the weight of a {kind}, whose update has no bias. Exclude it."
+                )
+            if bias not in self.parameters:
+                raise TargetError(
+                    f"lora_bias: {owner!r} has no bias that could hold the one of B, and so could never be merged. "
+                    "Exclude it, or give the layer a bias of zeros."
+                )
+            found[bias] = Target(owner, None, target.r, target.scaling, Delta)
+        return found
+
+    def _tied(self, found: dict[str, Target]) -> dict[str, Target]:
+        """What follows the rule of the input embeddings."""
+        config, tables = self.config, self.tables
+        to = f"{tables.input}.weight"
+        if config.use_dora and found[to].rule is DoRA:
+            raise TargetError(
+                "ensure_weight_tying and use_dora: the magnitudes of a table and of an output layer are those of "
+                "different units, and cannot be tied. Set one of them to False, or train the table by modules_to_save."
+            )
+        for module in tables.tied:
+            same = config.rank_of(module) == found[to].r and config.alpha_of(module) == config.alpha_of(tables.input)
+            if found[to].layout is not None and not same:
+                raise TargetError(
+                    f"ensure_weight_tying: rank_pattern or alpha_pattern give {module!r} another rank or α than "
+                    f"{tables.input!r}, to which it is tied. Give them the same."
+                )
+            others = [n for n in self._parameters_under(module) if n != f"{module}.weight"]
+            if others and found[to].rule is Full:
+                raise TargetError(
+                    f"ensure_weight_tying: {others[0]!r} lies in {module!r}, which modules_to_save would tie to "
+                    f"{tables.input!r}, and PEFT would drop it. Leave ensure_weight_tying at False."
+                )
+        return {f"{module}.weight": Target(module, None, rule=Tied, to=to) for module in tables.tied}
+
+    def _tokens(self, found: dict[str, Target]) -> dict[str, Target]:
+        """The rows of `trainable_token_indices`, and what follows them: all that the model ties to the table."""
+        rows = checked_tokens(self.config, self.tables, self.modules)
+        table = self.tables.input
+        tied = dict.fromkeys(self.tables.tied, table) if table in rows else {}
+        if any(rows.get(module, rows[table]) != rows[table] for module in tied):
+            if self.config.ensure_weight_tying:
+                raise TargetError(
+                    "ensure_weight_tying: trainable_token_indices names different tokens for tied modules: "
+                    f"{', '.join(f'{name!r}: {list(ids)}' for name, ids in rows.items())}. Name the same ones."
+                )
+            tied = {}  # as in PEFT, each is then on its own
+        targets = {
+            f"{module}.weight": Target(module, None, rule=TrainableTokens, tokens=ids) for module, ids in rows.items()
+        }
+        targets |= {f"{m}.weight": Target(m, None, rule=Tied, to=f"{to}.weight") for m, to in tied.items()}
+        for name in targets:
+            if name in found:
+                where = "modules_to_save" if found[name].rule is Full else "target_modules"
+                raise TargetError(
+                    f"trainable_token_indices: {name!r} is adapted by {where} too. A table has rows that are trained, "
+                    "or a rule for all of it: name it in one of them."
+                )
+        return targets
 
 
 def layer_of(config: LoraConfig, name: str) -> int | None:
