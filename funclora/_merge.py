@@ -70,6 +70,8 @@ def _place(tensor: Tensor) -> tuple[object, ...] | None:
     """Where a tensor lies in memory; None if that is nowhere, or cannot be told."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
         return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
     return tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride()
 
 

@@ -342,7 +342,7 @@ class _Selection:
             if not isinstance(target.layout, (_layout.Linear, _layout.Conv1D, _layout.Conv, _layout.ConvTranspose)):
                 kind = type(self.modules[target.module]).__name__
                 raise TargetError(
-                    f"lora_bias: {name!r} is the weight of a {kind}, whose update has no bias. Exclude it."
+                    f"lora_bias: {name!r} is a weight of {kind}, whose update has no bias. Exclude it."
                 )
             if bias not in self.parameters:
                 raise TargetError(

@@ -257,7 +257,7 @@ TRANSFORMERS = [
     Row("tokens-of-both", {"target_modules": TWO, "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2, 4]}},
         llama),
     Row("tied-tokens", {"target_modules": TWO, "trainable_token_indices": [3, 1, 2]}, tied_llama),
-    Row("tied-tokens-of-both", {"target_modules": TWO, "modules_to_save": ["norm"],
+    Row("tied-tokens-of-both", {"target_modules": TWO, "modules_to_save": ["model.norm"],
         "trainable_token_indices": {"model.embed_tokens": [3, 1], "lm_head": [3, 1]}}, tied_llama),
     Row("tied-tokens-that-differ", {"target_modules": TWO,
         "trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [2]}}, tied_llama, tied=True),
@@ -300,7 +300,8 @@ def test_a_folder_of_peft_gives_its_outputs_gradients_and_merged_weights(row: Ro
 
     torch.autograd.backward([out.square().sum() for out in logits(expected)])
     grads = torch.autograd.grad([out.square().sum() for out in logits(actual)], leaves, materialize_grads=True)
-    state = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in wrapped.named_parameters()}
+    named = wrapped.named_parameters(remove_duplicate=False)
+    state = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stored = peft.get_peft_model_state_dict(wrapped, state, save_embedding_layers=False)
