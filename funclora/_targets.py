@@ -144,7 +144,7 @@ class _Selection:
             ("rank_pattern", config.rank_pattern),
             ("alpha_pattern", config.alpha_pattern),
         ):
-            keys = [*matched, *of_parameters]
+            keys = [*matched, *of_parameters, *(tables.tied if tied else ())]
             for pattern in patterns:
                 if not any(pattern_matches(pattern, key) for key in keys):
                     raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
@@ -341,9 +341,7 @@ class _Selection:
             bias = f"{owner}.bias" if owner else "bias"
             if not isinstance(target.layout, (_layout.Linear, _layout.Conv1D, _layout.Conv, _layout.ConvTranspose)):
                 kind = type(self.modules[target.module]).__name__
-                raise TargetError(
-                    f"lora_bias: {name!r} is a weight of {kind}, whose update has no bias. Exclude it."
-                )
+                raise TargetError(f"lora_bias: {name!r} is a weight of {kind}, whose update has no bias. Exclude it.")
             if bias not in self.parameters:
                 raise TargetError(
                     f"lora_bias: {owner!r} has no bias that could hold the one of B, and so could never be merged. "

@@ -80,3 +80,14 @@ def test_merge_into_plain_model(options: list[str], tmp_path: Path) -> None:
         "4.weight": torch.Size([2, 128]),
         "4.bias": torch.Size([2]),
     }
+
+
+def test_peft_in_and_out(tmp_path: Path) -> None:
+    result = run("peft_in_and_out", "--steps=15", f"--out={tmp_path}")
+    assert result.read_difference < 1e-4
+    assert result.last_loss < 0.7 * result.first_loss
+    assert result.written_difference < 1e-4
+    assert result.folded_difference < 1e-4
+    assert result.folded_scalings == {1.0}
+    assert result.model_unchanged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "peft"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -121,8 +121,8 @@ def test_half_precision_rows_are_rounded_once() -> None:
 
 
 @pytest.mark.parametrize(("rule", "message"), [
-    (lambda: TrainableTokens([1.0], token_indices=(1,)), "value: expected a tensor, got list"),
-    (lambda: TrainableTokens(torch.ones(1, 4), token_indices=[1]), "expected a tuple of ids"),
+    (lambda: TrainableTokens(cast(Any, [1.0]), token_indices=(1,)), "value: expected a tensor, got list"),
+    (lambda: TrainableTokens(torch.ones(1, 4), token_indices=cast(Any, [1])), "expected a tuple of ids"),
     (lambda: TrainableTokens(torch.ones(1, 4), token_indices=()), "expected a tuple of ids"),
     (lambda: TrainableTokens(torch.ones(1, 4), token_indices=(-1,)), "expected a tuple of ids from 0 up"),
     (lambda: TrainableTokens(torch.ones(2, 4), token_indices=(1, 1)), "expected different ids"),
@@ -131,7 +131,7 @@ def test_half_precision_rows_are_rounded_once() -> None:
     (lambda: Tied("mix.weight"), "tied to 'mix.weight', which has no rule of its own"),
     (lambda: Tied("embed.weight"), "tied to 'embed.weight', which has no rule of its own"),
     (lambda: Delta(torch.ones(4)), "value has shape [4], expected [7, 4]"),
-    (lambda: Delta(1.0), "Delta.value: expected a tensor, got float"),
+    (lambda: Delta(cast(Any, 1.0)), "Delta.value: expected a tensor, got float"),
 ])  # fmt: skip
 def test_rules_that_do_not_fit_are_refused(rule: Callable[[], Any], message: str) -> None:
     model = Net(READS["embedding"])
@@ -273,12 +273,13 @@ def tied_llama(*, declared: bool = True) -> Any:
 
 
 def make(model: nn.Module, **fields: Any) -> dict[str, Any]:
-    return fl.init(model, LoraConfig(**{"target_modules": ["q_proj"], "layers_to_transform": [0]} | fields))
+    defaults: dict[str, Any] = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    return dict(fl.init(model, LoraConfig(**defaults | fields)))
 
 
 def test_fresh_rows_are_those_of_the_table_and_fresh_deltas_are_zero() -> None:
     model = Net(READS["embedding"])
-    adapters = fl.init(
+    adapters: dict[str, Any] = fl.init(
         model, LoraConfig(target_modules=["mix"], lora_bias=True, trainable_token_indices={"embed": [5, 1]})
     )
     assert torch.equal(adapters["embed.weight"].value, model.embed.weight[[5, 1]])
@@ -353,7 +354,7 @@ def test_values_that_mean_nothing_are_refused(fields: dict[str, Any], message: s
 def test_tokens_are_kept_as_tuples() -> None:
     assert LoraConfig(target_modules=["q"], trainable_token_indices=[3, 1]).tokens == {None: (3, 1)}
     assert LoraConfig(target_modules=["q"], trainable_token_indices={2, 1}).tokens == {None: (1, 2)}
-    assert LoraConfig(target_modules=["q"], trainable_token_indices={"e": iter([3])}).tokens == {"e": (3,)}
+    assert LoraConfig(target_modules=["q"], trainable_token_indices={"e": cast(Any, iter([3]))}).tokens == {"e": (3,)}
     assert LoraConfig(target_modules=["q"], trainable_token_indices=[]).tokens == {}
 
 

@@ -57,10 +57,11 @@ def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
         _check_numbers(w, adapters[w.name], config)
     for name in full:
         _check_full(name, [*wrapped.values()], config)
-    _check_entries([*wrapped.values()], full, saved, config)
+    tied = _tied(adapters, wrapped, config)
+    _check_entries([*wrapped.values(), *tied.values()], full, saved, config)
     _check_lora_biases(adapters, wrapped, config)
     _check_tokens(adapters, config)
-    return wrapped | _tied(adapters, wrapped, config)
+    return wrapped | tied
 
 
 def _check_leaves(name: str, rule: Rule) -> None:
