@@ -47,7 +47,8 @@ class Result(NamedTuple):
 def trained_by_peft(model: LlamaForCausalLM, folder: Path) -> Any:
     """Stands for an adapter that somebody has trained: rsLoRA, other ranks in some layers, two new tokens."""
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], rank_pattern={"layers.1.self_attn.q_proj": 8},
+        r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 8},
         trainable_token_indices=[62, 63], init_lora_weights=False, task_type="CAUSAL_LM",
     )  # fmt: skip
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()

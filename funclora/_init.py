@@ -12,7 +12,8 @@ from funclora._apply import Params, base_params
 from funclora._config import LoraConfig
 from funclora._layout import Embedding
 from funclora._rules import Delta, DoRA, Full, LoRA, Rule, weight_norms
-from funclora._targets import Target, select
+from funclora._target import Target
+from funclora._targets import select
 from funclora._tokens import Tied, TrainableTokens
 from funclora.errors import ParamsError, near
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -13,9 +12,10 @@ from funclora import _layout
 from funclora._apply import named_tensors
 from funclora._config import LoraConfig, pattern_matches
 from funclora._layout import Layout
-from funclora._rules import Delta, DoRA, Full, LoRA, Rule, refuse_low_rank
-from funclora._tables import Tables, checked_tokens
-from funclora._tokens import Tied, TrainableTokens
+from funclora._rules import Delta, DoRA, LoRA, refuse_low_rank
+from funclora._tables import Tables, tied_targets, token_targets
+from funclora._target import Target
+from funclora._tokens import Tied
 from funclora.errors import ParamsError, TargetError, near
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,29 +30,6 @@ _HEADS = {
     "TOKEN_CLS": ("score", "classifier"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """One parameter that an adapter rewrites.
-
-    Attributes:
-        module: full name of the module that was matched (for `target_parameters`, of the owner).
-        layout: where the low-rank update lies, or None for the other rules.
-        r: the rank.
-        scaling: s.
-        rule: the rule that it gets.
-        tokens: the rows of a `TrainableTokens`.
-        to: the parameter that a `Tied` one follows.
-    """
-
-    module: str
-    layout: Layout | None
-    r: int = 0
-    scaling: float = 1.0
-    rule: type[Rule] = Full
-    tokens: tuple[int, ...] = ()
-    to: str = ""
 
 
 def weights_of(module: nn.Module) -> dict[str, Layout] | None:
@@ -157,11 +134,12 @@ class _Selection:
                     )
                 found[parameter] = Target(name, None)
         if tied:
-            found |= self._tied(found)
+            others = {module: [*self._parameters_under(module)] for module in tables.tied}
+            found |= tied_targets(config, tables, found, others)
         for name in self._biases(found, matched):
             found.setdefault(name, Target(name.rpartition(".")[0], None))
         found |= self._lora_biases(of_modules) if config.lora_bias else {}
-        found |= self._tokens(found)
+        found |= token_targets(config, tables, self.modules, found)
         if config.ensure_weight_tying and not any(target.rule is Tied for target in found.values()):
             raise TargetError(
                 f"ensure_weight_tying: the adapter has nothing to tie. Name {tables.input!r} in target_modules, "
@@ -186,10 +164,19 @@ class _Selection:
         if config.exclude_modules:
             excluded = self._matching("exclude_modules", config.exclude_modules)
             matched = {n: m for n, m in matched.items() if n not in excluded}
+            self._check_tie(matched, excluded)
         if config.ensure_weight_tying and self.tables.named(matched):
             of = {*matched, self.tables.input} - {*self.tables.tied}
             matched = {n: m for n, m in self.modules.items() if n in of}
         return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
+
+    def _check_tie(self, matched: Collection[str], excluded: Collection[str]) -> None:
+        if self.config.ensure_weight_tying and self.tables.named(matched) and self.tables.named(excluded):
+            raise TargetError(
+                "ensure_weight_tying: exclude_modules leaves out one of the modules that are tied, and target_modules "
+                f"names another one ({', '.join(map(repr, (self.tables.input, *self.tables.tied)))}). Name or leave "
+                "out all of them."
+            )
 
     def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
         if isinstance(wanted, str):
@@ -349,55 +336,6 @@ class _Selection:
                 )
             found[bias] = Target(owner, None, target.r, target.scaling, Delta)
         return found
-
-    def _tied(self, found: dict[str, Target]) -> dict[str, Target]:
-        """What follows the rule of the input embeddings."""
-        config, tables = self.config, self.tables
-        to = f"{tables.input}.weight"
-        if config.use_dora and found[to].rule is DoRA:
-            raise TargetError(
-                "ensure_weight_tying and use_dora: the magnitudes of a table and of an output layer are those of "
-                "different units, and cannot be tied. Set one of them to False, or train the table by modules_to_save."
-            )
-        for module in tables.tied:
-            same = config.rank_of(module) == found[to].r and config.alpha_of(module) == config.alpha_of(tables.input)
-            if found[to].layout is not None and not same:
-                raise TargetError(
-                    f"ensure_weight_tying: rank_pattern or alpha_pattern give {module!r} another rank or α than "
-                    f"{tables.input!r}, to which it is tied. Give them the same."
-                )
-            others = [n for n in self._parameters_under(module) if n != f"{module}.weight"]
-            if others and found[to].rule is Full:
-                raise TargetError(
-                    f"ensure_weight_tying: {others[0]!r} lies in {module!r}, which modules_to_save would tie to "
-                    f"{tables.input!r}, and PEFT would drop it. Leave ensure_weight_tying at False."
-                )
-        return {f"{module}.weight": Target(module, None, rule=Tied, to=to) for module in tables.tied}
-
-    def _tokens(self, found: dict[str, Target]) -> dict[str, Target]:
-        """The rows of `trainable_token_indices`, and what follows them: all that the model ties to the table."""
-        rows = checked_tokens(self.config, self.tables, self.modules)
-        table = self.tables.input
-        tied = dict.fromkeys(self.tables.tied, table) if table in rows else {}
-        if any(rows.get(module, rows[table]) != rows[table] for module in tied):
-            if self.config.ensure_weight_tying:
-                raise TargetError(
-                    "ensure_weight_tying: trainable_token_indices names different tokens for tied modules: "
-                    f"{', '.join(f'{name!r}: {list(ids)}' for name, ids in rows.items())}. Name the same ones."
-                )
-            tied = {}  # as in PEFT, each is then on its own
-        targets = {
-            f"{module}.weight": Target(module, None, rule=TrainableTokens, tokens=ids) for module, ids in rows.items()
-        }
-        targets |= {f"{m}.weight": Target(m, None, rule=Tied, to=f"{to}.weight") for m, to in tied.items()}
-        for name in targets:
-            if name in found:
-                where = "modules_to_save" if found[name].rule is Full else "target_modules"
-                raise TargetError(
-                    f"trainable_token_indices: {name!r} is adapted by {where} too. A table has rows that are trained, "
-                    "or a rule for all of it: name it in one of them."
-                )
-        return targets
 
 
 def layer_of(config: LoraConfig, name: str) -> int | None:

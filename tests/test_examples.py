@@ -83,9 +83,9 @@ def test_merge_into_plain_model(options: list[str], tmp_path: Path) -> None:
 
 
 def test_peft_in_and_out(tmp_path: Path) -> None:
-    result = run("peft_in_and_out", "--steps=15", f"--out={tmp_path}")
+    result = run("peft_in_and_out", "--steps=25", f"--out={tmp_path}")
     assert result.read_difference < 1e-4
-    assert result.last_loss < 0.7 * result.first_loss
+    assert result.last_loss < 0.8 * result.first_loss
     assert result.written_difference < 1e-4
     assert result.folded_difference < 1e-4
     assert result.folded_scalings == {1.0}

@@ -318,6 +318,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
                         "layers_to_transform": None}, "cannot be tied"),
     "tied with two ranks": (tied_llama, {"ensure_weight_tying": True, "target_modules": ["embed_tokens"],
                             "layers_to_transform": None, "rank_pattern": {".*embed_tokens": 2}}, "another rank or α"),
+    "tied and excluded": (tied_llama, {"ensure_weight_tying": True, "target_modules": ["embed_tokens", "lm_head"],
+                          "exclude_modules": ["lm_head"], "layers_to_transform": None}, "leaves out one of"),
     "lora_bias without a bias": (llama, {"lora_bias": True}, "has no bias that could hold the one of B"),
     "lora_bias of a table": (lambda: Net(READS["linear"]), {"lora_bias": True, "target_modules": ["embed"],
                              "layers_to_transform": None}, "is a weight of Embedding, whose"),

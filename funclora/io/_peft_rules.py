@@ -12,7 +12,7 @@ from funclora._apply import Adapters
 from funclora._config import LoraConfig
 from funclora._layout import Attention
 from funclora._rules import Delta, DoRA, Full, LoRA, Rule
-from funclora._targets import Target
+from funclora._target import Target
 from funclora._tokens import Tied, TrainableTokens
 from funclora.errors import FormatError
 from funclora.io._peft_keys import Keys, Leaves, Wrapped, swapped
