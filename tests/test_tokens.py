@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -223,15 +224,18 @@ def members() -> list[dict[str, Any]]:
         {"embed.weight": tokens(0), "bias": Delta(torch.randn(7).double(), scaling=2.0), "mix.weight": lora[1]},
         {"embed.weight": Full(torch.randn(7, 4).double()), "mix.weight": lora[1]},
         {"mix.bias": Delta(torch.randn(4).double())},
-    ]
+        # of the same structure as the first one
+        {"embed.weight": TrainableTokens(torch.randn(2, 4).double(), token_indices=(2, 1)),
+         "bias": Delta(torch.randn(7).double(), scaling=0.5), "mix.weight": replace(lora[0], scaling=5.0)},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("read", ["embedding", "linear-bias"])
 def test_every_row_has_its_own(read: str) -> None:
     model = Net(READS[read]).double()
     params, stack = fl.base_params(model), fl.stack(members())
-    choice = [1, -1, 0, 3, 2, 0]
-    ids = torch.randint(7, (6, 5), generator=gen(3))
+    choice = [1, -1, 0, 3, 2, 4, 0]
+    ids = torch.randint(7, (7, 5), generator=gen(3))
 
     actual = fl.apply(model, params, fl.route(stack, choice), ids)
 
