@@ -207,6 +207,20 @@ def test_dropout_leaves_lookups_alone(tmp_path: Path) -> None:
     close(fl.apply(model.train(), fl.base_params(model), adapters, IDS), wrapped.train()(IDS))
 
 
+def test_a_padding_token_trains_nothing() -> None:
+    """PEFT lets it reach B; the dense formula, `F.embedding(ids, W + s·BA, padding_idx)`, has no such gradient."""
+    model = One(nn.Embedding(5, 3, padding_idx=1)).double()
+    ids = torch.tensor([[1, 1]])
+    theirs = wrap(model, target_modules=["layer"], init_lora_weights=False)
+    theirs(ids).square().sum().backward()
+    layer = theirs.base_model.model.layer
+    assert layer.lora_embedding_A["default"].grad.abs().sum() == 0
+    assert layer.lora_embedding_B["default"].grad.abs().sum() > 0
+    adapters = fl.init(model, LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    grads = torch.func.grad(lambda a: fl.apply(model, fl.base_params(model), a, ids).square().sum())(adapters)
+    assert all(leaf.abs().sum() == 0 for leaf in pytree.tree_leaves(grads))
+
+
 def test_a_scaled_table_scales_the_update_too(tmp_path: Path) -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 

@@ -121,7 +121,7 @@ FAMILIES = {
     "llama": Family(llama, [*QKV, "down_proj", "lm_head"], 0, "model.norm", inputs=CAUSAL),
     "qwen2": Family(qwen2, [*QKV, "up_proj", "embed_tokens"], 3, "model.norm", inputs=CAUSAL, tied=("embed_tokens",)),
     "gpt2": Family(gpt2, ["c_attn", "c_fc", "mlp.c_proj", "wte"], 3, "ln_f", inputs=CAUSAL, tied=("wte",)),
-    "bert": Family(bert, ["query", "value", "intermediate.dense", "word_embeddings"], 3, "pooler"),
+    "bert": Family(bert, ["query", "value", "intermediate.dense", "word_embeddings"], 3, "pooler", x=IDS + 1),
     "t5": Family(t5, ["q", "v", "wo"], 0, "encoder.final_layer_norm", layers=1,
                  inputs={"decoder_input_ids": IDS[:, :3], "use_cache": False}),
     "vit": Family(vit, ["q_proj", "v_proj", "fc1", "projection"], 4, "classifier", tokens=False, x=IMAGES),

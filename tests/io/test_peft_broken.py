@@ -565,7 +565,8 @@ JSON = st.recursive(
     max_leaves=4,
 )
 FIELDS = sorted({*UNSUPPORTED, *HARMLESS, "r", "lora_alpha", "target_modules", "use_dora", "bias", "peft_type",
-                 "lora_dropout", "init_lora_weights", "base_model_name_or_path"})  # fmt: skip
+                 "lora_dropout", "init_lora_weights", "base_model_name_or_path", "trainable_token_indices", "lora_bias",
+                 "ensure_weight_tying"})  # fmt: skip
 
 
 @settings(max_examples=100)
