@@ -15,9 +15,10 @@ from funclora._population import per_example_value_and_grad, population_step
 from funclora._quantize import dequantize, quantize
 from funclora._quantized import Quantized
 from funclora._route import route
-from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora._rules import Delta, DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
+from funclora._tokens import Tied, TrainableTokens
 from funclora._train import train_step, value_and_grad
 from funclora.io.combine import CombinedFolders, combine_peft
 from funclora.io.peft import load_peft, save_peft
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterModule",
     "CacheStats",
     "CombinedFolders",
+    "Delta",
     "DoRA",
     "Full",
     "LoRA",
@@ -34,6 +36,8 @@ __all__ = [
     "Quantized",
     "Rule",
     "Stack",
+    "Tied",
+    "TrainableTokens",
     "algebra",
     "apply",
     "as_module",

@@ -21,6 +21,7 @@ from funclora._quantize import of_bitsandbytes, read_any_weight, reads_packed_we
 from funclora._quantized import plain_weight
 from funclora._routed import Routed
 from funclora._rules import LinearMap, Rule
+from funclora._tokens import untied
 from funclora._tree import pytree_node
 from funclora.errors import DenseFallbackWarning, ParamsError, PurityError, UnsupportedError, near
 
@@ -103,6 +104,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
     refuse_unbindable(model)
     check_adapters(params, adapters)
+    adapters = untied(adapters)
     if torch.compiler.is_compiling():
         return cast(M, _TracedModule(model, params, adapters))
     unused = set(params)
@@ -256,7 +258,7 @@ def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
 
 def check_adapters(params: Params, adapters: Adapters) -> None:
     """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
-    for name, rule in adapters.items():
+    for name, rule in untied(adapters).items():
         weight = params.get(name)
         if weight is None:
             raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")

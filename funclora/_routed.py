@@ -23,7 +23,7 @@ from funclora._maps import ConvMap, LeftMatmulMap, LinearMap
 from funclora._quantized import plain_weight
 from funclora._row_rules import Place
 from funclora._rows import dropped, rows_back, rows_first, rows_of
-from funclora._rules import DoRA, Full, Gained, LowRank, Rule, constant, row_norms_of_many
+from funclora._rules import DoRA, Gained, LowRank, Rule, constant, row_norms_of_many
 from funclora._tree import pytree_node
 from funclora.errors import UnsupportedError
 
@@ -158,13 +158,13 @@ class Routed(Rule):
         """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
         return None if self.replacing() else self.rules[0].layout  # type: ignore[attr-defined]
 
-    def replacing(self) -> list[tuple[Full, Part]]:
-        """The members that replace the weight as a whole."""
-        return [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, Full)]
+    def replacing(self) -> list[tuple[Rule, Part]]:
+        """The members whose weight is no low-rank update of the base's."""
+        return [(r, part) for r, part in zip(self.rules, self.parts, strict=True) if not isinstance(r, LowRank)]
 
     def updating(self) -> Routed | None:
         """The rule of the other members, if there are any."""
-        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if not isinstance(rule, Full)]
+        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, LowRank)]
         return replace(self, rules=tuple(r for r, _ in kept), parts=Parts(p for _, p in kept)) if kept else None
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -175,8 +175,7 @@ class Routed(Rule):
 
     def check(self, name: str, weight: Tensor) -> None:
         for rule in self.rules:
-            one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[0] for leaf in rule.leaves})
-            one.check(name, weight)
+            member(rule, 0).check(name, weight)
             if isinstance(rule, LowRank) and rule.layout.lead(weight.shape):
                 raise UnsupportedError(
                     f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
@@ -213,6 +212,12 @@ def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
         a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
         norms = row_norms_of_many(rule.layout.matrix(plain_weight(weight)), a, b, part.scalings).detach()
     return rule.gained(norms)
+
+
+def member(rule: Rule, j: int) -> Rule:
+    """The rule of the j-th of some members, whose rule has leaves `[m, *]`."""
+    one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaves})
+    return one
 
 
 class Seconds:

@@ -3,10 +3,12 @@
     LoRA(a, b)             W  ->  W + s·B·A
     DoRA(a, b, magnitude)  W  ->  m · (W + s·B·A) / ‖W + s·B·A‖      (norm per output unit)
     Full(value)            W  ->  value
+    Delta(value)           W  ->  W + s·value
 
 A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows two
 things: its dense form (`dense`), and how an operation that is linear in the weight is computed without that
-dense form (`read`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`.
+dense form (`read`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of tables of
+tokens are in `_tokens`.
 """
 
 from __future__ import annotations
@@ -58,6 +60,15 @@ class LinearMap(Protocol):
 
     def scaled_input(self, factor: Tensor) -> LinearMap:
         """The same operation on `input · factor`."""
+
+    def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        """The operation, with its bias, on the weight in which some columns of M are others.
+
+        Args:
+            weight: the base weight.
+            index: `[n]`, which columns: the inputs of M.
+            value: these columns as the weight stores them: `[n, out]` if it is `[in, out]`, else `[out, n]`.
+        """
 
 
 class Rule(ABC):
@@ -328,12 +339,49 @@ class Full(Rule):
 
     def check(self, name: str, weight: Tensor) -> None:
         refuse_full(name, weight)
-        if self.value.shape != weight.shape:
-            raise ParamsError(
-                f"adapter of {name!r}: value has shape {list(self.value.shape)}, expected {list(weight.shape)}."
-            )
-        if not weight.is_floating_point():
-            raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
+        check_value(name, self.value, weight)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Delta(Rule):
+    """Adds to the parameter: W + s·value (the bias of B, `lora_bias`).
+
+    Attributes:
+        value: what is added, of the parameter's shape.
+        scaling: s.
+
+    Examples:
+        >>> import torch
+        >>> Delta(torch.ones(2), scaling=0.5).dense(torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    value: Tensor
+    scaling: float = field(default=1.0, kw_only=True)
+
+    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    dense_is_free: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Tensor):
+            raise ParamsError(f"Delta.value: expected a tensor, got {type(self.value).__name__}.")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, self.value.dtype), torch.float32)
+        return torch.add(weight.to(dtype), self.value.to(dtype), alpha=self.scaling)
+
+    def check(self, name: str, weight: Tensor) -> None:
+        refuse_full(name, weight)
+        check_value(name, self.value, weight)
+
+
+def check_value(name: str, value: Tensor, weight: Tensor) -> None:
+    """Raise `ParamsError` unless a value has the shape of the parameter, and that can be trained."""
+    if value.shape != weight.shape:
+        raise ParamsError(f"adapter of {name!r}: value has shape {list(value.shape)}, expected {list(weight.shape)}.")
+    if not weight.is_floating_point():
+        raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
 
 
 def refuse_full(name: str, weight: Tensor) -> None:

@@ -122,3 +122,14 @@ def test_sft_trainer() -> None:
     assert result.last_loss < 0.2 * result.first_loss
     assert result.continued == "still waters run deep"
     assert result.base_unchanged
+
+
+def test_peft_in_and_out(tmp_path: Path) -> None:
+    result = run("peft_in_and_out", "--steps=25", f"--out={tmp_path}")
+    assert result.read_difference < 1e-4
+    assert result.last_loss < 0.8 * result.first_loss
+    assert result.written_difference < 1e-4
+    assert result.folded_difference < 1e-4
+    assert result.folded_scalings == {1.0}
+    assert result.model_unchanged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "peft"]
