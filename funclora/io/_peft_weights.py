@@ -1,4 +1,4 @@
-"""The tensors of an `adapter_model.safetensors`, each taken once."""
+"""The tensors of an `adapter_model.safetensors`, and which of them nobody has asked for."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class StoredTensors:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._tensors: dict[str, Tensor] = {}
+        self._taken: set[str] = set()
         for given, tensor in _read(file):
             key = given
             for pattern, short in _IN_MEMORY:
@@ -63,7 +64,7 @@ class StoredTensors:
         return shape[0] if shape else 0
 
     def take(self, key: str, shape: Iterable[int], like: Tensor, dtype: torch.dtype, why: str) -> Tensor:
-        """A tensor that must be there, which is then used up.
+        """A copy of a tensor that must be there, which then no longer belongs to the rest.
 
         Args:
             key: its key.
@@ -75,7 +76,7 @@ class StoredTensors:
         tensor = self._get(key, why)
         if tuple(tensor.shape) != tuple(shape):
             raise FormatError(f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}.")
-        del self._tensors[key]
+        self._taken.add(key)
         tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
@@ -92,10 +93,11 @@ class StoredTensors:
         PEFT also writes base weights: tables of adapted embeddings, biases next to modules that are trained in full.
         It copies them over those of the model, so they must be the same.
         """
-        if not self._tensors:
+        rest = {key: tensor for key, tensor in self._tensors.items() if key not in self._taken}
+        if not rest:
             return
         names = {keys.full(name): name for name in weights}
-        for key, tensor in self._tensors.items():
+        for key, tensor in rest.items():
             name = names.get(key.replace(".original_module.", "."))
             if name is not None:
                 same = weights[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -117,38 +118,66 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
         (True, True)
     """
-    folder = Path(path)
-    file = folder / CONFIG_FILE
-    config, by_peft = read_config(file, model)
-    try:
-        targets = select(model, config)
-    except TargetError as error:
-        raise TargetError(f"{file}: {error}") from error
-    weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
-    wrapped = {}
-    for name, target in targets.items():
-        if target.layout is not None:
-            by_parameter = any(named(name, entry) for entry in config.target_parameters or ())
-            shape = tuple(weights[name].shape)
-            wrapped[name] = Wrapped(name, target.module, target.layout, shape, by_parameter)
-    everything = [*wrapped.values()]
-    saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
-    for name, why in (*obstacles(everything, saved, config), *obstacles_in_model(model, everything)):
-        raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
-    keys = Keys(everything)
-    stored = StoredTensors(folder / WEIGHTS_FILE)
-    adapters: dict[str, Rule] = {}
-    for name, target in targets.items():
-        weight = weights[name]
-        if name in wrapped:
-            adapters[name] = _low_rank(stored, keys, wrapped[name], target, weight, config)
-        else:
-            key = keys.full(name)
-            adapters[name] = Full(stored.take(key, weight.shape, weight, weight.dtype, repr(name)))
-    stored.refuse_rest(keys, weights, adapters)
-    for message in differences(model, everything, config, by_peft=by_peft):
-        warnings.warn(f"{folder}: {message}", PeftFormatWarning, stacklevel=2)
-    return adapters, config
+    opened = PeftFolder(Path(path), model)
+    adapters = {name: opened.rule(name) for name in opened.targets}
+    opened.refuse_rest(opened.weights, adapters)
+    for message in opened.differences():
+        warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=2)
+    return adapters, opened.config
+
+
+class PeftFolder:
+    """A folder and a model that fit each other; the rules are read one at a time.
+
+    Attributes:
+        folder: the folder.
+        config: its configuration.
+        targets: full parameter name -> what the configuration says of it.
+        weights: full name -> tensor of the model, which may be on the meta device: rules are then on the CPU.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder, self._model = folder, model
+        file = folder / CONFIG_FILE
+        self.config, self._by_peft = read_config(file, model)
+        try:
+            self.targets = select(model, self.config)
+        except TargetError as error:
+            raise TargetError(f"{file}: {error}") from error
+        self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        self._wrapped = {}
+        for name, target in self.targets.items():
+            if target.layout is not None:
+                by_parameter = any(named(name, entry) for entry in self.config.target_parameters or ())
+                shape = tuple(self.weights[name].shape)
+                self._wrapped[name] = Wrapped(name, target.module, target.layout, shape, by_parameter)
+        everything = [*self._wrapped.values()]
+        listed = self.config.modules_to_save or ()
+        saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in listed)]
+        for name, why in (*obstacles(everything, saved, self.config), *obstacles_in_model(model, everything)):
+            raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
+        self._keys = Keys(everything)
+        self._stored = StoredTensors(folder / WEIGHTS_FILE)
+
+    def rule(self, name: str) -> Rule:
+        """The rule of one of the targets, read from the file at every call."""
+        weight, target = self.weights[name], self.targets[name]
+        if name in self._wrapped:
+            return _low_rank(self._stored, self._keys, self._wrapped[name], target, weight, self.config)
+        return Full(self._stored.take(self._keys.full(name), weight.shape, weight, weight.dtype, repr(name)))
+
+    def refuse_rest(self, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
+        """Raise `FormatError` if the file holds something that no target took and that the base weights do not hold.
+
+        Args:
+            weights: full name -> base weight, for every name of the model.
+            adapters: full name -> rule, at least of the parameters that are trained in full.
+        """
+        self._stored.refuse_rest(self._keys, weights, adapters)
+
+    def differences(self) -> Iterator[str]:
+        """What a reader of the folder should know."""
+        return differences(self._model, [*self._wrapped.values()], self.config, by_peft=self._by_peft)
 
 
 def _low_rank(
