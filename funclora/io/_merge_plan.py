@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funclora._rules import Full
-from funclora.errors import ConfigError, FormatError, UnsupportedError, near
+from funclora.errors import ConfigError, UnsupportedError
 from funclora.io._checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, untied, with_dtype
 from funclora.io._merge_adapters import OnDemand, WeightedAdapters
 from funclora.io._safetensors import DTYPES, NAMES, Draft, draft
 from funclora.io._structure import Part, Structure
+from funclora.io._weights import Weights
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,10 @@ class MergePlan:
     ) -> None:
         self.base = base
         self.structure = Structure(base.folder, base.config)
-        shapes = {key: tensor.shape for key, tensor in base.tensors.items()}
-        self._parts, self._opaque = self.structure.places(shapes)
-        self._tied = {name: group for group in self.structure.ties for name in group}
+        self._weights = Weights(base, self.structure)
+        self._parts = self._weights.parts
         self.adapters = WeightedAdapters(adapter_dirs, weights, self.structure.model)
-        self.adapters.check(OnDemand([*self.structure.shapes], self._base_weight))
+        self.adapters.check(OnDemand([*self.structure.shapes], self._weights.read))
         self.config, self.untied, names = self._untie()
         if dtype is not None:
             if dtype not in NAMES:
@@ -82,41 +81,6 @@ class MergePlan:
             for part in written.parts:
                 self.holders.setdefault(part.parameter, []).append((written, part))
         self.files = self._files(None if max_shard_size is None else parse_size(max_shard_size))
-
-    # Where parameters are.
-
-    def parts_of(self, name: str) -> list[Part]:
-        """The parts of a parameter in the base, those of a tied one where there is none of its own."""
-        for other in (name, *self._tied.get(name, ())):
-            if other in self._parts:
-                return self._parts[other]
-        if name in self._opaque:
-            raise UnsupportedError(
-                f"{name!r} has an adapter, but {self._opaque[name]}, which a merge cannot undo. Load the model with "
-                "transformers, save it again with save_original_format=False, and merge into that."
-            )
-        raise FormatError(
-            f"{self.base.folder}: the adapter rewrites {name!r}, which the checkpoint does not hold."
-            f"{near(name, self._parts, n=3)}"
-        )
-
-    def _base_weight(self, name: str) -> Tensor:
-        """A parameter or buffer of the base as the model has it, in memory of its own."""
-        shape = self.structure.shapes[name]
-        parts = self.parts_of(name)
-        if not all(self.base.tensors[part.key].is_floating for part in parts):
-            return torch.empty(shape, device="meta")
-        whole: Tensor | None = None
-        for part in parts:
-            rows = part.shape[0] if part.shape else 1
-            piece = self.base.read(part.key, part.first, rows)
-            whole = torch.empty(shape, dtype=piece.dtype) if whole is None else whole
-            place = whole
-            for cut in part.cuts:
-                place = place.narrow(*cut)
-            place.copy_(piece.reshape(place.shape))
-        assert whole is not None
-        return whole
 
     # Ties.
 
@@ -176,7 +140,9 @@ class MergePlan:
                 (part,) = self._parts[apart[name]]
                 tensors[name].parts.append(Part(name, part.key, 0, part.shape))
                 continue
-            for part in self._parts[name] if name in self._parts else self._tied_parts(name):
+            for part in self._weights.parts_of(name):
+                if part.parameter != name:
+                    continue  # it stays tied to that one, and gets its value there
                 if not self.base.tensors[part.key].is_floating:
                     raise UnsupportedError(
                         f"{name!r} is stored as {self.base.tensors[part.key].dtype}; only floating-point weights of 16 "
@@ -184,11 +150,6 @@ class MergePlan:
                     )
                 tensors[part.key].parts.append(part)
         return tensors
-
-    def _tied_parts(self, name: str) -> list[Part]:
-        """Nothing, if the parameter is written under the name of one that it stays tied to."""
-        self.parts_of(name)  # or it is nowhere
-        return []
 
     def _written(self, key: str, source: str) -> Written:
         stored = self.base.tensors[source]

@@ -121,7 +121,7 @@ def _rewrites(rewriter: PartRewriter, part: Part, name: str, target: int, place:
 
     def job(blocks: list[tuple[int, int]]) -> Job:
         def rewrite() -> int:
-            with torch.no_grad():
+            with torch.inference_mode():
                 for first, length in blocks:
                     value = rounded(rewriter.dense(first, length)[1], dtype, name)
                     spill(target, value, place.start + (part.first + first) * row)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from funclora._rules import DoRA, Rule
 from funclora.errors import NonFiniteError
+from funclora.io._finite import within
 from funclora.io._narrow import can_narrow, narrowed
 from funclora.io._structure import Part, Shape
 
 # Elements of a weight that are computed together: they stay in a core's cache from reading to rounding.
-BLOCK = 2**18
+BLOCK = 2**19
 
 Read = Callable[[str, int, int], Tensor]
 
@@ -84,15 +85,14 @@ def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         NonFiniteError: a value is NaN or infinite, or too large for the dtype.
     """
-    if value.numel():
-        extremes = torch.stack(torch.aminmax(value))  # NaN if any value is; far cheaper than asking every value
-        if not torch.isfinite(extremes.to(dtype)).all():
-            cause = "" if torch.isfinite(extremes).all() else " before rounding"
-            raise NonFiniteError(
-                f"merging {name!r} gives NaN or infinity{cause} in {dtype}. Check the adapter's training, or merge "
-                "into a wider dtype."
-            )
-    return value.to(dtype).contiguous()
+    result = value.to(dtype).contiguous()
+    if not within(value, torch.finfo(dtype).max) and not torch.isfinite(result).all():
+        cause = "" if torch.isfinite(value).all() else " before rounding"
+        raise NonFiniteError(
+            f"merging {name!r} gives NaN or infinity{cause} in {dtype}. Check the adapter's training, or merge "
+            "into a wider dtype."
+        )
+    return result
 
 
 def cast(value: Tensor, dtype: torch.dtype, key: str) -> Tensor:
