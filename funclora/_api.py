@@ -16,15 +16,23 @@ from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
+from funclora.io._merge_verify import MergeVerification
+from funclora.io.extract import ExtractedWeight, ExtractReport, extract_adapter
+from funclora.io.hf import MergedWeight, MergeReport, merge_checkpoint
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
     "AdapterCache",
     "CacheStats",
     "DoRA",
+    "ExtractReport",
+    "ExtractedWeight",
     "Full",
     "LoRA",
     "LoraConfig",
+    "MergeReport",
+    "MergeVerification",
+    "MergedWeight",
     "Rule",
     "Stack",
     "apply",
@@ -32,9 +40,11 @@ __all__ = [
     "bind",
     "errors",
     "evaluate",
+    "extract_adapter",
     "init",
     "load_peft",
     "merge",
+    "merge_checkpoint",
     "optim",
     "per_example_value_and_grad",
     "population_step",

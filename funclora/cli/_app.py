@@ -6,12 +6,14 @@ import typer
 
 from funclora.cli.demo import demo
 from funclora.cli.eval import evaluate
+from funclora.cli.extract import extract
 from funclora.cli.merge import merge
 from funclora.cli.sweep import sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(extract)
 app.command()(merge)
 app.command()(sweep)
 

@@ -44,7 +44,6 @@ def merge(
     columns = (
         BarColumn(),
         DownloadColumn(),
-        TransferSpeedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
@@ -158,7 +157,7 @@ def _print(report: MergeReport, console: Console, out: Path, *, dry_run: bool) -
     changed = sum(w.nbytes for w in report.weights)
     lines = [
         f"{len(report.weights)} weights, {changed / 1e9:,.3f} of {report.nbytes / 1e9:,.3f} GB",
-        f"{report.unchanged} other tensors as they are; files: {len(report.files)} of weights, {len(report.carried)} others",
+        f"{report.unchanged} other tensors as they are; {len(report.files) + len(report.carried)} files",
     ]
     if report.untied:
         lines.append(f"no longer tied (tie_word_embeddings is false): {', '.join(report.untied)}")

@@ -29,7 +29,7 @@ _LOGITS = {torch.float16: 0.03, torch.bfloat16: 0.2, torch.float32: 1e-3, torch.
 
 
 @dataclass(frozen=True)
-class Verification:
+class MergeVerification:
     """What a second look at a merged checkpoint says.
 
     Attributes:
@@ -49,7 +49,7 @@ class Verification:
     skipped: str
 
 
-def verify(plan: MergePlan, folder: Path) -> Verification:
+def verify(plan: MergePlan, folder: Path) -> MergeVerification:
     """Compare a merged checkpoint with what the plan says.
 
     Raises:
@@ -71,7 +71,7 @@ def verify(plan: MergePlan, folder: Path) -> Verification:
             if not deviations[name] <= _LIMITS[dtype]:
                 raise FormatError(f"{folder}: {name!r} deviates by {deviations[name]:g} units of rounding of {dtype}.")
     logits, skipped = _compare_outputs(plan, folder)
-    return Verification(deviations, unchanged, logits, skipped)
+    return MergeVerification(deviations, unchanged, logits, skipped)
 
 
 def _compare_unchanged(plan: MergePlan, merged: Checkpoint, written: Written) -> None:
@@ -112,7 +112,7 @@ def _deviation(plan: MergePlan, merged: Checkpoint, name: str) -> float:
 
 
 def _units(got: Tensor, wanted: Tensor, base: Tensor) -> float:
-    """The largest deviation in units of the dtype's spacing (see `Verification`)."""
+    """The largest deviation in units of the dtype's spacing (see `MergeVerification`)."""
     info = torch.finfo(got.dtype)
     scale = torch.maximum(wanted.abs(), base.abs())
     if got.dtype.itemsize >= 4:
@@ -141,7 +141,10 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
         return None, inputs
     cls = type(plan.structure.model)
     base, merged = _load(cls, plan.base.folder), _load(cls, folder)
-    wanted = _first(_adapted(plan, base, inputs))
+    try:
+        wanted = _first(_adapted(plan, base, inputs))
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return None, f"{plan.structure.name} does not take the probe input: {error}"
     with torch.no_grad():
         got = _first(merged(**inputs))
     difference = float((got - wanted).abs().max() / wanted.abs().max())

@@ -111,7 +111,8 @@ def _jobs(plan: MergePlan, places: dict[str, tuple[int, Stored]]) -> Iterator[Jo
     for name in plan.adapters.names:
         rules = plan.adapters.rules(name)
         for written, part in plan.holders.get(name, ()):
-            rewriter = PartRewriter(part, rules, plan.structure.shapes[name], base.read)
+            double = written.dtype == "F64"  # a base or an adapter in float64 is computed so in any case
+            rewriter = PartRewriter(part, rules, plan.structure.shapes[name], base.read, double=double)
             yield from _rewrites(rewriter, part, name, *places[written.key])
 
 

@@ -23,6 +23,7 @@ from funclora.io._structure import Structure
 from funclora.io._weights import Weights
 from funclora.io.peft import save_peft
 
+Progress = Callable[[int, int], None]
 StrPath = str | os.PathLike[str]
 
 # Differences of more elements are decomposed in float32, which takes half the time and memory.
@@ -74,7 +75,7 @@ def extract_adapter(
     target_parameters: Collection[str] | None = None,
     rest: Literal["error", "save", "ignore"] = "error",
     niter: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ExtractReport:
     """The LoRA adapter of rank r that is nearest to a full fine-tuning, as a PEFT folder.
 

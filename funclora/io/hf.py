@@ -11,7 +11,7 @@ import torch
 
 from funclora.io._checkpoint import Checkpoint
 from funclora.io._merge_plan import MergePlan
-from funclora.io._merge_verify import Verification
+from funclora.io._merge_verify import MergeVerification
 from funclora.io._merge_verify import verify as verified
 from funclora.io._merge_write import write
 from funclora.io._safetensors import DTYPES
@@ -65,7 +65,7 @@ class MergeReport:
     untied: tuple[str, ...]
     carried: tuple[str, ...]
     skipped: tuple[str, ...]
-    verification: Verification | None = None
+    verification: MergeVerification | None = None
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +88,8 @@ def merge_checkpoint(
     """Merge PEFT folders into the folder of a transformers model, as a new folder that `from_pretrained` takes.
 
     The model is never in memory, only blocks of one weight and its factors. Weights that no adapter touches are
-    copied as bytes. Each merged weight is computed in float32 and rounded once. The result is written under another
+    copied as bytes. Each merged weight is computed in float32, or in
+    float64 if any side of it is, and rounded once. The result is written under another
     name next to `out_dir` and then renamed: a process that is killed leaves no `out_dir`, and the base is only read.
 
     An adapter on one of several tied weights, say the embedding, gives it a value of its own: the result holds both,
@@ -142,7 +143,7 @@ def merge_checkpoint(
         return _report(plan, verification)
 
 
-def _report(plan: MergePlan, verification: Verification | None) -> MergeReport:
+def _report(plan: MergePlan, verification: MergeVerification | None) -> MergeReport:
     weights = []
     for name in plan.adapters.names:
         holders = plan.holders.get(name)
