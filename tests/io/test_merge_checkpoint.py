@@ -28,7 +28,7 @@ from funclora.errors import (
     TargetError,
     UnsupportedError,
 )
-from funclora.io import _merge_write
+from funclora.io import _merge_write, _safetensors
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -379,7 +379,7 @@ def test_values_too_large_for_the_dtype(folders: Path) -> None:
 
 
 def test_verify_sees_a_wrong_number(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = _merge_write.spill
+    true = _safetensors.spill
 
     def bent(descriptor: int, tensor: Tensor, at: int) -> None:
         true(descriptor, tensor + 2 * torch.finfo(tensor.dtype).eps * tensor, at)
