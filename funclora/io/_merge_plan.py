@@ -109,7 +109,7 @@ class MergePlan:
         still = {name: group for group in after.ties for name in group}
         apart = {}
         for group in self.structure.ties:
-            stored = next(name for name in group if name in self._parts)
+            stored = self._weights.parts_of(group[0])[0].parameter
             for name in group:
                 if name not in self._parts and not any(other in self._parts for other in still.get(name, ())):
                     apart[name] = stored

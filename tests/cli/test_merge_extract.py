@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
+from checkpoints import save_adapter, save_base, tensors
 from typer.testing import CliRunner, Result
 
 import funclora as fl
 from funclora.cli._app import app
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "io"))
-
-from checkpoints import save_adapter, save_base, tensors
 
 transformers.utils.logging.disable_progress_bar()
 
