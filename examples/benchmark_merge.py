@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,12 @@ from safetensors.torch import save_file
 import funclora as fl
 
 MIB = 1 << 20
+LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 class Cost(NamedTuple):
     seconds: float
+    cpu: float  # seconds of processor time, which others on the machine change least
     peak: int  # bytes of anonymous memory
     done: bool
 
@@ -46,8 +49,8 @@ def settings(gigabytes: float) -> dict[str, object]:
     }  # fmt: skip
 
 
-def make(base: Path, adapter: Path, gigabytes: float, r: int, *, dora: bool) -> None:
-    """A sharded checkpoint of noise, written layer by layer, and an adapter of all its linear layers."""
+def make(base: Path, adapter: Path, gigabytes: float, r: int, targets: list[str], *, dora: bool) -> None:
+    """A sharded checkpoint of noise, written layer by layer, and an adapter of some of its linear layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = settings(gigabytes)
@@ -74,10 +77,10 @@ def make(base: Path, adapter: Path, gigabytes: float, r: int, *, dora: bool) -> 
     names = {i: f"model-{i:05d}.safetensors" for i in range(1, len(shards))}
     index = {"metadata": {}, "weight_map": {name: names[i] for name, i in weight_map.items()}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    lora = fl.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", use_dora=dora)
+    lora = fl.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, use_dora=dora)
     adapters: dict[str, fl.Rule] = {}
     for name, parameter in model.state_dict().items():
-        if not name.endswith("proj.weight"):
+        if not any(name.endswith(f".{target}.weight") for target in targets):
             continue
         n_out, n_in = parameter.shape
         a, b = 0.01 * torch.randn(r, n_in), 0.01 * torch.randn(n_out, r)
@@ -102,7 +105,7 @@ def anonymous(pid: int) -> int:
 
 def measure(command: list[str], limit: int | None = None) -> Cost:
     """Run a command to its end and watch its memory; it is killed where it passes the limit."""
-    start, peak, done = time.perf_counter(), 0, True
+    start, before, peak, done = time.perf_counter(), _cpu(), 0, True
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
@@ -110,7 +113,13 @@ def measure(command: list[str], limit: int | None = None) -> Cost:
                 process.kill()
                 done = False
             time.sleep(0.002)
-    return Cost(time.perf_counter() - start, peak, done and process.returncode == 0)
+    return Cost(time.perf_counter() - start, _cpu() - before, peak, done and process.returncode == 0)
+
+
+def _cpu() -> float:
+    """Processor time of all processes that were started and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 PEFT = """
@@ -126,6 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Cost]:
     parser.add_argument("--size", type=float, default=8.0, help="GB of weights")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dora", action="store_true")
+    parser.add_argument("--targets", nargs="+", default=LINEAR, help="names of linear layers")
     parser.add_argument("--limit", type=int, default=1024, help="MiB that funclora's process may take")
     parser.add_argument("--rounds", type=int, default=2, help="runs of cp and of funclora, in turns; the best counts")
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out, which needs the whole model in memory")
@@ -135,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, Cost]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         base, adapter, out = folder / "base", folder / "adapter", folder / "out"
-        make(base, adapter, options.size, options.rank, dora=options.dora)
+        make(base, adapter, options.size, options.rank, options.targets, dora=options.dora)
         size = sum(file.stat().st_size for file in base.iterdir())
         print(f"{size / 1e9:.2f} GB in {len(list(base.iterdir())) - 2} files")
         merge = [
@@ -168,7 +178,8 @@ def main(argv: list[str] | None = None) -> dict[str, Cost]:
 
 def report(way: str, cost: Cost) -> None:
     end = "" if cost.done else "  did not end well"
-    print(f"{way:16}{cost.seconds:8.1f} s{cost.peak / MIB:10,.0f} MiB of anonymous memory{end}")
+    cpu = f"{cost.cpu:8.1f} s of processor time"
+    print(f"{way:16}{cost.seconds:8.1f} s{cpu}{cost.peak / MIB:10,.0f} MiB of anonymous memory{end}", flush=True)
 
 
 if __name__ == "__main__":
