@@ -20,7 +20,10 @@ from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
 from funclora._tokens import Tied, TrainableTokens
 from funclora._train import train_step, value_and_grad
+from funclora.io._merge_verify import MergeVerification
 from funclora.io.combine import CombinedFolders, combine_peft
+from funclora.io.extract import ExtractedWeight, ExtractReport, extract_adapter
+from funclora.io.hf import MergedWeight, MergeReport, merge_checkpoint
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
@@ -30,9 +33,14 @@ __all__ = [
     "CombinedFolders",
     "Delta",
     "DoRA",
+    "ExtractReport",
+    "ExtractedWeight",
     "Full",
     "LoRA",
     "LoraConfig",
+    "MergeReport",
+    "MergeVerification",
+    "MergedWeight",
     "Quantized",
     "Rule",
     "Stack",
@@ -47,9 +55,11 @@ __all__ = [
     "dequantize",
     "errors",
     "evaluate",
+    "extract_adapter",
     "init",
     "load_peft",
     "merge",
+    "merge_checkpoint",
     "optim",
     "per_example_value_and_grad",
     "population_step",

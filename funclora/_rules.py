@@ -480,6 +480,11 @@ def row_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) ->
     return squares.sqrt().to(dtype)
 
 
+def _is_mapped(*tensors: Tensor) -> bool:
+    """True inside of a transform of `torch.func` over one of the tensors."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
 def _block(length: int, numel: int) -> int:
     """How many of `length` slices of a tensor with `numel` elements to look at together."""
     return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
@@ -488,9 +493,11 @@ def _block(length: int, numel: int) -> int:
 def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
     dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
-    matrix, a, b = matrix.to(dtype), a.to(dtype), b.to(dtype)
+    given, matrix, a, b = matrix, matrix.to(dtype), a.to(dtype), b.to(dtype)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
+    if matrix is not given and torch.is_inference_mode_enabled() and matrix.dim() == 2 and not _is_mapped(matrix, a, b):
+        return matrix.addmm_(b, a, alpha=scaling)  # into the copy, which saves a pass over memory
     with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
         if matrix.dim() == 2:
             return torch.addmm(matrix, b, a, alpha=scaling)

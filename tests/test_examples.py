@@ -133,3 +133,24 @@ def test_peft_in_and_out(tmp_path: Path) -> None:
     assert result.folded_scalings == {1.0}
     assert result.model_unchanged
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "peft"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_merge_sharded_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("merge_sharded_checkpoint")
+    assert result.difference < 0.05 * result.effect
+    assert not result.tied
+    assert result.report.untied == ("lm_head.weight",)
+    assert len([name for name in result.files if name.endswith(".safetensors")]) > 2
+    assert result.report.verification.logits is not None
+    assert set(result.extracted.saved) == {"lm_head.weight"}
+    assert "untied: lm_head.weight" in capsys.readouterr().out
+
+
+def test_benchmark_merge(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    results = run("benchmark_merge", "--size=0.02", "--rounds=1", "--no-peft", f"--folder={tmp_path}")
+    assert all(cost.done for cost in results.values())
+    assert list(results) == ["cp -r", "funclora merge"]
+    assert results["funclora merge"].peak < 1 << 30
+    assert "times as long as cp -r" in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]

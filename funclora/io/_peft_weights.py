@@ -1,4 +1,4 @@
-"""The tensors of an `adapter_model.safetensors`, each taken once."""
+"""The tensors of an `adapter_model.safetensors`, and which of them nobody has asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from funclora._apply import Adapters
 from funclora._rules import Full
 from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
+from funclora.io._finite import within
 from funclora.io._foreign_keys import refuse_foreign
 from funclora.io._peft_keys import PREFIX, Keys
 
@@ -50,6 +51,7 @@ class StoredTensors:
     def __init__(self, file: Path, *, compiled: bool = False) -> None:
         self.file = file
         self._tensors: dict[str, Tensor] = {}
+        self._taken: set[str] = set()
         read = list(_read(file))
         refuse_foreign(file, [key for key, _ in read])
         bare = bool(read) and not any(key.startswith(PREFIX) for key, _ in read)
@@ -76,7 +78,7 @@ class StoredTensors:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that were not taken yet, by key."""
-        return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+        return {key: tuple(tensor.shape) for key, tensor in self._rest().items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype in which the file holds a tensor that is there."""
@@ -88,7 +90,7 @@ class StoredTensors:
         return shape[0] if shape else 0
 
     def take(self, key: str, shape: Iterable[int], like: Tensor, dtype: torch.dtype, why: str) -> Tensor:
-        """A tensor that must be there, which is then used up.
+        """A copy of a tensor that must be there, which then no longer belongs to the rest.
 
         Args:
             key: its key.
@@ -100,9 +102,9 @@ class StoredTensors:
         tensor = self._get(key, why)
         if tuple(tensor.shape) != tuple(shape):
             raise FormatError(f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}.")
-        del self._tensors[key]
+        self._taken.add(key)
         tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
-        if not torch.isfinite(tensor).all():
+        if not within(tensor, 1e15) and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
         return tensor
 
@@ -111,16 +113,20 @@ class StoredTensors:
             raise FormatError(f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}")
         return self._tensors[key]
 
+    def _rest(self) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self._tensors.items() if key not in self._taken}
+
     def refuse_rest(self, keys: Keys, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
         """Raise `FormatError` if a tensor that was not taken would mean anything.
 
         PEFT also writes base weights: tables of adapted embeddings, biases next to modules that are trained in full.
         It copies them over those of the model, so they must be the same.
         """
-        if not self._tensors:
+        rest = self._rest()
+        if not rest:
             return
         names = {keys.full(name): name for name in weights}
-        for key, tensor in self._tensors.items():
+        for key, tensor in rest.items():
             name = names.get(key.replace(".original_module.", "."))
             if name is not None:
                 same = weights[name]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from funclora._apply import Adapters, named_tensors
 from funclora._config import LoraConfig
@@ -118,40 +119,74 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
         (True, True)
     """
-    folder = Path(path)
-    file = folder / CONFIG_FILE
-    config, by_peft = read_config(file, model)
-    try:
-        targets = select(model, config)
-    except TargetError as error:
-        raise TargetError(f"{file}: {error}") from error
-    weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
-    wrapped = {
-        name: Wrapped(name, target.module, target.layout, tuple(weights[name].shape), _by_parameter(name, config))
-        for name, target in targets.items()
-        if target.layout is not None
-    }
-    ties = {name: target.to for name, target in targets.items() if target.rule is Tied}
-    wrapped |= {name: output_layer(name, wrapped[to]) for name, to in ties.items() if to in wrapped}
-    everything = [*wrapped.values()]
-    saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
-    reasons = (
-        *obstacles(everything, saved, config),
-        *obstacles_of_ties({name: targets[to].rule for name, to in ties.items()}, ties, config),
-        *obstacles_in_model(model, everything),
-    )
-    for name, why in reasons:
-        raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
-    keys = Keys(everything)
-    stored = StoredTensors(folder / WEIGHTS_FILE, compiled=any(COMPILED in name for name in weights))
-    reader = Reader(stored, keys, config, wrapped)
-    rules = {name: reader.rule(name, target, weights[name]) for name, target in targets.items() if name not in ties}
-    rules |= {name: reader.tied(name, targets[name], rules[to], weights[name]) for name, to in ties.items()}
-    adapters: dict[str, Rule] = {name: rules[name] for name in targets}
-    stored.refuse_rest(keys, weights, adapters)
-    for message in (*stored.notes, *differences(model, everything, config, by_peft=by_peft)):
-        warnings.warn(f"{folder}: {message}", PeftFormatWarning, stacklevel=2)
-    return adapters, config
+    opened = PeftFolder(Path(path), model)
+    adapters = {name: opened.rule(name) for name in opened.targets}
+    opened.refuse_rest(opened.weights, adapters)
+    for message in opened.differences():
+        warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=2)
+    return adapters, opened.config
+
+
+class PeftFolder:
+    """A folder and a model that fit each other; the rules are read one at a time.
+
+    Attributes:
+        folder: the folder.
+        config: its configuration.
+        targets: full parameter name -> what the configuration says of it.
+        weights: full name -> tensor of the model, which may be on the meta device: rules are then on the CPU.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder, self._model = folder, model
+        file = folder / CONFIG_FILE
+        config, self._by_peft = read_config(file, model)
+        self.config = config
+        try:
+            self.targets = targets = select(model, config)
+        except TargetError as error:
+            raise TargetError(f"{file}: {error}") from error
+        self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        wrapped = {
+            name: Wrapped(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
+            for name, t in targets.items()
+            if t.layout is not None
+        }
+        self._ties = {name: target.to for name, target in targets.items() if target.rule is Tied}
+        wrapped |= {name: output_layer(name, wrapped[to]) for name, to in self._ties.items() if to in wrapped}
+        self._wrapped = [*wrapped.values()]
+        saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
+        reasons = (
+            *obstacles(self._wrapped, saved, config),
+            *obstacles_of_ties({name: targets[to].rule for name, to in self._ties.items()}, self._ties, config),
+            *obstacles_in_model(model, self._wrapped),
+        )
+        for name, why in reasons:
+            raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
+        self._keys = Keys(self._wrapped)
+        self._stored = StoredTensors(folder / WEIGHTS_FILE, compiled=any(COMPILED in name for name in self.weights))
+        self._reader = Reader(self._stored, self._keys, config, wrapped)
+
+    def rule(self, name: str) -> Rule:
+        """The rule of one of the targets, read from the file at every call."""
+        target, weight = self.targets[name], self.weights[name]
+        if name in self._ties:
+            return self._reader.tied(name, target, self.rule(self._ties[name]), weight)
+        return self._reader.rule(name, target, weight)
+
+    def refuse_rest(self, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
+        """Raise `FormatError` if the file holds something that no target took and that the base weights do not hold.
+
+        Args:
+            weights: full name -> base weight, for every name of the model.
+            adapters: full name -> rule, at least of the parameters that are trained in full.
+        """
+        self._stored.refuse_rest(self._keys, weights, adapters)
+
+    def differences(self) -> Iterator[str]:
+        """What a reader of the folder should know."""
+        yield from self._stored.notes
+        yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)
 
 
 def _by_parameter(name: str, config: LoraConfig) -> bool:
