@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -458,3 +459,50 @@ def test_memory_does_not_grow_with_a_weight(dora: bool, tmp_path: Path) -> None:
     )
     assert len(seen) > 4
     assert max(seen) - start < size / 2, (max(seen) - start) >> 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=["tokens", "lora", "saved"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_adapters_tie_stays_tied(tied: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    options = options if tied else {k: v for k, v in options.items() if k != "ensure_weight_tying"}
+    cls = type(save_base(tmp_path / "base", "llama", tie_word_embeddings=tied))
+    model = load(tmp_path / "base", cls)
+    config = fl.LoraConfig(r=2, init_lora_weights=False, **options)
+    adapters = fl.init(model, config, generator=torch.Generator().manual_seed(0))
+    for name, rule in adapters.items():
+        if isinstance(rule, (fl.Full, fl.TrainableTokens)):
+            adapters[name] = replace(rule, value=rule.value + 1)
+    fl.save_peft(tmp_path / "adapter", adapters, config)
+    report = fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert report.untied == ()
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "base").keys()
+    merged = load(tmp_path / "out", cls)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        want = fl.apply(model, fl.base_params(model), adapters, input_ids=ids).logits
+        torch.testing.assert_close(merged(ids).logits, want, rtol=1e-5, atol=1e-5)
+        assert (model(ids).logits - want).abs().max() > 0.05
+
+
+def test_the_bias_of_b_is_merged(tmp_path: Path) -> None:
+    cls = type(save_base(tmp_path / "base", "bert"))
+    model = load(tmp_path / "base", cls)
+    config = fl.LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, lora_bias=True, target_modules=["query"])
+    adapters = fl.init(model, config, generator=torch.Generator().manual_seed(0))
+    fl.save_peft(tmp_path / "adapter", adapters, config)
+    fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    got, want = load(tmp_path / "out", cls).state_dict(), fl.merge(fl.base_params(model), adapters)
+    changed = [name for name in want if not torch.equal(want[name], model.state_dict()[name])]
+    assert len(changed) == 4
+    for name in changed:
+        torch.testing.assert_close(got[name], want[name])
