@@ -282,45 +282,52 @@ class Prepared(Rule):
         if self.n > 1 and not _keeps(op, x, place):
             raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
-        gain = self._gain()
+        gains = any(isinstance(rule, Gained) for rule in self.rules)
         inputs = rows
-        if op.backwards and gain is not None:
-            inputs = (rows * spread(gain, rows, op.per_output(gain[0]).shape)).to(x.dtype)
+        if gains and op.backwards:
+            inputs = _scaled(op, rows, self._gain()).to(x.dtype)
             op = op.on(rows_back(inputs, place))
-        y = op.dense(weight, bias=gain is None)
+        y = op.dense(weight, bias=not gains)
         dtype, out = y.dtype, rows_first(y, place, self.n)
-        if self.parts[0].weights is not None:  # a mixture: the members' gains are summed, their updates keep their own
-            out = self._mixed(op, rows, self._scaled(op, out, gain), dropout)
+        if self.parts[0].weights is not None:
+            out = self._mixed(op, rows, out, dropout)
+        elif self.succession:
+            out = self._by_part(op, inputs, out, dropout)
         else:
-            out = self._scaled(op, self._updated(op, inputs, out, dropout), gain)
-        if gain is not None and op.bias is not None:
+            out = self._gathered(op, inputs, out, dropout)
+        if gains and op.bias is not None:
             bias = op.per_output(op.bias)
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
         out = rows_back(out.to(dtype), place)
         return out if self.n == 1 else track.scope.enter(out, place)
 
-    @staticmethod
-    def _scaled(op: Any, out: Tensor, gain: Tensor | None) -> Tensor:
-        """The rows of a result by their gains; where the operation runs backwards, its inputs were."""
-        if gain is None or op.backwards:
-            return out
-        return out * spread(gain, out, op.per_output(gain[0]).shape)
+    def _by_part(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The rows of a result, rewritten part by part; x is the operation's input by rows."""
+        sizes = [end - start for start, end in (self.parts[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]
+        # One split has one gradient; each slice would have one of the size of all rows.
+        pieces = zip(*([z] if len(sizes) == 1 else z.split(sizes) for z in (x, y)), strict=True)
+        outs = []
+        for i, (inputs, base) in zip(self.succession, pieces, strict=True):
+            rule, rows = self.rules[i], self.parts[i].rows
+            assert rows is not None
+            u = self._grouped(i, op, inputs.reshape(-1, rows.count, *inputs.shape[1:]), dropout)
+            out = base.reshape(u.shape) + u
+            if isinstance(rule, Gained) and not op.backwards:
+                out = _scaled(op, out, rule.gain)
+            outs.append(out.flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _updated(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """The rows y with the low-rank updates of all parts; x is the operation's input by rows."""
-        if self.succession:  # together they are added in one pass
-            us = [self._grouped(i, op, x, dropout).flatten(0, 1) for i in self.succession]
-            return y + (us[0] if len(us) == 1 else torch.cat(us))
+    def _gathered(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The same, where the rows of the parts lie among each other, or some have no member."""
         for i, part in enumerate(self.parts):
             assert part.rows is not None
-            y = part.rows.added(y, self._grouped(i, op, x, dropout))
-        return y
+            y = part.rows.added(y, self._grouped(i, op, part.rows.gathered(x), dropout))
+        return y if op.backwards else _scaled(op, y, self._gain())
 
-    def _grouped(self, i: int, op: Any, x: Tensor, dropout: float) -> Tensor:
-        """The low-rank updates of the i-th part's rows, `[m, count, *]`."""
+    def _grouped(self, i: int, op: Any, inputs: Tensor, dropout: float) -> Tensor:
+        """The low-rank updates of the i-th part's rows `[m, count, *]`, of that shape."""
         rule, part = self.rules[i], self.parts[i]
         assert part.rows is not None
-        inputs = part.rows.gathered(x)
         if dropout and rule.dropout and op.drops:
             inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, part.rows.first(), part.rows.n)
         b = rule.b if op.backwards else self.seconds.of(i, rule.b, inputs.shape[1:-1].numel())
@@ -328,7 +335,9 @@ class Prepared(Rule):
         return updates
 
     def _mixed(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """The rows y with the weighted sum of all members' updates."""
+        """The rows of a result under weighted sums of all members: gains are summed, updates keep their own."""
+        if not op.backwards:
+            y = _scaled(op, y, self._gain())
         for rule, part in zip(self.rules, self.parts, strict=True):
             assert part.weights is not None
             weights = part.weights * part.scalings.to(part.weights.dtype)
@@ -370,6 +379,11 @@ def _in_succession(parts: Parts, n: int) -> tuple[int, ...]:
         len(found) == len(spans) and ends[-1] == n and all(a == b for ((a, _), _), b in zip(found, ends, strict=False))
     )
     return tuple(i for _, i in found) if follow else ()
+
+
+def _scaled(op: Any, rows: Tensor, gain: Tensor | None) -> Tensor:
+    """Rows `[n, *]` times the gains of their output units, `[n, out]`."""
+    return rows if gain is None else rows * spread(gain, rows, op.per_output(gain[0]).shape)
 
 
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:

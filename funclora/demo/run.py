@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -53,7 +54,7 @@ class Settings:
     @property
     def ticks(self) -> int:
         """How often `run` reports progress: each training step, each domain's evaluation, the last three things."""
-        return len(METHODS) * self.steps + len(self.names) + 3
+        return self.steps + len(self.names) + 3
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,7 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
     }
     started = time.perf_counter()
     train = {domain: text for domain, (text, _) in texts.items()}
-    # A population for each method: in one of both, rows would be sorted by method at every layer, which costs a fifth.
-    by_method = [_train(model, params, train, method, settings, progress) for method in METHODS]
-    trained = [adapter for of_domain in zip(*by_method, strict=True) for adapter in of_domain]
+    trained = _train(model, params, train, settings, progress)
     seconds = time.perf_counter() - started
     base, losses = _evaluate(model, params, trained, heldout, progress)
 
@@ -141,32 +140,38 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
 
 
 def _train(
-    model: ByteLM, params: Params, texts: dict[str, bytes], method: str, settings: Settings, progress: Progress
+    model: ByteLM, params: Params, texts: dict[str, bytes], settings: Settings, progress: Progress
 ) -> list[Trained]:
-    """An adapter for every text, as one population: each sees its own text and nothing of the others."""
-    config = fl.LoraConfig(
-        r=settings.r, lora_alpha=2 * settings.r, target_modules="all-linear", use_dora=method == "DoRA"
-    )
+    """Adapters of each method for every text, as one population: each sees its own text and nothing of the others."""
+    kinds = [(domain, method) for domain in texts for method in METHODS]
+    configs = {
+        method: fl.LoraConfig(
+            r=settings.r, lora_alpha=2 * settings.r, target_modules="all-linear", use_dora=method == "DoRA"
+        )
+        for method in METHODS
+    }
     members, streams = [], []
-    for text in texts.values():
+    for domain, method in kinds:
         generator = torch.Generator().manual_seed(settings.seed)
-        members.append(fl.init(model, config, generator=generator))
-        streams.append(corpus.batches(text, batch=settings.batch, context=settings.context, generator=generator))
+        members.append(fl.init(model, configs[method], generator=generator))
+        streams.append(
+            corpus.batches(texts[domain], batch=settings.batch, context=settings.context, generator=generator)
+        )
     schedule = fl.optim.warmup_cosine(settings.lr, max(1, settings.steps // 10), settings.steps + 1)
     optimizer = per_member(
         lambda: fl.optim.chain(fl.optim.clip_by_global_norm(1.0), fl.optim.adamw(schedule, weight_decay=0.0))
     )
-    # Activations of all members at once need most of a gigabyte: halves of the batch are as fast.
-    step = fl.population_step(model, next_byte_loss, optimizer, accumulate=1 if settings.batch % 2 else 2)
+    # Activations of all members at once need more than a gigabyte: halves of the batch are as fast.
+    step = fl.population_step(model, next_byte_loss, optimizer, accumulate=math.gcd(settings.batch, 2))
     population = fl.stack(members)
     state = optimizer.init(population)
     for _ in range(settings.steps):
         batch = torch.stack([next(batches) for batches in streams])
         population, state, metrics = step(params, population, state, batch)
-        progress(f"{method} on {len(members)} domains at once, mean loss {metrics['loss'].mean().item():.3f}")
+        progress(f"{len(members)} adapters at once, mean loss {metrics['loss'].mean().item():.3f}")
     return [
-        Trained(domain, method, adapters, config, fl.summary(params, adapters).trainable)
-        for domain, adapters in zip(texts, population, strict=True)
+        Trained(domain, method, adapters, configs[method], fl.summary(params, adapters).trainable)
+        for (domain, method), adapters in zip(kinds, population, strict=True)
     ]
 
 

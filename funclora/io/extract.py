@@ -198,6 +198,7 @@ class _Extraction:
         elif target is None or target.rule is Full:
             self.changed.append(name)
         else:
+            assert target.layout is not None
             a, b, norm, residual = _nearest(delta, target.layout, r, niter)
             self.adapters[name] = LoRA(a, b, layout=target.layout)
             self.weights.append(ExtractedWeight(name, tuple(delta.shape), norm, residual))
