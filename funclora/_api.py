@@ -18,6 +18,7 @@ from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
 from funclora._train import train_step, value_and_grad
 from funclora.io.combine import CombinedFolders, combine_peft
+from funclora.io.gguf import load_gguf, save_gguf
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
@@ -40,12 +41,14 @@ __all__ = [
     "errors",
     "evaluate",
     "init",
+    "load_gguf",
     "load_peft",
     "merge",
     "optim",
     "per_example_value_and_grad",
     "population_step",
     "route",
+    "save_gguf",
     "save_peft",
     "stack",
     "summary",
