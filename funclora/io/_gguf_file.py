@@ -96,6 +96,8 @@ def read_adapter(path: Path) -> AdapterFile:
     try:
         with np.errstate(over="raise"):
             reader = gguf.GGUFReader(path)
+        if reader.byte_order == "S":
+            raise UnsupportedError(f"{path}: the file is in the byte order of another kind of machine.")
         fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         with np.errstate(all="ignore"):  # whoever uses the numbers looks for infinity
             arrays = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
@@ -116,6 +118,6 @@ def read_adapter(path: Path) -> AdapterFile:
             f"{path}: expected {keys.General.ARCHITECTURE} to be a string and {keys.Adapter.LORA_ALPHA} a float, got "
             f"{arch!r} and {alpha!r}."
         )
-    # Copies: the arrays are views of the file, of either byte order.
+    # Copies: the arrays are views of the file.
     tensors = {name: torch.from_numpy(array.astype(np.float32, copy=True)) for name, array in arrays.items()}
     return AdapterFile(arch, alpha, tensors)

@@ -1,0 +1,93 @@
+"""llama.cpp itself, with a base model and our adapter: its logits are those of `apply`.
+
+Needs llama-cpp-python, which is built from source and so is part of no extra: `pip install llama-cpp-python`, then
+`pytest -m llama_cpp`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf_models import base_gguf, build, lora
+from torch import Tensor
+
+import funclora as fl
+
+pytestmark = [
+    pytest.mark.llama_cpp,
+    pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+IDS = [1, 7, 4, 11, 16, 5, 9, 9, 12, 6]
+
+
+def by_llama_cpp(base: Path, adapter: Path | None = None, scale: float = 1.0) -> Tensor:
+    """The logits of every position, in float32 throughout: without it the cache of keys and values has half of it."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(base), lora_path=adapter and str(adapter), lora_scale=scale, n_ctx=32, n_batch=32, n_threads=1,
+        n_threads_batch=1, type_k=0, type_v=0, logits_all=True, verbose=False, n_gpu_layers=0,
+    )  # fmt: skip
+    try:
+        model.eval(IDS)
+        return torch.from_numpy(np.array(model.scores[: len(IDS)]))
+    finally:
+        model.close()
+
+
+def by_us(model: Any, adapters: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = fl.apply(model, fl.base_params(model), adapters, torch.tensor([IDS])).logits[0]
+    return logits
+
+
+# llama.cpp looks GELU up in a table of half precision; SiLU is exact.
+TOLERANCE = {"Llama": 2e-5, "Mistral": 2e-5, "Qwen2": 2e-5, "Qwen3": 2e-5}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("Llama", {}, {}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}, {}),
+    "llama, embeddings": ("Llama", {}, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "llama, rslora and patterns": (
+        "Llama",
+        {},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 5, "up_proj": 1}, "alpha_pattern": {"v_proj": 7.3}},
+    ),
+    "mistral": ("Mistral", {}, {}),
+    "qwen2": ("Qwen2", {}, {}),
+    "qwen3": ("Qwen3", {}, {}),
+    "gpt2": ("GPT2", {}, {}),
+    "gemma": ("Gemma", {"tie_word_embeddings": True}, {}),
+    "gemma2": ("Gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 8}, {}),
+    "gemma3": ("Gemma3", {"tie_word_embeddings": True, "query_pre_attn_scalar": 8}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case: str, tmp_path: Path, record_property: Any) -> None:
+    kind, fields, config = CASES[case]
+    model = build(kind, head_dim=8, attn_implementation="eager", **fields) if kind != "GPT2" else build(kind)
+    model.eval()
+    # Both sizes and biases such that each tensor has a say.
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+        if "norm" in name or ".ln_" in name:
+            parameter.data.clamp_(-0.5, 2)
+    adapters, _ = lora(model, **({"r": 4, "lora_alpha": 2} | config))
+    adapters = {n: fl.LoRA(0.2 * r.a, 0.5 * r.b, scaling=r.scaling, layout=r.layout) for n, r in adapters.items()}
+    base, adapter = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
+    base_gguf(model, base)
+    fl.save_gguf(adapter, adapters, model)
+    plain, want = by_us(model, {}), by_us(model, adapters)
+    effect = (want - plain).abs().max().item()
+    before = (by_llama_cpp(base) - plain).abs().max().item()
+    after = (by_llama_cpp(base, adapter) - want).abs().max().item()
+    print(f"{case}: effect {effect:.2g}, base {before:.2g}, adapter {after:.2g}")  # noqa: T201
+    assert max(before, after) < TOLERANCE.get(kind, 5e-3)
+    assert effect > 100 * TOLERANCE.get(kind, 5e-3)
