@@ -52,6 +52,10 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     )
 
 
+def load(file: Path, model: nn.Module) -> dict[str, Any]:
+    return {**fl.load_gguf(file, model)[0]}
+
+
 def delta_of(fields: dict[str, Any], tensors: dict[str, np.ndarray], name: str) -> Tensor:
     """The change of a weight as llama.cpp computes it: in float32, alpha over the last dimension of lora_b."""
     a, b = (torch.from_numpy(tensors[f"{name}.lora_{leaf}"]).float() for leaf in "ab")
@@ -178,8 +182,7 @@ def test_embedding_and_output_of_an_untied_model(tmp_path: Path) -> None:
         dense = adapters[name].dense(torch.zeros(17, 16))
         have = delta_of(fields, tensors, tensor)
         torch.testing.assert_close(have.T if "embd" in tensor else have, dense, rtol=1e-6, atol=1e-6)
-    loaded: dict[str, Any]
-    loaded, _ = fl.load_gguf(tmp_path / "a.gguf", model)
+    loaded = load(tmp_path / "a.gguf", model)
     assert all(torch.equal(loaded[name].a, rule.a) for name, rule in adapters.items())
 
 
@@ -188,8 +191,7 @@ def test_adapters_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     model = build("Llama")
     adapters = {n: fl.LoRA(r.a.to(dtype), r.b.to(dtype), scaling=r.scaling) for n, r in lora(model)[0].items()}
     fl.save_gguf(tmp_path / "a.gguf", adapters, model)
-    loaded: dict[str, Any]
-    loaded, _ = fl.load_gguf(tmp_path / "a.gguf", model.to(torch.bfloat16))
+    loaded = load(tmp_path / "a.gguf", model.to(torch.bfloat16))
     for name, rule in adapters.items():
         assert loaded[name].a.dtype == torch.float32
         assert torch.equal(loaded[name].a, rule.a.float())
@@ -200,8 +202,7 @@ def test_half_precision_is_one_rounding(tmp_path: Path) -> None:
     adapters, _ = lora(model)
     fl.save_gguf(tmp_path / "a.gguf", adapters, model, dtype=torch.float16)
     assert {str(array.dtype) for array in read(tmp_path / "a.gguf")[1].values()} == {"float16"}
-    loaded: dict[str, Any]
-    loaded, _ = fl.load_gguf(tmp_path / "a.gguf", model)
+    loaded = load(tmp_path / "a.gguf", model)
     for name, rule in adapters.items():
         assert torch.equal(loaded[name].a, rule.a.half().float())
         assert torch.equal(loaded[name].b, rule.b.half().float())
@@ -215,8 +216,8 @@ def test_the_meta_device_is_enough(tmp_path: Path) -> None:
     fl.save_gguf(tmp_path / "a.gguf", adapters, model)
     fl.save_gguf(tmp_path / "b.gguf", adapters, bare)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    loaded, _ = fl.load_gguf(tmp_path / "a.gguf", bare)
-    assert {rule.a.device.type for rule in loaded.values()} == {"cpu"}  # type: ignore[attr-defined]
+    loaded = load(tmp_path / "a.gguf", bare)
+    assert {rule.a.device.type for rule in loaded.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
@@ -227,8 +228,7 @@ def test_packed_tensors_are_unpacked(kind: str, tmp_path: Path) -> None:
     _, tensors = read(tmp_path / "a.gguf")
     qtype = gguf.GGMLQuantizationType[kind]
     rewrite(tmp_path / "b.gguf", {n: gguf.quants.quantize(t, qtype) for n, t in tensors.items()}, qtype=qtype)
-    loaded: dict[str, Any]
-    loaded, _ = fl.load_gguf(tmp_path / "b.gguf", model)
+    loaded = load(tmp_path / "b.gguf", model)
     for name, rule in adapters.items():
         torch.testing.assert_close(loaded[name].b, rule.b, rtol=1e-2, atol=2e-2)
         assert not torch.equal(loaded[name].b, rule.b)

@@ -1,28 +1,32 @@
 """llama.cpp itself, with a base model and our adapter: its logits are those of `apply`.
 
 Needs llama-cpp-python, which is built from source and so is part of no extra: `pip install llama-cpp-python`, then
-`pytest -m llama_cpp`.
+`pytest -m llama_cpp`. The tests of llama.cpp's own scripts need its repository: LLAMA_CPP_REPOSITORY=folder.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import base_gguf, build, lora
+from gguf_models import base_gguf, build, in_llama_cpp, lora
 from torch import Tensor
 
 import funclora as fl
 
-pytestmark = [
-    pytest.mark.llama_cpp,
-    pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.llama_cpp, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+with_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+REPOSITORY = os.environ.get("LLAMA_CPP_REPOSITORY", "")
+with_scripts = pytest.mark.skipif(not REPOSITORY, reason="LLAMA_CPP_REPOSITORY names no folder")
 
 IDS = [1, 7, 4, 11, 16, 5, 9, 9, 12, 6]
 
@@ -69,6 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@with_llama_cpp
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case: str, tmp_path: Path, record_property: Any) -> None:
     kind, fields, config = CASES[case]
@@ -91,3 +96,63 @@ def test_logits(case: str, tmp_path: Path, record_property: Any) -> None:
     print(f"{case}: effect {effect:.2g}, base {before:.2g}, adapter {after:.2g}")  # noqa: T201
     assert max(before, after) < TOLERANCE.get(kind, 5e-3)
     assert effect > 100 * TOLERANCE.get(kind, 5e-3)
+
+
+def script(name: str, *args: object) -> None:
+    """Run a script of llama.cpp."""
+    command = [sys.executable, str(Path(REPOSITORY, name)), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def tensors_of(file: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
+
+
+# Not GPT-2: the script takes the factors of its transposed layers for those of the weights as they are stored.
+@with_scripts
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3"])
+def test_their_converter_of_adapters_writes_the_same(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}, "added_tokens": []}))
+    adapters, config = lora(model)
+    fl.save_peft(tmp_path / "adapter", adapters, config)
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    script("convert_lora_to_gguf.py", "--base", tmp_path / "base", "--outfile", theirs, tmp_path / "adapter")
+    fl.save_gguf(ours, adapters, model)
+    one, other = tensors_of(ours), tensors_of(theirs)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    loaded, _ = fl.load_gguf(theirs, model)
+    assert loaded.keys() == adapters.keys()
+
+
+@with_scripts
+def test_their_converter_takes_the_merged_model(tmp_path: Path) -> None:
+    model = build("Llama", vocab_size=264)
+    tokenizer().save_pretrained(tmp_path)
+    adapters, _ = lora(model)
+    merged = fl.merge(fl.base_params(model), adapters)
+    model.load_state_dict(merged)
+    model.save_pretrained(tmp_path)
+    script("convert_hf_to_gguf.py", "--outtype", "f32", "--outfile", tmp_path / "merged.gguf", tmp_path)
+    found = tensors_of(tmp_path / "merged.gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name in adapters:
+        want = in_llama_cpp(model, name, merged[name]).numpy()
+        assert np.array_equal(found[names.get_name(name, (".weight",))], want)
+    if find_spec("llama_cpp") is not None:
+        assert (by_llama_cpp(tmp_path / "merged.gguf") - by_us(model, {})).abs().max() < TOLERANCE["Llama"]
+
+
+def tokenizer() -> Any:
+    """One of Llama's kind: pairs of characters, and bytes for the rest."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
+    vocab = {word: i for i, word in enumerate(words)}
+    fast = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], byte_fallback=True, unk_token="<unk>"))
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
