@@ -50,7 +50,7 @@ def lora(model: Any, **fields: Any) -> tuple[dict[str, Any], fl.LoraConfig]:
 def in_llama_cpp(model: Any, name: str, weight: Tensor) -> Tensor:
     """A dense weight, or its change, as llama.cpp's converter of checkpoints lays it out: `[out, in]`."""
     config = model.config
-    if config.model_type == "gpt2" and ".c_" in name:
+    if config.model_type == "gpt2" and ".c_" in name and name.endswith("weight"):
         return weight.T
     if config.model_type in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

@@ -40,6 +40,7 @@ def by_llama_cpp(base: Path, adapter: Path | None = None, scale: float = 1.0) ->
         n_threads_batch=1, type_k=0, type_v=0, logits_all=True, verbose=False, n_gpu_layers=0,
     )  # fmt: skip
     try:
+        assert adapter is None or model._lora_adapter, "llama.cpp refused the adapter"  # the binding would crash
         model.eval(IDS)
         return torch.from_numpy(np.array(model.scores[: len(IDS)]))
     finally:
@@ -53,7 +54,9 @@ def by_us(model: Any, adapters: Any) -> Tensor:
 
 
 # llama.cpp looks GELU up in a table of half precision; SiLU is exact.
-TOLERANCE = {"Llama": 2e-5, "Mistral": 2e-5, "Qwen2": 2e-5, "Qwen3": 2e-5}
+ROUNDING, HALF = 5e-6, 3e-3
+TOLERANCE = {"Llama": ROUNDING, "Mistral": ROUNDING, "Qwen2": ROUNDING, "Qwen3": ROUNDING}
+TOLERANCE |= dict.fromkeys(("GPT2", "Gemma", "Gemma2", "Gemma3"), HALF)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("Llama", {}, {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}, {}),
@@ -75,15 +78,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @with_llama_cpp
 @pytest.mark.parametrize("case", CASES)
-def test_logits(case: str, tmp_path: Path, record_property: Any) -> None:
+def test_logits(case: str, tmp_path: Path) -> None:
     kind, fields, config = CASES[case]
-    model = build(kind, head_dim=8, attn_implementation="eager", **fields) if kind != "GPT2" else build(kind)
-    model.eval()
-    # Both sizes and biases such that each tensor has a say.
-    for name, parameter in model.named_parameters():
+    heads = {} if kind in ("GPT2", "Qwen2") else {"head_dim": 8}  # else wider than hidden_size / heads
+    model = build(kind, attn_implementation="eager", **heads, **fields).eval()
+    for parameter in model.parameters():  # biases too, so that each tensor has a say
         parameter.data += 0.1 * torch.randn_like(parameter)
-        if "norm" in name or ".ln_" in name:
-            parameter.data.clamp_(-0.5, 2)
     adapters, _ = lora(model, **({"r": 4, "lora_alpha": 2} | config))
     adapters = {n: fl.LoRA(0.2 * r.a, 0.5 * r.b, scaling=r.scaling, layout=r.layout) for n, r in adapters.items()}
     base, adapter = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
@@ -94,8 +94,8 @@ def test_logits(case: str, tmp_path: Path, record_property: Any) -> None:
     before = (by_llama_cpp(base) - plain).abs().max().item()
     after = (by_llama_cpp(base, adapter) - want).abs().max().item()
     print(f"{case}: effect {effect:.2g}, base {before:.2g}, adapter {after:.2g}")  # noqa: T201
-    assert max(before, after) < TOLERANCE.get(kind, 5e-3)
-    assert effect > 100 * TOLERANCE.get(kind, 5e-3)
+    assert max(before, after) < TOLERANCE[kind]
+    assert effect > 100 * TOLERANCE[kind]
 
 
 def script(name: str, *args: object) -> None:
@@ -130,7 +130,7 @@ def test_their_converter_of_adapters_writes_the_same(kind: str, tmp_path: Path) 
 
 @with_scripts
 def test_their_converter_takes_the_merged_model(tmp_path: Path) -> None:
-    model = build("Llama", vocab_size=264)
+    model = build("Llama", vocab_size=263)
     tokenizer().save_pretrained(tmp_path)
     adapters, _ = lora(model)
     merged = fl.merge(fl.base_params(model), adapters)
@@ -143,7 +143,7 @@ def test_their_converter_takes_the_merged_model(tmp_path: Path) -> None:
         want = in_llama_cpp(model, name, merged[name]).numpy()
         assert np.array_equal(found[names.get_name(name, (".weight",))], want)
     if find_spec("llama_cpp") is not None:
-        assert (by_llama_cpp(tmp_path / "merged.gguf") - by_us(model, {})).abs().max() < TOLERANCE["Llama"]
+        assert (by_llama_cpp(tmp_path / "merged.gguf") - by_us(model, {})).abs().max() < ROUNDING
 
 
 def tokenizer() -> Any:
