@@ -156,6 +156,16 @@ def test_one_alpha_for_all_scalings(fields: dict[str, Any], tmp_path: Path) -> N
         torch.testing.assert_close(delta_of(*stored, names[name]), dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("r", [3, 5, 6, 7])
+def test_rslora_of_one_rank_leaves_the_factors_as_they_are(r: int, tmp_path: Path) -> None:
+    model = build("Llama")
+    adapters, _ = lora(model, r=r, use_rslora=True)  # alpha·√r is no float32
+    fl.save_gguf(tmp_path / "a.gguf", adapters, model)
+    loaded = load(tmp_path / "a.gguf", model)
+    assert all(torch.equal(loaded[name].b, rule.b) for name, rule in adapters.items())
+    assert all(loaded[name].scaling == pytest.approx(rule.scaling, rel=6e-8) for name, rule in adapters.items())
+
+
 def test_an_outlier_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     model = build("Llama")
     adapters, _ = lora(model, target_modules=["q_proj", "v_proj"], alpha_pattern={"layers.0.self_attn.v_proj": 10})
