@@ -76,26 +76,41 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@with_llama_cpp
-@pytest.mark.parametrize("case", CASES)
-def test_logits(case: str, tmp_path: Path) -> None:
-    kind, fields, config = CASES[case]
+def compared(
+    kind: str, fields: dict[str, Any], config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[float, float, float]:
+    """How much an adapter moves the logits, and by how much llama.cpp's differ without and with it."""
     heads = {} if kind in ("GPT2", "Qwen2") else {"head_dim": 8}  # else wider than hidden_size / heads
     model = build(kind, attn_implementation="eager", **heads, **fields).eval()
     for parameter in model.parameters():  # biases too, so that each tensor has a say
         parameter.data += 0.1 * torch.randn_like(parameter)
     adapters, _ = lora(model, **({"r": 4, "lora_alpha": 2} | config))
     adapters = {n: fl.LoRA(0.2 * r.a, 0.5 * r.b, scaling=r.scaling, layout=r.layout) for n, r in adapters.items()}
-    base, adapter = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
+    base, adapter = folder / "base.gguf", folder / "adapter.gguf"
     base_gguf(model, base)
-    fl.save_gguf(adapter, adapters, model)
+    fl.save_gguf(adapter, adapters, model, dtype=dtype)
     plain, want = by_us(model, {}), by_us(model, adapters)
-    effect = (want - plain).abs().max().item()
-    before = (by_llama_cpp(base) - plain).abs().max().item()
-    after = (by_llama_cpp(base, adapter) - want).abs().max().item()
+    differences = by_llama_cpp(base) - plain, by_llama_cpp(base, adapter) - want
+    effect, before, after = (x.abs().max().item() for x in (want - plain, *differences))
+    return effect, before, after
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case: str, tmp_path: Path) -> None:
+    effect, before, after = compared(*CASES[case], tmp_path)
     print(f"{case}: effect {effect:.2g}, base {before:.2g}, adapter {after:.2g}")  # noqa: T201
-    assert max(before, after) < TOLERANCE[kind]
-    assert effect > 100 * TOLERANCE[kind]
+    tolerance = TOLERANCE[CASES[case][0]]
+    assert max(before, after) < tolerance
+    assert effect > 100 * tolerance
+
+
+@with_llama_cpp
+def test_logits_of_half_precision(tmp_path: Path) -> None:
+    config = {"target_modules": ["embed_tokens", "lm_head", "q_proj", "down_proj"]}
+    effect, _, after = compared("Llama", {}, config, tmp_path, torch.float16)
+    assert ROUNDING < after < HALF
+    assert effect > 100 * HALF
 
 
 def script(name: str, *args: object) -> None:
