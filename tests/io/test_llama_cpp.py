@@ -68,10 +68,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {}, {}),
     "qwen2": ("Qwen2", {}, {}),
+    "qwen2, embeddings": ("Qwen2", {}, {"target_modules": ["embed_tokens", "lm_head"]}),
     "qwen3": ("Qwen3", {}, {}),
     "gpt2": ("GPT2", {}, {}),
     "gemma": ("Gemma", {"tie_word_embeddings": True}, {}),
     "gemma2": ("Gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 8}, {}),
+    "gemma3, embeddings": (
+        "Gemma3",
+        {"query_pre_attn_scalar": 8},
+        {"target_modules": ["embed_tokens", "lm_head", "k_proj"]},
+    ),
     "gemma3": ("Gemma3", {"tie_word_embeddings": True, "query_pre_attn_scalar": 8}, {}),
 }
 
