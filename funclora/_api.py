@@ -23,6 +23,7 @@ from funclora._train import train_step, value_and_grad
 from funclora.io._merge_verify import MergeVerification
 from funclora.io.combine import CombinedFolders, combine_peft
 from funclora.io.extract import ExtractedWeight, ExtractReport, extract_adapter
+from funclora.io.gguf import load_gguf, save_gguf
 from funclora.io.hf import MergedWeight, MergeReport, merge_checkpoint
 from funclora.io.peft import load_peft, save_peft
 
@@ -57,6 +58,7 @@ __all__ = [
     "evaluate",
     "extract_adapter",
     "init",
+    "load_gguf",
     "load_peft",
     "merge",
     "merge_checkpoint",
@@ -65,6 +67,7 @@ __all__ = [
     "population_step",
     "quantize",
     "route",
+    "save_gguf",
     "save_peft",
     "stack",
     "summary",

@@ -107,6 +107,19 @@ def test_combine_adapters() -> None:
     assert result.folder < 1e-6
 
 
+@pytest.mark.parametrize("options", [[], ["--rslora"]], ids=["lora", "rslora"])
+def test_gguf_export(options: list[str], tmp_path: Path) -> None:
+    result = run("gguf_export", f"--out={tmp_path / 'adapter.gguf'}", *options)
+    assert result.last_loss < 0.2 * result.first_loss
+    assert result.metadata["general.architecture"] == "llama"
+    assert abs(result.metadata["adapter.lora.alpha"] - (16 * 8**0.5 if options else 16)) < 1e-5
+    assert len(result.shapes) == 2 * 2 * 7
+    assert result.shapes["blk.1.attn_k.weight.lora_b"] == (32, 8)
+    assert result.shapes["blk.1.ffn_down.weight.lora_a"] == (4, 128)
+    assert result.difference < 1e-4
+    assert (tmp_path / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+
+
 @pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
 def test_trainer(options: list[str], tmp_path: Path) -> None:
     result = run("trainer", f"--out={tmp_path}", *options)

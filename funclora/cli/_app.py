@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from funclora.cli.combine import combine
+from funclora.cli.convert import convert
 from funclora.cli.demo import demo
 from funclora.cli.eval import evaluate
 from funclora.cli.extract import extract
@@ -13,6 +14,7 @@ from funclora.cli.sweep import sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 app.command()(combine)
+app.command()(convert)
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(extract)

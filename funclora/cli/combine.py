@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from funclora.io.combine import CombinedFolders
 
 
@@ -129,6 +127,7 @@ def _combined(
 ) -> CombinedFolders:
     import torch
 
+    from funclora.cli._base import base_model
     from funclora.errors import ConfigError
     from funclora.io._peft_config import CONFIG_FILE
     from funclora.io.combine import combine_peft
@@ -140,30 +139,10 @@ def _combined(
         generator = torch.Generator().manual_seed(seed or 0)
     elif seed is not None:
         raise ConfigError(f"--seed: --type {kind} draws no random numbers. Leave it out.")
-    model = None if base is None else _model(base)
+    model = None if base is None else base_model(base)
     return combine_peft(
         adapters, out, weights, kind, model=model, dtype=getattr(torch, dtype), generator=generator, **options
     )
-
-
-def _model(folder: Path) -> nn.Module:
-    """The transformers model of a folder, of the class that its configuration names."""
-    from funclora.errors import ConfigError
-
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--base: {folder} holds no config.json. It takes the folder of a transformers model.")
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ConfigError("--base needs transformers. Type: pip install 'funclora[hf]'") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        name = (config.architectures or ["?"])[0]
-        cls = getattr(transformers, name, transformers.AutoModel)
-        model: nn.Module = cls.from_pretrained(folder, local_files_only=True, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--base: {folder} cannot be loaded: {error}") from error
-    return model
 
 
 def _report(found: CombinedFolders, adapters: list[Path], weights: list[float], kind: str, out: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _COMPUTE = 16 << 20  # bytes that a job computes
 
 
 def write(plan: MergePlan, folder: Path, progress: Progress) -> None:
-    """Write the result of a plan into an empty folder.
+    """Write the result of a plan into an empty folder. As with `cp`, the system decides when it reaches the disk.
 
     Raises:
         NonFiniteError: a merged weight holds NaN or infinity, or overflows its dtype.
@@ -40,21 +40,17 @@ def write(plan: MergePlan, folder: Path, progress: Progress) -> None:
         raise OSError(errno.ENOSPC, f"{total:,} bytes are needed and {free:,} are free", str(folder))
     with contextlib.ExitStack() as stack:
         places: dict[str, tuple[int, Stored]] = {}
-        descriptors = []
         for name, draft in drafts.items():
             file = stack.enter_context((folder / name).open("wb"))
             file.write(draft.head)
             file.flush()
             os.ftruncate(file.fileno(), draft.size)
-            descriptors.append(file.fileno())
             places |= {key: (file.fileno(), stored) for key, stored in draft.places.items()}
         done = sum(len(draft.head) for draft in drafts.values())
         for nbytes in _run(_jobs(plan, places)):
             done += nbytes
             progress(done, total)
         _small_files(plan, folder)
-        for descriptor in descriptors:
-            os.fsync(descriptor)
 
 
 def _small_files(plan: MergePlan, folder: Path) -> None:

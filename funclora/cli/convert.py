@@ -1,0 +1,90 @@
+"""`funclora convert`: adapters from and to the formats of other programs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+
+class Format(str, Enum):
+    """The formats besides PEFT's folders."""
+
+    gguf = "gguf"
+
+
+class Dtype(str, Enum):
+    """In which dtype the factors are written."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder; with --from, a file.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The new file; with --from, a PEFT folder.", show_default=False)
+    ],
+    base: Annotated[Path, typer.Option(help="Folder of the transformers model.", show_default=False)],
+    to: Annotated[Format | None, typer.Option("--to", help="Write this format.", show_default=False)] = None,
+    from_: Annotated[Format | None, typer.Option("--from", help="Read this format.", show_default=False)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the factors in a new file; else float32.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is in OUT.")] = False,
+) -> None:
+    """Convert a PEFT folder to a GGUF file that llama.cpp takes with --lora, or such a file to a PEFT folder.
+
+    Only the structure of the base model is read, not its weights, unless the adapter's folder holds some of them.
+    """
+    if (to is None) == (from_ is None):
+        _fail("give one of --to gguf and --from gguf.")
+    if from_ is not None and dtype is not None:
+        _fail("--dtype is for --to gguf. Leave it out.")
+    from funclora.errors import FuncloraError
+
+    try:
+        if to is not None:
+            _to_gguf(adapter, out, base, (dtype or Dtype.float32).value, overwrite=overwrite)
+        else:
+            _from_gguf(adapter, out, base, overwrite=overwrite)
+    except (FuncloraError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"funclora convert: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> None:
+    import torch
+
+    from funclora.cli._base import base_model
+    from funclora.errors import ConfigError
+    from funclora.io._peft_weights import WEIGHTS_FILE, StoredTensors
+    from funclora.io.gguf import save_gguf
+    from funclora.io.peft import load_peft
+
+    if out.exists() and not overwrite:
+        raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
+    # PEFT keeps the tables of adapted embeddings next to the adapter, to be compared with the model's.
+    weights = any(".base_layer." in key for key in StoredTensors(folder / WEIGHTS_FILE).shapes())
+    model = base_model(base, weights=weights)
+    adapters, _ = load_peft(folder, model)
+    save_gguf(out, adapters, model, dtype=getattr(torch, dtype))
+    typer.echo(f"{out}: {len(adapters)} updates in {dtype}, {out.stat().st_size:,} bytes")
+
+
+def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> None:
+    from funclora.cli._base import base_model
+    from funclora.errors import ConfigError
+    from funclora.io._peft_config import CONFIG_FILE
+    from funclora.io.gguf import load_gguf
+    from funclora.io.peft import save_peft
+
+    if (out / CONFIG_FILE).exists() and not overwrite:
+        raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")
+    adapters, config = load_gguf(file, base_model(base, weights=False))
+    save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
+    typer.echo(f"{out}: {len(adapters)} updates, r={config.r}, lora_alpha={config.lora_alpha:g}")

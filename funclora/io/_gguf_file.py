@@ -1,0 +1,123 @@
+"""The GGUF container of an adapter: its metadata, and its tensors by name."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funclora.errors import FormatError, UnsupportedError
+from funclora.io._files import replace_files
+
+DTYPES = (torch.float32, torch.float16)
+# What the reader's arithmetic on the numbers of a broken file ends in.
+_BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, FloatingPointError)
+
+
+def package() -> ModuleType:
+    """The `gguf` package.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise UnsupportedError("GGUF files need the package gguf. Type: pip install 'funclora[gguf]'") from error
+    return gguf  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds.
+
+    Attributes:
+        arch: the architecture, in llama.cpp's words.
+        alpha: `adapter.lora.alpha`: llama.cpp scales each update by alpha/r, or by 1 if alpha is 0.
+        tensors: name -> tensor, in float32.
+    """
+
+    arch: str
+    alpha: float
+    tensors: dict[str, Tensor]
+
+
+def write_adapter(path: Path, arch: str, alpha: float, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write a file, or replace it as a whole.
+
+    Args:
+        path: the file; its folder is made if it does not exist.
+        arch: the architecture.
+        alpha: a number that float32 holds.
+        tensors: name -> tensor of that dtype, on the CPU.
+        dtype: of the tensors.
+
+    Raises:
+        OSError: the file cannot be written. What was there is then still there.
+    """
+    gguf = package()
+
+    def write(draft: Path) -> None:
+        writer = gguf.GGUFWriter(draft, arch)
+        try:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            file_type = "ALL_F32" if dtype == torch.float32 else "MOSTLY_F16"
+            writer.add_file_type(gguf.LlamaFileType[file_type])
+            for name, tensor in tensors.items():
+                writer.add_tensor(name, tensor.contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+    replace_files(path.parent, {path.name: write})
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Read a file that llama.cpp takes for a LoRA adapter.
+
+    Raises:
+        FormatError: the file is missing or broken, or no such adapter.
+        UnsupportedError: it is an adapter of another kind.
+    """
+    gguf = package()
+    if not path.is_file():
+        raise FormatError(f"{path}: there is no such file.")
+    try:
+        with np.errstate(over="raise"):
+            reader = gguf.GGUFReader(path)
+        if reader.byte_order == "S":
+            raise UnsupportedError(f"{path}: the file is in the byte order of another kind of machine.")
+        fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        with np.errstate(all="ignore"):  # whoever uses the numbers looks for infinity
+            arrays = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    except NotImplementedError as error:
+        raise UnsupportedError(f"{path}: a tensor has a type that cannot be read: {error}") from error
+    except (*_BROKEN, struct.error) as error:
+        raise FormatError(f"{path}: this is not a GGUF file, or it is broken or cut off: {error}") from error
+
+    keys, wanted = gguf.Keys, {gguf.Keys.General.TYPE: "adapter", gguf.Keys.Adapter.TYPE: "lora"}
+    for key, value in wanted.items():
+        if fields.get(key) != value:
+            raise FormatError(f"{path}: {key}: expected {value!r}, got {fields.get(key)!r}. This is no LoRA adapter.")
+    if fields.get(keys.Adapter.ALORA_INVOCATION_TOKENS):
+        raise UnsupportedError(f"{path}: {keys.Adapter.ALORA_INVOCATION_TOKENS} is set; aLoRA is not supported.")
+    arch, alpha = fields.get(keys.General.ARCHITECTURE), fields.get(keys.Adapter.LORA_ALPHA, 0.0)
+    if not isinstance(arch, str) or not isinstance(alpha, float):
+        raise FormatError(
+            f"{path}: expected {keys.General.ARCHITECTURE} to be a string and {keys.Adapter.LORA_ALPHA} a float, got "
+            f"{arch!r} and {alpha!r}."
+        )
+    # Copies: the arrays are views of the file.
+    tensors = {name: torch.from_numpy(array.astype(np.float32, copy=True)) for name, array in arrays.items()}
+    return AdapterFile(arch, alpha, tensors)
