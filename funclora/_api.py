@@ -7,11 +7,14 @@ from funclora import algebra, errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._cache import AdapterCache, CacheStats
 from funclora._config import LoraConfig
+from funclora._decompose import decompose
+from funclora._eva import init_eva
 from funclora._evaluate import evaluate
 from funclora._init import init
 from funclora._merge import merge
 from funclora._module import AdapterModule, as_module
 from funclora._population import per_example_value_and_grad, population_step
+from funclora._relative import relative_to_original
 from funclora._route import route
 from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
@@ -37,14 +40,17 @@ __all__ = [
     "base_params",
     "bind",
     "combine_peft",
+    "decompose",
     "errors",
     "evaluate",
     "init",
+    "init_eva",
     "load_peft",
     "merge",
     "optim",
     "per_example_value_and_grad",
     "population_step",
+    "relative_to_original",
     "route",
     "save_peft",
     "stack",

@@ -16,6 +16,7 @@ from funclora._rules import DoRA, Full, LoRA, Rule
 from funclora._targets import layer_of, named
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io._peft_config import HEADS
+from funclora.io._peft_decomposed import refuse_decomposed
 from funclora.io._peft_keys import Wrapped
 from funclora.io._peft_limits import obstacles
 from funclora.io._peft_weights import DTYPES
@@ -32,6 +33,7 @@ def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
         UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
         NonFiniteError: an adapter holds NaN or infinity.
     """
+    refuse_decomposed(config)
     wrapped = {}
     for name, rule in adapters.items():
         if type(rule) not in (LoRA, DoRA, Full):

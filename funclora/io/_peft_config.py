@@ -40,6 +40,8 @@ _UNSUPPORTED = frozenset({
     "layer_replication", "loftq_config", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config",
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 })  # fmt: skip
+# How an adapter started says nothing about one that is there.
+_OF_INITIALISATION = frozenset({"eva_config", "loftq_config"})
 
 
 def config_text(config: LoraConfig, targets: Sequence[str], *, fan_in_fan_out: bool) -> str:
@@ -55,6 +57,10 @@ def config_text(config: LoraConfig, targets: Sequence[str], *, fan_in_fan_out: b
         values["target_modules"] = _listed(targets)
     elif not config.target_modules:
         values["target_modules"] = []  # null would make PEFT add the usual targets of the model
+    if config.init_lora_weights == "eva":
+        values["init_lora_weights"] = (
+            True  # PEFT would ask for an eva_config, which an adapter that is there has no use for
+        )
     values |= {
         "auto_mapping": None,
         "fan_in_fan_out": fan_in_fan_out,
@@ -95,7 +101,7 @@ def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
         FormatError: the file is missing, broken, or has a value that is invalid.
         UnsupportedError: the file asks for something that is not supported.
     """
-    raw = _json(file)
+    raw = {name: value for name, value in _json(file).items() if name not in _OF_INITIALISATION}
     kind = raw.get("peft_type")
     if kind != "LORA":
         got = f"got {kind!r}" if "peft_type" in raw else "but it is missing"

@@ -23,6 +23,7 @@ from funclora.errors import FormatError, PeftFormatWarning, TargetError, Unsuppo
 from funclora.io._files import replace_files
 from funclora.io._peft_agree import as_wrapped
 from funclora.io._peft_config import CONFIG_FILE, config_text, read_config
+from funclora.io._peft_decomposed import on_the_original
 from funclora.io._peft_keys import Keys, Leaves, Wrapped
 from funclora.io._peft_limits import counts_twice, differences, obstacles, obstacles_in_model
 from funclora.io._peft_weights import WEIGHTS_FILE, StoredTensors
@@ -90,6 +91,9 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     The adapters lie on the devices of their base weights, in float32 where the base is in half precision and in its
     dtype otherwise, as PEFT keeps them. The model is only read, its weights only compared with those in the file.
 
+    PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here such
+    an adapter comes out relative to the weights as they are (`relative_to_original`), with twice the rank.
+
     Args:
         path: the folder.
         model: the base model that the adapter was trained on.
@@ -148,7 +152,7 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     stored.refuse_rest(keys, weights, adapters)
     for message in differences(model, everything, config, by_peft=by_peft):
         warnings.warn(f"{folder}: {message}", PeftFormatWarning, stacklevel=2)
-    return adapters, config
+    return on_the_original(file, model, adapters, config) if config.decomposition else (adapters, config)
 
 
 def _low_rank(
