@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from funclora._config import LoraConfig
 from funclora._eva_inputs import Inputs, Mask
 from funclora._init import draw_root, init
 from funclora._rules import LowRank, Rule
+from funclora._targets import named
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
 from funclora.io._peft_infer import configured
 
@@ -68,7 +70,8 @@ def init_eva(
     Each batch is forgotten after it: a layer keeps rho·r components. Layers with the same inputs share them.
 
     Numbers are PEFT's (`initialize_lora_eva_weights`), whose decompositions are always randomized; small ones are
-    exact here.
+    exact here. What PEFT does otherwise: it whitens components once more for every layer that shares them, takes one
+    that has changed its sign for one that moves, and goes on for ever where components do not stand still.
 
     Args:
         model: the module. It is only read, and stays in the mode that it is in.
@@ -140,7 +143,21 @@ def _result(
                 adapters[name] = _with_components(name, rule, rank, config, inputs, whiten, adjust_scaling)
         elif config.bias != "lora_only" or name.rpartition(".")[0] not in without:
             adapters[name] = rule
-    return configured(adapters, [config])
+    return configured(adapters, [_targeting(config, adapters) if without else config])
+
+
+def _targeting(config: LoraConfig, adapters: Mapping[str, Rule]) -> LoraConfig:
+    """The configuration with only those of its targets that have an adapter."""
+    names = [name for name, rule in adapters.items() if isinstance(rule, LowRank)]
+    parameters = [name for name in names if any(named(name, entry) for entry in config.target_parameters or ())]
+    modules = [name.rpartition(".")[0] for name in names if name not in parameters]
+    return config.replace(
+        target_modules="|".join(map(re.escape, modules)) or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        target_parameters=parameters or None,
+    )
 
 
 def _with_components(

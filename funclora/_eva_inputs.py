@@ -128,13 +128,15 @@ class Inputs:
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """The inputs that count, `[rows, in]`."""
-        mask = self.positions
-        if mask is not None and x.shape[: mask.dim()] != mask.shape:
-            raise ParamsError(
-                f"mask: {name!r} has inputs of shape {list(x.shape)}, which a mask of shape {list(mask.shape)} does "
-                "not fit. Give a function mask=, or lambda batch: None to count all positions."
-            )
-        rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask.to(x.device)]
+        mask, rows = self.positions, x.detach().reshape(-1, x.shape[-1])
+        if mask is not None:
+            flat = x.dim() == 2 and len(x) == mask.numel()  # transformers' Conv1D has flattened its input
+            if not flat and x.shape[:-1] != mask.shape:
+                raise ParamsError(
+                    f"mask: {name!r} has inputs of shape {list(x.shape)}, which a mask of shape {list(mask.shape)} "
+                    "does not fit. Give a function mask=, or lambda batch: None to count all positions."
+                )
+            rows = rows[mask.flatten().to(x.device)]
         if not torch.isfinite(rows).all():
             raise NonFiniteError(f"{name!r} has inputs that are NaN or infinity.")
         return rows
