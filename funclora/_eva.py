@@ -70,8 +70,8 @@ def init_eva(
     Each batch is forgotten after it: a layer keeps rho·r components. Layers with the same inputs share them.
 
     Numbers are PEFT's (`initialize_lora_eva_weights`), whose decompositions are always randomized; small ones are
-    exact here. What PEFT does otherwise: it whitens components once more for every layer that shares them, takes one
-    that has changed its sign for one that moves, and goes on for ever where components do not stand still.
+    exact here. What PEFT does otherwise: it whitens components once more for every layer that shares them, and goes on
+    for ever where components do not stand still.
 
     Args:
         model: the module. It is only read, and stays in the mode that it is in.

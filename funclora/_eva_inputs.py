@@ -98,7 +98,7 @@ class Inputs:
             pca.update(rows)
             assert pca.components is not None
             if before is not None:
-                self.still[name] = ((pca.components * before).sum(-1).abs() >= self.tau).cpu()
+                self.still[name] = ((pca.components * before).sum(-1) >= self.tau).cpu()
 
         self._run(batch, see, run)
         self.ranks = self._distributed()

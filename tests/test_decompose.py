@@ -13,6 +13,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from cases import CASES, Case, gen
+from oracle import close, distance, snapshot
 from peft.utils import loftq_utils
 from torch import Tensor, nn
 
@@ -28,8 +30,6 @@ from funclora.errors import (
     TiedWeightsWarning,
     UnsupportedError,
 )
-from tests.cases import CASES, Case, gen
-from tests.oracle import close, distance, snapshot
 
 EXACT = ["pissa", "pissa_niter_3", "olora"]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
