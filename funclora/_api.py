@@ -14,13 +14,19 @@ from funclora._init import init
 from funclora._merge import merge
 from funclora._module import AdapterModule, as_module
 from funclora._population import per_example_value_and_grad, population_step
+from funclora._quantize import dequantize, quantize
+from funclora._quantized import Quantized
 from funclora._relative import relative_to_original
 from funclora._route import route
-from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora._rules import Delta, DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
 from funclora._summary import summary
+from funclora._tokens import Tied, TrainableTokens
 from funclora._train import train_step, value_and_grad
+from funclora.io._merge_verify import MergeVerification
 from funclora.io.combine import CombinedFolders, combine_peft
+from funclora.io.extract import ExtractedWeight, ExtractReport, extract_adapter
+from funclora.io.hf import MergedWeight, MergeReport, merge_checkpoint
 from funclora.io.peft import load_peft, save_peft
 
 __all__ = [
@@ -28,12 +34,21 @@ __all__ = [
     "AdapterModule",
     "CacheStats",
     "CombinedFolders",
+    "Delta",
     "DoRA",
+    "ExtractReport",
+    "ExtractedWeight",
     "Full",
     "LoRA",
     "LoraConfig",
+    "MergeReport",
+    "MergeVerification",
+    "MergedWeight",
+    "Quantized",
     "Rule",
     "Stack",
+    "Tied",
+    "TrainableTokens",
     "algebra",
     "apply",
     "as_module",
@@ -41,15 +56,19 @@ __all__ = [
     "bind",
     "combine_peft",
     "decompose",
+    "dequantize",
     "errors",
     "evaluate",
+    "extract_adapter",
     "init",
     "init_eva",
     "load_peft",
     "merge",
+    "merge_checkpoint",
     "optim",
     "per_example_value_and_grad",
     "population_step",
+    "quantize",
     "relative_to_original",
     "route",
     "save_peft",

@@ -17,8 +17,11 @@ from funclora._clone import clone_module, refuse_unbindable
 from funclora._entrance import Entrance, with_rows
 from funclora._layout import Embedding, Layout
 from funclora._lazy import Carriers, LazyWeight, requires_grad
+from funclora._quantize import of_bitsandbytes, read_any_weight, reads_packed_weights
+from funclora._quantized import plain_weight
 from funclora._routed import Routed
 from funclora._rules import LinearMap, Rule
+from funclora._tokens import untied
 from funclora._tree import pytree_node
 from funclora.errors import DenseFallbackWarning, ParamsError, PurityError, UnsupportedError, near
 
@@ -30,7 +33,8 @@ Params = Mapping[str, Tensor]
 def base_params(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters and persistent buffers as a value: detached, not copied.
 
-    Tied parameters appear under each of their names, as in `state_dict`.
+    Tied parameters appear under each of their names, as in `state_dict`. What bitsandbytes packed (a transformers model
+    that was loaded with `load_in_4bit` or `load_in_8bit`) appears as quantised weights, as `quantize` makes them.
 
     Args:
         model: any module.
@@ -60,7 +64,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, bo
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield dot + name, parameter, module, False
+                yield dot + name, of_bitsandbytes(dot + name, parameter, module, model), module, False
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield dot + name, buffer, module, name in module._non_persistent_buffers_set
@@ -100,6 +104,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
     refuse_unbindable(model)
     check_adapters(params, adapters)
+    adapters = untied(adapters)
     if torch.compiler.is_compiling():
         return cast(M, _TracedModule(model, params, adapters))
     unused = set(params)
@@ -114,6 +119,9 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
                     f"buffer, as base_params(model) gives them.{near(name, params)}"
                 )
             value = original
+        if reads_packed_weights(owner) and not is_buffer:
+            read_any_weight(owner, name)
+            original = of_bitsandbytes(name, original, owner, model)
         if value.shape != original.shape:
             raise ParamsError(
                 f"params[{name!r}] has shape {list(value.shape)}, expected {list(original.shape)} as in the model."
@@ -250,7 +258,7 @@ def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
 
 def check_adapters(params: Params, adapters: Adapters) -> None:
     """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
-    for name, rule in adapters.items():
+    for name, rule in untied(adapters).items():
         weight = params.get(name)
         if weight is None:
             raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")
@@ -270,7 +278,9 @@ class _TracedModule:
         self._rows = rows_of_batch(adapters)
         self._tensors = {}
         places: dict[tuple[int, str], str] = {}
-        for name, value in params.items():
+        for name, given in params.items():
+            # The tracer loses track of a quantised weight inside of a lazy one.
+            value = plain_weight(given) if name in adapters else given
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
             twin = places.setdefault((id(owner), leaf), name)
@@ -280,6 +290,11 @@ class _TracedModule:
                     "it two weights: call apply outside of the compiled function, or adapt a model without the sharing."
                 )
             is_buffer = leaf in owner._buffers
+            if reads_packed_weights(owner):
+                raise UnsupportedError(
+                    f"{name!r} belongs to a {type(owner).__name__} of bitsandbytes, which torch.compile cannot give "
+                    "another weight. Call apply outside of the compiled function, or on the model with plain layers."
+                )
             self._tensors[name] = (
                 value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, None, {})
             )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._maps import linear_maps
-from funclora._routed import ALONE, Prepared, Routed, lost, spread
+from funclora._routed import ALONE, Prepared, Routed, lost, member, spread
 from funclora._row_rules import Place, is_elementwise
 from funclora._rows import RowTensor, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
@@ -76,9 +76,12 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         raise UnsupportedError(
             f"{lazy.target!r} is replaced as a whole by some members. Give route the ids as a list, not as a tensor."
         )
-    for full, part in rule.replacing():
-        for j in range(len(full.value)):
-            value = full.value[j].to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
+    for several, part in rule.replacing():
+        for j in range(len(getattr(several, several.leaves[0]))):
+            one = member(several, j)
+            value = lazy.like(base, one)
+            if one.dense_is_free:
+                value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
             if part.rows is None:
                 change = operation(value) - operation(base)
                 change = rows_first(rows_of(change)[0], place, rule.n)
@@ -140,15 +143,16 @@ def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
         raise UnsupportedError(f"{lazy.target!r} has low-rank updates that differ by row, and is read as a whole.")
     lazy.used("fast")
     values = base.expand(rule.n, *base.shape)
-    for full, part in zip(rule.rules, rule.parts, strict=True):
+    for several, part in zip(rule.rules, rule.parts, strict=True):
+        value = torch.func.vmap(lambda one: one.dense(base))(several).to(base.dtype)
         if part.present is not None:
             present = part.present.reshape(-1, *[1] * base.dim())
-            values = torch.where(present, full.value.to(base.dtype), values)
+            values = torch.where(present, value, values)
         elif part.rows is not None:
-            each = full.value.to(base.dtype).unsqueeze(1)
+            each = value.unsqueeze(1)
             values = part.rows.put(values, each.expand(-1, part.rows.count, *base.shape))
         else:
-            change = full.value.to(base.dtype) - base
+            change = value - base
             values = values + (part.weights.to(base.dtype) @ change.flatten(1)).unflatten(1, base.shape)
     shape = [*base.shape, *[1] * (like.dim() - 2)] if channels_first else list(base.shape)
     if rule.n == 1:

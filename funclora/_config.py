@@ -48,6 +48,10 @@ class LoraConfig:
         task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head
             (`classifier` or `score`, `qa_outputs`) in full, as if it were in `modules_to_save`.
         base_model_name_or_path: kept for PEFT's files.
+        trainable_token_indices: rows of tables that are trained in full: ids for the input embeddings, or a dict from
+            the name of a module to its ids. Where transformers ties the output layer to the table, it follows.
+        lora_bias: give B a bias, which is scaled as B is. The targets need a bias of their own to hold it.
+        ensure_weight_tying: of weights that transformers ties, an adapter of one is the adapter of all.
 
     Raises:
         ConfigError: a value is invalid, or values contradict each other.
@@ -74,6 +78,9 @@ class LoraConfig:
     target_parameters: Collection[str] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -95,6 +102,7 @@ class LoraConfig:
             if not isinstance(patterns, Mapping):
                 raise ConfigError(f"{name}: expected a dict from pattern to number, got {patterns!r}.")
             put(name, {_pattern(name, k): v for k, v in patterns.items()})
+        put("trainable_token_indices", _tokens(self.trainable_token_indices))
         self._check_values()
         self._check_together()
 
@@ -116,7 +124,7 @@ class LoraConfig:
             raise ConfigError(f"lora_dropout: expected a number, got {self.lora_dropout!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout!r}.")
-        for name in ("use_rslora", "use_dora"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
         initialisers = INITIALISERS if self.niter is None else (self.init_lora_weights,)
@@ -145,6 +153,24 @@ class LoraConfig:
         ranks = (self.r, *self.rank_pattern.values())
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
             raise ConfigError(f"init_lora_weights='orthogonal' needs even ranks, got {', '.join(map(str, ranks))}.")
+        if self.lora_bias:
+            self._check_lora_bias()
+
+    def _check_lora_bias(self) -> None:
+        if self.use_dora:
+            raise ConfigError("lora_bias and use_dora: DoRA has no bias of B. Set one of them to False.")
+        if self.target_parameters:
+            raise ConfigError("lora_bias and target_parameters: a parameter on its own has no bias. Leave one of them.")
+        if self.bias != "none":
+            raise ConfigError(
+                f"lora_bias and bias={self.bias!r} would train the biases of the targets twice. Set bias='none', or "
+                "lora_bias=False."
+            )
+        if not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"lora_bias needs init_lora_weights=True or False, got {self.init_lora_weights!r}. For an adapter that "
+                "is already trained the field changes nothing: set it to True."
+            )
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -159,9 +185,7 @@ class LoraConfig:
     @property
     def niter(self) -> int | None:
         """The iterations of the fast decomposition that "pissa_niter_[k]" asks for; None for all else."""
-        asked = self.init_lora_weights
-        found = re.fullmatch(r"pissa_niter_([0-9]+)", asked) if isinstance(asked, str) else None
-        return int(found[1]) if found else None
+        return _niter(self.init_lora_weights)
 
     @property
     def decomposition(self) -> str | None:
@@ -183,9 +207,63 @@ class LoraConfig:
         """s = α/r, or α/√r with `use_rslora`."""
         return lora_alpha / math.sqrt(r) if self.use_rslora else lora_alpha / r
 
+    @property
+    def tokens(self) -> Mapping[str | None, tuple[int, ...]]:
+        """The ids of `trainable_token_indices` by the name of the module; None stands for the input embeddings."""
+        tokens: Any = self.trainable_token_indices
+        if tokens is None or isinstance(tokens, Mapping):
+            return tokens or {}
+        return {None: tokens}
+
     def replace(self, **changes: Any) -> LoraConfig:
         """A copy with some fields changed, checked anew."""
         return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    @classmethod
+    def from_peft(cls, config: Any) -> LoraConfig:
+        """The configuration that a `peft.LoraConfig` is.
+
+        Args:
+            config: a `peft.LoraConfig`, or a dict as in `adapter_config.json`.
+
+        Returns:
+            The configuration. Fields that change nothing of the result (`inference_mode`, `fan_in_fan_out`, ...)
+            are dropped.
+
+        Raises:
+            ConfigError: a field has an invalid value, or asks for something that is not supported.
+
+        Examples:
+            >>> LoraConfig.from_peft({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}).r
+            4
+        """
+        from funclora.io._peft_config import from_peft  # io is built on this module
+
+        return from_peft(config)
+
+    def to_peft(self) -> Any:
+        """The `peft.LoraConfig` that means the same.
+
+        Raises:
+            ConfigError: PEFT is not installed.
+
+        Examples:
+            >>> LoraConfig(r=4, target_modules=["q_proj"]).to_peft().r
+            4
+        """
+        from funclora.io._peft_config import to_peft
+
+        return to_peft(self)
+
+
+def is_initialiser(value: str) -> bool:
+    """Whether `init_lora_weights` may have that value."""
+    return value in INITIALISERS or _niter(value) is not None
+
+
+def _niter(value: object) -> int | None:
+    found = re.fullmatch(r"pissa_niter_([0-9]+)", value) if isinstance(value, str) else None
+    return int(found[1]) if found else None
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
@@ -230,3 +308,28 @@ def _indices(indices: object) -> tuple[int, ...] | None:
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ConfigError(f"layers_to_transform: expected indices from 0 up, got {index!r}.")
     return result or None
+
+
+def _tokens(tokens: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    where = "trainable_token_indices"
+    if isinstance(tokens, Mapping):
+        for name in tokens:
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"{where}: expected names of modules, got {name!r}.")
+        return {name: _ids(f"{where}[{name!r}]", ids) for name, ids in tokens.items()} or None
+    return None if tokens is None or tokens in ([], ()) else _ids(where, tokens)
+
+
+def _ids(where: str, ids: object) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ConfigError(f"{where}: expected a list of token ids, got {ids!r}.")
+    result = tuple(sorted(ids) if isinstance(ids, (set, frozenset)) else ids)
+    for i in result:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise ConfigError(f"{where}: expected token ids from 0 up, got {i!r}.")
+    if not result:
+        raise ConfigError(f"{where}: expected at least one token id, got none.")
+    if len(set(result)) < len(result):
+        twice = next(i for i in result if result.count(i) > 1)
+        raise ConfigError(f"{where}: {twice} is there twice. Name every token once.")
+    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,9 +13,12 @@ from funclora._apply import Params, base_params
 from funclora._config import DECOMPOSITIONS, LoraConfig
 from funclora._init import draw_root, generator_of, init
 from funclora._merge import merge
+from funclora._quantize import quantize as quantize_params
+from funclora._quantized import Quantized, plain_weight
 from funclora._rules import LoRA, LowRank, Rule
 from funclora._svd import randomized_svd, svd
-from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
+from funclora._tokens import Tied
+from funclora.errors import ConfigError, NonFiniteError, ParamsError
 
 Quantize = Callable[[Tensor], Tensor]
 # U, S and Vᵀ of a matrix, of at least the rank that is wanted.
@@ -54,8 +57,8 @@ def decompose(
         generator: source of randomness; torch's default generator if None. As in `init`, each target has its own.
         params: the base weights, if they are not the model's own.
         dtype: dtype of the adapters' factors and magnitudes, as in `init`. The base weights take up its rounding.
-        quantize: for "loftq": from a weight to the quantised one, which may be a dense tensor of the values that it
-            stands for. By default 4 bits ("nf4", in blocks of 64) by bitsandbytes.
+        quantize: for "loftq": from a weight to the quantised one, as `funclora.quantize` makes them, or to a dense
+            tensor of the values that it stands for. By default 4 bits ("nf4", in blocks of 64).
         iterations: for "loftq": how often to alternate between quantising and decomposing. With 1 the new base is
             the quantised original.
 
@@ -103,9 +106,11 @@ def decompose(
             adapters[name] = _olora(rule, weight)
         else:
             adapters[name] = _principal(name, rule, _matrix(rule, weight), _pissa_svd(name, rule, config.niter, root))
+    low_rank = {name: rule for name, rule in adapters.items() if isinstance(rule, LowRank)}
+    ties = {name: tie for name, tie in adapters.items() if isinstance(tie, Tied) and tie.to in low_rank}
     if kind == "loftq":
-        return dict(params) | quantised, adapters
-    return merge(params, {n: _negated(rule) for n, rule in adapters.items() if isinstance(rule, LowRank)}), adapters
+        return dict(params) | quantised | {name: quantised[tie.to] for name, tie in ties.items()}, adapters
+    return merge(params, {name: _negated(rule) for name, rule in low_rank.items()} | ties), adapters
 
 
 def _pissa_svd(name: str, rule: LowRank, niter: int | None, root: int) -> Svd:
@@ -120,8 +125,7 @@ def _loftq(name: str, rule: LowRank, weight: Tensor, quantize: Quantize, iterati
     for i in range(iterations):
         if i:
             packed = _quantised(name, _negated(rule).dense(weight).to(weight.dtype), quantize)
-        dense = packed.dequantize() if _is_quantised(packed) else packed
-        lost = _matrix(rule, weight) - _matrix(rule, dense)
+        lost = _matrix(rule, weight) - _matrix(rule, plain_weight(packed))
         rule = _principal(name, rule, lost, lambda matrix: svd(name, matrix))
     return packed, rule
 
@@ -136,16 +140,9 @@ def _quantised(name: str, weight: Tensor, quantize: Quantize) -> Tensor:
     return packed
 
 
-def nf4(weight: Tensor) -> Tensor:
-    """The values that are left of a weight in 4 bits (NormalFloat in blocks of 64, arXiv 2305.14314)."""
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    except ImportError as error:
-        raise UnsupportedError(
-            "init_lora_weights='loftq' needs bitsandbytes. Type: pip install bitsandbytes"
-        ) from error
-    packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", blocksize=64)
-    return cast(Tensor, dequantize_4bit(packed, state)).to(weight.dtype)
+def nf4(weight: Tensor) -> Quantized:
+    """The weight in 4 bits (NormalFloat in blocks of 64)."""
+    return cast(Quantized, quantize_params({"weight": weight}, ["weight"], "nf4")["weight"])
 
 
 def _olora(rule: LowRank, weight: Tensor) -> LowRank:
@@ -188,14 +185,8 @@ def _matrix(rule: LowRank, weight: Tensor) -> Tensor:
     return rule.layout.matrix(weight).to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _is_quantised(weight: Tensor) -> bool:
-    """Whether a tensor unpacks itself, as no plain tensor does."""
-    own: Any = type(weight).dequantize
-    return own is not Tensor.dequantize
-
-
 def _check(name: str, rule: LowRank, weight: Tensor) -> None:
-    if _is_quantised(weight):
+    if isinstance(weight, Quantized):
         raise ParamsError(
             f"{name!r} is quantised. Decompose the original weights, and quantise the params that come out."
         )

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from funclora._apply import Params, base_params
 from funclora._config import LoraConfig
 from funclora._layout import Embedding
-from funclora._rules import DoRA, Full, LoRA, Rule, weight_norms
-from funclora._targets import Target, select
+from funclora._rules import Delta, DoRA, Full, LoRA, Rule, refuse_full, weight_norms
+from funclora._target import Target
+from funclora._targets import select
+from funclora._tokens import Tied, TrainableTokens
 from funclora.errors import ConfigError, ParamsError, near
 
 
@@ -96,11 +98,21 @@ def _fresh(
     generator: torch.Generator,
     dtype: torch.dtype | None,
 ) -> Rule:
+    if target.rule is Tied:
+        return Tied(target.to)
     if weight.is_meta and (config.use_dora or target.layout is None):
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
-    if target.layout is None:
+    if target.rule is Full:
+        refuse_full(name, weight)
         return Full(weight.clone())
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+    if target.rule is TrainableTokens:
+        return TrainableTokens(weight[list(target.tokens)].to(dtype), token_indices=target.tokens)
+    if target.rule is Delta:
+        bound = 0.0 if config.init_lora_weights else 1 / math.sqrt(target.r)  # torch's own for a layer with r inputs
+        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return Delta((drawn * bound).to(device=weight.device, dtype=dtype), scaling=target.scaling)
+    assert target.layout is not None
     a, b = (
         factor.to(device="cpu" if weight.is_meta else weight.device, dtype=dtype)
         for factor in _factors(target, weight, config, generator)

@@ -60,6 +60,11 @@ class Layout(ABC):
         """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
         return 0
 
+    @property
+    def rank_dims(self) -> tuple[int, int]:
+        """The dimensions of `a` and `b` that count ranks."""
+        return 0, 1
+
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The factors as matrices `[*lead, r, in]` and `[*lead, out, r]`."""
         return a, b
@@ -72,6 +77,10 @@ class Layout(ABC):
 @dataclass(frozen=True)
 class Matrices(Layout):
     """M (or a stack of them) is the last two dimensions of the weight."""
+
+    @property
+    def rank_dims(self) -> tuple[int, int]:
+        return -2, -1
 
     def lead(self, shape: Shape) -> int:
         return len(shape) - 2

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora._by_row import differs_by_row, operate_by_row
+from funclora._carrier import LIKE, METADATA, carrier
 from funclora._maps import UnmappedError, linear_maps
+from funclora._quantized import held
 from funclora._rows import written
 from funclora._rules import Rule
 from funclora._views import inlined, views
@@ -56,8 +58,7 @@ class LazyWeight(torch.Tensor):
         """
         kind = (base.shape, base.dtype, base.device)
         if kind not in carriers:
-            nan = torch.full((1,) * base.dim(), float("nan"), dtype=base.dtype, device=base.device)
-            carriers[kind] = nan.expand(base.shape)
+            carriers[kind] = carrier(*kind)
         lazy = carriers[kind].as_subclass(LazyWeight)
         lazy.base = base
         lazy.rule = rule
@@ -101,10 +102,10 @@ class LazyWeight(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _OF_THE_BASE:
+        if func in LIKE:
             return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
         if func == _REQUIRES_GRAD:
             return requires_grad(args[0].base) or requires_grad(args[0].rule)
@@ -120,7 +121,7 @@ class LazyWeight(torch.Tensor):
             lazy, op = mapped
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
-            return op.finish(lazy.rule.read(op, lazy.base, dropout))
+            return op.finish(lazy.rule.read(op, held(lazy.base), dropout))
         by_row = operate_by_row(func, args, kwargs)
         if by_row is not NotImplemented:
             return by_row
@@ -192,25 +193,3 @@ def _base(x: Any) -> Any:
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-# Questions that the carrier can answer, as far as this version of torch has them.
-_METADATA: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "names", "grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
-        "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "is_leaf",
-        "_backward_hooks",
-    ) if hasattr(Tensor, name)]
-    + [getattr(Tensor, name) for name in (
-        "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size",
-        "get_device", "type", "__len__", "__hash__", "is_inference", "is_signed", "is_conj", "is_neg", "has_names",
-    ) if hasattr(Tensor, name)]
-    + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size]
-)  # fmt: skip
-# Questions about the dtype, the device, the shape and the strides, and new tensors of that kind.
-_OF_THE_BASE: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(Tensor, name) for name in (
-        "stride", "is_contiguous", "storage_offset", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros",
-    )]
-    + [getattr(torch, name) for name in (
-        "empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like",
-    )]
-)  # fmt: skip

@@ -28,6 +28,7 @@ class Map(ABC):
     bias: Tensor | None = None
     backwards: bool = False
     drops: bool = True  # dropout acts on its input
+    units: int = -1  # the dimension of its input and of its result that the matrix acts on
 
     @abstractmethod
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor: ...
@@ -73,6 +74,14 @@ class Map(ABC):
 
     def scaled_input(self, factor: Tensor) -> Map:
         return self.on((self.x * factor).to(self.x.dtype))
+
+    def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        if self.backwards:  # M's inputs are what the operation puts out
+            y, part = self.dense(weight, bias=True), self.dense(value, bias=False)
+            part = part if self.bias is None else part + self.bias[index]
+            return y.index_copy(self.units, index, part.to(y.dtype))
+        kept, others = self.x.index_fill(self.units, index, 0), self.x.index_select(self.units, index)
+        return self.on(kept).dense(weight, bias=True) + self.on(others).dense(value, bias=False)
 
     def finish(self, y: Tensor) -> Tensor:
         """What the operation does to its result after the linear part."""
@@ -158,6 +167,8 @@ class MatmulMap(LinearMap):
 class LeftMatmulMap(Map):
     """`W @ x`, x: `[*lead, in, columns]`, W: `[*lead, out, in]`, or stored transposed and then backwards."""
 
+    units = -2
+
     def __init__(self, x: Tensor, *, backwards: bool) -> None:
         self.x = x
         self.backwards = backwards
@@ -227,6 +238,13 @@ class EmbeddingMap(Map):
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector
+
+    def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        n = len(index)
+        places = torch.full((self.n_rows,), n, device=index.device)  # n: not among them
+        place = places.index_copy(0, index, torch.arange(n, device=index.device))[self.x]
+        y = self.dense(weight, bias=True)
+        return torch.where((place < n).unsqueeze(-1), F.embedding(place.clamp(max=n - 1), value).to(y.dtype), y)
 
     def finish(self, y: Tensor) -> Tensor:
         """Renormalisation and the gradient rules of `F.embedding`, on the rows instead of the table."""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from funclora._apply import Adapters, Params, check_adapters
-from funclora.errors import NonFiniteError, TiedWeightsWarning
+from funclora._quantized import Quantized
+from funclora._tokens import Tied, untied
+from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
 
 
 def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
@@ -18,7 +20,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     dtypes and devices are those of `params`; entries without an adapter are shared, not copied.
 
     An adapter on one of several tied parameters changes that one only: the result holds them as different
-    tensors, and a `TiedWeightsWarning` names them.
+    tensors, and a `TiedWeightsWarning` names them. Parameters that adapters tie (`Tied`) stay one tensor.
 
     Args:
         params: full name -> tensor, as from `base_params` or a state dict.
@@ -30,6 +32,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     Raises:
         ParamsError: an adapter's parameter is missing, or a rule does not fit its weight.
         NonFiniteError: a rewritten weight holds NaN or infinity, or overflows its dtype.
+        UnsupportedError: an adapter's weight is quantised; merge into `dequantize(params)` or into the original.
 
     Examples:
         >>> from funclora import LoRA
@@ -43,8 +46,16 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     check_adapters(params, adapters)
     _report_ties(params, adapters)
     merged = dict(params)
-    for name, rule in adapters.items():
-        weight = params[name]
+    for name, rule in untied(adapters).items():
+        weight, tie = params[name], adapters[name]
+        if isinstance(tie, Tied) and _place(weight) == _place(params[tie.to]) is not None:
+            continue
+        if isinstance(weight, Quantized):
+            raise UnsupportedError(
+                f"merge: {name!r} is quantised, and a merged weight is dense. Say which base to merge into: "
+                "merge(dequantize(params), adapters) keeps the weights that were trained with, "
+                "merge(original_params, adapters) takes those from before quantize."
+            )
         dense = rule.dense(weight)
         # Also away from an adapter's own leaf: the result of a Full rule must not alias it.
         # In the base's order in memory: safetensors takes no transposed view.
@@ -57,19 +68,31 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
                 f"merging {name!r} gives NaN or infinity{cause} in {weight.dtype}. Check the adapter's training, or "
                 "merge into a wider dtype."
             )
+    for name, tie in adapters.items():
+        if isinstance(tie, Tied) and _place(params[name]) == _place(params[tie.to]) is not None:
+            merged[name] = merged[tie.to]
     return merged
 
 
+def _place(tensor: Tensor) -> tuple[object, ...] | None:
+    """Where a tensor lies in memory; None if that is nowhere, or cannot be told."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride()
+
+
 def _report_ties(params: Params, adapters: Adapters) -> None:
-    """Warn of adapted parameters that share their memory with another one."""
+    """Warn of adapted parameters that share their memory with another one, which is not rewritten with them."""
     names: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in params.items():
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() and not tensor.is_meta:
-            place = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride())
+        if (place := _place(tensor)) is not None:
             names.setdefault(place, []).append(name)
+    rules = untied(adapters)
     for tied in names.values():
-        adapted = [name for name in tied if name in adapters]
-        if adapted and len(tied) > 1:
+        adapted = [name for name in tied if name in rules]
+        if adapted and len(tied) > 1 and any(rules.get(name) is not rules[adapted[0]] for name in tied):
             warnings.warn(
                 f"{', '.join(map(repr, tied))} are one tied parameter; {', '.join(map(repr, adapted))} is rewritten "
                 "on its own. The merged dict holds them as different tensors: a model that ties them again on load "

@@ -63,7 +63,8 @@ def relative_to_original(
         name = min(adapters.keys() ^ initial.keys())
         raise ParamsError(f"{name!r} has a rule in one of adapters and initial, but not in the other.")
     converted: dict[str, Rule] = dict(adapters)
-    gather([adapters, initial], None)  # raises if they do not fit
+    low_rank = [{n: rule for n, rule in each.items() if isinstance(rule, LowRank)} for each in (adapters, initial)]
+    gather(low_rank, None)  # raises if they do not fit
     for name, rule in adapters.items():
         if not isinstance(rule, LowRank):
             continue

@@ -13,6 +13,7 @@ from torch import Tensor
 from funclora._routed import Part, Parts, Routed, Rows
 from funclora._rules import LowRank, Rule
 from funclora._stack import Cohort, Stack
+from funclora._tokens import untied
 from funclora.errors import ConfigError
 
 # Members whose numbers of rows, or ranks, differ by no more than this factor are padded to the larger.
@@ -83,7 +84,7 @@ def route(
             if member in place:
                 rows.setdefault(place[member], []).append(row)
         for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=lambda k: rows[k])]):
-            for name, rule in _members(cohort, ks).items():
+            for name, rule in untied(_members(cohort, ks)).items():
                 scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
                 found.setdefault(name, []).append((rule, [scalings[k] for k in ks], [rows[k] for k in ks]))
     known: dict[Any, Any] = {}
@@ -113,7 +114,7 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
         present = index < len(cohort.members)
         values = tuple(torch.cat([x, torch.zeros_like(x[:1])])[index] for x in cohort.values)
         tree = replace(cohort, values=values).tree()
-        for name, rule in tree.items():
+        for name, rule in untied(tree).items():
             leaf = getattr(rule, rule.leaves[0])
             scalings = _numbers([*(cohort.scalings().get(name) or [1.0] * len(cohort.members)), 1.0], leaf)[index]
             found.setdefault(name, []).append((rule, Part(scalings, rows, None, present)))
@@ -231,7 +232,7 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
     found: dict[str, list[tuple[Rule, Part]]] = {}
     for cohort in stack.cohorts:
         some = weights[:, torch.tensor(cohort.members, device=weights.device)]
-        for name, rule in cohort.tree().items():
+        for name, rule in untied(cohort.tree()).items():
             scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
             part = Part(_numbers(scalings, getattr(rule, rule.leaves[0])), None, some)
             found.setdefault(name, []).append((rule, part))

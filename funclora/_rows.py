@@ -304,6 +304,12 @@ _writers = {
 }
 
 
+def placed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """The result that an operation gave on the plain tensors, with the place of the rows in it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return _placed(func, rules.get(func), args, kwargs, out)
+
+
 def _placed(
     func: Callable[..., Any], rule: RowRule | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> Any:

@@ -3,10 +3,12 @@
     LoRA(a, b)             W  ->  W + s·B·A
     DoRA(a, b, magnitude)  W  ->  m · (W + s·B·A) / ‖W + s·B·A‖      (norm per output unit)
     Full(value)            W  ->  value
+    Delta(value)           W  ->  W + s·value
 
 A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows two
 things: its dense form (`dense`), and how an operation that is linear in the weight is computed without that
-dense form (`read`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`.
+dense form (`read`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of tables of
+tokens are in `_tokens`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from funclora._layout import Layout, Linear, Parameter
+from funclora._quantized import Quantized, plain_weight
 from funclora._tree import pytree_node
 from funclora.errors import ParamsError
 
@@ -57,6 +60,15 @@ class LinearMap(Protocol):
 
     def scaled_input(self, factor: Tensor) -> LinearMap:
         """The same operation on `input · factor`."""
+
+    def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        """The operation, with its bias, on the weight in which some columns of M are others.
+
+        Args:
+            weight: the base weight.
+            index: `[n]`, which columns: the inputs of M.
+            value: these columns as the weight stores them: `[n, out]` if it is `[in, out]`, else `[out, n]`.
+        """
 
 
 class Rule(ABC):
@@ -180,7 +192,7 @@ class LowRank(Rule):
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
         a, b = self.layout.factors(self.a, self.b)
-        return _updated(self.layout.matrix(weight), a, b, self.scaling)
+        return _updated(self.layout.matrix(plain_weight(weight)), a, b, self.scaling)
 
 
 @pytree_node
@@ -326,12 +338,59 @@ class Full(Rule):
         return self.value
 
     def check(self, name: str, weight: Tensor) -> None:
-        if self.value.shape != weight.shape:
-            raise ParamsError(
-                f"adapter of {name!r}: value has shape {list(self.value.shape)}, expected {list(weight.shape)}."
-            )
-        if not weight.is_floating_point():
-            raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
+        refuse_full(name, weight)
+        check_value(name, self.value, weight)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Delta(Rule):
+    """Adds to the parameter: W + s·value (the bias of B, `lora_bias`).
+
+    Attributes:
+        value: what is added, of the parameter's shape.
+        scaling: s.
+
+    Examples:
+        >>> import torch
+        >>> Delta(torch.ones(2), scaling=0.5).dense(torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    value: Tensor
+    scaling: float = field(default=1.0, kw_only=True)
+
+    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    dense_is_free: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Tensor):
+            raise ParamsError(f"Delta.value: expected a tensor, got {type(self.value).__name__}.")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, self.value.dtype), torch.float32)
+        return torch.add(weight.to(dtype), self.value.to(dtype), alpha=self.scaling)
+
+    def check(self, name: str, weight: Tensor) -> None:
+        refuse_full(name, weight)
+        check_value(name, self.value, weight)
+
+
+def check_value(name: str, value: Tensor, weight: Tensor) -> None:
+    """Raise `ParamsError` unless a value has the shape of the parameter, and that can be trained."""
+    if value.shape != weight.shape:
+        raise ParamsError(f"adapter of {name!r}: value has shape {list(value.shape)}, expected {list(weight.shape)}.")
+    if not weight.is_floating_point():
+        raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
+
+
+def refuse_full(name: str, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight is quantised: training it in full would replace it, not adapt it."""
+    if isinstance(weight, Quantized):
+        raise ParamsError(
+            f"{name!r} is quantised and cannot be trained in full (modules_to_save, Full). Leave it out of the targets "
+            "of quantize, or put its dense value, weight.dequantize(), into params."
+        )
 
 
 def refuse_low_rank(name: str, weight: Tensor) -> None:
@@ -356,6 +415,7 @@ def constant() -> Iterator[None]:
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
+    weight = plain_weight(weight)
     norms = []
     for piece, a_piece in layout.pieces(weight, a, NORM_SHARE):
         a_matrix, b_matrix = layout.factors(a_piece, b)
@@ -420,6 +480,11 @@ def row_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) ->
     return squares.sqrt().to(dtype)
 
 
+def _is_mapped(*tensors: Tensor) -> bool:
+    """True inside of a transform of `torch.func` over one of the tensors."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
 def _block(length: int, numel: int) -> int:
     """How many of `length` slices of a tensor with `numel` elements to look at together."""
     return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
@@ -428,9 +493,11 @@ def _block(length: int, numel: int) -> int:
 def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
     dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
-    matrix, a, b = matrix.to(dtype), a.to(dtype), b.to(dtype)
+    given, matrix, a, b = matrix, matrix.to(dtype), a.to(dtype), b.to(dtype)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
+    if matrix is not given and torch.is_inference_mode_enabled() and matrix.dim() == 2 and not _is_mapped(matrix, a, b):
+        return matrix.addmm_(b, a, alpha=scaling)  # into the copy, which saves a pass over memory
     with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
         if matrix.dim() == 2:
             return torch.addmm(matrix, b, a, alpha=scaling)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from funclora._rules import LowRank, Rule
+from funclora._tokens import untied
 from funclora._tree import pytree_node
 from funclora.errors import ConfigError, ParamsError
 
@@ -32,7 +33,10 @@ class Specs:
     @functools.cached_property
     def scalings(self) -> dict[str, list[float]]:
         trees: list[Any] = [optree.tree_unflatten(spec, [None] * spec.num_leaves) for spec in self.each]
-        first = trees[0].items() if isinstance(trees[0], dict) else ()
+        if not isinstance(trees[0], dict):
+            return {}
+        trees = [untied(tree) for tree in trees]
+        first = trees[0].items()
         return {name: [tree[name].scaling for tree in trees] for name, rule in first if isinstance(rule, LowRank)}
 
 
@@ -283,5 +287,5 @@ def _scalings(cohort: Cohort[Any]) -> dict[str, Tensor]:
     return {
         name: torch.tensor(scalings, device=tree[name].a.device, dtype=tree[name].a.dtype)
         for name, scalings in cohort.scalings().items()
-        if len(set(scalings)) > 1
+        if len(set(scalings)) > 1 and isinstance(tree[name], LowRank)  # and not tied to one
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -13,7 +12,10 @@ from funclora import _layout
 from funclora._apply import named_tensors
 from funclora._config import LoraConfig, pattern_matches
 from funclora._layout import Layout
-from funclora._rules import refuse_low_rank
+from funclora._rules import Delta, DoRA, LoRA, refuse_low_rank
+from funclora._tables import Tables, tied_targets, token_targets
+from funclora._target import Target
+from funclora._tokens import Tied
 from funclora.errors import ParamsError, TargetError, near
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,23 +30,6 @@ _HEADS = {
     "TOKEN_CLS": ("score", "classifier"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """One parameter that an adapter rewrites.
-
-    Attributes:
-        module: full name of the module that was matched (for `target_parameters`, of the owner).
-        layout: where the low-rank update lies, or None where the parameter is trained in full.
-        r: the rank.
-        scaling: s.
-    """
-
-    module: str
-    layout: Layout | None
-    r: int = 0
-    scaling: float = 1.0
 
 
 def weights_of(module: nn.Module) -> dict[str, Layout] | None:
@@ -102,6 +87,12 @@ class _Selection:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         self.parameters = {name for name in self.tensors if self._is_parameter(name)}
+        self.tables = Tables.of(model)
+        if config.ensure_weight_tying and not self.tables.tied:
+            raise TargetError(
+                f"ensure_weight_tying: {type(model).__name__} ties no weight to its input embeddings, or its "
+                "config.tie_word_embeddings is not set. Leave the field at False."
+            )
         self.saved = self._saved_modules()
 
     def _is_parameter(self, name: str) -> bool:
@@ -111,6 +102,8 @@ class _Selection:
     def targets(self) -> dict[str, Target]:
         config = self.config
         matched = self._target_modules() if config.target_modules else {}
+        tables = self.tables
+        tied = config.ensure_weight_tying and (tables.input in self.saved or tables.input in matched)
         of_modules, of_parameters = self._low_rank(matched), self._target_parameters()
         for name in of_parameters:
             if name in of_modules:
@@ -128,7 +121,7 @@ class _Selection:
             ("rank_pattern", config.rank_pattern),
             ("alpha_pattern", config.alpha_pattern),
         ):
-            keys = [*matched, *of_parameters]
+            keys = [*matched, *of_parameters, *(tables.tied if tied else ())]
             for pattern in patterns:
                 if not any(pattern_matches(pattern, key) for key in keys):
                     raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
@@ -140,8 +133,18 @@ class _Selection:
                         "Name it in one of them."
                     )
                 found[parameter] = Target(name, None)
+        if tied:
+            others = {module: [*self._parameters_under(module)] for module in tables.tied}
+            found |= tied_targets(config, tables, found, others)
         for name in self._biases(found, matched):
             found.setdefault(name, Target(name.rpartition(".")[0], None))
+        found |= self._lora_biases(of_modules) if config.lora_bias else {}
+        found |= token_targets(config, tables, self.modules, found)
+        if config.ensure_weight_tying and not any(target.rule is Tied for target in found.values()):
+            raise TargetError(
+                f"ensure_weight_tying: the adapter has nothing to tie. Name {tables.input!r} in target_modules, "
+                "modules_to_save or trainable_token_indices, or leave the field at False."
+            )
         return {name: found[name] for name in self.tensors if name in found}
 
     # Matching, by PEFT's rules but never silently.
@@ -161,7 +164,19 @@ class _Selection:
         if config.exclude_modules:
             excluded = self._matching("exclude_modules", config.exclude_modules)
             matched = {n: m for n, m in matched.items() if n not in excluded}
+            self._check_tie(matched, excluded)
+        if config.ensure_weight_tying and self.tables.named(matched):
+            of = {*matched, self.tables.input} - {*self.tables.tied}
+            matched = {n: m for n, m in self.modules.items() if n in of}
         return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
+
+    def _check_tie(self, matched: Collection[str], excluded: Collection[str]) -> None:
+        if self.config.ensure_weight_tying and self.tables.named(matched) and self.tables.named(excluded):
+            raise TargetError(
+                "ensure_weight_tying: exclude_modules leaves out one of the modules that are tied, and target_modules "
+                f"names another one ({', '.join(map(repr, (self.tables.input, *self.tables.tied)))}). Name or leave "
+                "out all of them."
+            )
 
     def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
         if isinstance(wanted, str):
@@ -225,6 +240,8 @@ class _Selection:
                     "alike. Give the full name of the module."
                 )
             saved += [n for n in matched if n not in saved]
+        if self.config.ensure_weight_tying and self.tables.named(saved):
+            saved = [self.tables.input, *(n for n in saved if n not in (self.tables.input, *self.tables.tied))]
         for name in saved:
             if not any(True for _ in self._parameters_under(name)):
                 raise TargetError(f"modules_to_save: {name!r} has no parameters.")
@@ -258,7 +275,8 @@ class _Selection:
 
     def _target(self, key: str, module: str, layout: Layout) -> Target:
         r = self.config.rank_of(key)
-        return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)))
+        rule = DoRA if self.config.use_dora else LoRA
+        return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)), rule)
 
     def _target_parameters(self) -> dict[str, Target]:
         names: list[str] = []
@@ -301,6 +319,23 @@ class _Selection:
         if not biases:
             raise TargetError(f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'.")
         return biases
+
+    def _lora_biases(self, low_rank: dict[str, Target]) -> dict[str, Target]:
+        """The biases of the targets of `lora_bias`: to add to them is what a bias of B does."""
+        found = {}
+        for name, target in low_rank.items():
+            owner = name.rpartition(".")[0]
+            bias = f"{owner}.bias" if owner else "bias"
+            if not isinstance(target.layout, (_layout.Linear, _layout.Conv1D, _layout.Conv, _layout.ConvTranspose)):
+                kind = type(self.modules[target.module]).__name__
+                raise TargetError(f"lora_bias: {name!r} is a weight of {kind}, whose update has no bias. Exclude it.")
+            if bias not in self.parameters:
+                raise TargetError(
+                    f"lora_bias: {owner!r} has no bias that could hold the one of B, and so could never be merged. "
+                    "Exclude it, or give the layer a bias of zeros."
+                )
+            found[bias] = Target(owner, None, target.r, target.scaling, Delta)
+        return found
 
 
 def layer_of(config: LoraConfig, name: str) -> int | None:

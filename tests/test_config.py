@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
 import peft
@@ -57,7 +58,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task_type": "SEQ_CLF"}, "task_type: expected one of None, 'SEQ_CLS', 'SEQ_2_SEQ_LM', 'CAUSAL_LM', "),
     ({"task_type": "SEQ_CLF"}, "got 'SEQ_CLF'. Near names: SEQ_CLS"),
     ({"task_type": 1}, "got 1"),
-    ({"init_lora_weights": 1}, "init_lora_weights: expected one of True, False, 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq', 'eva', got 1"),
+    ({"init_lora_weights": 1}, "init_lora_weights: expected one of True, False, 'gaussian', 'orthogonal', 'pissa', "),
+    ({"init_lora_weights": 1}, "'olora', 'loftq', 'eva', got 1"),
     ({"init_lora_weights": None}, "'eva', got None"),
     ({"init_lora_weights": "orthogonal", "r": 3}, "init_lora_weights='orthogonal' needs even ranks, got 3"),
     ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 5}}, "needs even ranks, got 8, 5"),
@@ -228,3 +230,77 @@ def test_patterns_match_as_in_peft(pattern: str, name: str, matches: bool) -> No
 def test_scaling_is_alpha_over_r_or_its_root(alpha: float, r: int) -> None:
     assert LoraConfig(**TARGETS).scaling(r, alpha) == pytest.approx(alpha / r, rel=1e-15)
     assert LoraConfig(**TARGETS, use_rslora=True).scaling(r, alpha) == pytest.approx(alpha / r**0.5, rel=1e-15)
+
+
+# --- PEFT's own objects ----------------------------------------------------------------------------------------
+
+FIELDS: dict[str, Any] = {
+    "r": 4, "lora_alpha": 2.5, "lora_dropout": 0.25, "exclude_modules": ["a.q"], "use_rslora": True, "bias": "all",
+    "modules_to_save": ["head"], "layers_to_transform": [1, 2], "rank_pattern": {"v": 2, "a.v": 6},
+    "alpha_pattern": {"v": 2, "a.v": 1.5}, "init_lora_weights": "gaussian", "target_parameters": ["w"],
+    "task_type": "SEQ_CLS", "base_model_name_or_path": "some/base", "trainable_token_indices": {"emb": [3, 1]},
+    "ensure_weight_tying": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, *({name: value} for name, value in FIELDS.items()), FIELDS, {"use_dora": True}, {"lora_bias": True},
+     {"trainable_token_indices": [5, 2]}, {"target_modules": "all-linear"}, {"target_modules": r".*\.q"},
+     {"target_modules": None, "target_parameters": ["w"]}, {"layers_to_transform": [1], "layers_pattern": ["h"]}],
+    ids=lambda fields: "+".join(fields)[:40],
+)  # fmt: skip
+def test_peft_s_objects_mean_the_same(fields: dict[str, Any]) -> None:
+    ours = LoraConfig(**TARGETS | fields)
+    theirs = ours.to_peft()
+    assert isinstance(theirs, peft.LoraConfig)
+    assert LoraConfig.from_peft(theirs) == ours
+    assert LoraConfig.from_peft(theirs.to_dict()) == ours
+    for name, value in fields.items():
+        got = getattr(theirs, name)
+        assert (sorted(got) if isinstance(got, set) else got) == (value or []), name
+    assert list(theirs.rank_pattern) == list(ours.rank_pattern), "the order of patterns decides"
+
+
+def test_every_field_of_peft_is_known() -> None:
+    """A field of a new PEFT that this does not know must not pass unseen."""
+    config = peft.LoraConfig(r=4, target_modules={"q", "v"}, inference_mode=True, fan_in_fan_out=True)
+    assert LoraConfig.from_peft(config) == LoraConfig(r=4, target_modules=["q", "v"])
+
+
+@pytest.mark.parametrize(("raw", "message"), [
+    ({"use_qalora": True}, "from_peft: use_qalora=True is not supported"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]] is not supported"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1] is not supported"),
+    ({"megatron_config": {"a": 1}}, "megatron_config={'a': 1} is not supported"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported"),
+    ({"peft_type": "IA3"}, "peft_type='LORA', got 'IA3'"),
+    ({"peft_type": None}, "peft_type='LORA', got None"),
+    ({"loar_alpha": 3}, "there is no such field: loar_alpha. Near names: lora_alpha"),
+    ({"r": 0}, "r: expected a positive integer, got 0"),
+    ({"target_modules": {"q": 1}}, "target_modules: expected a list, got {'q': 1}"),
+    ({"target_modules": None}, "name what to adapt"),
+])  # fmt: skip
+def test_what_cannot_come_from_peft_is_named(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"]} | raw)
+
+
+@pytest.mark.parametrize("config", [None, 3, "folder", peft.LoraConfig])
+def test_what_is_no_configuration_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected a peft.LoraConfig or a dict, got a "):
+        LoraConfig.from_peft(config)
+
+
+def test_other_methods_of_peft_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"peft_type='LORA', got .*IA3"):
+        LoraConfig.from_peft(peft.IA3Config(target_modules=["q"], feedforward_modules=[]))
+    with pytest.raises(ConfigError, match=r"loftq_config=.* is not supported"):
+        LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"], "loftq_config": {"loftq_bits": 8}})
+
+
+def test_without_peft_there_is_a_way_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"]}) == LoraConfig(target_modules=["q"])
+    with pytest.raises(ConfigError, match=r"to_peft needs PEFT\. Type: pip install peft"):
+        LoraConfig(**TARGETS).to_peft()

@@ -60,6 +60,16 @@ def test_cnn_conv_adapters() -> None:
         assert result.accuracy > 0.7, name
 
 
+def test_qlora() -> None:
+    results = run("qlora", "--pretrain-steps=30", "--steps=40", "--lr=1e-2")
+    plain, packed = results["float32"], results["nf4"]
+    assert packed.megabytes < 0.3 * plain.megabytes
+    for result in results.values():
+        assert result.after < 0.1 * result.before
+        assert result.merged == pytest.approx(result.after, rel=1e-3)
+    assert packed.after == pytest.approx(plain.after, abs=0.1)
+
+
 @pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
 def test_merge_into_plain_model(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"
@@ -112,3 +122,35 @@ def test_sft_trainer() -> None:
     assert result.last_loss < 0.2 * result.first_loss
     assert result.continued == "still waters run deep"
     assert result.base_unchanged
+
+
+def test_peft_in_and_out(tmp_path: Path) -> None:
+    result = run("peft_in_and_out", "--steps=25", f"--out={tmp_path}")
+    assert result.read_difference < 1e-4
+    assert result.last_loss < 0.8 * result.first_loss
+    assert result.written_difference < 1e-4
+    assert result.folded_difference < 1e-4
+    assert result.folded_scalings == {1.0}
+    assert result.model_unchanged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "peft"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_merge_sharded_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("merge_sharded_checkpoint")
+    assert result.difference < 0.05 * result.effect
+    assert not result.tied
+    assert result.report.untied == ("lm_head.weight",)
+    assert len([name for name in result.files if name.endswith(".safetensors")]) > 2
+    assert result.report.verification.logits is not None
+    assert set(result.extracted.saved) == {"lm_head.weight"}
+    assert "untied: lm_head.weight" in capsys.readouterr().out
+
+
+def test_benchmark_merge(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    results = run("benchmark_merge", "--size=0.02", "--rounds=1", "--no-peft", f"--folder={tmp_path}")
+    assert all(cost.done for cost in results.values())
+    assert list(results) == ["cp -r", "funclora merge"]
+    assert results["funclora merge"].peak < 1 << 30
+    assert "times as long as cp -r" in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]

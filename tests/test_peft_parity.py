@@ -6,7 +6,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +16,29 @@ import torch.nn.functional as F
 from cases import gen, gpt2, gpt2_conv1d, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import distance, tensors
-from safetensors.torch import save_file
+from oracle import distance
+from peft_oracle import (
+    IDS,
+    Net,
+    Row,
+    build,
+    close,
+    logits,
+    peft_loads,
+    random_adapters,
+    random_peft,
+    reload_with,
+    save_quietly,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora import Full, LoRA, LoraConfig, apply, base_params, init, merge
+from funclora import Delta, Full, LoRA, LoraConfig, TrainableTokens, apply, base_params, init, merge
 from funclora._targets import select
 from funclora.errors import PeftFormatWarning, UnsupportedError
 from funclora.io.peft import load_peft, save_peft
 
 # --- models ----------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(6, 6)
-        self.v_proj = nn.Linear(6, 6, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(torch.tanh(self.q_proj(x)) + self.v_proj(x))
-
-
-class Net(nn.Module):
-    """Embedding, two layers in a list, a normalisation, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.layers = nn.ModuleList([Layer(), Layer()])
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
 
 
 def net_with_unused_parameter() -> nn.Module:
@@ -162,34 +145,6 @@ def tied_llama() -> nn.Module:
 
 # --- the table -------------------------------------------------------------------------------------------------
 
-IDS = torch.tensor([[1, 2, 3, 10], [4, 0, 2, 2]])
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration on one model.
-
-    Attributes:
-        name: the test's id.
-        config: fields of the configuration, with PEFT's names.
-        model: makes the model.
-        x: the input.
-        tied: PEFT merges into the shared tensor, on both sides.
-        ignore: what PEFT warns of without need when it loads our folder.
-        note: what we warn of when we load PEFT's folder.
-    """
-
-    name: str
-    config: dict[str, Any]
-    model: Callable[[], nn.Module] = Net
-    x: Tensor = IDS
-    tied: bool = False
-    ignore: str = field(default="", kw_only=True)
-    note: str = field(default="", kw_only=True)
-
-    def __str__(self) -> str:
-        return self.name
-
 
 def layer(name: str, make: Callable[[], nn.Module], *shape: int, **config: Any) -> Row:
     x = torch.randn(shape, generator=gen(3), dtype=torch.float64) if shape else IDS
@@ -224,6 +179,11 @@ LAYERS = [
     layer("conv3d-dora", lambda: nn.Conv3d(2, 3, (1, 2, 2), padding=(0, 1, 0)), 2, 2, 3, 4, 3, use_dora=True),
     layer("hf-conv1d", gpt2_conv1d, 2, 4, 5),
     layer("hf-conv1d-dora", gpt2_conv1d, 2, 4, 5, use_dora=True, bias="all"),
+    layer("linear-lora-bias", lambda: nn.Linear(5, 3), 2, 4, 5, lora_bias=True, use_rslora=True),
+    layer("hf-conv1d-lora-bias", gpt2_conv1d, 2, 4, 5, lora_bias=True),
+    layer("conv1d-lora-bias", lambda: nn.Conv1d(4, 3, 3, stride=2), 2, 4, 7, lora_bias=True, r=3),
+    layer("conv2d-lora-bias", lambda: nn.Conv2d(4, 3, 3), 2, 4, 5, 6, lora_bias=True, alpha_pattern={"layer": 7}),
+    layer("conv3d-lora-bias", lambda: nn.Conv3d(2, 3, 2), 2, 2, 3, 4, 3, lora_bias=True),
     experts("experts", transposed=False, down_first=False),
     experts("experts-down-first", transposed=False, down_first=True),
     experts("experts-transposed", transposed=True, down_first=False),
@@ -272,6 +232,12 @@ FIELDS = [
     Row("init-gaussian", {"target_modules": [*TWO, "embed"], "init_lora_weights": "gaussian"}),
     Row("init-orthogonal", {"target_modules": [*TWO, "embed"], "init_lora_weights": "orthogonal"}),
     Row("init-false", {"target_modules": [*TWO, "embed"], "init_lora_weights": False}),
+    Row("lora-bias", {"target_modules": ["q_proj", "mlp.0", "head"], "lora_bias": True, "rank_pattern": {"head": 1},
+                      "alpha_pattern": {"0": 5}, "modules_to_save": ["norm"]}),
+    Row("lora-bias-init-false", {"target_modules": ["q_proj"], "lora_bias": True, "init_lora_weights": False}),
+    Row("tokens", {"target_modules": TWO, "trainable_token_indices": {"embed": [2, 0, 10]}, "use_dora": True}),
+    Row("tokens-bias-all", {"target_modules": TWO, "trainable_token_indices": {"embed": [4]}, "bias": "all",
+                            "lora_dropout": 0.1}),
     Row("parameters", {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight", "norm.unused"]},
         net_with_unused_parameter),
     Row("everything", {"target_modules": [*TWO, "embed", "mlp.0"], "exclude_modules": ["1.v_proj"], "bias": "all",
@@ -287,6 +253,21 @@ TRANSFORMERS = [
     Row("llama-save-head", {"target_modules": TWO, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}, llama),
     Row("tied-embedding", {"target_modules": ["embed_tokens"], "task_type": "CAUSAL_LM"}, tied_llama, tied=True,
         ignore="tie_word_embeddings"),
+    Row("tokens-list", {"target_modules": TWO, "trainable_token_indices": [3, 1, 2]}, llama),
+    Row("tokens-of-both", {"target_modules": TWO, "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2, 4]}},
+        llama),
+    Row("tied-tokens", {"target_modules": TWO, "trainable_token_indices": [3, 1, 2]}, tied_llama),
+    Row("tied-tokens-of-both", {"target_modules": TWO, "modules_to_save": ["model.norm"],
+        "trainable_token_indices": {"model.embed_tokens": [3, 1], "lm_head": [3, 1]}}, tied_llama),
+    Row("tied-tokens-that-differ", {"target_modules": TWO,
+        "trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [2]}}, tied_llama, tied=True),
+    Row("tied-tokens-of-the-head", {"target_modules": TWO, "trainable_token_indices": {"lm_head": [2, 3]}}, tied_llama,
+        tied=True),
+    Row("tied-tokens-ensured", {"target_modules": TWO, "trainable_token_indices": [1], "ensure_weight_tying": True},
+        tied_llama, ignore="no tied modules are added"),
+    Row("gpt2-tokens", {"target_modules": ["c_attn"], "trainable_token_indices": [3, 1], "lora_bias": True}, gpt2),
+    Row("tied-save-ensured", {"target_modules": TWO, "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        tied_llama),
     Row("tied-save", {"target_modules": TWO, "modules_to_save": ["embed_tokens"], "task_type": "CAUSAL_LM"},
         tied_llama, tied=True, ignore="tie_word_embeddings"),
     Row("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "1.mlp.experts.down_proj"]},
@@ -295,63 +276,6 @@ TRANSFORMERS = [
     Row("bert-all-linear", {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]} | CLS, bert),
     Row("distilbert-two-heads", {"target_modules": ["q_lin"]} | CLS, distilbert),
 ]  # fmt: skip
-
-
-def build(row: Row, dtype: torch.dtype = torch.float64) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        return row.model().eval().to(dtype)
-
-
-def random_peft(row: Row, model: nn.Module) -> Any:
-    """PEFT's model with an adapter in which everything that trains is random."""
-    config = {"r": 2, "lora_alpha": 3, "init_lora_weights": True} | copy.deepcopy(row.config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)).eval()
-    with torch.no_grad():
-        for name, value in wrapped.named_parameters():
-            if value.requires_grad:
-                noise = torch.randn(value.shape, generator=gen(len(name)), dtype=torch.float64).to(value.dtype)
-                value.copy_(value * (1 + noise / 3) if "magnitude" in name else value + noise / 2)
-    return wrapped
-
-
-def save_quietly(wrapped: Any, folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped.save_pretrained(folder)
-
-
-def peft_loads(model: nn.Module, folder: Path, ignore: str = "") -> Any:
-    """PEFT's model from a folder; every warning but the ignored one is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for message in (ignore, "`is_gradient_checkpointing` is deprecated"):
-            if message:
-                warnings.filterwarnings("ignore", message=f".*{message}")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
-
-
-def close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
-    """Assert that every element of every tensor agrees."""
-    actual, expected = tensors(actual), tensors(expected)
-    assert len(actual) == len(expected) > 0
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-def logits(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, without a cache."""
-    return tensors(output.logits if hasattr(output, "logits") else output)
-
-
-def reload_with(folder: Path, state: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """Tensors under PEFT's keys, in the shape of our adapters."""
-    save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / "adapter_model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftFormatWarning)
-        return load_peft(folder, model)[0]
 
 
 ROWS = [*LAYERS, *FIELDS, *TRANSFORMERS]
@@ -367,16 +291,17 @@ def test_a_folder_of_peft_gives_its_outputs_gradients_and_merged_weights(row: Ro
         adapters, _ = load_peft(tmp_path, model)
 
     params = base_params(model)
-    expected = wrapped(row.x)
+    expected = wrapped(row.x, **row.inputs)
     leaves, spec = pytree.tree_flatten(adapters)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    actual = apply(model, params, pytree.tree_unflatten(leaves, spec), row.x)
+    actual = apply(model, params, pytree.tree_unflatten(leaves, spec), row.x, **row.inputs)
     close(logits(actual), logits(expected))
-    assert distance(logits(model(row.x)), logits(expected)) > 1e-2, "the adapter must matter"
+    assert distance(logits(model(row.x, **row.inputs)), logits(expected)) > 1e-2, "the adapter must matter"
 
     torch.autograd.backward([out.square().sum() for out in logits(expected)])
     grads = torch.autograd.grad([out.square().sum() for out in logits(actual)], leaves, materialize_grads=True)
-    state = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in wrapped.named_parameters()}
+    named = wrapped.named_parameters(remove_duplicate=False)
+    state = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stored = peft.get_peft_model_state_dict(wrapped, state, save_embedding_layers=False)
@@ -398,7 +323,7 @@ def test_peft_loads_our_folder_without_a_warning_and_gives_our_outputs(row: Row,
     save_peft(tmp_path, adapters, config)
 
     wrapped = peft_loads(model, tmp_path, row.ignore)
-    close(logits(wrapped(row.x)), logits(apply(model, base_params(model), adapters, row.x)))
+    close(logits(wrapped(row.x, **row.inputs)), logits(apply(model, base_params(model), adapters, row.x, **row.inputs)))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -417,21 +342,6 @@ def test_a_round_trip_keeps_every_bit(row: Row, tmp_path: Path) -> None:
     assert load_peft(tmp_path, model)[1] == loaded_config
 
 
-def random_adapters(row: Row, model: nn.Module) -> tuple[dict[str, Any], LoraConfig]:
-    """Our own adapters for the configuration, with random leaves."""
-    fields = {"r": 2, "lora_alpha": 3} | row.config
-    if row.config.get("task_type") == "SEQ_CLS":  # PEFT adds the heads by itself
-        heads = [name for name, _ in model.named_children() if name.endswith("classifier")]
-        fields["modules_to_save"] = heads
-    config = LoraConfig(**fields)
-    noise = gen(5)
-
-    def shake(leaf: Tensor) -> Tensor:
-        return leaf * 1.5 + torch.randn(leaf.shape, generator=noise, dtype=torch.float64).to(leaf.dtype) / 2
-
-    return pytree.tree_map(shake, init(model, config, generator=gen(4))), config
-
-
 # --- which modules are targets ---------------------------------------------------------------------------------
 
 
@@ -448,7 +358,12 @@ def test_the_targets_are_those_of_peft(row: Row) -> None:
     trained = {n for n, p in wrapped.named_parameters() if p.requires_grad and ".lora_" not in n}
     plain = {n.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".") for n in trained}
     plain = {n.replace(".base_layer.", ".") for n in plain if ".original_module." not in n}
-    assert {name for name, target in targets.items() if target.layout is None} == plain
+    rows = {n.replace(".token_adapter.trainable_tokens_delta.default", ".weight") for n in plain if "_delta" in n}
+    assert {name for name, target in targets.items() if target.rule is TrainableTokens} == rows
+    assert {name for name, target in targets.items() if target.rule is Full} == {n for n in plain if "_delta" not in n}
+    biases = {n for n, p in wrapped.named_parameters() if p.requires_grad and n.endswith(".lora_B.default.bias")}
+    biases = {n.removeprefix("base_model.model.").replace(".lora_B.default.", ".") for n in biases}
+    assert {name for name, target in targets.items() if target.rule is Delta} == biases
 
 
 def _by_parameter(name: str, config: LoraConfig) -> bool:
@@ -494,7 +409,7 @@ def test_any_combination_of_fields(tmp_path_factory: pytest.TempPathFactory, con
     save_peft(folder, adapters, ours)
 
     wrapped = peft_loads(model, folder)
-    close(wrapped(row.x), apply(model, base_params(model), adapters, row.x))
+    close(wrapped(row.x, **row.inputs), apply(model, base_params(model), adapters, row.x, **row.inputs))
     loaded, _ = load_peft(folder, model)
     assert all(torch.equal(x, y) for x, y in zip(*map(pytree.tree_leaves, (loaded, adapters)), strict=True))
 

@@ -40,7 +40,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
                 os.fsync(file.fileno())
         for name, draft in drafts.items():
             draft.replace(folder / name)
-        _flush(folder)
+        flush_folder(folder)
     except BaseException:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
         raise
 
 
-def _flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make the renames durable, where the system can flush a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

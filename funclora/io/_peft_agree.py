@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from funclora._apply import Adapters
 from funclora._config import LoraConfig, pattern_matches
-from funclora._layout import Attention, Conv, Conv1D, Linear, Matrices, Parameter
-from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora._layout import Attention, Conv, Conv1D, Embedding, Linear, Matrices, Parameter
+from funclora._rules import Delta, DoRA, Full, LoRA, Rule
 from funclora._targets import layer_of, named
+from funclora._tokens import Tied, TrainableTokens
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io._peft_config import HEADS
 from funclora.io._peft_decomposed import refuse_decomposed
 from funclora.io._peft_keys import Wrapped
-from funclora.io._peft_limits import obstacles
+from funclora.io._peft_limits import obstacles, obstacles_of_ties
+from funclora.io._peft_ties import output_layer
 from funclora.io._peft_weights import DTYPES
 
 _INSTEAD = "Merge the adapter (funclora.merge) and save the weights instead."
@@ -36,14 +38,14 @@ def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
     refuse_decomposed(config)
     wrapped = {}
     for name, rule in adapters.items():
-        if type(rule) not in (LoRA, DoRA, Full):
+        if type(rule) not in (LoRA, DoRA, Full, Delta, TrainableTokens, Tied):
             raise UnsupportedError(f"{name!r}: a PEFT folder has no place for the rule {type(rule).__name__}.")
         _check_leaves(name, rule)
         if isinstance(rule, (LoRA, DoRA)):
             by_parameter = any(named(name, entry) for entry in config.target_parameters or ())
             module = name.rpartition(".")[0]
             wrapped[name] = Wrapped(name, module, rule.layout, _weight_shape(name, rule), by_parameter)
-    full = [name for name in adapters if name not in wrapped]
+    full = [name for name, rule in adapters.items() if isinstance(rule, Full)]
     saved = list(dict.fromkeys(module for name in full for module in _saved_above(name, config)))
     for name, why in obstacles([*wrapped.values()], saved, config):
         raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")
@@ -53,13 +55,15 @@ def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
                 f"{w.name!r} cannot be saved for PEFT: PEFT always adapts both projections of nn.MultiheadAttention, "
                 f"and out_proj with twice the scaling. {_INSTEAD}"
             )
-        rule = adapters[w.name]
-        assert isinstance(rule, (LoRA, DoRA))
-        _check_target(w, rule, config)
+        _check_covered(w, config)
+        _check_numbers(w, adapters[w.name], config)
     for name in full:
         _check_full(name, [*wrapped.values()], config)
-    _check_entries([*wrapped.values()], full, saved, config)
-    return wrapped
+    tied = _tied(adapters, wrapped, config)
+    _check_entries([*wrapped.values(), *tied.values()], full, saved, config)
+    _check_lora_biases(adapters, wrapped, config)
+    _check_tokens(adapters, config)
+    return wrapped | tied
 
 
 def _check_leaves(name: str, rule: Rule) -> None:
@@ -91,8 +95,8 @@ def _weight_shape(name: str, rule: LoRA | DoRA) -> tuple[int, ...]:
     return shape
 
 
-def _check_target(w: Wrapped, rule: LoRA | DoRA, config: LoraConfig) -> None:
-    """One low-rank rule against the configuration."""
+def _check_covered(w: Wrapped, config: LoraConfig) -> None:
+    """Whether the configuration names the target of a low-rank rule."""
     covered = covers(config, w.module, linear=isinstance(w.layout, (Linear, Conv1D)))
     if not w.by_parameter and not covered:
         raise ConfigError(
@@ -103,6 +107,11 @@ def _check_target(w: Wrapped, rule: LoRA | DoRA, config: LoraConfig) -> None:
         raise ConfigError(
             f"{w.name!r} is named in target_parameters, and its module in target_modules. Name it in one of them."
         )
+
+
+def _check_numbers(w: Wrapped, rule: Rule, config: LoraConfig) -> None:
+    """One low-rank rule against the numbers of the configuration."""
+    assert isinstance(rule, (LoRA, DoRA))
     if isinstance(rule, DoRA) != config.use_dora:
         raise ConfigError(f"{w.name!r} has the rule {type(rule).__name__}, but use_dora={config.use_dora}.")
     r, alpha = config.rank_of(w.key), config.alpha_of(w.key)
@@ -167,6 +176,67 @@ def _check_entries(wrapped: Sequence[Wrapped], full: Sequence[str], saved: Seque
             f"with task_type={config.task_type!r} PEFT trains {' and '.join(map(repr, heads))} in full and cannot load "
             "an adapter without. Name the head in modules_to_save, or use config.replace(task_type=None)."
         )
+
+
+def _check_lora_biases(adapters: Adapters, wrapped: Mapping[str, Wrapped], config: LoraConfig) -> None:
+    deltas = {name: rule for name, rule in adapters.items() if isinstance(rule, Delta)}
+    if deltas and not config.lora_bias:
+        raise ConfigError(f"{next(iter(deltas))!r} has the rule Delta, but lora_bias=False. Set it to True.")
+    owners = {f"{w.owner}.bias": w for w in wrapped.values() if not w.by_parameter}
+    for name, w in owners.items() if config.lora_bias else ():
+        delta, rule = deltas.pop(name, None), adapters[w.name]
+        if delta is None:
+            raise ConfigError(f"lora_bias=True, but the adapters have no Delta for {name!r}, the bias of {w.name!r}.")
+        assert isinstance(rule, (LoRA, DoRA))
+        if not math.isclose(delta.scaling, rule.scaling, rel_tol=1e-9):
+            raise ConfigError(
+                f"{name!r} has scaling {delta.scaling:g}, but {w.name!r} {rule.scaling:g}. PEFT has one for both."
+            )
+    if deltas:
+        raise UnsupportedError(
+            f"{next(iter(deltas))!r} is no bias of an adapted module: lora_bias has no place for it."
+        )
+
+
+def _check_tokens(adapters: Adapters, config: LoraConfig) -> None:
+    rows = {name.rpartition(".")[0]: rule for name, rule in adapters.items() if isinstance(rule, TrainableTokens)}
+    tied = {name.rpartition(".")[0]: rule.to for name, rule in adapters.items() if isinstance(rule, Tied)}
+    for module, to in tied.items():
+        followed = adapters[to]
+        if isinstance(followed, TrainableTokens):
+            rows[module] = followed
+    for module, rule in rows.items():
+        if type(rule.layout) is not Embedding:
+            raise UnsupportedError(f"{module!r}: PEFT trains tokens of tables stored as [tokens, dim] only.")
+        entries = [entry for entry in config.tokens if entry is not None and named(module, entry)]
+        wanted = config.tokens.get(entries[0] if entries else None)
+        if wanted is None and module in tied:
+            continue
+        if wanted != rule.token_indices:
+            raise ConfigError(
+                f"{module!r} trains the tokens {list(rule.token_indices)}, but the configuration says "
+                f"{'none' if wanted is None else list(wanted)} (trainable_token_indices). Give those of the adapter."
+            )
+    loose = [module for module in rows if module not in tied and not any(e and named(module, e) for e in config.tokens)]
+    if len(loose) > 1:
+        raise ConfigError(
+            f"{', '.join(map(repr, loose))} train tokens; a list of trainable_token_indices is meant for the input "
+            "embeddings alone. Give a dict from the name of each table."
+        )
+    for entry in config.tokens:
+        if not (loose if entry is None else [module for module in rows if named(module, entry)]):
+            raise ConfigError(f"trainable_token_indices: {entry or 'the list'!r} names none of the adapters.")
+
+
+def _tied(adapters: Adapters, wrapped: Mapping[str, Wrapped], config: LoraConfig) -> dict[str, Wrapped]:
+    """The output layers that follow the low-rank rule of a table."""
+    ties = {name: rule.to for name, rule in adapters.items() if isinstance(rule, Tied)}
+    for name, why in obstacles_of_ties({name: type(adapters[to]) for name, to in ties.items()}, ties, config):
+        raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")
+    layers = {name: output_layer(name, wrapped[to]) for name, to in ties.items() if to in wrapped}
+    for w in layers.values():
+        _check_numbers(w, adapters[ties[w.name]], config)
+    return layers
 
 
 def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:

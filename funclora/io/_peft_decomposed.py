@@ -52,6 +52,12 @@ def on_the_original(
             f"{where}: the adapter belongs to the quantised weights of its training. Load them as the model, and "
             "set the field to true in the file."
         )
+    if config.niter is not None:
+        raise UnsupportedError(
+            f"{where}: PEFT draws another random decomposition whenever it loads the adapter, and does not know its "
+            "own base again. Convert it where it was trained: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     layouts = (Linear, Conv1D) if config.decomposition == "pissa" else (Linear,)
     for name, rule in adapters.items():
         if isinstance(rule, LowRank) and (not isinstance(rule.layout, layouts) or config.target_parameters):

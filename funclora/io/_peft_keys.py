@@ -10,6 +10,8 @@ and calls what it wraps `base_layer`, so a path that leads through an adapted mo
     experts.lora_A.weight [E·r, in]           experts.lora_B.weight [out, r·E]         target_parameters, 3-D
     q_proj.lora_magnitude_vector [out]        conv.lora_magnitude_vector [1, out, 1, ..]
     q_proj.base_layer.bias, head.weight                                                trained in full
+    q_proj.lora_B.bias [out]                                                           lora_bias
+    emb.token_adapter.trainable_tokens_delta [n, D]                                    trainable_token_indices
 
 A new layout is one entry of `FORMS`.
 """
@@ -103,7 +105,7 @@ def _pack_parameter(leaves: Leaves, wrapped: Wrapped) -> Leaves:
     a, b = leaves["a"], leaves["b"]
     if len(wrapped.shape) == 3:
         return {"a": a.flatten(0, 1), "b": b.permute(1, 2, 0).flatten(1)}
-    return _swap(a, b) if wrapped.stored_as_in_out else leaves
+    return swapped(leaves) if wrapped.stored_as_in_out else leaves
 
 
 def _unpack_parameter(leaves: Leaves, wrapped: Wrapped) -> Leaves:
@@ -111,12 +113,12 @@ def _unpack_parameter(leaves: Leaves, wrapped: Wrapped) -> Leaves:
     if len(wrapped.shape) == 3:
         n = wrapped.experts
         return {"a": a.unflatten(0, (n, -1)), "b": b.unflatten(1, (-1, n)).permute(2, 0, 1)}
-    return _swap(a, b) if wrapped.stored_as_in_out else leaves
+    return swapped(leaves) if wrapped.stored_as_in_out else leaves
 
 
-def _swap(a: Tensor, b: Tensor) -> Leaves:
+def swapped(leaves: Leaves) -> Leaves:
     """The factors of the transposed update: (B·A)ᵀ = Aᵀ·Bᵀ."""
-    return {"a": b.mT, "b": a.mT}
+    return {"a": leaves["b"].mT, "b": leaves["a"].mT}
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,15 @@ class Keys:
         """The key of a parameter that is stored as it is."""
         path, _, last = name.rpartition(".")
         return f"{PREFIX}{self._through(path)}{last}"
+
+    def bias_of_b(self, name: str) -> str:
+        """The key of what `lora_bias` adds to the bias of that full name."""
+        path, _, last = name.rpartition(".")[0].rpartition(".")
+        return f"{PREFIX}{self._through(path)}{last}.lora_B.bias"
+
+    def tokens(self, name: str) -> str:
+        """The key of the trained rows of the table of that full name."""
+        return f"{PREFIX}{self._through(name.rpartition('.')[0])}token_adapter.trainable_tokens_delta"
 
     def _through(self, path: str) -> str:
         """The path with the wrappers on it, ending in a dot; "" for the model itself."""

@@ -6,13 +6,17 @@ differences that reading can follow or has to point out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from funclora._config import LoraConfig, pattern_matches
 from funclora._layout import Attention, Conv, Conv1D, Embedding, Linear, Parameter
+from funclora._quantize import reads_packed_weights
+from funclora._rules import DoRA, Full, Rule
 from funclora._targets import inside
+from funclora._tokens import TrainableTokens
 from funclora.io._peft_keys import FORMS, Wrapped
 
 Reasons = Iterator[tuple[str, str]]
@@ -22,6 +26,7 @@ _UNKNOWN = {
     "Recurrent": "PEFT has no adapters for recurrent layers.",
     "Parameter": "PEFT finds such a parameter through target_parameters only, and it is not named there.",
 }
+_TIED = ("embed_tokens", "lm_head")
 _ORTHOGONAL = (
     "PEFT knows init_lora_weights='orthogonal' for linear layers only. Use config.replace(init_lora_weights=True): "
     "the field does not change an adapter that is already trained."
@@ -58,6 +63,8 @@ def _of_module(w: Wrapped, config: LoraConfig) -> str | None:
         return _ORTHOGONAL
     if isinstance(layout, Embedding) and layout.max_norm:
         return "PEFT adds its update after max_norm has acted, not before."
+    if config.lora_bias and not isinstance(layout, (Linear, Conv1D, Conv)):
+        return f"PEFT's lora_bias has no place for a layout {kind}."
     if isinstance(layout, Attention) and config.use_dora:
         return "PEFT has no DoRA for nn.MultiheadAttention."
     if isinstance(layout, Conv):
@@ -110,6 +117,31 @@ def _between(wrapped: Sequence[Wrapped]) -> Reasons:
             yield w.name, "PEFT cannot adapt transformers' Conv1D layers and target_parameters together."
 
 
+def obstacles_of_ties(followed: Mapping[str, type[Rule]], ties: Mapping[str, str], config: LoraConfig) -> Reasons:
+    """`(name, why)` for tied parameters.
+
+    Args:
+        followed: full name of a tied parameter -> kind of the rule that it follows.
+        ties: full name of a tied parameter -> full name of the one with the rule.
+        config: the configuration that is, or will be, in the folder.
+    """
+    for name, kind in followed.items():
+        if kind is TrainableTokens:
+            continue  # PEFT needs no field for them
+        table = ties[name].rpartition(".")[0]
+        entries = config.modules_to_save if kind is Full else config.target_modules
+        if isinstance(entries, str):
+            seen = any(re.fullmatch(entries, known) for known in _TIED)
+        else:
+            seen = any(entry.rpartition(".")[2] in _TIED for entry in entries or ())
+        if kind is DoRA:
+            yield name, "PEFT has no tie between the magnitudes of a table and of an output layer."
+        elif not seen:
+            yield name, f"PEFT ties {' and '.join(_TIED)} only, and looks for these names in the configuration."
+        elif not name.endswith("lm_head.weight"):
+            yield name, f"PEFT ties an output layer to {table!r}, and not another table."
+
+
 def obstacles_in_model(model: nn.Module, wrapped: Iterable[Wrapped]) -> Reasons:
     """`(name, why)` for what only the model shows."""
     seen = {name for name, _ in model.named_modules()}  # as PEFT lists them: each module once
@@ -157,5 +189,10 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Multihead
 
 def _own_forward(module: nn.Module) -> bool:
     base = next((cls for cls in _PLAIN if isinstance(module, cls)), None)
-    # Tables that scale what they return (embed_scale) are known to PEFT.
-    return base is not None and type(module).forward is not base.forward and not hasattr(module, "embed_scale")
+    # Tables that scale what they return (embed_scale) are known to PEFT, and so are the layers of bitsandbytes.
+    return (
+        base is not None
+        and type(module).forward is not base.forward
+        and not hasattr(module, "embed_scale")
+        and not reads_packed_weights(module)
+    )

@@ -1,4 +1,4 @@
-"""The tensors of an `adapter_model.safetensors`, each taken once."""
+"""The tensors of an `adapter_model.safetensors`, and which of them nobody has asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from funclora._apply import Adapters
 from funclora._rules import Full
 from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
+from funclora.io._finite import within
+from funclora.io._foreign_keys import refuse_foreign
 from funclora.io._peft_keys import PREFIX, Keys
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -24,42 +26,59 @@ _IN_MEMORY = (
     (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
     (re.compile(r"\.(lora_embedding_[AB])\.[^.]+$"), r".\1"),
     (re.compile(r"\.(lora_magnitude_vector)(\.[^.]+)?\.weight$"), r".\1"),
+    (re.compile(r"\.(lora_B)\.[^.]+\.bias$"), r".\1.bias"),
+    (re.compile(r"\.(token_adapter\.trainable_tokens_delta)\.[^.]+$"), r".\1"),
 )
+# What torch.compile puts around a module.
+COMPILED = "_orig_mod."
 
 
 class StoredTensors:
-    """The tensors of a file, by key without the name of an adapter.
+    """The tensors of a file, by the keys that PEFT would write.
 
     Args:
         file: the file.
+        compiled: the model itself is one that torch.compile has made, and has such names.
+
+    Attributes:
+        notes: what PEFT would not have read.
 
     Raises:
         FormatError: the file is missing or broken, or its keys are not those of an adapter.
         UnsupportedError: there is a pickle instead.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, compiled: bool = False) -> None:
         self.file = file
         self._tensors: dict[str, Tensor] = {}
-        for given, tensor in _read(file):
-            key = given
+        self._taken: set[str] = set()
+        read = list(_read(file))
+        refuse_foreign(file, [key for key, _ in read])
+        bare = bool(read) and not any(key.startswith(PREFIX) for key, _ in read)
+        for given, tensor in read:
+            key = PREFIX + given if bare else given
+            if not key.startswith(PREFIX):
+                raise FormatError(
+                    f"{file}: the key {given!r} does not start with {PREFIX!r}, as others do. PEFT would leave it out "
+                    "without a word. Rename the key if you know where it belongs."
+                )
+            key = key if compiled else key.replace(COMPILED, "")
             for pattern, short in _IN_MEMORY:
                 key = pattern.sub(short, key)
             if key in self._tensors:
-                raise FormatError(f"{file}: {given!r} is there twice, with and without the name of an adapter.")
+                raise FormatError(f"{file}: {given!r} is there twice, under another name for the same thing.")
             if tensor.dtype not in DTYPES:
                 raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected a floating-point one.")
             self._tensors[key] = tensor
-        for key in self._tensors:
-            if not key.startswith(PREFIX):
-                raise FormatError(
-                    f"{file}: the key {key!r} does not start with {PREFIX!r}. PEFT would load nothing from it, and say "
-                    "so in a warning at most. Rename the keys if you know where they belong."
-                )
+        self.notes: list[str] = []
+        if bare:
+            self.notes.append(f"no key starts with {PREFIX!r}; they are read as if they did. PEFT would load nothing.")
+        if not compiled and any(COMPILED in key for key, _ in read):
+            self.notes.append(f"keys of a compiled model are read without {COMPILED!r}; PEFT would not load them.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that were not taken yet, by key."""
-        return {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+        return {key: tuple(tensor.shape) for key, tensor in self._rest().items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype in which the file holds a tensor that is there."""
@@ -71,7 +90,7 @@ class StoredTensors:
         return shape[0] if shape else 0
 
     def take(self, key: str, shape: Iterable[int], like: Tensor, dtype: torch.dtype, why: str) -> Tensor:
-        """A tensor that must be there, which is then used up.
+        """A copy of a tensor that must be there, which then no longer belongs to the rest.
 
         Args:
             key: its key.
@@ -83,9 +102,9 @@ class StoredTensors:
         tensor = self._get(key, why)
         if tuple(tensor.shape) != tuple(shape):
             raise FormatError(f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}.")
-        del self._tensors[key]
+        self._taken.add(key)
         tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
-        if not torch.isfinite(tensor).all():
+        if not within(tensor, 1e15) and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
         return tensor
 
@@ -94,16 +113,20 @@ class StoredTensors:
             raise FormatError(f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}")
         return self._tensors[key]
 
+    def _rest(self) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self._tensors.items() if key not in self._taken}
+
     def refuse_rest(self, keys: Keys, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
         """Raise `FormatError` if a tensor that was not taken would mean anything.
 
         PEFT also writes base weights: tables of adapted embeddings, biases next to modules that are trained in full.
         It copies them over those of the model, so they must be the same.
         """
-        if not self._tensors:
+        rest = self._rest()
+        if not rest:
             return
         names = {keys.full(name): name for name in weights}
-        for key, tensor in self._tensors.items():
+        for key, tensor in rest.items():
             name = names.get(key.replace(".original_module.", "."))
             if name is not None:
                 same = weights[name]
@@ -136,8 +159,6 @@ def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
 
 
 def _hint(key: str) -> str:
-    if "._orig_mod." in key:
-        return "It comes from a compiled model; PEFT would not load it. Remove '_orig_mod.' from the keys."
     if key.startswith(2 * PREFIX):
         return "It comes from an adapter around an adapter; PEFT would not load it."
     if key.endswith(".lora_magnitude_vector"):

@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from funclora._apply import Adapters, named_tensors
 from funclora._config import LoraConfig
-from funclora._layout import Attention
-from funclora._rules import DoRA, Full, LoRA, Rule
-from funclora._targets import Target, named, select
-from funclora.errors import FormatError, PeftFormatWarning, TargetError, UnsupportedError
+from funclora._rules import Rule
+from funclora._targets import named, select
+from funclora._tokens import Tied
+from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
 from funclora.io._files import replace_files
 from funclora.io._peft_agree import as_wrapped
 from funclora.io._peft_config import CONFIG_FILE, config_text, read_config
 from funclora.io._peft_decomposed import on_the_original
-from funclora.io._peft_keys import Keys, Leaves, Wrapped
-from funclora.io._peft_limits import counts_twice, differences, obstacles, obstacles_in_model
-from funclora.io._peft_weights import WEIGHTS_FILE, StoredTensors
+from funclora.io._peft_fold import folded
+from funclora.io._peft_keys import Keys, Wrapped
+from funclora.io._peft_limits import differences, obstacles, obstacles_in_model, obstacles_of_ties
+from funclora.io._peft_rules import Reader, tensors_of
+from funclora.io._peft_ties import output_layer, tied_as_in_peft
+from funclora.io._peft_weights import COMPILED, WEIGHTS_FILE, StoredTensors
 
 
-def save_peft(path: str | os.PathLike[str], adapters: Adapters, config: LoraConfig) -> None:
+def save_peft(
+    path: str | os.PathLike[str], adapters: Adapters, config: LoraConfig, *, fold_scaling: bool = False
+) -> None:
     """Write adapters as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
     Each file is replaced as a whole, the weights first. What is in the folder besides stays.
@@ -42,6 +47,8 @@ def save_peft(path: str | os.PathLike[str], adapters: Adapters, config: LoraConf
         path: the folder; made if it does not exist.
         adapters: full parameter name -> rule.
         config: the configuration that the adapters were made with.
+        fold_scaling: write s·B in place of B, and α = r, for readers that know no rsLoRA and no patterns (vLLM,
+            llama.cpp). Lower ranks are filled up with zeros to the highest one. PEFT computes the same from it.
 
     Raises:
         ConfigError: adapters and configuration do not agree.
@@ -60,16 +67,11 @@ def save_peft(path: str | os.PathLike[str], adapters: Adapters, config: LoraConf
         ...     sorted(file.name for file in Path(folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    config = tied_as_in_peft(config, adapters)
     wrapped = as_wrapped(adapters, config)
-    keys = Keys(wrapped.values())
-    tensors: dict[str, Tensor] = {}
-    for name, rule in adapters.items():
-        if isinstance(rule, Full):
-            tensors[keys.full(name)] = rule.value
-            continue
-        w = wrapped[name]
-        leaves = w.form.pack({leaf: getattr(rule, leaf) for leaf in rule.leaves}, w)
-        tensors |= {keys.leaf(w, leaf): tensor for leaf, tensor in leaves.items()}
+    if fold_scaling:
+        adapters, config = folded(adapters, config)
+    tensors = tensors_of(adapters, wrapped)
     # Copies, because a safetensors file cannot hold two views of one tensor.
     written = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
     by_module = [w for w in wrapped.values() if not w.by_parameter]
@@ -110,7 +112,7 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         NonFiniteError: a tensor holds NaN or infinity.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from funclora import init
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
         >>> config = LoraConfig(r=2, target_modules=["0"])
@@ -121,64 +123,79 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
         (True, True)
     """
-    folder = Path(path)
-    file = folder / CONFIG_FILE
-    config, by_peft = read_config(file, model)
-    try:
-        targets = select(model, config)
-    except TargetError as error:
-        raise TargetError(f"{file}: {error}") from error
-    weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
-    wrapped = {}
-    for name, target in targets.items():
-        if target.layout is not None:
-            by_parameter = any(named(name, entry) for entry in config.target_parameters or ())
-            shape = tuple(weights[name].shape)
-            wrapped[name] = Wrapped(name, target.module, target.layout, shape, by_parameter)
-    everything = [*wrapped.values()]
-    saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
-    for name, why in (*obstacles(everything, saved, config), *obstacles_in_model(model, everything)):
-        raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
-    keys = Keys(everything)
-    stored = StoredTensors(folder / WEIGHTS_FILE)
-    adapters: dict[str, Rule] = {}
-    for name, target in targets.items():
-        weight = weights[name]
-        if name in wrapped:
-            adapters[name] = _low_rank(stored, keys, wrapped[name], target, weight, config)
-        else:
-            key = keys.full(name)
-            adapters[name] = Full(stored.take(key, weight.shape, weight, weight.dtype, repr(name)))
-    stored.refuse_rest(keys, weights, adapters)
-    for message in differences(model, everything, config, by_peft=by_peft):
-        warnings.warn(f"{folder}: {message}", PeftFormatWarning, stacklevel=2)
-    return on_the_original(file, model, adapters, config) if config.decomposition else (adapters, config)
+    opened = PeftFolder(Path(path), model)
+    adapters = {name: opened.rule(name) for name in opened.targets}
+    opened.refuse_rest(opened.weights, adapters)
+    for message in opened.differences():
+        warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=2)
+    if opened.config.decomposition:
+        return on_the_original(opened.folder / CONFIG_FILE, model, adapters, opened.config)
+    return adapters, opened.config
 
 
-def _low_rank(
-    stored: StoredTensors, keys: Keys, w: Wrapped, target: Target, weight: Tensor, config: LoraConfig
-) -> LoRA | DoRA:
-    """The rule of one weight from its tensors."""
-    rows, wanted = stored.rows(keys.leaf(w, "a"), repr(w.name)), target.r * w.experts
-    if rows != wanted:
-        raise FormatError(
-            f"{stored.file}: {keys.leaf(w, 'a')!r} has {rows} rows, expected {wanted}: rank {target.r} by r and "
-            f"rank_pattern of the configuration{f', {w.experts} experts' if w.experts > 1 else ''}."
-            + (" PEFT sorts rank_pattern when it saves, and the first key that matches counts." if config.rank_pattern
-               else "")
-        )  # fmt: skip
-    shapes = dict(zip(("a", "b"), w.layout.factor_shapes(w.shape, target.r), strict=True))
-    if config.use_dora:
-        shapes["magnitude"] = w.layout.magnitude_shape(w.shape)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    blank: Leaves = {leaf: torch.empty(shape, device="meta") for leaf, shape in shapes.items()}
-    packed = {
-        leaf: stored.take(keys.leaf(w, leaf), tensor.shape, weight, dtype, f"{w.name!r} (rank {target.r})")
-        for leaf, tensor in w.form.pack(blank, w).items()
-    }
-    leaves = [leaf.contiguous() for leaf in w.form.unpack(packed, w).values()]
-    scaling, dropout = target.scaling, float(config.lora_dropout)
-    if isinstance(w.layout, Attention):
-        dropout = 0.0  # PEFT merges before it calls the module
-        scaling *= 2 if counts_twice(w) else 1
-    return (DoRA if config.use_dora else LoRA)(*leaves, scaling=scaling, dropout=dropout, layout=w.layout)
+class PeftFolder:
+    """A folder and a model that fit each other; the rules are read one at a time.
+
+    Where the configuration asks for a decomposition, they are relative to the decomposed weights.
+
+    Attributes:
+        folder: the folder.
+        config: its configuration.
+        targets: full parameter name -> what the configuration says of it.
+        weights: full name -> tensor of the model, which may be on the meta device: rules are then on the CPU.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder, self._model = folder, model
+        file = folder / CONFIG_FILE
+        config, self._by_peft = read_config(file, model)
+        self.config = config
+        try:
+            self.targets = targets = select(model, config)
+        except TargetError as error:
+            raise TargetError(f"{file}: {error}") from error
+        self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        wrapped = {
+            name: Wrapped(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
+            for name, t in targets.items()
+            if t.layout is not None
+        }
+        self._ties = {name: target.to for name, target in targets.items() if target.rule is Tied}
+        wrapped |= {name: output_layer(name, wrapped[to]) for name, to in self._ties.items() if to in wrapped}
+        self._wrapped = [*wrapped.values()]
+        saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
+        reasons = (
+            *obstacles(self._wrapped, saved, config),
+            *obstacles_of_ties({name: targets[to].rule for name, to in self._ties.items()}, self._ties, config),
+            *obstacles_in_model(model, self._wrapped),
+        )
+        for name, why in reasons:
+            raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
+        self._keys = Keys(self._wrapped)
+        self._stored = StoredTensors(folder / WEIGHTS_FILE, compiled=any(COMPILED in name for name in self.weights))
+        self._reader = Reader(self._stored, self._keys, config, wrapped)
+
+    def rule(self, name: str) -> Rule:
+        """The rule of one of the targets, read from the file at every call."""
+        target, weight = self.targets[name], self.weights[name]
+        if name in self._ties:
+            return self._reader.tied(name, target, self.rule(self._ties[name]), weight)
+        return self._reader.rule(name, target, weight)
+
+    def refuse_rest(self, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
+        """Raise `FormatError` if the file holds something that no target took and that the base weights do not hold.
+
+        Args:
+            weights: full name -> base weight, for every name of the model.
+            adapters: full name -> rule, at least of the parameters that are trained in full.
+        """
+        self._stored.refuse_rest(self._keys, weights, adapters)
+
+    def differences(self) -> Iterator[str]:
+        """What a reader of the folder should know."""
+        yield from self._stored.notes
+        yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)
+
+
+def _by_parameter(name: str, config: LoraConfig) -> bool:
+    return any(named(name, entry) for entry in config.target_parameters or ())

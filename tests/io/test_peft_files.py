@@ -217,6 +217,7 @@ def test_the_configuration_in_full(tmp_path: Path) -> None:
         "auto_mapping": None,
         "base_model_name_or_path": "some/base",
         "bias": "lora_only",
+        "ensure_weight_tying": False,
         "exclude_modules": ["1.q_proj"],
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -224,6 +225,7 @@ def test_the_configuration_in_full(tmp_path: Path) -> None:
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": 7.5,
+        "lora_bias": False,
         "lora_dropout": 0.25,
         "modules_to_save": ["conv"],
         "peft_type": "LORA",
@@ -233,6 +235,7 @@ def test_the_configuration_in_full(tmp_path: Path) -> None:
         "target_modules": ["q_proj", "head"],
         "target_parameters": None,
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": None,
         "use_dora": True,
         "use_rslora": True,
     }

@@ -1,0 +1,245 @@
+"""The model of a checkpoint without its weights, and where the checkpoint keeps each of its parameters.
+
+transformers renames the keys of a checkpoint when it loads it, and puts several tensors together or cuts one apart: a
+Mixtral on disk has one matrix an expert, in memory one parameter for all. Its own table of these changes is asked, so
+that a parameter is found wherever `from_pretrained` finds it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from funclora.errors import FormatError, UnsupportedError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a parameter that a tensor of a checkpoint holds.
+
+    Attributes:
+        parameter: full name in the model.
+        key: key of the tensor.
+        first: where the part begins in the tensor, along its first dimension.
+        shape: the shape of the part in the tensor.
+        cuts: `(dim, start, length)` of each narrowing that leads from the parameter to the part. What is left of the
+            dimensions of length 1 in front is dropped in the tensor.
+    """
+
+    parameter: str
+    key: str
+    first: int
+    shape: Shape
+    cuts: tuple[tuple[int, int, int], ...] = ()
+
+
+class Structure:
+    """A model on the meta device.
+
+    Attributes:
+        model: the model.
+        shapes: full name -> shape, for every parameter and saved buffer.
+        ties: groups of names that are one parameter.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder, self._config = folder, config
+        self.model: Any = _build(folder, config)
+        self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        self.ties = [tuple(names) for names in groups.values() if len(names) > 1]
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
+
+    def untied(self, config: Mapping[str, Any]) -> Structure:
+        """The same model under a configuration that unties its embeddings.
+
+        Raises:
+            UnsupportedError: the class computes otherwise, or ties, whatever the configuration says.
+        """
+        other = Structure(self._folder, config)
+        before, after = self.model.config.to_dict(), other.model.config.to_dict()
+        if after.get("tie_word_embeddings") is not False or _besides_ties(before) != _besides_ties(after):
+            raise UnsupportedError(f"{self.name} changes more than its ties when tie_word_embeddings becomes False.")
+        if "tie_word_embeddings" in inspect.unwrap(type(self.model).forward).__code__.co_names:
+            raise UnsupportedError(f"{self.name} computes otherwise when tie_word_embeddings is False.")
+        return other
+
+    def places(self, tensors: Mapping[str, Shape]) -> tuple[dict[str, list[Part]], dict[str, str]]:
+        """Where the tensors of a checkpoint go.
+
+        Args:
+            tensors: key -> shape.
+
+        Returns:
+            Full name of a parameter -> its parts; and full name -> why it cannot be rewritten, for parameters that
+            are made of tensors in a way that is not known here.
+
+        Raises:
+            FormatError: a tensor has another shape than its parameter.
+        """
+        placed = _Placing(self.model, self.shapes, tensors)
+        return placed.parts, placed.opaque
+
+
+def _build(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "this needs transformers, which knows the models. Type: pip install 'funclora[hf]'"
+        ) from error
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise UnsupportedError(f"{folder}: config.json names no class of model (architectures).")
+    cls = getattr(transformers, str(architectures[0]), None)
+    if cls is None:
+        raise UnsupportedError(
+            f"{folder}: transformers {transformers.__version__} has no class {architectures[0]!r}, which config.json "
+            "names (architectures)."
+        )
+    settings = cls.config_class.from_dict(dict(config))
+    # In float32, which trained-in-full parameters are then kept in until they are rounded once.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, cls(settings))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _besides_ties(config: dict[str, Any]) -> dict[str, Any]:
+    skipped = ("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version")
+    kept = {key: value for key, value in config.items() if key not in skipped}
+    return {key: _besides_ties(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+class _Placing:
+    """transformers' table of changes, applied to the keys of one checkpoint."""
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, Shape], tensors: Mapping[str, Shape]) -> None:
+        from transformers import core_model_loading as loading
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.parts: dict[str, list[Part]] = {}
+        self.opaque: dict[str, str] = {}
+        self._model, self._shapes, self._tensors = model, shapes, tensors
+        changes = get_model_conversion_mapping(model)
+        renamings = [c for c in changes if isinstance(c, loading.WeightRenaming)]
+        converters = [c for c in changes if isinstance(c, loading.WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        known: dict[str, Any] = dict.fromkeys(shapes, True)
+        prefix = cast(Any, model).base_model_prefix
+        collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        # The order of experts is that of the numbers in their names, as transformers sorts them.
+        for key in sorted(tensors, key=loading.dot_natural_key):
+            name, pattern = loading.rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, pattern = loading.rename_source_key(key, [], [], prefix, known)
+            if name not in known:
+                continue  # transformers does not load it either
+            if pattern is None:
+                self._whole(name, key)
+            else:
+                _, sources = collected.setdefault(name, (by_pattern[pattern], {}))
+                sources.setdefault(pattern, []).append(key)
+        for name, (converter, sources) in collected.items():
+            self._converted(name, converter, sources)
+
+    def _whole(self, name: str, key: str) -> None:
+        shape = self._tensors[key]
+        if shape != self._shapes[name]:
+            raise FormatError(
+                f"{key!r} has shape {list(shape)} in the checkpoint, but {name!r} of {type(self._model).__name__} has "
+                f"{list(self._shapes[name])}."
+            )
+        self.parts.setdefault(name, []).append(Part(name, key, 0, shape))
+
+    def _converted(self, name: str, converter: Any, sources: Mapping[str, list[str]]) -> None:
+        """Tensors that are put together or cut apart: those ways of it that only move slices."""
+        from transformers import core_model_loading as loading
+
+        ways = [type(operation) for operation in converter.operations]
+        dims = [getattr(operation, "dim", None) for operation in converter.operations]
+        keys = [key for pattern in converter.source_patterns for key in sources.get(pattern, ())]
+        targets = self._targets(name, converter)
+        if ways == [loading.MergeModulelist] and dims == [0]:
+            stacks = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+            self._stacked(name, stacks, None)
+        elif ways == [loading.MergeModulelist, loading.Concatenate] and dims[0] == 0 and dims[1] in (1, 2):
+            stacks = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+            self._stacked(name, stacks, dims[1])
+        elif ways == [loading.Concatenate] and dims == [0] and len(targets) == 1:
+            self._joined(name, keys)
+        elif ways in ([loading.Chunk], [loading.Split]) and dims == [0] and len(keys) == 1 and all(targets):
+            self._cut(targets, keys[0], self._tensors[keys[0]])
+        else:
+            how = ", ".join(way.__name__ for way in ways)
+            for target in targets or [name]:
+                self.opaque[target] = f"transformers makes it from {', '.join(map(repr, keys[:3]))} by {how}"
+
+    def _targets(self, name: str, converter: Any) -> list[str]:
+        patterns = converter.target_patterns
+        before, found, after = name.partition(patterns[0])
+        names = [before + pattern + after for pattern in patterns] if found else [name]
+        return names if all(target in self._shapes for target in names) else [name]
+
+    def _stacked(self, name: str, stacks: list[list[str]], dim: int | None) -> None:
+        """One tensor an expert; those of several kinds side by side along `dim`."""
+        parts, start = [], 0
+        for keys in stacks:
+            shape = self._tensors[keys[0]]
+            along = () if dim is None else ((dim, start, shape[dim - 1]),)
+            parts += [Part(name, key, 0, self._tensors[key], ((0, i, 1), *along)) for i, key in enumerate(keys)]
+            start += 0 if dim is None else shape[dim - 1]
+        self._complete(name, parts)
+
+    def _joined(self, name: str, keys: Iterable[str]) -> None:
+        parts, start = [], 0
+        for key in keys:
+            shape = self._tensors[key]
+            parts.append(Part(name, key, 0, shape, ((0, start, shape[0]),)))
+            start += shape[0]
+        self._complete(name, parts)
+
+    def _cut(self, names: list[str], key: str, shape: Shape) -> None:
+        first = 0
+        for name in names:
+            part = self._shapes[name]
+            self._complete(name, [Part(name, key, first, part)])
+            first += part[0]
+        if first != shape[0]:
+            raise FormatError(f"{key!r} has shape {list(shape)} in the checkpoint, but {first} rows go to {names}.")
+
+    def _complete(self, name: str, parts: list[Part]) -> None:
+        """Take the parts of a parameter, which must be all of it."""
+        whole = self._shapes[name]
+        count = 0
+        for part in parts:
+            expected = list(whole)
+            for dim, _, length in part.cuts:
+                expected[dim] = length
+            count += torch.Size(expected).numel()
+            if part.shape not in (tuple(expected), tuple(expected[1:])):
+                count = -1
+                break
+        if count != torch.Size(whole).numel():
+            raise FormatError(
+                f"{name!r} has shape {list(whole)}, which the {len(parts)} tensors of the checkpoint that make it "
+                f"({parts[0].key!r} {list(parts[0].shape)}, ...) do not add up to."
+            )
+        self.parts[name] = [*self.parts.get(name, ()), *parts]
