@@ -110,7 +110,8 @@ def decompose(
     ties = {name: tie for name, tie in adapters.items() if isinstance(tie, Tied) and tie.to in low_rank}
     if kind == "loftq":
         return dict(params) | quantised | {name: quantised[tie.to] for name, tie in ties.items()}, adapters
-    return merge(params, {name: _negated(rule) for name, rule in low_rank.items()} | ties), adapters
+    subtracted: dict[str, Rule] = {name: _negated(rule) for name, rule in low_rank.items()}
+    return merge(params, subtracted | ties), adapters
 
 
 def _pissa_svd(name: str, rule: LowRank, niter: int | None, root: int) -> Svd:

@@ -53,9 +53,8 @@ def two_layers(kind: str = "linear") -> nn.Module:
 
 
 def config(**fields: Any) -> fl.LoraConfig:
-    return fl.LoraConfig(
-        **{"r": 3, "lora_alpha": 6, "target_modules": ["0", "2"], "init_lora_weights": "pissa"} | fields
-    )
+    usual: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["0", "2"], "init_lora_weights": "pissa"}
+    return fl.LoraConfig(**usual | fields)
 
 
 def peft_model(model: nn.Module, wanted: fl.LoraConfig) -> Any:

@@ -223,7 +223,7 @@ def test_a_holds_the_leading_components_of_what_the_layer_reads() -> None:
     adapters, _ = init_eva(model, wanted, batches, tau=0.9999, params=params)
     unchanged()
     assert model.training
-    quiet = copy.deepcopy(model).eval()
+    quiet: Any = copy.deepcopy(model).eval()
     for name, upto in (("0.weight", 0), ("3.weight", 3)):
         rule = adapters[name]
         assert isinstance(rule, fl.LoRA)
@@ -235,7 +235,7 @@ def test_a_holds_the_leading_components_of_what_the_layer_reads() -> None:
 
 
 def test_the_budget_goes_where_the_variance_is_concentrated() -> None:
-    model = nn.ModuleDict({"flat": nn.Linear(8, 8), "steep": nn.Linear(8, 8)})
+    model: Any = nn.ModuleDict({"flat": nn.Linear(8, 8), "steep": nn.Linear(8, 8)})
     steep = 0.55 ** torch.arange(8)
 
     def forward(bound: Any, x: Tensor) -> None:
