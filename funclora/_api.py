@@ -7,6 +7,8 @@ from funclora import algebra, errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._cache import AdapterCache, CacheStats
 from funclora._config import LoraConfig
+from funclora._decompose import decompose
+from funclora._eva import init_eva
 from funclora._evaluate import evaluate
 from funclora._init import init
 from funclora._merge import merge
@@ -14,6 +16,7 @@ from funclora._module import AdapterModule, as_module
 from funclora._population import per_example_value_and_grad, population_step
 from funclora._quantize import dequantize, quantize
 from funclora._quantized import Quantized
+from funclora._relative import relative_to_original
 from funclora._route import route
 from funclora._rules import Delta, DoRA, Full, LoRA, Rule
 from funclora._stack import Stack, stack, unstack, vmap
@@ -53,11 +56,13 @@ __all__ = [
     "base_params",
     "bind",
     "combine_peft",
+    "decompose",
     "dequantize",
     "errors",
     "evaluate",
     "extract_adapter",
     "init",
+    "init_eva",
     "load_gguf",
     "load_peft",
     "merge",
@@ -66,6 +71,7 @@ __all__ = [
     "per_example_value_and_grad",
     "population_step",
     "quantize",
+    "relative_to_original",
     "route",
     "save_gguf",
     "save_peft",

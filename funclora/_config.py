@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 
 from funclora.errors import ConfigError, near
 
-INITIALISERS = (True, False, "gaussian", "orthogonal")
+DECOMPOSITIONS = ("pissa", "olora", "loftq")
+INITIALISERS = (True, False, "gaussian", "orthogonal", *DECOMPOSITIONS, "eva")
 BIASES = ("none", "all", "lora_only")
 TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -39,7 +40,9 @@ class LoraConfig:
         layers_pattern: name of the module list that holds the layers, where it is not the first one.
         rank_pattern: regular expression of a module name -> rank; the first that matches wins.
         alpha_pattern: regular expression of a module name -> α; the first that matches wins.
-        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too).
+        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too), by
+            `init`; "pissa", "pissa_niter_[k]" with a number for [k], "olora" or "loftq", by `decompose`; "eva", by
+            `init_eva`.
         target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that are
             not those of a supported module. Three and more dimensions get one update per leading index.
         task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head
@@ -71,7 +74,7 @@ class LoraConfig:
     layers_pattern: Collection[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    init_lora_weights: bool | str = True
     target_parameters: Collection[str] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -124,11 +127,14 @@ class LoraConfig:
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
-        allowed = (("bias", BIASES), ("init_lora_weights", INITIALISERS), ("task_type", TASK_TYPES))
+        initialisers = INITIALISERS if self.niter is None else (self.init_lora_weights,)
+        allowed = (("bias", BIASES), ("init_lora_weights", initialisers), ("task_type", TASK_TYPES))
         for name, choices in allowed:
             value = getattr(self, name)
             if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
                 hint = near(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+                if isinstance(value, str) and value.startswith("pissa"):
+                    hint = " The fast variant is 'pissa_niter_[k]' with a number for [k]."
                 raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")
 
     def _check_together(self) -> None:
@@ -175,6 +181,17 @@ class LoraConfig:
     def all_linear(self) -> bool:
         """True if the targets are "all-linear"."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    @property
+    def niter(self) -> int | None:
+        """The iterations of the fast decomposition that "pissa_niter_[k]" asks for; None for all else."""
+        return _niter(self.init_lora_weights)
+
+    @property
+    def decomposition(self) -> str | None:
+        """How the initialisation splits base weights, of `DECOMPOSITIONS`; None if it leaves them as they are."""
+        kind = "pissa" if self.niter is not None else self.init_lora_weights
+        return kind if isinstance(kind, str) and kind in DECOMPOSITIONS else None
 
     def rank_of(self, name: str) -> int:
         """The rank for the module (or `target_parameters` entry) of that full name."""
@@ -237,6 +254,16 @@ class LoraConfig:
         from funclora.io._peft_config import to_peft
 
         return to_peft(self)
+
+
+def is_initialiser(value: str) -> bool:
+    """Whether `init_lora_weights` may have that value."""
+    return value in INITIALISERS or _niter(value) is not None
+
+
+def _niter(value: object) -> int | None:
+    found = re.fullmatch(r"pissa_niter_([0-9]+)", value) if isinstance(value, str) else None
+    return int(found[1]) if found else None
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

@@ -15,7 +15,7 @@ from funclora._rules import Delta, DoRA, Full, LoRA, Rule, refuse_full, weight_n
 from funclora._target import Target
 from funclora._targets import select
 from funclora._tokens import Tied, TrainableTokens
-from funclora.errors import ParamsError, near
+from funclora.errors import ConfigError, ParamsError, near
 
 
 def init(
@@ -44,6 +44,7 @@ def init(
         Full parameter name -> rule. With zero B (the default) they leave the model's output unchanged.
 
     Raises:
+        ConfigError: `init_lora_weights` is for `decompose` or `init_eva`.
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
         ParamsError: `params` lack a target, or its weight is on the meta device and its values are needed.
 
@@ -53,18 +54,38 @@ def init(
         >>> {name: (rule.a.shape, rule.b.shape) for name, rule in adapters.items()}
         {'0.weight': (torch.Size([2, 4]), torch.Size([3, 2]))}
     """
+    _refuse_elsewhere(config)
     if params is None:
         params = base_params(model)
-    root = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
+    root = draw_root(generator)
     adapters = {}
     for name, target in select(model, config).items():
         if name not in params:
             raise ParamsError(f"params lack {name!r}, which the configuration targets.{near(name, params)}")
-        adapters[name] = _fresh(name, target, params[name].detach(), config, _generator(root, name), dtype)
+        adapters[name] = _fresh(name, target, params[name].detach(), config, generator_of(root, name), dtype)
     return adapters
 
 
-def _generator(root: int, name: str) -> torch.Generator:
+def _refuse_elsewhere(config: LoraConfig) -> None:
+    """Raise `ConfigError` for initialisations that need more than a generator."""
+    if config.decomposition:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} moves a part of the base weights into the adapter, and "
+            "init leaves them as they are. Use params, adapters = decompose(model, config)."
+        )
+    if config.init_lora_weights == "eva":
+        raise ConfigError(
+            "init_lora_weights='eva' needs data. Use adapters, config = init_eva(model, config, batches)."
+        )
+
+
+def draw_root(generator: torch.Generator | None) -> int:
+    """The one number of a generator that all targets' generators are derived from."""
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
+
+
+def generator_of(root: int, name: str) -> torch.Generator:
+    """A target's own generator."""
     digest = hashlib.blake2b(f"{root}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

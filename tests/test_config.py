@@ -53,11 +53,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bias": None}, "bias: expected one of 'none', 'all', 'lora_only', got None"),
     ({"bias": ["all"]}, "bias: expected one of 'none', 'all', 'lora_only', got ['all']"),
     ({"init_lora_weights": "gausian"}, "got 'gausian'. Near names: gaussian"),
+    ({"init_lora_weights": "pissa_niter_"}, "'eva', got 'pissa_niter_'. The fast variant is 'pissa_niter_[k]'"),
+    ({"init_lora_weights": "pissa_niter_-1"}, "with a number for [k]"),
     ({"task_type": "SEQ_CLF"}, "task_type: expected one of None, 'SEQ_CLS', 'SEQ_2_SEQ_LM', 'CAUSAL_LM', "),
     ({"task_type": "SEQ_CLF"}, "got 'SEQ_CLF'. Near names: SEQ_CLS"),
     ({"task_type": 1}, "got 1"),
-    ({"init_lora_weights": 1}, "init_lora_weights: expected one of True, False, 'gaussian', 'orthogonal', got 1"),
-    ({"init_lora_weights": None}, "'orthogonal', got None"),
+    ({"init_lora_weights": 1}, "init_lora_weights: expected one of True, False, 'gaussian', 'orthogonal', 'pissa', "),
+    ({"init_lora_weights": 1}, "'olora', 'loftq', 'eva', got 1"),
+    ({"init_lora_weights": None}, "'eva', got None"),
     ({"init_lora_weights": "orthogonal", "r": 3}, "init_lora_weights='orthogonal' needs even ranks, got 3"),
     ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 5}}, "needs even ranks, got 8, 5"),
     ({"target_modules": None}, "name what to adapt: target_modules"),
@@ -293,7 +296,7 @@ def test_other_methods_of_peft_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"peft_type='LORA', got .*IA3"):
         LoraConfig.from_peft(peft.IA3Config(target_modules=["q"], feedforward_modules=[]))
     with pytest.raises(ConfigError, match=r"loftq_config=.* is not supported"):
-        LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"], "loftq_config": {"loftq_bits": 4}})
+        LoraConfig.from_peft({"peft_type": "LORA", "target_modules": ["q"], "loftq_config": {"loftq_bits": 8}})
 
 
 def test_without_peft_there_is_a_way_on(monkeypatch: pytest.MonkeyPatch) -> None:

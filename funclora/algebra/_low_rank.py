@@ -9,8 +9,8 @@ from torch import Tensor
 
 from funclora._apply import Adapters
 from funclora._rules import Full, LowRank, Rule
+from funclora._svd import svd
 from funclora.algebra._terms import compute_dtype, made_of, positive, rules
-from funclora.errors import NonFiniteError
 
 
 def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:
@@ -77,10 +77,7 @@ def truncated(name: str, matrix: Tensor, rank: int, clamp: float | None = None) 
     Returns:
         Vᵀ `[*lead, k, in]` and U·S `[*lead, out, k]`.
     """
-    try:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise NonFiniteError(f"{name!r} has no singular value decomposition: {error}") from error
+    u, s, vh = svd(name, matrix)
     a, b = vh[..., :rank, :], u[..., :rank] * s[..., None, :rank]
     if clamp is not None:
         bound = torch.quantile(torch.cat([b.flatten(), a.flatten()]), clamp)

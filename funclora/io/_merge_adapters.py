@@ -66,6 +66,13 @@ class WeightedAdapters:
             if not math.isfinite(weight) or weight == 0:
                 raise ConfigError(f"weights: expected finite numbers other than 0, got {weight!r}.")
         self._opened = [PeftFolder(folder, model) for folder in self.folders]
+        for opened in self._opened:
+            if opened.config.decomposition:
+                raise UnsupportedError(
+                    f"{opened.folder}: init_lora_weights={opened.config.init_lora_weights!r}: the adapter is relative "
+                    "to decomposed weights. Make one for the original weights of it: save_peft(new_folder, "
+                    "*load_peft(folder, model))."
+                )
         have = {name for opened in self._opened for name in opened.targets}
         self.names = [name for name in self._opened[0].weights if name in have]
         self.words: dict[str, str] = {}

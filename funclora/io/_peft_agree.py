@@ -17,6 +17,7 @@ from funclora._targets import layer_of, named
 from funclora._tokens import Tied, TrainableTokens
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io._peft_config import HEADS
+from funclora.io._peft_decomposed import refuse_decomposed
 from funclora.io._peft_keys import Wrapped
 from funclora.io._peft_limits import obstacles, obstacles_of_ties
 from funclora.io._peft_ties import output_layer
@@ -34,6 +35,7 @@ def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
         UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
         NonFiniteError: an adapter holds NaN or infinity.
     """
+    refuse_decomposed(config)
     wrapped = {}
     for name, rule in adapters.items():
         if type(rule) not in (LoRA, DoRA, Full, Delta, TrainableTokens, Tied):

@@ -43,6 +43,7 @@ def read_bare(folder: Path, *, in_out: bool) -> tuple[dict[str, Rule], LoraConfi
     file = folder / CONFIG_FILE
     config, _ = read_config(file, nn.Module())
     depends = {
+        "init_lora_weights": config.decomposition,
         "use_dora": config.use_dora,
         "target_parameters": config.target_parameters,
         "modules_to_save": config.modules_to_save,

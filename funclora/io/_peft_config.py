@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from funclora._config import INITIALISERS, LoraConfig
+from funclora._config import LoraConfig, is_initialiser
 from funclora._tables import Tables
 from funclora._targets import named
 from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError, near
@@ -43,11 +43,19 @@ _UNSUPPORTED = frozenset({
     "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "use_bdlora", "use_qalora",
     "velora_config",
 })  # fmt: skip
+# The options of initialisations, with the values that they have here unless decompose or init_eva is told otherwise.
+_OF_INITIALISATION: Mapping[str, Mapping[str, Any]] = {
+    "eva_config": {
+        "rho": 2.0, "tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False,
+        "adjust_scaling_factors": True,
+    },
+    "loftq_config": {"loftq_bits": 4, "loftq_iter": 1},
+}  # fmt: skip
 
 
 def from_peft(config: Any) -> LoraConfig:
     """`LoraConfig.from_peft`."""
-    raw = config if isinstance(config, Mapping) else _asked(config)
+    raw = _settled(config if isinstance(config, Mapping) else _asked(config))
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"from_peft: expected a configuration with peft_type='LORA', got {kind!r}.")
@@ -73,7 +81,8 @@ def to_peft(config: LoraConfig) -> Any:
         import peft
     except ImportError as error:
         raise ConfigError("to_peft needs PEFT. Type: pip install peft") from error
-    return peft.LoraConfig(**_peft_fields(config))
+    options = {name: dict(usual) for name, usual in _OF_INITIALISATION.items() if config.init_lora_weights == name[:-7]}
+    return peft.LoraConfig(**_peft_fields(config), **options)
 
 
 def config_text(config: LoraConfig, targets: Sequence[str], *, fan_in_fan_out: bool) -> str:
@@ -87,6 +96,8 @@ def config_text(config: LoraConfig, targets: Sequence[str], *, fan_in_fan_out: b
     values = _peft_fields(config)
     if config.all_linear:
         values["target_modules"] = _listed(targets)
+    if config.init_lora_weights == "eva":
+        values["init_lora_weights"] = True  # PEFT would ask for an eva_config
     values |= {
         "auto_mapping": None,
         "fan_in_fan_out": fan_in_fan_out,
@@ -126,15 +137,26 @@ def _beyond_us(raw: Mapping[str, Any]) -> str | None:
     """Why a configuration cannot be ours, though PEFT knows what it means."""
     for name in sorted(_UNSUPPORTED & raw.keys()):
         if raw[name]:
-            return f"{name}={reprlib.repr(raw[name])} is not supported."
+            hint = " Its options are arguments of decompose and init_eva." if name in _OF_INITIALISATION else ""
+            return f"{name}={reprlib.repr(raw[name])} is not supported.{hint}"
     initialiser = raw.get("init_lora_weights", True)
-    if isinstance(initialiser, str) and initialiser not in INITIALISERS:
+    if isinstance(initialiser, str) and not is_initialiser(initialiser):
         return (
             f"init_lora_weights={initialiser!r} is not supported: PEFT may change the base weights when it "
             "loads such an adapter. Convert it with PEFT (save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)) first."
         )
     return None
+
+
+def _settled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields without options of an initialisation that say nothing new."""
+
+    def is_usual(name: str) -> bool:
+        options, usual = raw[name], _OF_INITIALISATION.get(name)
+        return usual is not None and isinstance(options, Mapping) and options.items() <= usual.items()
+
+    return {name: value for name, value in raw.items() if not is_usual(name)}
 
 
 def _unknown(raw: Mapping[str, Any]) -> list[str]:
@@ -172,7 +194,8 @@ def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
         FormatError: the file is missing, broken, or has a value that is invalid.
         UnsupportedError: the file asks for something that is not supported.
     """
-    raw = _json(file)
+    # How an adapter started says nothing about one that is there.
+    raw = {name: value for name, value in _json(file).items() if name not in _OF_INITIALISATION}
     kind = raw.get("peft_type")
     if kind != "LORA":
         got = f"got {kind!r}" if "peft_type" in raw else "but it is missing"

@@ -14,6 +14,7 @@ from torch import Tensor
 from funclora._config import LoraConfig
 from funclora._layout import Layout
 from funclora._rules import Full, LoRA, Rule
+from funclora._svd import randomized_svd, svd
 from funclora._target import Target
 from funclora._targets import select
 from funclora.errors import ConfigError, FormatError, TargetError, UnsupportedError
@@ -199,7 +200,7 @@ class _Extraction:
             self.changed.append(name)
         else:
             assert target.layout is not None
-            a, b, norm, residual = _nearest(delta, target.layout, r, niter)
+            a, b, norm, residual = _nearest(name, delta, target.layout, r, niter)
             self.adapters[name] = LoRA(a, b, layout=target.layout)
             self.weights.append(ExtractedWeight(name, tuple(delta.shape), norm, residual))
 
@@ -245,15 +246,17 @@ def _selects(model: torch.nn.Module, config: LoraConfig, wanted: dict[str, Targe
         return False
 
 
-def _nearest(delta: Tensor, layout: Layout, r: int, niter: int | None) -> tuple[Tensor, Tensor, float, float]:
+def _nearest(
+    name: str, delta: Tensor, layout: Layout, r: int, niter: int | None
+) -> tuple[Tensor, Tensor, float, float]:
     """The factors in float32 of the best update of rank r, ‖Δ‖, and the part of it that they leave out."""
     matrix = layout.matrix(delta)
     k = min(r, *matrix.shape[-2:])
     if niter is None:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, vh = svd(name, matrix)
     else:  # eight directions more than are kept
-        u, s, v = torch.svd_lowrank(matrix, q=min(k + 8, *matrix.shape[-2:]), niter=niter)
-        vh = v.mT
+        generator = torch.Generator().manual_seed(0)
+        u, s, vh = randomized_svd(name, matrix, min(k + 8, *matrix.shape[-2:]), niter, generator)
     root = s[..., :k].sqrt()
     a, b = root.unsqueeze(-1) * vh[..., :k, :], u[..., :, :k] * root.unsqueeze(-2)
     a, b = a.float(), b.float()

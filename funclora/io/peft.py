@@ -23,6 +23,7 @@ from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
 from funclora.io._files import replace_files
 from funclora.io._peft_agree import as_wrapped
 from funclora.io._peft_config import CONFIG_FILE, config_text, read_config
+from funclora.io._peft_decomposed import on_the_original
 from funclora.io._peft_fold import folded
 from funclora.io._peft_keys import Keys, Wrapped
 from funclora.io._peft_limits import differences, obstacles, obstacles_in_model, obstacles_of_ties
@@ -92,6 +93,9 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     The adapters lie on the devices of their base weights, in float32 where the base is in half precision and in its
     dtype otherwise, as PEFT keeps them. The model is only read, its weights only compared with those in the file.
 
+    PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here such
+    an adapter comes out relative to the weights as they are (`relative_to_original`), with twice the rank.
+
     Args:
         path: the folder.
         model: the base model that the adapter was trained on.
@@ -124,11 +128,15 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     opened.refuse_rest(opened.weights, adapters)
     for message in opened.differences():
         warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=2)
+    if opened.config.decomposition:
+        return on_the_original(opened.folder / CONFIG_FILE, model, adapters, opened.config)
     return adapters, opened.config
 
 
 class PeftFolder:
     """A folder and a model that fit each other; the rules are read one at a time.
+
+    Where the configuration asks for a decomposition, they are relative to the decomposed weights.
 
     Attributes:
         folder: the folder.
