@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optree
 import peft
 import torch
 from benchmark import Bench, Run, Tick, far, fresh, llama, loss, measure, outputs, peak, progress
@@ -215,6 +216,33 @@ def memory_of(bench: Bench, n: int) -> int:
     return peak(bench, population(setup, members, (x, y)))
 
 
+def own_bytes(bench: Bench) -> int:
+    """What one member brings with it: its weights, its optimizer state, and what backward needs of its rows."""
+    setup = Setup(bench)
+    x, y = setup.ids(1, 16), setup.ids(1, 16).flip(0)
+    adapters = setup.member(0)
+    held: Any = [adapters, fl.optim.adamw(LR).init(adapters)]
+    tensors: list[Tensor] = [*setup.params.values(), *optree.tree_leaves(held)]
+    frozen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tree: Any = adapters
+    leaves, spec = optree.tree_flatten(tree)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    frozen |= {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tree = optree.tree_unflatten(spec, leaves)
+        kept = loss(fl.bind(setup.model, setup.params, tree), (x, y))
+    assert kept.requires_grad
+    return sum(tensor.nbytes for tensor in tensors[len(setup.params) :]) + sum(saved.values())
+
+
 class Job(NamedTuple):
     name: str
     ticks: int
@@ -238,6 +266,7 @@ def jobs(bench: Bench, setup: Setup, cells: list[Cell], peaks: dict[int, int]) -
             glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
             peaks[n] = int(fresh(*command, *["--quick"] * bench.quick, **glibc).splitlines()[-1])
             tick("")
+        peaks[0] = own_bytes(bench)
 
     yield Job("memory", len(MEMORY), memory)
 
@@ -286,15 +315,18 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
             times = [ms(t) if (t := cell.median(name)) is not None else "" for name in names]
             ratio = cell.ratio("rows", to)
             yield table_row(" × ".join(map(str, cell.size)), *times, f"{ratio.median:.2f}" if ratio else "")
-    if len(peaks) > 1:
-        first, *others = sorted(peaks)
+    if peaks:
+        own = peaks[0]
+        first, *others = sorted(set(peaks) - {0})
         yield "\n## Memory of a train step\n"
-        yield "Peak of the process, one row of 16 tokens for each member. Each further member costs its weights, "
-        yield "gradients, optimizer state and activations.\n"
-        yield from head("members", "MiB", "MiB for each further member")
-        yield table_row(first, f"{peaks[first] / 2**20:.0f}", "")
+        yield "Peak of the process, one row of 16 tokens for each member. A member brings with it"
+        yield f"{own / 2**20:.1f} MiB: its weights, its optimizer state, and what backward needs of its row. A step is"
+        yield "a pure function: while it makes the new weights and state, the old ones are still there.\n"
+        yield from head("members", "MiB", "MiB for each further member", "against one and what the others bring")
+        yield table_row(first, f"{peaks[first] / 2**20:.0f}", "", "")
         for n in others:
-            yield table_row(n, f"{peaks[n] / 2**20:.0f}", f"{(peaks[n] - peaks[first]) / (n - first) / 2**20:.1f}")
+            each, needed = (peaks[n] - peaks[first]) / (n - first), peaks[first] + (n - first) * own
+            yield table_row(n, f"{peaks[n] / 2**20:.0f}", f"{each / 2**20:.1f}", f"{peaks[n] / needed:.2f}")
     yield "\n## Where the gain ends\n"
     yield "Each row costs the base model's own arithmetic, whoever it belongs to. With few tokens for each adapter the "
     yield "base weights are read once instead of once for each adapter, and that is the gain. With many tokens for each"

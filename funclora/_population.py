@@ -89,14 +89,15 @@ def population_step(
             for part in micro_batches(batch, accumulate, dim=0 if shared else 1)
         ]
         grads = mean([grads for *_, grads in parts])
-        loss = mean([loss for loss, *_ in parts])
+        loss, aux = mean([loss for loss, *_ in parts]), [aux for _, aux, _ in parts]
+        del parts
         with torch.no_grad():
-            updates, state = by_member.update(grads, state, params=members)
-            members = apply_updates(members, updates)
             norm = _joined([torch.func.vmap(global_norm)(cohort.values) for cohort in grads.cohorts], grads)
+            updates, state = by_member.update(grads, state, params=members)
+            del grads  # as large as the weights, which are made anew now
+            members = apply_updates(members, updates)
         metrics = {"loss": loss, "grad_norm": norm, "finite": loss.isfinite() & norm.isfinite()}
         if has_aux:
-            aux = [aux for _, aux, _ in parts]
             metrics["aux"] = aux if accumulate > 1 else aux[0]
         return members, state, metrics
 
