@@ -205,7 +205,8 @@ def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
     assert isinstance(rule, LowRank)
     if not isinstance(rule, DoRA):
         return rule
-    if rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
+    wide = torch.promote_types(weight.dtype, rule.a.dtype) == torch.float64
+    if wide or rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
         by_member = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).prepared(weight).gain, chunk_size=CHUNK)
         return Gained(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
     with constant():

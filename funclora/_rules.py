@@ -457,15 +457,14 @@ def row_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) ->
     s·B·A cancels M up to the rounding of float32. Rows that it cancels further are zero.
 
     Args:
-        matrix: M, `[out, in]`.
-        a: `[m, r, in]`.
+        matrix: M, `[out, in]`, in float32 or less, as are
+        a: `[m, r, in]`,
         b: `[m, out, r]`.
         scalings: s, `[m]`.
 
     Returns:
-        `[m, out]`, in the dtype of `dense`.
+        `[m, out]`, in float32.
     """
-    dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
     a, b, s = a.double(), b.double(), scalings.double()[:, None]
     own, inner = b.new_zeros(matrix.shape[0]), torch.zeros_like(b.mT).flatten(0, 1)
     with torch.autocast(matrix.device.type, enabled=False):
@@ -477,7 +476,7 @@ def row_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) ->
         update = ((b @ (a @ a.mT)) * b).sum(-1) * s**2
         squares = own + 2 * s * (inner.view_as(b.mT) * b.mT).sum(1) + update
     squares = torch.where(squares > CANCELLED * (own + update), squares, 0.0)
-    return squares.sqrt().to(dtype)
+    return squares.sqrt().float()
 
 
 def _is_mapped(*tensors: Tensor) -> bool:

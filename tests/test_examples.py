@@ -167,3 +167,9 @@ def test_benchmark_merge(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert results["funclora merge"].peak < 1 << 30
     assert "times as long as cp -r" in capsys.readouterr().out
     assert not [*tmp_path.iterdir()]
+
+
+def test_benchmark_files(capsys: pytest.CaptureFixture[str]) -> None:
+    medians = run("benchmark_files", "--quick", "--adapters=3", "--rounds=1")
+    assert sorted(medians) == ["load, PEFT", "load, funclora", "save, PEFT", "save, funclora"]
+    assert "ratio" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from funclora import Full, LoraConfig, apply, base_params, bind, init, merge, route, stack
 from funclora._layout import Linear
+from funclora._rules import row_norms_of_many
 from funclora.errors import ConfigError, UnsupportedError
 
 optree: Any = _optree
@@ -468,3 +469,42 @@ def test_what_does_not_fit_is_refused() -> None:
         route(several[0], [0])
     with pytest.raises(UnsupportedError, match="3 rows"):
         apply(model, params, route(several, [0, 1, 0]), torch.randn(4, 6, dtype=F64))
+
+
+@pytest.mark.parametrize("weight", ["rows", "columns", "half"])
+@pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4])
+def test_the_norms_of_many_members_keep_their_digits(left: float, weight: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(40, 24, generator=g)
+    matrix = matrix.bfloat16() if weight == "half" else matrix.mT.contiguous().mT if weight == "columns" else matrix
+    a = torch.randn(3, 24, 24, generator=g) / 5
+    # Members whose updates cancel the weight up to the share that is left, and one that does not.
+    b = torch.linalg.solve(a.double(), matrix.double(), left=False).float() * -(1 - left)
+    b[1] = torch.randn(40, 24, generator=g)
+    s = torch.tensor([1.0, 0.5, 1.0])
+    dense = matrix.double() + s.double()[:, None, None] * (b.double() @ a.double())
+    found = row_norms_of_many(matrix, a, b, s)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), dense.norm(dim=-1), rtol=1e-5, atol=0)
+
+
+def test_rows_that_cancel_are_zero_as_they_are_alone() -> None:
+    matrix, eye = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]), torch.eye(2)[None]
+    b = -matrix[None] * torch.tensor([1.0, 0.0, 0.5])[:, None]
+    found = row_norms_of_many(matrix, eye, b, torch.ones(1))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 1.25**0.5]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_by_row_in_the_dtypes_of_models(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)).to(dtype)
+    params, g = base_params(model), torch.Generator().manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True, init_lora_weights=False)
+    members = [init(model, config, generator=g) for _ in range(5)]
+    x = torch.randn(6, 24, generator=g).to(dtype)
+    ids = [4, 0, -1, 3, 3, 1]
+    found = apply(model, params, route(stack(members), ids), x)
+    for i, member in enumerate(ids):
+        alone = apply(model, params, members[member] if member >= 0 else {}, x[i : i + 1])
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found[i : i + 1], alone, rtol=tolerance, atol=tolerance)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from funclora.cli._fail import fail
 
 if TYPE_CHECKING:
     from funclora.io.combine import CombinedFolders
@@ -89,7 +91,7 @@ def combine(
             majority_sign_method=majority_sign_method.value,
         )
     except (FuncloraError, OSError) as error:
-        _fail(str(error))
+        fail("combine", str(error))
     report = _report(found, adapters, _numbers(weights) or [1.0] * len(adapters), type_.value, out)
     if json:
         from json import dumps
@@ -99,18 +101,13 @@ def combine(
         _print(report)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"funclora combine: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
-
-
 def _numbers(text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        _fail(f"--weights: expected numbers with commas between, as 0.7,-0.3, got {text!r}.")
+        fail("combine", f"--weights: expected numbers with commas between, as 0.7,-0.3, got {text!r}.")
 
 
 def _combined(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from funclora.cli._fail import fail
 
 
 class Format(str, Enum):
@@ -38,9 +40,9 @@ def convert(
     Only the structure of the base model is read, not its weights, unless the adapter's folder holds some of them.
     """
     if (to is None) == (from_ is None):
-        _fail("give one of --to gguf and --from gguf.")
+        fail("convert", "give one of --to gguf and --from gguf.")
     if from_ is not None and dtype is not None:
-        _fail("--dtype is for --to gguf. Leave it out.")
+        fail("convert", "--dtype is for --to gguf. Leave it out.")
     from funclora.errors import FuncloraError
 
     try:
@@ -49,12 +51,7 @@ def convert(
         else:
             _from_gguf(adapter, out, base, overwrite=overwrite)
     except (FuncloraError, OSError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"funclora convert: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
+        fail("convert", str(error))
 
 
 def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from funclora.cli._fail import fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +48,10 @@ def evaluate(
         try:
             import matplotlib  # noqa: F401 -- before the work, not after
         except ModuleNotFoundError:
-            _fail("--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'")
+            fail(
+                "eval",
+                "--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'",
+            )
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     console, found, failure = Console(stderr=True), None, ""
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -74,16 +79,11 @@ def evaluate(
         except (InputError, FuncloraError, OSError) as error:
             failure = str(error)
     if found is None or failure:
-        _fail(failure)
+        fail("eval", failure)
     if json:
         typer.echo(found.json())
     else:
         _report(found, Console())
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"funclora eval: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
 
 
 def _report(found: Losses, console: Console) -> None:

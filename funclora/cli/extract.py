@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from funclora.cli._fail import fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +42,7 @@ def extract(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if save_rest and ignore_rest:
-        _fail("--save-rest and --ignore-rest: give one of them.")
+        fail("extract", "--save-rest and --ignore-rest: give one of them.")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     console, report, failure = Console(stderr=True), None, ""
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -67,18 +69,13 @@ def extract(
         except (FuncloraError, OSError) as error:
             failure = str(error)
     if report is None:
-        _fail(failure)
+        fail("extract", failure)
     if json:
         import json as text
 
         typer.echo(text.dumps({"out": str(out), "r": rank} | asdict(report), indent=2))
     else:
         _print(report, Console(), out)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"funclora extract: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
 
 
 def _print(report: ExtractReport, console: Console, out: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from funclora.cli._fail import fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +42,7 @@ def merge(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     if dtype is not None and dtype not in _DTYPES:
-        _fail(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        fail("merge", f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
     columns = (
         BarColumn(),
         DownloadColumn(),
@@ -56,7 +58,7 @@ def merge(
         task = bar.add_task("reading the adapters", total=None)
 
         def progress(done: int, total: int) -> None:
-            words = "merging" if done < total else "checking" if verify else "flushing to disk"
+            words = "merging" if done < total else "checking" if verify else "finishing"
             bar.update(task, completed=done, total=total, description=words)
 
         import torch
@@ -82,18 +84,13 @@ def merge(
         if issubclass(warning.category, FuncloraWarning):
             typer.echo(f"funclora merge: warning: {' '.join(str(warning.message).split())}", err=True)
     if report is None:
-        _fail(failure)
+        fail("merge", failure)
     if json:
         import json as text
 
         typer.echo(text.dumps(_plain(report, out, dry_run=dry_run), indent=2))
     else:
         _print(report, Console(), out, dry_run=dry_run)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"funclora merge: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
 
 
 def _plain(report: MergeReport, out: Path, *, dry_run: bool) -> dict[str, Any]:
