@@ -1,6 +1,7 @@
 """The public names.
 
-`funclora` itself looks them up here when they are first used, so that its command line starts without torch.
+`funclora` itself looks up here which module has a name, and loads that one when the name is first used: its command
+line starts without torch, and `apply` without the readers and writers of files.
 """
 
 from funclora import algebra, errors, optim

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import funclora as fl
+from funclora import _api
 
 
 def python(code: str) -> str:
@@ -20,8 +21,16 @@ def test_names_load_on_first_use() -> None:
     assert python(code) == "False True"
 
 
+def test_a_name_loads_what_it_needs() -> None:
+    code = (
+        "import sys, funclora as fl; fl.apply; print('funclora._apply' in sys.modules, 'funclora.io.hf' in sys.modules)"
+    )
+    assert python(code) == "True False"
+
+
 def test_every_public_name_is_there() -> None:
-    assert sorted(fl.__all__) == list(fl.__all__)
+    assert sorted(fl.__all__) == list(fl.__all__) == sorted(_api.__all__)
+    assert all(getattr(fl, name) is getattr(_api, name) for name in fl.__all__)
     assert set(fl.__all__) <= set(dir(fl))
     assert all(getattr(fl, name).__doc__ for name in fl.__all__)
     with pytest.raises(AttributeError, match="no attribute 'aply'"):
