@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv, from nothing but make and Python 3.10 or later.
 #
 #   make test ARGS="-k lora -x"     pytest's own options
+#   make test ARGS=--hypothesis-profile=explore   with examples that no run has seen
 #   make test JOBS=0                in one process, for a debugger
 #   make test PYTHON=python3.12     the interpreter that .venv is made with
 
