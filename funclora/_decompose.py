@@ -18,6 +18,7 @@ from funclora._quantized import Quantized, plain_weight
 from funclora._rules import LoRA, LowRank, Rule
 from funclora._svd import randomized_svd, svd
 from funclora._tokens import Tied
+from funclora.algebra._terms import positive
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
 
 Quantize = Callable[[Tensor], Tensor]
@@ -88,8 +89,7 @@ def decompose(
         )
     if kind != "loftq" and (quantize is not None or iterations != 1):
         raise ConfigError(f"quantize and iterations are options of 'loftq', {config.init_lora_weights!r} has none.")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ConfigError(f"iterations: expected a positive integer, got {iterations!r}.")
+    positive("iterations", iterations)
     params = base_params(model) if params is None else params
     # All but the factors is as ever: static values, parameters trained in full, DoRA's magnitudes of the weights.
     adapters = init(model, config.replace(init_lora_weights=True), generator=generator, params=params, dtype=dtype)

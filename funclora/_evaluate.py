@@ -182,8 +182,7 @@ class _Passes:
         """What the metric returns, with one value for each member."""
         if not self.rows:
             raise ConfigError("evaluate: data holds no rows.")
-        order = torch.tensor([i for cohort in self.members.cohorts for i in cohort.members]).argsort()
-        means = [(sums / self.rows)[order.to(sums.device)] for sums in self.sums]
+        means = [self.members.in_order(sums / self.rows) for sums in self.sums]
         return optree.tree_unflatten(
             self.spec, [mean.to(dtype) for mean, dtype in zip(means, self.dtypes, strict=True)]
         )

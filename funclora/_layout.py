@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 Shape = tuple[int, ...] | Size
@@ -72,6 +73,14 @@ class Layout(ABC):
     def pieces(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The weight and `a` cut along the inputs into about n pieces, where `matrix` would copy; else as they are."""
         return [(weight, a)]
+
+
+def padded(factor: Tensor, dim: int, size: int) -> Tensor:
+    """A factor with zeros after the last rank, which `dim` counts: they add nothing, and get no gradient."""
+    if factor.shape[dim] == size:
+        return factor
+    behind = factor.dim() - 1 - dim % factor.dim()
+    return F.pad(factor, (0, 0) * behind + (0, size - factor.shape[dim]))
 
 
 @dataclass(frozen=True)

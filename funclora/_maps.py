@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -314,6 +314,7 @@ class ConvTransposeMap(ConvMap):
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+H = TypeVar("H")
 # Any: a lazy weight; this module knows it only by its attributes `rule` and `base`.
 Mapped = tuple[Any, Map]
 
@@ -429,28 +430,55 @@ def _conv_transpose(conv: Callable[..., Tensor], spatial: int) -> Callable[..., 
     return as_map
 
 
-linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _mm,
-    torch.bmm: _mm,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.mm: _mm,
-    Tensor.bmm: _mm,
-    torch.addmm: _addmm,
-    Tensor.addmm: _addmm,
-    F.embedding: _embedding,
-    F.conv1d: _conv(F.conv1d, 1),
-    F.conv2d: _conv(F.conv2d, 2),
-    F.conv3d: _conv(F.conv3d, 3),
-    F.conv_transpose1d: _conv_transpose(F.conv_transpose1d, 1),
-    F.conv_transpose2d: _conv_transpose(F.conv_transpose2d, 2),
-    F.conv_transpose3d: _conv_transpose(F.conv_transpose3d, 3),
-}
+def table(
+    *,
+    linear: H,
+    matmul: H,
+    mm: H,
+    addmm: H,
+    embedding: H,
+    conv: Callable[[Callable[..., Tensor], int], H],
+    conv_transpose: Callable[[Callable[..., Tensor], int], H],
+    grouped_mm: Callable[[Callable[..., Tensor]], H],
+) -> dict[Callable[..., Any], H]:
+    """Every operation that is linear in a weight, with what is done there.
 
-for _name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
-    for _space in (F, torch):
-        _op = getattr(_space, _name, None)
-        if _op is not None:
-            linear_maps[_op] = _grouped_mm(_op)
+    Args:
+        linear: for `F.linear`, and so on.
+        matmul: for `torch.matmul` and `@`.
+        mm: for `torch.mm` and `torch.bmm`, which name their arguments otherwise.
+        addmm: for `torch.addmm`.
+        embedding: for `F.embedding`.
+        conv: `(F.conv2d, 2)` -> what is done there.
+        conv_transpose: the same for transposed convolutions.
+        grouped_mm: the same for the products of experts.
+    """
+    found: dict[Callable[..., Any], H] = {
+        F.linear: linear,
+        F.embedding: embedding,
+        torch.addmm: addmm,
+        Tensor.addmm: addmm,
+    }
+    found |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
+    found |= dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), mm)
+    for spatial, op in _CONVS.items():
+        found[op] = conv(op, spatial)
+    for spatial, transposed in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1):
+        found[transposed] = conv_transpose(transposed, spatial)
+    for name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
+        for space in (F, torch):
+            if grouped := getattr(space, name, None):
+                found[grouped] = grouped_mm(grouped)
+    return found
+
+
+linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = table(
+    linear=_linear,
+    matmul=_matmul,
+    mm=_mm,
+    addmm=_addmm,
+    embedding=_embedding,
+    conv=_conv,
+    conv_transpose=_conv_transpose,
+    grouped_mm=_grouped_mm,
+)

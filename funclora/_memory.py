@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def nbytes(tree: Any) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
+def place_of(tensor: Tensor) -> tuple[object, ...] | None:
+    """Where a tensor lies in memory, the same for tied ones; None if that is nowhere, or cannot be told."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
 def budget(device: torch.device) -> int:
     """Bytes that one pass may take there, if nobody says otherwise."""
     if device.type != "cuda":
@@ -36,6 +46,26 @@ def budget(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(FREE_SHARE * (free + cached))
+
+
+def free_on_host() -> int | None:
+    """Bytes of memory that this process could still get, within the limit of its control group; None if nobody says."""
+    try:
+        info = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = 1024 * int(info.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):
+        return None
+    groups = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    left = [_left_in_group(limit, used) for limit, used in groups]
+    return max(0, min([free, *(each for each in left if each is not None)]))
+
+
+def _left_in_group(limit: str, used: str) -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / limit).read_text()) - int((folder / used).read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

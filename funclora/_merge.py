@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funclora._apply import Adapters, Params, check_adapters
+from funclora._memory import place_of
 from funclora._quantized import Quantized
 from funclora._tokens import Tied, untied
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
@@ -48,7 +49,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     merged = dict(params)
     for name, rule in untied(adapters).items():
         weight, tie = params[name], adapters[name]
-        if isinstance(tie, Tied) and _place(weight) == _place(params[tie.to]) is not None:
+        if isinstance(tie, Tied) and place_of(weight) == place_of(params[tie.to]) is not None:
             continue
         if isinstance(weight, Quantized):
             raise UnsupportedError(
@@ -62,32 +63,29 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
         merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
         # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
-        if not torch._C._functorch.is_functorch_wrapped_tensor(dense) and not torch.isfinite(merged[name]).all():
-            cause = "" if torch.isfinite(dense).all() else " before rounding"
-            raise NonFiniteError(
-                f"merging {name!r} gives NaN or infinity{cause} in {weight.dtype}. Check the adapter's training, or "
-                "merge into a wider dtype."
-            )
+        if not torch._C._functorch.is_functorch_wrapped_tensor(dense):
+            refuse_nonfinite(name, dense, merged[name])
     for name, tie in adapters.items():
-        if isinstance(tie, Tied) and _place(params[name]) == _place(params[tie.to]) is not None:
+        if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:
             merged[name] = merged[tie.to]
     return merged
 
 
-def _place(tensor: Tensor) -> tuple[object, ...] | None:
-    """Where a tensor lies in memory; None if that is nowhere, or cannot be told."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return None
-    return tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride()
+def refuse_nonfinite(name: str, dense: Tensor, result: Tensor) -> None:
+    """Raise `NonFiniteError` if a rewritten weight, rounded to its dtype, holds NaN or infinity."""
+    if not torch.isfinite(result).all():
+        cause = "" if torch.isfinite(dense).all() else " before rounding"
+        raise NonFiniteError(
+            f"merging {name!r} gives NaN or infinity{cause} in {result.dtype}. Check the adapter's training, or merge "
+            "into a wider dtype."
+        )
 
 
 def _report_ties(params: Params, adapters: Adapters) -> None:
     """Warn of adapted parameters that share their memory with another one, which is not rewritten with them."""
     names: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in params.items():
-        if (place := _place(tensor)) is not None:
+        if (place := place_of(tensor)) is not None:
             names.setdefault(place, []).append(name)
     rules = untied(adapters)
     for tied in names.values():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from funclora._apply import Adapters, Params, bind, check_adapters, named_tensors, unwritten, versions
 from funclora._clone import clone_module
 from funclora._config import LoraConfig
+from funclora._memory import place_of
 from funclora._module_hf import overrides, own_configs
 from funclora._routed import Routed
 from funclora._rules import Rule
@@ -273,7 +274,7 @@ class AdapterModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        places = {name: _place(tensor) for name, tensor in self._params.items()}  # tied weights stay tied
+        places = {name: place_of(tensor) or id(tensor) for name, tensor in self._params.items()}  # tied ones stay tied
         tensors = {place: self._params[name] for name, place in places.items()}
         with torch.no_grad():
             moved = {place: fn(tensor) for place, tensor in tensors.items()}
@@ -352,13 +353,6 @@ def _register(root: nn.Module, path: str, value: Tensor) -> tuple[nn.Module, str
         owner = cast(nn.Module, owner._modules.setdefault(name, nn.Module()))
     owner._parameters[last] = nn.Parameter(value.detach().clone())
     return owner, last
-
-
-def _place(tensor: Tensor) -> Any:
-    """What two views of the same values have in common."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 @functools.cache

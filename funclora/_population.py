@@ -92,7 +92,7 @@ def population_step(
         loss, aux = mean([loss for loss, *_ in parts]), [aux for _, aux, _ in parts]
         del parts
         with torch.no_grad():
-            norm = _joined([torch.func.vmap(global_norm)(cohort.values) for cohort in grads.cohorts], grads)
+            norm = grads.in_order(torch.cat([torch.func.vmap(global_norm)(c.values) for c in grads.cohorts]))
             updates, state = by_member.update(grads, state, params=members)
             del grads  # as large as the weights, which are made anew now
             members = apply_updates(members, updates)
@@ -147,13 +147,6 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
         return ((losses, aux) if has_aux else losses), by_example
 
     return run
-
-
-def _joined(parts: list[Tensor], members: Stack[Any]) -> Tensor:
-    """One value for each member, from those of the cohorts."""
-    order = torch.tensor([i for cohort in members.cohorts for i in cohort.members]).argsort()
-    joined = torch.cat(parts)
-    return joined[order.to(joined.device)]
 
 
 def _value_and_grad(

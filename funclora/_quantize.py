@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funclora._memory import place_of
 from funclora._packing import FourBit, Int8, Packing
 from funclora._quantized import DTYPES, Quantized, Source
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, TargetError, UnsupportedError, near
@@ -71,7 +72,7 @@ def quantize(
     for name in _targeted(params, targets):
         weight = params[name].detach()
         _check(name, weight)
-        place = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape, weight.stride())
+        place = place_of(weight) or name
         if place not in done:
             source = Source(packing, weight.shape, dtype or weight.dtype)
             done[place] = Quantized.of(source, packing.pack(weight))

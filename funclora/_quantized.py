@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclora._carrier import LIKE, METADATA, carrier
+from funclora._maps import table
 from funclora._packing import Packing, Parts
 from funclora._rows import RowTensor, placed, rows_of, written
 from funclora.errors import PurityError, UnsupportedError
@@ -349,30 +350,16 @@ def _embedding(
     return rows
 
 
-_operations: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _mm,
-    torch.bmm: _mm,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.mm: _mm,
-    Tensor.bmm: _mm,
-    torch.addmm: _addmm,
-    Tensor.addmm: _addmm,
-    F.embedding: _embedding,
-    F.conv1d: _conv(F.conv1d, 1),
-    F.conv2d: _conv(F.conv2d, 2),
-    F.conv3d: _conv(F.conv3d, 3),
-    F.conv_transpose1d: _conv(F.conv_transpose1d, 1),
-    F.conv_transpose2d: _conv(F.conv_transpose2d, 2),
-    F.conv_transpose3d: _conv(F.conv_transpose3d, 3),
-}
-for _name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
-    for _space in (F, torch):
-        _grouped = getattr(_space, _name, None)
-        if _grouped is not None:
-            _operations[_grouped] = _grouped_mm(_grouped)
+_operations: dict[Callable[..., Any], Callable[..., Tensor]] = table(
+    linear=_linear,
+    matmul=_matmul,
+    mm=_mm,
+    addmm=_addmm,
+    embedding=_embedding,
+    conv=_conv,
+    conv_transpose=_conv,
+    grouped_mm=_grouped_mm,
+)
 
 
 def _viewed(view: Callable[..., Tensor], weight: Quantized, *args: Any) -> Quantized:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from funclora._layout import padded
 from funclora._routed import Part, Parts, Routed, Rows
 from funclora._rules import LowRank, Rule
 from funclora._stack import Cohort, Stack
@@ -190,9 +190,10 @@ def _joined(parts: list[Found]) -> Found:
     rules: list[Any] = [rule for rule, _, _ in parts]
     rank = max(rule.a.shape[1] for rule in rules)
     leaves = {}
+    dims = {"a": 1, "b": 2}  # that count ranks, behind that of members
     for leaf in rules[0].leaves:
-        dim = {"a": 1, "b": 2}.get(leaf)
-        leaves[leaf] = torch.cat([_padded(getattr(rule, leaf), dim, rank) for rule in rules])
+        given = [getattr(rule, leaf) for rule in rules]
+        leaves[leaf] = torch.cat([padded(x, dims[leaf], rank) for x in given] if leaf in dims else given)
     scalings = [s for _, some, _ in parts for s in some]
     rows = [each for _, _, some in parts for each in some]
     order = sorted(range(len(rows)), key=rows.__getitem__)
@@ -200,13 +201,6 @@ def _joined(parts: list[Found]) -> Found:
         index = torch.tensor(order, device=leaves["a"].device)
         leaves = {leaf: value.index_select(0, index) for leaf, value in leaves.items()}
     return replace(rules[0], **leaves), [scalings[i] for i in order], [rows[i] for i in order]
-
-
-def _padded(value: Tensor, dim: int | None, size: int) -> Tensor:
-    """Zeros after the end of a dimension, up to that size: as rank, they add nothing and stay as they are."""
-    if dim is None or value.shape[dim] == size:
-        return value
-    return F.pad(value, (0, 0) * (value.dim() - 1 - dim) + (0, size - value.shape[dim]))
 
 
 def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> Routed:

@@ -139,6 +139,11 @@ class Stack(Generic[T]):
             positions.append(position)
         return Stack(tuple(_selected(*each) for each in chosen.values()))
 
+    def in_order(self, by_cohort: Tensor) -> Tensor:
+        """Values of the members `[n_members, *]`, given cohort by cohort, in the members' own order."""
+        order = torch.tensor([i for cohort in self.cohorts for i in cohort.members]).argsort()
+        return by_cohort[order.to(by_cohort.device)]
+
     def __repr__(self) -> str:
         return f"Stack of {len(self)}"
 
@@ -260,9 +265,8 @@ def vmap(function: Callable[..., Any], in_dims: Any = None, randomness: str = "e
 
             by_member = torch.func.vmap(call, (0, 0, *dims), randomness=randomness)
             results.append(by_member(cohort.tree(), scalings, *some))
-        order = torch.tensor([i for cohort in stack.cohorts for i in cohort.members]).argsort()
         try:
-            return optree.tree_map(lambda *parts: torch.cat(parts)[order.to(parts[0].device)], *results)
+            return optree.tree_map(lambda *parts: stack.in_order(torch.cat(parts)), *results)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"vmap: the members' results cannot be joined: {error} Return tensors whose shapes depend on no "

@@ -63,7 +63,7 @@ def _report(results: Results, console: object) -> None:
             " / ".join(f"{t.trainable:,}" for t in own.values()),
         )
     console.print(table)
-    console.print(f"{len(results.trained)} adapters trained in {results.seconds:.1f} seconds, a population at a time.")
+    console.print(f"{len(results.trained)} adapters trained in {results.seconds:.1f} seconds, as one population.")
     best = sum(
         results.losses[t.name][t.domain]
         == min(results.losses[other.name][t.domain] for other in results.trained if other.method == t.method)

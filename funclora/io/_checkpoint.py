@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import reprlib
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from funclora.errors import FormatError, UnsupportedError, near
+from funclora.io._files import read_json
 from funclora.io._peft_config import CONFIG_FILE as ADAPTER_CONFIG
 from funclora.io._safetensors import Stored, read_header
 
@@ -122,17 +122,6 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of JSON."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: this is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise FormatError(f"{file}: expected a JSON object, got {reprlib.repr(raw)}.")
-    return raw
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:

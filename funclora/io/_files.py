@@ -1,12 +1,17 @@
-"""Replacing files whole or not at all."""
+"""Files: replaced whole or not at all, locked, read as JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import reprlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from funclora.errors import FormatError
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
@@ -58,3 +63,44 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(path: Path, busy: Exception) -> Iterator[None]:
+    """Keep other processes out, which ask in the same way, where the system has such locks.
+
+    The lock is the system's: a process that is killed leaves none.
+
+    Args:
+        path: a file or folder that is there.
+        busy: what to raise if another process is in.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Raises:
+        FormatError: it holds something else.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: this is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{file}: expected a JSON object, got {reprlib.repr(raw)}.")
+    return raw

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funclora._apply import apply, base_params
+from funclora._memory import free_on_host
 from funclora._merge import merge
 from funclora._rules import Rule
 from funclora.errors import FormatError
@@ -131,7 +132,7 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
     """The relative difference of outputs, or why it is not known."""
     elements = sum(math.prod(shape) for shape in plan.structure.shapes.values())
     # Both models in float32, the weights that merging several adapters makes, and room to work.
-    needed, free = 4 * elements * (3 if len(plan.adapters.folders) > 1 else 2) * 5 // 4, _available()
+    needed, free = 4 * elements * (3 if len(plan.adapters.folders) > 1 else 2) * 5 // 4, free_on_host()
     if free is None:
         return None, "this system does not say how much memory is free"
     if needed > free:
@@ -198,13 +199,3 @@ def _probe(plan: MergePlan) -> dict[str, Tensor] | str:
         pixels = torch.arange(channels * height * width, dtype=torch.float32).mul(0.37).sin()
         return {"pixel_values": pixels.reshape(1, channels, height, width)}
     return f"{plan.structure.name} takes {name!r}, for which there is no probe input"
-
-
-def _available() -> int | None:
-    """Bytes of memory that are free for use."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None

@@ -17,6 +17,7 @@ from funclora._config import LoraConfig, is_initialiser
 from funclora._tables import Tables
 from funclora._targets import named
 from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError, near
+from funclora.io._files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -230,13 +231,7 @@ def _json(file: Path) -> dict[str, Any]:
         inner = sorted(str(found.parent) for found in file.parent.glob(f"*/{file.name}"))
         hint = f" PEFT keeps named adapters in folders of their own: {', '.join(inner)}." if inner else ""
         raise FormatError(f"{file.parent}: there is no {file.name} in this folder.{hint}")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: this is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise FormatError(f"{file}: expected a JSON object, got {reprlib.repr(raw)}.")
-    return raw
+    return read_json(file)
 
 
 def _saved(config: LoraConfig, model: nn.Module) -> Iterable[str] | None:

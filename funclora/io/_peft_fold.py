@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._apply import Adapters
 from funclora._config import LoraConfig
+from funclora._layout import padded
 from funclora._rules import Delta, DoRA, LoRA, Rule
 
 
@@ -34,8 +34,8 @@ def folded(adapters: Adapters, config: LoraConfig) -> tuple[dict[str, Rule], Lor
 def _folded(rule: Rule, r: int) -> Rule:
     if isinstance(rule, (LoRA, DoRA)):
         of_a, of_b = rule.layout.rank_dims
-        b = _filled(_scaled(rule.b, rule.scaling), of_b, r)
-        return replace(rule, a=_filled(rule.a, of_a, r), b=b, scaling=1.0)
+        b = padded(_scaled(rule.b, rule.scaling), of_b, r)
+        return replace(rule, a=padded(rule.a, of_a, r), b=b, scaling=1.0)
     if isinstance(rule, Delta):
         return replace(rule, value=_scaled(rule.value, rule.scaling), scaling=1.0)
     return rule
@@ -45,9 +45,3 @@ def _scaled(value: Tensor, scaling: float | Tensor) -> Tensor:
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     scaled: Tensor = (wide * scaling).to(value.dtype)
     return scaled
-
-
-def _filled(factor: Tensor, dim: int, r: int) -> Tensor:
-    """The factor with zeros after its last rank. They add nothing and get no gradient: both factors are zero there."""
-    behind = factor.dim() - 1 - dim % factor.dim()
-    return F.pad(factor, (0, 0) * behind + (0, r - factor.shape[dim]))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from funclora._merge import refuse_nonfinite
 from funclora._rules import DoRA, Rule
 from funclora.errors import NonFiniteError
 from funclora.io._finite import within
@@ -86,12 +87,8 @@ def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         NonFiniteError: a value is NaN or infinite, or too large for the dtype.
     """
     result = value.to(dtype).contiguous()
-    if not within(value, torch.finfo(dtype).max) and not torch.isfinite(result).all():
-        cause = "" if torch.isfinite(value).all() else " before rounding"
-        raise NonFiniteError(
-            f"merging {name!r} gives NaN or infinity{cause} in {dtype}. Check the adapter's training, or merge "
-            "into a wider dtype."
-        )
+    if not within(value, torch.finfo(dtype).max):
+        refuse_nonfinite(name, value, result)
     return result
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from funclora.errors import ConfigError
-from funclora.io._files import flush_folder
+from funclora.io._files import alone, flush_folder
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
@@ -54,13 +53,14 @@ def staged_folder(out: Path) -> Iterator[Path]:
     made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.parent / f".{out.name}.funclora-partial"
+    busy = _BusyError(f"out_dir: another process is writing {out} at this moment ({draft}).")
     with contextlib.ExitStack() as held:
         try:
             if draft.exists():
-                _hold(draft, out, held)
+                held.enter_context(alone(draft, busy))
                 shutil.rmtree(draft)
             draft.mkdir()
-            _hold(draft, out, held)
+            held.enter_context(alone(draft, busy))
             yield draft
             flush_folder(draft)
             if out.is_dir():
@@ -78,17 +78,3 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 class _BusyError(ConfigError):
     """Another process holds the folder."""
-
-
-def _hold(draft: Path, out: Path, held: contextlib.ExitStack) -> None:
-    """Keep the folder locked while this process lives, where the system has such locks."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        return
-    descriptor = os.open(draft, os.O_RDONLY)
-    held.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _BusyError(f"out_dir: another process is writing {out} at this moment ({draft}).") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from funclora._memory import free_on_host
 from funclora._memory import is_out_of_memory as is_out_of_memory
 from funclora.errors import ConfigError
 
@@ -46,22 +47,8 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(0.8 * (free + torch.cuda.memory_reserved(device)))
-    try:
-        info = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = 1024 * int(info.split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError):
-        return 2**31
-    groups = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-    free = min([free, *(left for limit, used in groups if (left := _left_in_group(limit, used)) is not None)])
-    return int(0.8 * (max(free, 0) + peak(device)))
-
-
-def _left_in_group(limit: str, used: str) -> int | None:
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / limit).read_text()) - int((folder / used).read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
+    left = free_on_host()
+    return 2**31 if left is None else int(0.8 * (left + peak(device)))
 
 
 def reset_peak(device: torch.device) -> None:

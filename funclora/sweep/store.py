@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from funclora.errors import ConfigError, FormatError
-from funclora.io._files import replace_files
+from funclora.io._files import alone, replace_files
 
 CONFIG, STATE, RESULTS = "sweep.json", "state.json", "results.jsonl"
 LIVE, HALVED, NOT_FINITE = "live", "halved", "not finite"
@@ -130,22 +129,10 @@ class Store:
             prefix = f"{i}/"
             return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other processes out of the folder. The lock is the system's, so a killed process leaves none."""
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        handle = os.open(self.folder / CONFIG, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError as error:
-            raise ConfigError(f"--out: another process is at work in {self.folder}. Use another folder.") from error
-        finally:
-            os.close(handle)
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes out of the folder."""
+        busy = ConfigError(f"--out: another process is at work in {self.folder}. Use another folder.")
+        return alone(self.folder / CONFIG, busy)
 
     def _sweep_up(self) -> None:
         """Remove what no commit refers to: tensors of before, and drafts of a process that was killed."""

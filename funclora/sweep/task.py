@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import funclora as fl
 from funclora._apply import Params
+from funclora._init import generator_of
 from funclora.errors import ConfigError, FormatError, UnsupportedError, near
 
 EVERY = 8  # of eight texts the last is held out
@@ -61,9 +62,7 @@ class Task:
 
     def batch(self, seed: int, step: int, rows: int) -> Tensor:
         """The training windows of a step, `[rows, context + 1]`: a function of nothing but these numbers."""
-        digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        starts = torch.randint(len(self.train) - self.context, (rows, 1), generator=generator)
+        starts = torch.randint(len(self.train) - self.context, (rows, 1), generator=generator_of(seed, str(step)))
         return self.train[starts + torch.arange(self.context + 1)].long().to(self.device)
 
     def digests(self) -> dict[str, str]:
