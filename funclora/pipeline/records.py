@@ -138,7 +138,7 @@ def _cut_off(error: ValueError) -> bool:
 
 
 def _json(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    value = parse(utf8.decode(file.read_bytes(), str(file)), str(file))
+    value = parse(utf8.decode(file.read_bytes(), file), str(file))
     if not isinstance(value, list):
         raise FormatError(
             f"{file}: expected an array of objects, got {_short(value)}. A file with one object in each line is named "
@@ -204,7 +204,7 @@ def _rows(lines: Iterable[str], separator: str, where: Callable[[], str]) -> Ite
 def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         import pyarrow  # type: ignore[import-untyped]
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise FormatError(f"{file}: Parquet is read by pyarrow. Type: pip install 'funclora[train]'") from error
     try:
