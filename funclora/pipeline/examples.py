@@ -13,29 +13,10 @@ from funclora.errors import ConfigError, FormatError
 from funclora.pipeline.notes import Notes
 from funclora.pipeline.packing import pack
 from funclora.pipeline.records import Record, read
+from funclora.pipeline.rows import IGNORED as IGNORED
+from funclora.pipeline.rows import Example as Example
 from funclora.pipeline.settings import CAUSAL, SEQUENCE, TOKEN, Settings
-
-# A label where there is no loss, as in torch and transformers.
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row that the model reads, and what it should say.
-
-    Attributes:
-        ids: what the model reads (seq2seq: the encoder).
-        labels: causal-lm: as long as `ids`, the id where there is loss and `IGNORED` elsewhere, not shifted, as
-            transformers has them; token-classification: the class or `IGNORED` for each id; sequence-classification:
-            one class; seq2seq: the decoder's ids.
-        lengths: of the examples that are packed into it, in order; one for an example that is alone.
-        source: where it is from, such as "train.jsonl:17".
-    """
-
-    ids: list[int]
-    labels: list[int]
-    lengths: tuple[int, ...]
-    source: str
+from funclora.pipeline.tokens import class_name, reader, schema, word_classes
 
 
 @dataclass(frozen=True)
@@ -91,8 +72,6 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None) -> Data:
         ...     prepare(Settings(data=file), ByteTokenizer(), 256).train
         [Example(ids=[49, 43, 49, 61, 50], labels=[-100, -100, -100, -100, 50], lengths=(5,), source='pairs.jsonl:1')]
     """
-    from funclora.pipeline.tokens import reader
-
     notes = Notes()
     context = _context(settings, limit, notes)
     if settings.data is None:
@@ -113,12 +92,14 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None) -> Data:
         # Few long texts: the end of the last ones.
         n = round(len(train) * settings.validation_split)
         train, validation = train[: len(train) - n], train[len(train) - n :]
-    if not train:
-        raise ConfigError(f"validation_split: {settings.validation_split} leaves nothing to train on.")
+        if not train:
+            raise ConfigError(f"validation_split: {settings.validation_split} of {n} leaves nothing to train on.")
     if settings.validation is None and settings.validation_split:
         notes.say(f"{len(validation)} of {len(train) + len(validation)} examples are held out for evaluation.")
     if settings.packing:
-        train, validation = (_packed(part, context, notes, name) for part, name in ((train, ""), (validation, "held-out ")))
+        train, validation = (
+            _packed(part, context, notes, name) for part, name in ((train, ""), (validation, "held-out "))
+        )
     return Data(train, validation, classes, notes.lines())
 
 
@@ -141,8 +122,6 @@ def _context(settings: Settings, limit: int | None, notes: Notes) -> int:
 
 def _one_schema(records: list[Record], settings: Settings, notes: Notes) -> None:
     """Refuse records of which some are read in another way than others, and name the fields that are not read."""
-    from funclora.pipeline.tokens import schema
-
     fields = schema(records[0], settings)
     unused: dict[str, str] = {}
     for record in records:
@@ -158,8 +137,6 @@ def _one_schema(records: list[Record], settings: Settings, notes: Notes) -> None
 
 def _classes(records: list[Record], settings: Settings, notes: Notes) -> tuple[str, ...]:
     """The names of all classes, sorted: as numbers if they are."""
-    from funclora.pipeline.tokens import class_name, word_classes
-
     if settings.task not in (SEQUENCE, TOKEN):
         return ()
     names: dict[str, None] = {}
@@ -194,6 +171,10 @@ def _held_out(records: list[Record], settings: Settings) -> tuple[list[Record], 
     import torch
 
     n = round(len(records) * settings.validation_split)
+    if n == len(records) and settings.validation_split:
+        raise ConfigError(
+            f"validation_split: {settings.validation_split} of {len(records)} leaves nothing to train on."
+        )
     order = torch.randperm(len(records), generator=generator_of(settings.seed, "held-out part")).tolist()
     chosen = set(order[:n])
     return (

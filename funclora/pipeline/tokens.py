@@ -9,9 +9,9 @@ from typing import Any
 
 from funclora.errors import FormatError, UnsupportedError, near
 from funclora.pipeline.chat import chat
-from funclora.pipeline.examples import IGNORED, Example
 from funclora.pipeline.notes import Notes
 from funclora.pipeline.records import Record
+from funclora.pipeline.rows import IGNORED, Example
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 
 WORDS = "tokens"
@@ -226,8 +226,7 @@ def word_classes(record: Record, label_field: str) -> tuple[list[str], list[str]
         raise FormatError(f"{record.where}: {WORDS}: expected words, got {reprlib.repr(wrong)}.")
     if len(words) != len(labels):
         raise FormatError(
-            f"{record.where}: {label_field}: expected a class for each of {len(words)} words, got "
-            f"{len(labels)}."
+            f"{record.where}: {label_field}: expected a class for each of {len(words)} words, got {len(labels)}."
         )
     return words, [class_name(label, record, label_field) for label in labels]
 
