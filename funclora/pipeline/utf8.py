@@ -54,8 +54,8 @@ def decode(content: bytes, file: Path, line: int = 1, start: int = 0) -> str:
     except UnicodeDecodeError as error:
         at = skip + error.start
         raise FormatError(
-            f"{file}:{line + content.count(NEWLINE, 0, at)}: byte {start + at} of the file is {content[at]:#04x}, which "
-            "is not UTF-8 there. Convert the file to UTF-8."
+            f"{file}:{line + content.count(NEWLINE, 0, at)}: byte {start + at} of the file, {content[at]:#04x}, "
+            "is not UTF-8. Convert the file to UTF-8."
         ) from error
 
 
