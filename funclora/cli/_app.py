@@ -29,6 +29,7 @@ from funclora.cli.convert import convert
 from funclora.cli.demo import demo
 from funclora.cli.eval import evaluate
 from funclora.cli.extract import extract
+from funclora.cli.generate import generate
 from funclora.cli.merge import merge
 from funclora.cli.sweep import sweep
 
@@ -40,6 +41,7 @@ for name, function, stopped in (
     ("demo", demo, "The same command begins again."),
     ("eval", evaluate, "Nothing was written."),
     ("extract", extract, "{out} is as it was."),
+    ("generate", generate, "Nothing was written."),
     ("merge", merge, "{out} is as it was."),
     ("sweep", sweep, "The same command goes on with {out}."),
 ):
