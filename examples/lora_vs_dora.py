@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from funclora.demo.model import ByteLM, load_base, next_byte_loss
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LRS = {"LoRA": (1e-3, 3e-3, 1e-2), "DoRA": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}
 RANDOM = "random"
-PERS = ("output", "input")
+PERS: tuple[Literal["output", "input"], ...] = ("output", "input")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from funclora.errors import NonFiniteError, ParamsError, UnsupportedError, near
 
 Tuned = Mapping[str, Rule] | Mapping[str, Tensor]
 
-# Changes of more elements are decomposed in float32, which takes half the time and memory.
+# Changes of more elements are kept in float32, which takes half the memory.
 _DOUBLE = 2**20
 
 
@@ -189,7 +189,7 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
     if not isinstance(rule, (Full, Delta)):  # a rule from elsewhere, of which nothing is known but its dense form
         assert weight is not None
         return replace(change(name, Full(rule.dense(weight).detach()), weight, layout), given=rule)
-    whole = rule.value.detach()
+    whole: Tensor = rule.value.detach()
     if layout is None and whole.dim() in (2, 4, 5):
         layout = Linear() if whole.dim() == 2 else Conv()
     matrix = None if weight is None else _as_rows(weight, layout)

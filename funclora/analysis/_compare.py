@@ -69,7 +69,8 @@ def compare(first: Tuned, second: Tuned, params: Params | None = None, *, model:
 
     Two `LoRA` updates are compared by their factors alone: ⟨s₁B₁A₁, s₂B₂A₂⟩ = ⟨s₁s₂·B₂ᵀB₁, A₂A₁ᵀ⟩, and the norm of the
     difference is that of the small matrix that QR leaves of [s₁B₁, −s₂B₂] and [A₁; A₂], which keeps its digits where
-    the updates are nearly alike. Where a side is `DoRA`, `Full` or a tuned weight, the rewritten weights are compared block by block.
+    the updates are nearly alike. Where a side is `DoRA`, `Full` or a tuned weight, the rewritten weights are compared
+    block by block.
 
     Args:
         first: full parameter name -> rule, or -> tuned weight.

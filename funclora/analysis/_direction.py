@@ -42,6 +42,10 @@ class Movement(Data):
     magnitude: float
     units: int
 
+    def height(self, *, relative: bool) -> float:
+        """ΔM, or ΔM / magnitude."""
+        return self.delta_m / self.magnitude if relative and self.magnitude else self.delta_m
+
 
 @dataclass(frozen=True)
 class Trend(Data):
@@ -94,7 +98,7 @@ class Movements(Data):
         Args:
             relative: take ΔM / magnitude for ΔM.
         """
-        return trend([(row.delta_d, _height(row, relative=relative)) for row in self.rows])
+        return trend([(row.delta_d, row.height(relative=relative)) for row in self.rows])
 
     def plot(self, file: str | os.PathLike[str], *, relative: bool = False) -> None:
         """Draw ΔM over ΔD as the paper's figure 2 does, a panel for each label, as a PNG.
@@ -186,10 +190,6 @@ def trend(points: Iterable[tuple[float, float]]) -> Trend:
         return Trend(n, None, None, None)
     slope = xy / xx
     return Trend(n, xy / (xx * yy) ** 0.5, slope, float(y.mean()) - slope * float(x.mean()))
-
-
-def _height(row: Movement, *, relative: bool) -> float:
-    return row.delta_m / row.magnitude if relative and row.magnitude else row.delta_m
 
 
 def _moved(change: Change, per: Per, label: str, step: int | None) -> Movement:

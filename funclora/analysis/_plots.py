@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from funclora.analysis._compare import Comparison
-    from funclora.analysis._direction import Movement, Movements
+    from funclora.analysis._direction import Movements
     from funclora.analysis._spectrum import Spectra
     from funclora.analysis._subspace import Similarities
 
@@ -44,7 +44,7 @@ def plot_movements(found: Movements, file: StrPath, *, relative: bool) -> None:
         for row in of_label.rows:
             marker = _MARKERS[steps.index(row.step) % len(_MARKERS)] if row.step is not None else "o"
             color = colors[names.index(row.name)]
-            axis.scatter(row.delta_d, _height(row, relative=relative), color=color, marker=marker, s=26, alpha=0.85)
+            axis.scatter(row.delta_d, row.height(relative=relative), color=color, marker=marker, s=26, alpha=0.85)
         line = of_label.trend(relative=relative)
         title = label or "all"
         if line.slope is not None and line.intercept is not None:
@@ -131,10 +131,6 @@ def mean_grid(grids: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
         columns = [[grid[i][j] for grid in grids if i < len(grid) and j < len(grid[0])] for j in range(n)]
         found.append([sum(column) / len(column) if column else float("nan") for column in columns])
     return found
-
-
-def _height(row: Movement, *, relative: bool) -> float:
-    return row.delta_m / row.magnitude if relative and row.magnitude else row.delta_m
 
 
 def _heatmap(axis: Any, grid: Sequence[Sequence[float]]) -> None:
