@@ -179,8 +179,7 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
     if isinstance(rule, LowRank):
         return _of_low_rank(name, rule, weight)
     if isinstance(rule, TrainableTokens) and weight is not None:
-        matrix = rule.layout.matrix(weight)
-        return Change(name, rule, replace(rule, layout=Parameter()), matrix)
+        return Change(name, rule, replace(rule, layout=Parameter()), rule.layout.matrix(weight))
     if weight is None and not isinstance(rule, Delta):
         raise ParamsError(
             f"{name!r}: {type(rule).__name__} replaces values, and what it changes depends on the base weight. Give "
