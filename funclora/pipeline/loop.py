@@ -118,7 +118,7 @@ class _Training:
         self.total = total_steps(settings, self.batches.steps_per_epoch)
         self.rate = schedule(settings, self.total)
         self.optimizer = optimizer(settings, self.total)
-        self.gradient = _gradient(base, settings)
+        self.gradient = gradient_of(base, settings)
         self.vectors = Vectors(adapters)
         self.values = self.vectors.of(adapters)
         self.state = self.optimizer.init(self.values)
@@ -326,7 +326,7 @@ class _Training:
         return {"adapters": adapters, "optimizer": state, "generators": generators}
 
 
-def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
+def gradient_of(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
     """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
     if settings.checkpointing and settings.compile:
         raise ConfigError("checkpointing and compile: torch.compile recomputes what it wants to. Choose one of them.")
