@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(help="TOML or YAML file of settings; options go before it.", show_default=False),
+        typer.Argument(help="TOML or YAML file of settings; options win over it.", show_default=False),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be trained, on what and in how much memory; write nothing."),
+        typer.Option("--dry-run", help="Say what would be trained, on what, in how much memory."),
     ] = False,
     json: AsJson = False,
     **options: Any,
@@ -83,9 +83,9 @@ def _option(key: str, default: Any, metadata: Any) -> inspect.Parameter:
 def _default(value: Any) -> Any:
     if value is None or value == ():
         return False
-    return (
-        ", ".join(value) if isinstance(value, tuple) else str(value).lower() if value in (True, False) else str(value)
-    )
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _with_options() -> inspect.Signature:
@@ -131,9 +131,8 @@ def _print(settings: Settings, result: Result) -> None:
     train, validation = outcome.losses["train"], outcome.losses["validation"]
     lines = []
     if train:
-        lines.append(
-            f"training loss {train[0][1]:.4f} at step {train[0][0]}, {train[-1][1]:.4f} at step {train[-1][0]}"
-        )
+        (first, before), (last, after) = train[0], train[-1]
+        lines.append(f"training loss {before:.4f} at step {first}, {after:.4f} at step {last}")
     if validation:
         lines.append(f"validation loss {validation[-1][1]:.4f} at step {validation[-1][0]}")
     lines += [f"wrote {folder}" for folder in result.folders]

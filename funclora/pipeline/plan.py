@@ -152,7 +152,7 @@ def _step_of(base: Base, start: Start, settings: Settings) -> Callable[[Example,
                 updates, after = update.update(sums, state, params=values)
                 kept = apply_updates(values, updates), after
         del kept
-        return used.peak
+        return int(used.peak)
 
     return run
 

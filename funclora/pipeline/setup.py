@@ -17,7 +17,7 @@ from funclora.pipeline.examples import Data, prepare
 from funclora.pipeline.rows import Example
 from funclora.pipeline.settings import SEQ2SEQ, Settings
 
-DOMAIN = "asyncio"
+DOMAIN = "urllib"  # of a size that takes half a minute
 DATA_FILE = "data.jsonl"
 EVA_STEPS = 64  # at most; components stand still long before
 
