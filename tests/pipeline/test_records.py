@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def fields(path: Path, field: str = "text") -> Rows:
 
 def refused(path: Path) -> str:
     """The message, which begins with the path and is one line."""
-    with pytest.raises(FormatError, match=".") as caught:
+    with pytest.raises(FormatError, match=re.escape(str(path))) as caught:
         list(read(path))
     message = str(caught.value)
     assert message.startswith(str(path)), message
@@ -219,7 +220,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, name: str) -> 
 def test_records_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     records = read(write(tmp_path / "a.jsonl", '{"text": "a"}\nbroken'))
     assert next(records).fields == {"text": "a"}
-    with pytest.raises(FormatError, match="a.jsonl:2"):
+    with pytest.raises(FormatError, match=r"a.jsonl:2"):
         next(records)
 
 
@@ -252,10 +253,9 @@ def test_any_bytes_are_records_or_a_format_error(
     file = write(tmp_path_factory.getbasetemp() / f"any{suffix}", content)
     try:
         records = list(read(file))
-    except FormatError as error:
-        assert str(error).startswith(str(file))
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert records
-        for record in records:
-            assert json.dumps(record.fields, allow_nan=False, ensure_ascii=False).encode()
+    except FormatError:
+        refused(file)
+        return
+    assert records
+    for record in records:
+        assert json.dumps(record.fields, allow_nan=False, ensure_ascii=False).encode()
