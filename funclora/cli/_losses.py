@@ -18,6 +18,7 @@ from funclora.cli._output import json_text
 from funclora.errors import FuncloraError
 from funclora.io._files import replace_files
 from funclora.io._peft_config import CONFIG_FILE
+from funclora.pipeline import records
 
 # Rows that are read at a time; how many of them are computed together is measured.
 BATCH = 64
@@ -106,7 +107,7 @@ def losses(
 
     Args:
         paths: PEFT folders, or folders of them.
-        files: texts, or `.jsonl`.
+        files: texts, or records: see `pipeline.records.read`.
         model: folder of a transformers model; None for the demo's.
         field: where the text is in a line of `.jsonl`.
         context: tokens that the model sees at a time.
@@ -186,23 +187,12 @@ def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:
 def read_texts(file: Path, field: str) -> list[bytes]:
     """The documents of a file."""
     if not file.is_file():
-        raise InputError(f"{file}: there is no such file. --data takes a text, or .jsonl with a text in each line.")
-    if file.suffix != ".jsonl":
+        raise InputError(
+            f"{file}: there is no such file. --data takes a text, or records such as .jsonl with a text in each."
+        )
+    if records.is_text(file):
         return [file.read_bytes()]
-    texts = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}:{number}: expected JSON in each line: {_line(error)}.") from error
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
-            raise InputError(f"{file}:{number}: expected a text under {field!r}; {there}. --field names another.")
-        texts.append(text.encode())
-    return texts
+    return [text.encode() for text in records.texts(file, field, " --field names another.")]
 
 
 def cut(documents: Sequence[Sequence[int]], context: int) -> list[list[int]]:
