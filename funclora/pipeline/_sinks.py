@@ -55,9 +55,7 @@ class Metrics:
             head = self._stream.read(size)
             lines = [json.loads(line) for line in head.splitlines()]
         except (FileNotFoundError, ValueError) as error:
-            raise FormatError(
-                f"{self.file}: lines of the run until its checkpoint are gone: {error}. {_HINT}"
-            ) from error
+            raise FormatError(f"{self.file}: lines from before the checkpoint are gone: {error}. {_HINT}") from error
         if len(head) < size or not all(isinstance(line, dict) and "step" in line for line in lines):
             raise FormatError(
                 f"{self.file}: expected {size} bytes of lines with a step, as at the checkpoint, found {len(head)}. "

@@ -357,7 +357,7 @@ def test_no_space_at_any_call(call: str, tmp_path: Path, monkeypatch: pytest.Mon
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     save = Run.save
 
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **kwargs: Any) -> Any:
         raise full
 
     def at_six(store: Run, progress: Progress, tree: Any) -> None:
