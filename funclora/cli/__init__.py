@@ -9,6 +9,8 @@ def main() -> None:
     """Entry point of `funclora`."""
     try:
         from funclora.cli._app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funclora as fl
+from funclora.cli._output import json_text
 from funclora.errors import FuncloraError
+from funclora.io._files import replace_files
 from funclora.io._peft_config import CONFIG_FILE
 
 # Rows that are read at a time; how many of them are computed together is measured.
@@ -25,7 +27,7 @@ Encode = Callable[[bytes], list[int]]
 Progress = Callable[[str, int], None]
 
 
-class InputError(Exception):
+class InputError(FuncloraError):
     """What the user gave does not do; the message says what would."""
 
 
@@ -47,26 +49,28 @@ class Losses:
     base: list[float]
     losses: list[list[float]]
 
-    def json(self) -> str:
-        """All of it; a number that is not finite is null."""
+    def tree(self) -> dict[str, Any]:
+        """All of it, by name."""
 
-        def row(values: Sequence[float], of: Callable[[float], float]) -> dict[str, float | None]:
-            numbers = ((file, of(value)) for file, value in zip(self.files, values, strict=True))
-            return {file: number if math.isfinite(number) else None for file, number in numbers}
+        def row(values: Sequence[float], of: Callable[[float], float]) -> dict[str, float]:
+            return {file: of(value) for file, value in zip(self.files, values, strict=True)}
 
         by_adapter = list(zip(self.adapters, self.losses, strict=True))
-        tree = {
+        return {
             "tokens": dict(zip(self.files, self.tokens, strict=True)),
             "base": {"loss": row(self.base, float), "perplexity": row(self.base, perplexity)},
             "loss": {name: row(losses, float) for name, losses in by_adapter},
             "perplexity": {name: row(losses, perplexity) for name, losses in by_adapter},
         }
-        return json.dumps(tree, indent=2)
 
     def write(self, folder: Path) -> None:
         """`eval.json`, and a picture if there are several files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "eval.json").write_text(self.json() + "\n", encoding="utf-8")
+        text = json_text(self.tree()) + "\n"
+
+        def write(file: Path) -> None:
+            file.write_text(text, encoding="utf-8")
+
+        replace_files(folder, {"eval.json": write})
         if len(self.files) > 1:
             from funclora.demo.plot import heatmap
 

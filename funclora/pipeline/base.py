@@ -73,7 +73,7 @@ class Base:
         Returns:
             A scalar.
         """
-        return self._loss(self._logits(bound, batch), self._labels(batch))
+        return self._loss(self.logits(bound, batch), self._labels(batch))
 
     def count(self, batch: Batch) -> int:
         """How many positions `loss` sums over."""
@@ -82,7 +82,7 @@ class Base:
     def score(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums over the positions with a label: "loss", and for classification "correct". No gradient."""
         with torch.no_grad():
-            logits, labels = self._logits(bound, batch), self._labels(batch)
+            logits, labels = self.logits(bound, batch), self._labels(batch)
             sums = {"loss": self._loss(logits, labels)}
             if self.task in (SEQUENCE, TOKEN):
                 sums["correct"] = ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
@@ -122,8 +122,16 @@ class Base:
         text: str = self.tokenizer.decode(out[len(ids) :] if self.task == CAUSAL else out, skip_special_tokens=True)
         return text
 
-    def _logits(self, bound: Any, batch: Batch) -> Tensor:
-        """`[batch, seq, vocabulary]`, or `[batch, classes]`."""
+    def logits(self, bound: Any, batch: Batch) -> Tensor:
+        """What the model says of a batch: `[batch, seq, vocabulary]`, or `[batch, classes]`.
+
+        Args:
+            bound: as for `loss`.
+            batch: as for `loss`. For seq2seq the labels are what the decoder reads.
+
+        Raises:
+            UnsupportedError: rows are packed, which the demo's base cannot keep apart.
+        """
         given = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         if isinstance(self.tokenizer, ByteTokenizer):
             if "position_ids" in given:
@@ -215,8 +223,8 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         _set_padding(model, tokenizer, name)
         if settings.task == SEQ2SEQ and getattr(model.config, "decoder_start_token_id", None) is None:
             raise ConfigError(
-                f"model: the config.json of {name} has no decoder_start_token_id, the token that a decoder begins with. "
-                "Add it; for T5 it is the padding id."
+                f"model: the config.json of {name} has no decoder_start_token_id, the token that a decoder begins "
+                "with. Add it; for T5 it is the padding id."
             )
         if settings.task in (SEQUENCE, TOKEN) and not classes:
             config: Any = model.config

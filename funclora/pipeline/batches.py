@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funclora._init import generator_of
 from funclora.errors import ConfigError
-from funclora.pipeline.examples import IGNORED, Example
 from funclora.pipeline.packing import is_packed, positions
+from funclora.pipeline.rows import IGNORED, Example
 from funclora.pipeline.settings import SEQUENCE
 
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from funclora.errors import ConfigError, UnsupportedError
+from funclora.pipeline.rows import IGNORED, Example
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from funclora.pipeline.examples import Example
 
 
 def pack(examples: Sequence[Example], context: int) -> list[Example]:
@@ -34,7 +33,6 @@ def pack(examples: Sequence[Example], context: int) -> list[Example]:
         ConfigError: an example is longer than a row.
 
     Examples:
-        >>> from funclora.pipeline.examples import Example
         >>> texts = [Example([i] * n, [i] * n, (n,), f"t:{i}") for i, n in enumerate([3, 5, 2, 4])]
         >>> [(row.ids, row.lengths) for row in pack(texts, context=7)]
         [([1, 1, 1, 1, 1, 2, 2], (5, 2)), ([3, 3, 3, 3, 0, 0, 0], (4, 3))]
@@ -65,8 +63,6 @@ def pack(examples: Sequence[Example], context: int) -> list[Example]:
 
 
 def _joined(row: list[Example]) -> Example:
-    from funclora.pipeline.examples import IGNORED, Example
-
     if len(row) == 1:
         return row[0]
     return Example(

@@ -138,7 +138,7 @@ def _cut_off(error: ValueError) -> bool:
 
 
 def _json(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    value = parse(utf8.decode(file.read_bytes(), file), str(file))
+    value = parse(utf8.whole(file), str(file))
     if not isinstance(value, list):
         raise FormatError(
             f"{file}: expected an array of objects, got {_short(value)}. A file with one object in each line is named "
