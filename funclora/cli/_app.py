@@ -34,6 +34,7 @@ from funclora.cli.generate import generate
 from funclora.cli.inspect import inspect
 from funclora.cli.merge import merge
 from funclora.cli.sweep import sweep
+from funclora.cli.train import train
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -48,6 +49,7 @@ for name, function, stopped in (
     ("inspect", inspect, "Nothing was written."),
     ("merge", merge, "{out} is as it was."),
     ("sweep", sweep, "The same command goes on with {out}."),
+    ("train", train, "If its folder holds a checkpoint, the same command with --resume goes on."),
 ):
     add(app, name, function, stopped)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 import funclora as fl
 from funclora.cli._adapters import adapter_folders, for_base
 from funclora.cli._output import json_text
-from funclora.errors import FuncloraError
+from funclora.errors import FormatError
 from funclora.io._files import replace_files
+from funclora.pipeline import records
 from funclora.pipeline.base import load_base, load_tokenizer
 from funclora.pipeline.settings import Settings
 
@@ -26,10 +26,6 @@ BATCH = 64
 PAD = -1
 
 Progress = Callable[[str, int], None]
-
-
-class InputError(FuncloraError):
-    """What the user gave does not do; the message says what would."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def losses(
 
     Args:
         paths: PEFT folders, or folders of them.
-        files: texts, or `.jsonl`.
+        files: texts, or records: see `pipeline.records.read`.
         model: folder of a transformers model; None for the demo's.
         field: where the text is in a line of `.jsonl`.
         context: tokens that the model sees at a time.
@@ -117,8 +113,7 @@ def losses(
         progress: called with a description and the number of calls in all, at each step.
 
     Raises:
-        InputError: something of that is missing or of no use.
-        FuncloraError: an adapter cannot be loaded or run.
+        FuncloraError: something of that is missing or of no use, or an adapter cannot be loaded or run.
     """
     folders = adapter_folders(paths)
     names = [str(file) if [f.name for f in files].count(file.name) > 1 else file.name for file in files]
@@ -138,7 +133,7 @@ def losses(
     for file, documents in texts.items():
         windows[file] = cut([encode(text) for text in documents], context)
         if not windows[file]:
-            raise InputError(f"{file}: holds no text of two tokens or more, so there is nothing to predict.")
+            raise FormatError(f"{file}: holds no text of two tokens or more, so there is nothing to predict.")
         if rows is not None and len(windows[file]) > rows:
             chosen = torch.linspace(0, len(windows[file]) - 1, rows).round().long().tolist()
             windows[file] = [windows[file][i] for i in chosen]
@@ -170,23 +165,12 @@ def losses(
 def read_texts(file: Path, field: str) -> list[bytes]:
     """The documents of a file."""
     if not file.is_file():
-        raise InputError(f"{file}: there is no such file. --data takes a text, or .jsonl with a text in each line.")
-    if file.suffix != ".jsonl":
+        raise FormatError(
+            f"{file}: there is no such file. --data takes a text, or records such as .jsonl with a text in each."
+        )
+    if records.is_text(file):
         return [file.read_bytes()]
-    texts = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}:{number}: expected JSON in each line: {_line(error)}.") from error
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
-            raise InputError(f"{file}:{number}: expected a text under {field!r}; {there}. --field names another.")
-        texts.append(text.encode())
-    return texts
+    return [text.encode() for text in records.texts(file, field, " --field names another.")]
 
 
 def cut(documents: Sequence[Sequence[int]], context: int) -> list[list[int]]:
@@ -210,7 +194,3 @@ def _batches(windows: list[list[int]], device: str, progress: Callable[[], None]
         some = [torch.tensor(window) for window in windows[start : start + BATCH]]
         yield nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=PAD).to(device)
         progress()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

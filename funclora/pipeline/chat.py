@@ -12,7 +12,7 @@ from funclora.pipeline.records import Record
 
 MARKER = re.compile(r"\{%[-+]?\s*generation\b")
 NO_TEMPLATE = (
-    "--data: has chats (messages), but the tokenizer has no chat template. Put one into the model's folder as "
+    "data: has chats (messages), but the tokenizer has no chat template. Put one into the model's folder as "
     "chat_template.jinja, such as that of the model's instruct version, or give the data as prompt and completion."
 )
 
@@ -41,8 +41,8 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> tuple[list[int], list[bo
     marked = mask and MARKER.search(tokenizer.get_chat_template(tools=more.get("tools"))) is not None
     if mask and not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(
-            "--data: this tokenizer does not tell where its tokens are from (it is no fast one), so the assistant's "
-            "are unknown. --train-on all has the loss on whole chats."
+            "data: this tokenizer does not tell where its tokens are from (it is no fast one), so the assistant's "
+            "are unknown. train_on all has the loss on whole chats."
         )
     if not mask or marked:
         out = _apply(record, tokenizer, messages, return_dict=True, return_assistant_tokens_mask=marked, **more)
@@ -72,7 +72,7 @@ def _spans(
             raise UnsupportedError(
                 f"{record.where}: with messages[{i}] the chat template also changes the text before or after it, so "
                 "which tokens are the assistant's cannot be told. Put {% generation %} and {% endgeneration %} around "
-                "its text in the template, or set --train-on all."
+                "its text in the template, or set train_on to all."
             )
         spans.append((len(before), len(after)))
     return spans
@@ -82,7 +82,7 @@ def _apply(record: Record, tokenizer: Any, messages: list[dict[str, Any]], **opt
     try:
         import jinja2
     except ModuleNotFoundError as error:
-        raise ConfigError("--data: chat templates need jinja2. Type: pip install 'funclora[train]'") from error
+        raise ConfigError("data: chat templates need jinja2. Type: pip install 'funclora[train]'") from error
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

@@ -23,7 +23,7 @@ from funclora.pipeline.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUN, CHECKPOINTS = "run.json", "checkpoints"
+RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 
 # What may differ when a run goes on. Not the paths: what lies there is compared, wherever it lies.
 _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == "Output"} | {
@@ -134,11 +134,15 @@ class Run:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror or error}: the checkpoint of step {progress.step} cannot be written ({self.state()}). "
-                "Make room, then go on with --resume",
+                f"{error.strerror or error}: the checkpoint of step {progress.step} cannot be written; "
+                f"{self.state()}. Make room, then go on with --resume",
                 str(file),
             ) from error
         self.last = progress.step
+        self.prune(progress)
+
+    def prune(self, progress: Progress) -> None:
+        """Remove the checkpoints that are no longer kept."""
         kept = {*self._steps()[-self.settings.keep :], progress.best[0] if progress.best else progress.step}
         for step in self._steps():
             if step not in kept:
@@ -165,12 +169,9 @@ class Run:
         leaves, spec = optree.tree_flatten(like)
         try:
             with safe_open(file, framework="pt") as stored:
-                raw = json.loads((stored.metadata() or {})["progress"])
-                progress = Progress(**raw)
-                progress.best = (int(raw["best"][0]), float(raw["best"][1])) if raw["best"] else None
-                progress.pending = [(float(loss), float(norm)) for loss, norm in raw["pending"]]
+                progress = _progress((stored.metadata() or {})["progress"], step)
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 -- no dict
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"{file}: this is not a checkpoint, or it is broken: {error}. {hint}.") from error
         keys = leaf_keys(spec)
         if {*keys} != {*tensors}:
@@ -180,7 +181,8 @@ class Run:
             got = tensors[key]
             if got.shape != leaf.shape or got.dtype != leaf.dtype:
                 raise FormatError(
-                    f"{file}: {key}: expected {leaf.dtype} {list(leaf.shape)}, got {got.dtype} {list(got.shape)}. {hint}."
+                    f"{file}: {key}: expected {leaf.dtype} {list(leaf.shape)}, got {got.dtype} {list(got.shape)}. "
+                    f"{hint}."
                 )
         return progress, spec.unflatten([tensors[key].to(leaf.device) for key, leaf in zip(keys, leaves, strict=True)])
 
@@ -237,8 +239,10 @@ def _check(settings: Settings) -> None:
     there = (folder / RUN).exists()
     if there and not settings.resume:
         raise ConfigError(f"out: {folder} holds a run. Go on with it by --resume, or use another folder.")
-    if not there and any((folder / CHECKPOINTS).glob("*.safetensors")):
-        raise ConfigError(f"out: {folder} holds checkpoints, but no {RUN} that says of what. Use another folder.")
+    if not there:
+        for own in (CHECKPOINTS, METRICS):
+            if (folder / own).exists():
+                raise ConfigError(f"out: {folder} holds {own}, but no {RUN} that says of what run. Use another folder.")
     if not there and settings.resume:
         raise ConfigError(f"resume: {folder} holds no run to go on with. Start one without --resume, or look at --out.")
 
@@ -261,6 +265,22 @@ def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON has them."""
     raw: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
     return raw
+
+
+def _progress(text: str, step: int) -> Progress:
+    """The progress in a checkpoint of a step; `ValueError`, `TypeError` or `KeyError` if there is none."""
+    raw = json.loads(text)
+    default = Progress()
+    values = {key: raw.pop(key) for key in asdict(default)}
+    if raw or values["step"] != step:
+        raise ValueError(f"it is of step {values['step']!r}, with unknown {sorted(raw)}")
+    best, pending = values.pop("best"), values.pop("pending")
+    for key, value in values.items():
+        wanted = type(getattr(default, key))
+        if type(value) is not wanted:
+            raise TypeError(f"{key}: expected {wanted.__name__}, got {value!r}")
+    pairs = [(float(loss), float(norm)) for loss, norm in pending]
+    return Progress(**values, pending=pairs, best=None if best is None else (int(best[0]), float(best[1])))
 
 
 def _writer(content: str | bytes) -> Any:

@@ -75,7 +75,7 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None) -> Data:
     notes = Notes()
     context = _context(settings, limit, notes)
     if settings.data is None:
-        raise ConfigError("data: a run needs data to train on. --data takes a file or a folder of texts.")
+        raise ConfigError("data: expected a file, or a folder of files, to train on; got none.")
     records = list(read(settings.data, settings.text_field))
     held = None if settings.validation is None else list(read(settings.validation, settings.text_field))
     together = records + (held or [])

@@ -118,7 +118,7 @@ class _Training:
         self.total = total_steps(settings, self.batches.steps_per_epoch)
         self.rate = schedule(settings, self.total)
         self.optimizer = optimizer(settings, self.total)
-        self.gradient = _gradient(base, settings)
+        self.gradient = gradient_of(base, settings)
         self.vectors = Vectors(adapters)
         self.values = self.vectors.of(adapters)
         self.state = self.optimizer.init(self.values)
@@ -127,6 +127,7 @@ class _Training:
         run.begin({"data": data.digest(), "base model": fingerprint(base.params)})
         if run.last is not None:
             self.progress = self._restore(run.last)
+            run.prune(self.progress)  # what a process that was killed had no time for
         self.saved = (run.last, self.progress.evaluated)
         self.fresh = (self.progress.tokens, self.progress.seconds)
         journal.begin(self.progress.step, self.total, run.id, self.progress.metrics)
@@ -155,7 +156,7 @@ class _Training:
         step = best[0] if progress.stopped == PATIENCE and best else progress.step
         # Of their own: views of one vector are no leaves that can be saved.
         tree: Any = self.vectors.tree(self.values)
-        adapters: dict[str, Rule] = optree.tree_map(torch.Tensor.clone, tree)
+        adapters: Any = optree.tree_map(torch.Tensor.clone, tree)
         return Outcome(adapters, step, self.journal.losses, best, progress.stopped)
 
     # Steps
@@ -167,17 +168,18 @@ class _Training:
         if not labels:
             raise ConfigError(f"data: no position of step {progress.step + 1} has a label: {self._sources()}.")
         adapters = self.vectors.tree(self.values)
-        losses, sums = [], None
+        losses: list[Tensor] = []
+        sums: Any = None
         with seeded(_seed(self.settings.seed, progress.step), adapters):
             for batch in batches:
                 loss, grads = self.gradient(adapters, _moved(batch, self.device))
                 losses.append(loss)
-                vectors = self.vectors.of(grads)
+                vectors: Any = self.vectors.of(grads)
                 sums = vectors if sums is None else optree.tree_map(torch.Tensor.add_, sums, vectors)
         with torch.no_grad():
-            grads = optree.tree_map(lambda sum: sum.mul_(1 / labels), sums)
-            self.unseen.append(torch.stack([torch.stack(losses).sum() / labels, global_norm(grads)]))
-            updates, self.state = self.optimizer.update(grads, self.state, params=self.values)
+            means = optree.tree_map(lambda vector: vector.mul_(1 / labels), sums)
+            self.unseen.append(torch.stack([torch.stack(losses).sum() / labels, global_norm(means)]))
+            updates, self.state = self.optimizer.update(means, self.state, params=self.values)
             self.values = apply_updates(self.values, updates)
         progress.step += 1
         progress.tokens += sum(_tokens(batch) for batch in batches)
@@ -202,8 +204,8 @@ class _Training:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
                 raise NonFiniteError(
-                    f"step {step + 1} of {self.total}: {what}. Its examples: {self._sources(step)}; {self.run.state()}. "
-                    "Look at the examples, or train anew with a lower --lr or without --bf16."
+                    f"step {step + 1} of {self.total}: {what}. Its examples: {self._sources(step)}; "
+                    f"{self.run.state()}. Look at the examples, or train anew with a lower --lr or without --bf16."
                 )
             self.progress.pending.append((loss, norm))
         self.unseen.clear()
@@ -326,7 +328,7 @@ class _Training:
         return {"adapters": adapters, "optimizer": state, "generators": generators}
 
 
-def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
+def gradient_of(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
     """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
     if settings.checkpointing and settings.compile:
         raise ConfigError("checkpointing and compile: torch.compile recomputes what it wants to. Choose one of them.")

@@ -132,8 +132,8 @@ class Vectors:
             parts = vectors[decay][dtype][kind].split([self.shapes[i].numel() for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 leaves[i] = part.view(self.shapes[i])
-        tree: dict[str, Rule] = self.spec.unflatten(leaves)
-        return tree
+        tree: Any = self.spec.unflatten(leaves)
+        return dict(tree)
 
 
 def _is_bias(rule: Rule, leaf: Tensor) -> bool:

@@ -21,7 +21,8 @@ def parse(text: str, where: str, expected: str = "JSON") -> Any:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_float)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
-        raise FormatError(f"{where}: expected {expected}: {error.msg} at {line}column {error.colno}.") from error
+        reason = error.msg.removesuffix(" at")
+        raise FormatError(f"{where}: expected {expected}: {reason} at {line}column {error.colno}.") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: expected {expected}: {str(error).splitlines()[0]}.") from error
     if "\\u" in text:

@@ -45,7 +45,7 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
     if not kinds:
         raise FormatError(
             f"{record.where}: expected a text under {settings.text_field!r}, prompt and completion, or messages; "
-            f"{_has(record)} --text-field names another field of text."
+            f"{_has(record)} text_field names another field of text."
         )
     return kinds[0]
 
@@ -53,7 +53,7 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
 def _all(record: Record, *names: str) -> tuple[str, ...]:
     for name in names:
         if record.fields.get(name) is None:
-            remedy = "" if name in (*PAIR, WORDS) else " --text-field and --label-field name others."
+            remedy = "" if name in (*PAIR, WORDS) else " text_field and label_field name others."
             raise FormatError(
                 f"{record.where}: expected a value under {name!r}; {_has(record)}{near(name, record.fields, 1)}{remedy}"
             )
@@ -135,8 +135,7 @@ class _Tokens:
         alone = alone[:-1] if self.ends else alone
         start = common(alone, both)
         if start < len(alone):
-            self.notes.count("have a prompt whose last tokens merge with the completion's first: loss is on these too",
-                             record.where)  # fmt: skip
+            self.notes.count("whose prompt's end merges into the completion's first token", record.where)
         return both, [i >= start for i in range(len(both))]
 
     def pieces(self, ids: list[int], record: Record) -> list[Example]:

@@ -9,6 +9,8 @@ from funclora.errors import FormatError
 
 # Bytes of one line. A file of another kind, such as one without line ends, must not fill the memory.
 LONGEST_LINE = 1 << 26
+# Bytes of a file that is read at a time.
+LARGEST_FILE = 1 << 32
 NEWLINE = b"\n"
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -59,9 +61,24 @@ def decode(content: bytes, file: Path, line: int = 1, start: int = 0) -> str:
         ) from error
 
 
+def whole(file: Path) -> str:
+    """All of a file.
+
+    Raises:
+        FormatError: it is too large for that, or not UTF-8.
+    """
+    if file.stat().st_size > LARGEST_FILE:
+        raise FormatError(f"{file}: this file is read at a time, but has more than {LARGEST_FILE >> 30} GiB. Split it.")
+    return decode(file.read_bytes(), file)
+
+
 def text(file: Path) -> str:
-    """All of a file."""
-    content = decode(file.read_bytes(), file)
+    """All of a file that is read by people.
+
+    Raises:
+        FormatError: as for `whole`, or it has a zero byte.
+    """
+    content = whole(file)
     if "\0" in content:
         at = content.count("\n", 0, content.index("\0")) + 1
         raise FormatError(f"{file}:{at}: holds a zero byte, so this is no text.")

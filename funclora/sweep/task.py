@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from funclora._apply import Params
 from funclora._init import generator_of
 from funclora.errors import ConfigError, FormatError, near
+from funclora.pipeline import records
 from funclora.pipeline.base import Base, ByteTokenizer, load_base, load_tokenizer
 from funclora.pipeline.settings import Settings
 
@@ -106,7 +106,7 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
 
 
 def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "cpu") -> Task:
-    """A causal language model that transformers loads from a folder, and a JSONL file with a `text` in every line.
+    """A causal language model that transformers loads from a folder, and a text or records with a `text` in each.
 
     Every eighth text is held out; of fewer than eight texts, the last eighth of all tokens.
 
@@ -141,29 +141,15 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
 
 
 def read_texts(file: Path) -> list[str]:
-    """The `text` fields of a JSONL file.
+    """The `text` fields of a file of records, or a file that is one text.
 
     Raises:
-        FormatError: a line has none, or there are none at all.
+        FormatError: a record has none, or there are none at all.
     """
-    texts = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"--data: {file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise FormatError(f'--data: {file}, line {number}: expected an object like {{"text": "..."}}.')
-        texts.append(text)
-    if not texts:
-        raise FormatError(f"--data: {file} has no lines.")
-    return texts
+        return records.texts(file, "text")
+    except FormatError as error:
+        raise FormatError(f"--data: {error}") from error
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

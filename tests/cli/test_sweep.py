@@ -598,7 +598,12 @@ def test_every_eighth_text_is_held_out(tmp_path: Path, llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{}", "line 1: expected an object like"), ("[", "line 1: expected"), ('{"text": 3}', "line 1"), ("", "no lines")],
+    [
+        ("{}", r"^--data: .*texts.jsonl:1: expected a text under 'text'; it has nothing"),
+        ("[", r"texts.jsonl:1: expected JSON in each line"),
+        ('{"text": 3}', r"texts.jsonl:1: expected a text under 'text'; it has 'text'"),
+        ("", r"texts.jsonl: holds no records"),
+    ],
 )
 def test_data_that_cannot_be_read(tmp_path: Path, llama: Path, line: str, message: str) -> None:
     (tmp_path / "texts.jsonl").write_text(line + "\n")
@@ -612,7 +617,7 @@ def test_too_little_text_and_no_model(tmp_path: Path, llama: Path) -> None:
         folder_task(llama, data, context=8, windows=2)
     with pytest.raises(FormatError, match=r"holds no config.json"):
         folder_task(tmp_path, data, context=8, windows=2)
-    with pytest.raises(FormatError, match=r"none.jsonl cannot be read"):
+    with pytest.raises(FormatError, match=r"none.jsonl: there is no such file"):
         folder_task(llama, tmp_path / "none.jsonl", context=8, windows=2)
 
 

@@ -1,0 +1,200 @@
+"""What a run would do: its targets, the memory that it needs, and its first examples with the loss mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from funclora._memory import Peak, nbytes
+from funclora._summary import Summary, summary
+from funclora.optim import apply_updates
+from funclora.pipeline.adapters import Start
+from funclora.pipeline.base import Base
+from funclora.pipeline.batches import Batches
+from funclora.pipeline.loop import gradient_of
+from funclora.pipeline.optimizer import Vectors, optimizer, total_steps
+from funclora.pipeline.rows import IGNORED, Example
+from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora.pipeline.setup import Ready
+
+SHOWN = 2  # examples
+CHARACTERS = 1200  # of each
+PROBE = 64  # tokens of the longest row that is run to measure
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step needs at its worst moment.
+
+    Attributes:
+        base: of the frozen weights.
+        adapters: of the adapters and the optimizer's state.
+        step: of what a step makes: activations, gradients, the optimizer's work.
+    """
+
+    base: int
+    adapters: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.base + self.adapters + self.step
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example for people.
+
+    Attributes:
+        source: where it is from.
+        parts: its text in pieces, each with whether there is loss on it.
+        answer: what is to be said where that is no part of the text: the class, or the classes.
+    """
+
+    source: str
+    parts: tuple[tuple[str, bool], ...]
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        summary: the table of what is trained.
+        memory: what a step needs.
+        steps: optimizer steps.
+        rows: training and validation examples.
+        longest: tokens of the longest training example.
+        examples: the first ones.
+        notes: what was done to the data.
+    """
+
+    summary: Summary
+    memory: Memory
+    steps: int
+    rows: tuple[int, int]
+    longest: int
+    examples: tuple[Shown, ...]
+    notes: tuple[str, ...]
+
+
+def plan(ready: Ready) -> Plan:
+    """Look at a run without running it, but for three small steps that memory is measured on."""
+    settings, data, start = ready.settings, ready.data, ready.start
+    base = start.base
+    per_epoch = -(-len(data.train) // (settings.batch * settings.accumulation))
+    return Plan(
+        summary(base.params, start.adapters),
+        memory(start, data.train, settings),
+        total_steps(settings, per_epoch),
+        (len(data.train), len(data.validation)),
+        max(len(example.ids) for example in data.train),
+        tuple(shown(base, example) for example in data.train[:SHOWN]),
+        tuple(data.notes),
+    )
+
+
+def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
+    """The memory of the largest step, from what small ones take.
+
+    What a step takes beyond the weights is c + rows·(a·n + b·n²) for rows of n tokens: the constant is what does not
+    depend on the batch, the square what attention may keep. Three runs with one and two short rows say what c, a and
+    b are. Workspaces inside of kernels and the allocator's rounding are not seen.
+
+    Args:
+        start: the base and fresh adapters; nothing of it is changed.
+        examples: training examples, of which the longest counts.
+        settings: the run's.
+    """
+    base = start.base
+    longest = max(examples, key=lambda example: len(example.ids) + len(example.labels))
+    n = len(longest.ids)
+    rows = min(settings.batch, len(examples))
+    step = _step_of(base, start, settings)
+    if n < 8:  # too short to take a part of
+        used = step(_row(longest, n), rows)
+    else:
+        short = min(n, PROBE) // 2 * 2
+        half, one, two = (step(_row(longest, k), r) for k, r in ((short // 2, 1), (short, 1), (short, 2)))
+        whole = two - one
+        constant = max(0, one - whole)
+        b = max(0.0, (whole - 2 * (half - constant)) / (short**2 / 2))
+        a = whole / short - b * short
+        used = round(constant + rows * (a * n + b * n**2))
+    vectors = Vectors(start.adapters)
+    values = vectors.of(start.adapters)
+    state = optimizer(settings, 1).init(values)
+    # The values twice: as they are now, and as they were at the start.
+    return Memory(nbytes(list(base.params.values())), 2 * nbytes(values) + nbytes(state), used)
+
+
+def _step_of(base: Base, start: Start, settings: Settings) -> Callable[[Example, int], int]:
+    """A function from a row and how often it is there to the most bytes that a step on it makes."""
+    gradient = gradient_of(base, replace(settings, compile=False))
+    vectors = Vectors(start.adapters)
+    values = vectors.of(start.adapters)
+    update = optimizer(settings, 100)
+    state = update.init(values)
+
+    def run(row: Example, rows: int) -> int:
+        batches = Batches(
+            [row] * rows, batch=rows, accumulation=1, seed=0, pad=base.tokenizer.pad_token_id, task=settings.task
+        )
+        with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []), Peak() as used:
+            (batch,) = batches.step(0)
+            _, grads = gradient(vectors.tree(values), {key: value.to(base.device) for key, value in batch.items()})
+            sums = vectors.of(grads)
+            with torch.no_grad():
+                updates, after = update.update(sums, state, params=values)
+                kept = apply_updates(values, updates), after
+        del kept
+        return int(used.peak)
+
+    return run
+
+
+def _row(example: Example, n: int) -> Example:
+    """The first n tokens of an example."""
+    labels = example.labels
+    if len(labels) == len(example.ids):
+        labels = labels[:n]
+    elif len(labels) > 1:
+        labels = labels[: max(1, len(labels) * n // len(example.ids))]
+    if all(label == IGNORED for label in labels):
+        labels = [*labels[:-1], example.ids[n - 1]] if len(labels) == n else labels
+    return Example(example.ids[:n], labels, (n,), example.source)
+
+
+def shown(base: Base, example: Example) -> Shown:
+    """An example as text, with what it has loss on."""
+    if base.task == SEQUENCE:
+        return Shown(example.source, ((_text(base, example.ids), False),), base.classes[example.labels[0]])
+    if base.task == SEQ2SEQ:
+        parts = ((_text(base, example.ids), False), (_text(base, example.labels), True))
+        return Shown(example.source, parts)
+    if base.task == TOKEN:
+        tagged = [(i, label) for i, label in zip(example.ids, example.labels, strict=True) if label != IGNORED]
+        answer = " ".join(f"{_text(base, [i]).strip()}/{base.classes[label]}" for i, label in tagged[:50])
+        return Shown(example.source, _runs(base, example), answer)
+    assert base.task == CAUSAL
+    return Shown(example.source, _runs(base, example))
+
+
+def _runs(base: Base, example: Example) -> tuple[tuple[str, bool], ...]:
+    """Stretches of tokens with loss and without."""
+    runs: list[tuple[list[int], bool]] = []
+    for i, label in zip(example.ids, example.labels, strict=True):
+        if not runs or runs[-1][1] != (label != IGNORED):
+            runs.append(([], label != IGNORED))
+        runs[-1][0].append(i)
+    return tuple((_text(base, ids), loss) for ids, loss in runs)
+
+
+def _text(base: Base, ids: list[int]) -> str:
+    kept = [i for i in ids if i != IGNORED]
+    text: str = base.tokenizer.decode(kept)
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ..."
