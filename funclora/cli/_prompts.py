@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from funclora.errors import ConfigError, FormatError, UnsupportedError, near
-
-Message = Mapping[str, str]
+from funclora.errors import ConfigError, FormatError, near
+from funclora.pipeline.chat import opened
+from funclora.pipeline.records import Record, read
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,19 @@ class Reader:
         """
         return self._checked(self._tokenizer(text)["input_ids"], adapter, fields or {"prompt": text}, where)
 
-    def messages(
-        self, messages: Sequence[Message], adapter: str | None, where: str, fields: dict[str, Any] | None = None
-    ) -> Prompt:
+    def messages(self, record: Record, adapter: str | None) -> Prompt:
         """A conversation under the tokenizer's chat template, up to where the assistant begins to speak.
 
         Raises:
             ConfigError: as for `text`, or the tokenizer has no chat template.
             FormatError: the template refuses the conversation.
         """
-        text = self.rendered(messages, where)
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
-        return self._checked(ids, adapter, fields or {"messages": list(messages)}, where)
-
-    def rendered(self, messages: Sequence[Message], where: str) -> str:
-        """The conversation as text."""
         if not getattr(self._tokenizer, "chat_template", None):
             raise ConfigError(
-                f"{where}: the model's tokenizer has no chat template, so messages have no form that it knows. Give a "
-                "prompt in place of messages, or put the template next to the tokenizer as chat_template.jinja."
+                f"{record.where}: the model's tokenizer has no chat template, so messages have no form that it knows. "
+                "Give a prompt in place of messages, or put the template next to the tokenizer as chat_template.jinja."
             )
-        try:
-            from jinja2 import TemplateError
-        except ModuleNotFoundError as error:
-            raise UnsupportedError(
-                f"{where}: chat templates need jinja2. Type: pip install 'funclora[train]'"
-            ) from error
-        try:
-            text: str = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise FormatError(f"{where}: the chat template does not take these messages: {error}") from error
-        return text
+        return self._checked(opened(record, self._tokenizer), adapter, record.fields, record.where)
 
     def _checked(self, ids: list[int], adapter: str | None, fields: dict[str, Any], where: str) -> Prompt:
         if not ids:
@@ -114,8 +96,6 @@ def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str 
         FormatError: the file is broken, or a record is of another form.
         ConfigError: a record names an adapter that is not there, or its prompt does not fit the model.
     """
-    from funclora.pipeline.records import read
-
     prompts = []
     for record in read(file, "prompt"):
         fields, where = record.fields, record.where
@@ -127,7 +107,7 @@ def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str 
             there = ", ".join(map(repr, fields)) or "nothing"
             raise FormatError(f'{where}: expected either "prompt" or "messages", got {there}.')
         if "messages" in fields:
-            prompts.append(reader.messages(_messages(fields["messages"], where), adapter, where, fields))
+            prompts.append(reader.messages(record, adapter))
         elif isinstance(fields["prompt"], str):
             prompts.append(reader.text(fields["prompt"], adapter, where, fields))
         else:
@@ -145,13 +125,3 @@ def known(adapter: str | None, names: Sequence[str], where: str) -> str | None:
         hint = near(adapter, names) or " None is given: name PEFT folders, or a folder of them, on the command line."
         raise ConfigError(f"{where}: there is no adapter {adapter!r}.{hint}")
     return adapter
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    wanted = 'expected a list of objects like {"role": "user", "content": "..."}'
-    if not isinstance(value, list) or not value:
-        raise FormatError(f"{where}: messages: {wanted}, got {value!r:.60}.")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise FormatError(f"{where}: messages[{i}]: {wanted}, got {message!r:.60}.")
-    return value

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from funclora.cli._generate import Answer, Generator, Sampling
     from funclora.cli._prompts import Prompt, Reader
     from funclora.pipeline.base import Base
+    from funclora.pipeline.records import Record
 
 BASE = "(base)"
 
@@ -152,8 +153,14 @@ def _load(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[B
 
 def _asked(reader: Reader, text: str, adapter: str | None, where: str, *, chat: bool) -> Prompt:
     if chat:
-        return reader.messages([{"role": "user", "content": text}], adapter, where)
+        return reader.messages(_said([{"role": "user", "content": text}], where), adapter)
     return reader.text(text, adapter, where)
+
+
+def _said(messages: list[dict[str, str]], where: str) -> Record:
+    from funclora.pipeline.records import Record
+
+    return Record({"messages": messages}, where, where)
 
 
 def _result(prompt: Prompt, answer: Answer) -> dict[str, Any]:
@@ -246,7 +253,7 @@ def _converse(
             if not line.strip():
                 continue
             if chat:
-                row = reader.messages([*said, {"role": "user", "content": line}], adapter, where)
+                row = reader.messages(_said([*said, {"role": "user", "content": line}], where), adapter)
             else:
                 row = reader.text(line, adapter, where)
         except ConfigError as error:

@@ -299,7 +299,7 @@ def test_messages_go_through_the_template(folders: Path, tmp_path: Path) -> None
     one = printed(*common, "-p", "w1 w2", "--chat", "--adapter", "ad-1")
     assert one["completion"] == expected
     jsonl(file, {"messages": [{"role": "system", "content": "w1"}], "adapter": "ad-1"})
-    assert "p.jsonl:1: the chat template does not take these messages: no system role" in complaint(*common, "-f", file)
+    assert "p.jsonl:1: the chat template refuses these messages: no system role" in complaint(*common, "-f", file)
 
 
 def test_a_conversation(folders: Path) -> None:
@@ -353,7 +353,7 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
         ({"prompt": "w1", "adapter": 3}, "p.jsonl:1: adapter: expected a name or null, got 3."),
         ({"prompt": "w1", "adapter": "da-1"}, "p.jsonl:1: there is no adapter 'da-1'. Near names: ad-1"),
         ({"messages": []}, "p.jsonl:1: messages: expected a list of objects"),
-        ({"messages": [{"role": "user"}]}, "p.jsonl:1: messages[0]: expected a list of objects"),
+        ({"messages": [{"role": "user"}]}, "p.jsonl:1: messages[0]: content: expected a text, got None"),
     ],
 )
 def test_records_that_cannot_be_used(folders: Path, tmp_path: Path, record: dict[str, Any], message: str) -> None:
