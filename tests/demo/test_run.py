@@ -56,6 +56,6 @@ def test_the_command_prints_a_table_and_names_its_folder(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     printed = re.sub(r"\s+", "", result.output)
     assert str(out) in printed
-    for word in ("asyncio", "LoRA", "DoRA", "trainable", "populationatatime", "continues"):
+    for word in ("asyncio", "LoRA", "DoRA", "trainable", "asonepopulation", "continues"):
         assert word in printed
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
