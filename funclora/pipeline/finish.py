@@ -158,8 +158,8 @@ def _usage(settings: Settings, n_classes: int) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("adapter")',
         ]
         if n_classes:
-            code += [f'classes = json.load(open("adapter/{CLASSES_FILE}"))']
-            code.insert(0, "import json\n")
+            code = ["import json", "from pathlib import Path", "", *code]
+            code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text())']
     return "\n".join(["```python", *code, "```"])
 
 

@@ -21,7 +21,8 @@ from funclora.pipeline.setup import Ready
 
 SHOWN = 2  # examples
 CHARACTERS = 1200  # of each
-PROBE = 64  # tokens of the longest row that is run to measure
+WHOLE = 1024  # tokens of a batch that is run as it is
+PROBE = 256  # tokens of the longest row of a part of a larger batch
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,10 @@ def plan(ready: Ready) -> Plan:
 
 
 def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
-    """The memory of the largest step, from what small ones take.
+    """The memory of the largest step. A small one is run and measured; of a larger one, parts.
 
     What a step takes beyond the weights is c + rows·(a·n + b·n²) for rows of n tokens: the constant is what does not
-    depend on the batch, the square what attention may keep. Three runs with one and two short rows say what c, a and
-    b are. Workspaces inside of kernels and the allocator's rounding are not seen.
+    depend on the batch, the square what attention may keep. Runs with one and two shorter rows say what they are. Workspaces inside of kernels and the allocator's rounding are not seen.
 
     Args:
         start: the base and fresh adapters; nothing of it is changed.
@@ -115,7 +115,7 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
     n = len(longest.ids)
     rows = min(settings.batch, len(examples))
     step = _step_of(base, start, settings)
-    if n < 8:  # too short to take a part of
+    if n * rows <= WHOLE:
         used = step(_row(longest, n), rows)
     else:
         short = min(n, PROBE) // 2 * 2

@@ -47,14 +47,14 @@ def begun(folder: Path | None, task: str, out: Path, **changes: Any) -> tuple[Se
 def trained(start: Start) -> Outcome:
     """As after some steps: every leaf has moved, B is not zero."""
     tree: Any = start.adapters
-    adapters = optree.tree_map(lambda x: x + 0.05 * torch.randn_like(x), tree)
+    adapters: Any = optree.tree_map(lambda x: x + 0.05 * torch.randn_like(x), tree)
     return Outcome(adapters, 7, {"train": [(1, 2.5), (7, 1.5)], "validation": [(7, 1.75)]}, (7, 1.75), "finished")
 
 
 def batch(task: str) -> dict[str, Tensor]:
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return both | ({"labels": ids[:, :3]} if task == SEQ2SEQ else {})
+    return both | ({"labels": ids[:, :3].contiguous()} if task == SEQ2SEQ else {})
 
 
 def logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
@@ -194,7 +194,7 @@ def test_the_card_says_what_it_is_and_its_code_runs(
 
 def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str, Path], tmp_path: Path) -> None:
     settings, start, data = begun(folders["llama"], CAUSAL, tmp_path, merge=True)
-    adapter, merged = finish(start, trained(start), data, settings)
+    adapter, _ = finish(start, trained(start), data, settings)
     (adapter / "other").write_text("x")
     with pytest.raises(ConfigError, match="adapter is not empty"):
         check_results(settings)
@@ -207,7 +207,7 @@ def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str
 def test_targets_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="targets: all-linear already has all"):
         begun(folders["llama"], CAUSAL, tmp_path, targets=("all-linear", "q_proj"))
-    with pytest.raises(fl.errors.TargetError, match="'q_prj' matches no module. Near names: q_proj"):
+    with pytest.raises(fl.errors.TargetError, match=r"'q_prj' matches no module. Near names: q_proj"):
         begun(folders["llama"], CAUSAL, tmp_path, targets=("q_prj",))
     with pytest.raises(fl.errors.TargetError, match="modules_to_save: 'head' matches no module"):
         begun(folders["llama"], CAUSAL, tmp_path, modules_to_save=("head",), quantize="nf4")
