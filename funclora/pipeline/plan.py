@@ -103,7 +103,8 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
     """The memory of the largest step. A small one is run and measured; of a larger one, parts.
 
     What a step takes beyond the weights is c + rows·(a·n + b·n²) for rows of n tokens: the constant is what does not
-    depend on the batch, the square what attention may keep. Runs with one and two shorter rows say what they are. Workspaces inside of kernels and the allocator's rounding are not seen.
+    depend on the batch, the square what attention may keep. Runs with one and two shorter rows say what they are.
+    Workspaces inside of kernels and the allocator's rounding are not seen.
 
     Args:
         start: the base and fresh adapters; nothing of it is changed.
