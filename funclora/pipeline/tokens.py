@@ -116,7 +116,10 @@ class _Tokens:
 
     def causal(self, record: Record) -> list[Example]:
         if "messages" in record.fields and record.fields["messages"] is not None:
-            ids, said = chat(record, self.tokenizer, self.settings.train_on == "completions")
+            found = chat(record, self.tokenizer, self.settings.train_on == "completions")
+            ids, said = found.ids, found.said
+            if not found.whole:
+                self.notes.count("of whose messages the chat template leaves out or changes some", record.where)
         elif record.fields.get("completion") is not None:
             ids, said = self.pair(record)
         else:
@@ -158,7 +161,7 @@ class _Tokens:
             return []
         seen = labels[1:] if self.settings.task == CAUSAL else labels
         if all(label == IGNORED for label in seen):
-            cut = f" in their first {self.context} tokens" if over > 0 else ""
+            cut = f" in the first {self.context} tokens" if over > 0 else ""
             self.notes.count(f"without a token that has loss{cut} left out", record.where)
             return []
         if over > 0:

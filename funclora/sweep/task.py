@@ -107,7 +107,7 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
 
 
 def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "cpu") -> Task:
-    """A causal language model that transformers loads from a folder, and a text or a file of records with a `text` in each.
+    """A causal language model that transformers loads from a folder, and a text, or records with a `text` in each.
 
     Every eighth text is held out; of fewer than eight texts, the last eighth of all tokens.
 
