@@ -309,7 +309,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
         assert 1 <= last < 8
         message = str(caught.value)
         assert "\n" not in message
-        assert f"the checkpoint of step {last + 1} cannot be written; the last good checkpoint is {at(given.out, last)}" in message
+        assert (
+            f"the checkpoint of step {last + 1} cannot be written; the last good checkpoint is {at(given.out, last)}"
+            in message
+        )
         assert not [*given.out.rglob("*.tmp")]
         remount(folder, "size=1m")
         again, journal = run(replace(given, resume=True))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tiny_runs import run, same, settings
 
+from funclora.pipeline import loop
 from funclora.pipeline.checkpoint import CHECKPOINTS, RUN
 
 HERE = Path(__file__).parent
@@ -121,15 +122,11 @@ def test_a_state_that_was_not_saved_would_be_noticed(tmp_path: Path) -> None:
     given = settings(tmp_path / "whole", save_every=4)
     whole, _ = run(given)
     short = replace(given, out=tmp_path / "run")
-    from funclora.pipeline import loop
-
-    tree = loop._Training._tree
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr(loop._Training, "_step", stops_after(loop._Training._step, 5))
         with pytest.raises(KeyboardInterrupt):
             run(short)
         patch.undo()
-        patch.setattr(loop._Training, "_tree", staticmethod(tree))
         file = tmp_path / "run" / CHECKPOINTS / "00000004.safetensors"
         forget(file, "mu")
         same(run(replace(short, resume=True))[0].adapters, whole.adapters)

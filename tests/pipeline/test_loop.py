@@ -375,7 +375,7 @@ def test_a_validation_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
 
 def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
     blank = Rows([replace(row, labels=[-100] * len(row.ids)) for row in rows(3, 9)], [])
-    with pytest.raises(ConfigError, match=r"data: no position of step 1 has a label: train.jsonl:\d"):
+    with pytest.raises(ConfigError, match=r"data: no position of step 1 has a label. Its examples: train.jsonl:\d"):
         run(settings(tmp_path), rows=blank)
     with pytest.raises(ConfigError, match="data: there is no example to train on"):
         run(settings(tmp_path / "empty"), rows=Rows([], []))
@@ -412,7 +412,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_resumable_state(at: int, step: in
     Interrupted.calls, Interrupted.at = 0, at
     handler = signal.getsignal(signal.SIGINT)
     given = replace(plain, out=tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt, match=rf"Stopped after step {step} of 8. The same command with --resume"):
+    with pytest.raises(KeyboardInterrupt, match=rf"Step {step} of 8 is done and saved. The same command with --resume"):
         run(given, Interrupted(**vars(base)))
     assert signal.getsignal(signal.SIGINT) is handler
     again, _ = run(replace(given, resume=True), base)
@@ -428,6 +428,6 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             return super().loss(bound, batch)
 
-    with pytest.raises(KeyboardInterrupt, match="Stopped at once"):
+    with pytest.raises(KeyboardInterrupt, match="goes on from the last checkpoint"):
         run(settings(tmp_path), Hasty(**vars(byte_base())))
     assert not (tmp_path / CHECKPOINTS).exists()
