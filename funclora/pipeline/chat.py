@@ -80,6 +80,22 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
     return Chat(out["input_ids"], inside, whole)
 
 
+def opened(record: Record, tokenizer: Any) -> list[int]:
+    """The ids of a chat up to where the assistant is to speak.
+
+    Args:
+        record: as for `chat`.
+        tokenizer: transformers', with a chat template.
+
+    Raises:
+        FormatError: the messages are not as they should be, or the template refuses them.
+    """
+    messages, more = _messages(record), _more(record)
+    text = _apply(record, tokenizer, messages, tokenize=False, add_generation_prompt=True, **more)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
+    return ids
+
+
 def _spans(
     record: Record, tokenizer: Any, messages: list[dict[str, Any]], text: str, more: dict[str, Any]
 ) -> list[tuple[int, int]]:
@@ -107,7 +123,7 @@ def _apply(record: Record, tokenizer: Any, messages: list[dict[str, Any]], **opt
     try:
         import jinja2
     except ModuleNotFoundError as error:
-        raise ConfigError("data: chat templates need jinja2. Type: pip install 'funclora[train]'") from error
+        raise ConfigError("chat templates need jinja2. Type: pip install 'funclora[train]'") from error
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

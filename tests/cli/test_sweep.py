@@ -615,7 +615,7 @@ def test_too_little_text_and_no_model(tmp_path: Path, llama: Path) -> None:
     data = jsonl(tmp_path / "texts.jsonl", ["w1 " * 12])
     with pytest.raises(ConfigError, match="held-out tokens, a window needs 9"):
         folder_task(llama, data, context=8, windows=2)
-    with pytest.raises(FormatError, match=r"not a folder with a config.json"):
+    with pytest.raises(FormatError, match=r"holds no config.json"):
         folder_task(tmp_path, data, context=8, windows=2)
     with pytest.raises(FormatError, match=r"none.jsonl: there is no such file"):
         folder_task(llama, tmp_path / "none.jsonl", context=8, windows=2)
@@ -623,10 +623,11 @@ def test_too_little_text_and_no_model(tmp_path: Path, llama: Path) -> None:
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text("{}")
     data = jsonl(tmp_path / "texts.jsonl", ["w1"])
     result = invoke("sweep", "--model", str(tmp_path), "--data", str(data), "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
-    assert "pip install transformers" in result.stderr
+    assert "pip install 'funclora[train]'" in result.stderr
 
 
 # Pictures and the comparison
