@@ -159,8 +159,6 @@ def _print_plan(plan: Plan, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from funclora.sweep.memory import readable
-
     table = Table(title="What is trained")
     for column, justify in (("target", "left"), ("rule", "left"), ("shape", "right"), ("rank", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -178,7 +176,7 @@ def _print_plan(plan: Plan, console: Console) -> None:
         ("a step", plan.memory.step),
         ("all", plan.memory.total),
     ):
-        memory.add_row(name, readable(size))
+        memory.add_row(name, f"{size / 2**20:,.1f} MiB")
     console.print(memory)
     total = plan.summary
     train, validation = plan.rows

@@ -135,7 +135,7 @@ class Run:
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}: the checkpoint of step {progress.step} cannot be written; "
-                f"{self.state()}. Make room, then go on with --resume",
+                f"{self.state()}, and --resume goes on",
                 str(file),
             ) from error
         self.last = progress.step

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from funclora.pipeline.adapters import Start
 from funclora.pipeline.examples import Data
 from funclora.pipeline.folder import CLASSES, load_model
 from funclora.pipeline.loop import Outcome
+from funclora.pipeline.reading import as_toml
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 
 ADAPTER, MERGED, CARD, CLASSES_FILE = "adapter", "merged", "README.md", "classes.json"
@@ -108,7 +108,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         "\n".join(head),
         f"# {'DoRA' if settings.method == 'dora' else 'LoRA'} adapter of {base.name}",
         "Trained by `funclora train`.",
-        _table("", facts),
+        _table(facts),
         "## How to load it",
         _usage(settings, len(base.classes)),
     ]
@@ -121,8 +121,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         )
     if data.notes:
         sections += ["## Data", "\n".join(f"- {note}" for note in data.notes)]
-    shown = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["group"] != "Output"}
-    sections += ["## Settings", _table("", {k: _plain(v) for k, v in shown.items() if v not in (None, ())})]
+    sections += ["## Settings", f"```toml\n{as_toml(settings).partition('# Output')[0].strip()}\n```"]
     return "\n\n".join(sections) + "\n"
 
 
@@ -159,20 +158,16 @@ def _usage(settings: Settings, n_classes: int) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("adapter")',
         ]
         if n_classes:
-            code += [f'classes = json.load(open("adapter/{CLASSES_FILE}"))']
-            code.insert(0, "import json\n")
+            code = ["import json", "from pathlib import Path", "", *code]
+            code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text())']
     return "\n".join(["```python", *code, "```"])
 
 
-def _table(title: str, rows: Mapping[str, str]) -> str:
+def _table(rows: Mapping[str, str]) -> str:
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", " ")
 
-    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {key} | {cell(value)} |" for key, value in rows.items())])
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {cell(value)} |" for key, value in rows.items())])
 
 
 def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: Path) -> None:
@@ -185,7 +180,6 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
         from safetensors.torch import save_file
 
         from funclora.demo.model import load_base
-        from funclora.demo.model import load_weights as load_weights
 
         model: Any = load_base()
         weights = merge(dequantize(base.params) if packed else base_params(model), adapters)

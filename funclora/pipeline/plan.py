@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
 from funclora._memory import Peak, nbytes
 from funclora._summary import Summary, summary
-from funclora.optim import apply_updates
 from funclora.pipeline.adapters import Start
 from funclora.pipeline.base import Base
-from funclora.pipeline.batches import Batches
-from funclora.pipeline.loop import gradient_of
-from funclora.pipeline.optimizer import Vectors, optimizer, total_steps
+from funclora.pipeline.examples import Data
 from funclora.pipeline.rows import IGNORED, Example
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.pipeline.setup import Ready
+from funclora.pipeline.step import Steps
 
 SHOWN = 2  # examples
 CHARACTERS = 1200  # of each
-PROBE = 64  # tokens of the longest row that is run to measure
+WHOLE = 1024  # tokens of a batch that is run as it is
+PROBE = 256  # tokens of the longest row of a part of a larger batch
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,10 @@ def plan(ready: Ready) -> Plan:
     """Look at a run without running it, but for three small steps that memory is measured on."""
     settings, data, start = ready.settings, ready.data, ready.start
     base = start.base
-    per_epoch = -(-len(data.train) // (settings.batch * settings.accumulation))
     return Plan(
         summary(base.params, start.adapters),
         memory(start, data.train, settings),
-        total_steps(settings, per_epoch),
+        Steps(base, start.adapters, data, settings).total,
         (len(data.train), len(data.validation)),
         max(len(example.ids) for example in data.train),
         tuple(shown(base, example) for example in data.train[:SHOWN]),
@@ -99,11 +95,11 @@ def plan(ready: Ready) -> Plan:
 
 
 def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
-    """The memory of the largest step, from what small ones take.
+    """The memory of the largest step. A small one is run and measured; of a larger one, parts.
 
     What a step takes beyond the weights is c + rows·(a·n + b·n²) for rows of n tokens: the constant is what does not
-    depend on the batch, the square what attention may keep. Three runs with one and two short rows say what c, a and
-    b are. Workspaces inside of kernels and the allocator's rounding are not seen.
+    depend on the batch, the square what attention may keep. Runs with one and two shorter rows say what they are.
+    Workspaces inside of kernels and the allocator's rounding are not seen.
 
     Args:
         start: the base and fresh adapters; nothing of it is changed.
@@ -114,8 +110,8 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
     longest = max(examples, key=lambda example: len(example.ids) + len(example.labels))
     n = len(longest.ids)
     rows = min(settings.batch, len(examples))
-    step = _step_of(base, start, settings)
-    if n < 8:  # too short to take a part of
+    step = _step_of(start, settings)
+    if n * rows <= WHOLE:
         used = step(_row(longest, n), rows)
     else:
         short = min(n, PROBE) // 2 * 2
@@ -125,33 +121,24 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
         b = max(0.0, (whole - 2 * (half - constant)) / (short**2 / 2))
         a = whole / short - b * short
         used = round(constant + rows * (a * n + b * n**2))
-    vectors = Vectors(start.adapters)
-    values = vectors.of(start.adapters)
-    state = optimizer(settings, 1).init(values)
+    steps = Steps(base, start.adapters, Data([longest], []), settings)
+    values = steps.vectors.of(start.adapters)
     # The values twice: as they are now, and as they were at the start.
-    return Memory(nbytes(list(base.params.values())), 2 * nbytes(values) + nbytes(state), used)
+    return Memory(nbytes(list(base.params.values())), 2 * nbytes(values) + nbytes(steps.init(values)), used)
 
 
-def _step_of(base: Base, start: Start, settings: Settings) -> Callable[[Example, int], int]:
-    """A function from a row and how often it is there to the most bytes that a step on it makes."""
-    gradient = gradient_of(base, replace(settings, compile=False))
-    vectors = Vectors(start.adapters)
-    values = vectors.of(start.adapters)
-    update = optimizer(settings, 100)
-    state = update.init(values)
+def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
+    """A function from a row, and how often it is there, to the most bytes that a step on it makes."""
+    micro = min(settings.accumulation, 2)  # with a second one there are sums
 
     def run(row: Example, rows: int) -> int:
-        batches = Batches(
-            [row] * rows, batch=rows, accumulation=1, seed=0, pad=base.tokenizer.pad_token_id, task=settings.task
-        )
-        with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []), Peak() as used:
-            (batch,) = batches.step(0)
-            _, grads = gradient(vectors.tree(values), {key: value.to(base.device) for key, value in batch.items()})
-            sums = vectors.of(grads)
-            with torch.no_grad():
-                updates, after = update.update(sums, state, params=values)
-                kept = apply_updates(values, updates), after
-        del kept
+        small = replace(settings, batch=rows, accumulation=micro, compile=False)
+        steps = Steps(start.base, start.adapters, Data([row] * rows * micro, []), small)
+        values = steps.vectors.of(start.adapters)
+        state = steps.init(values)
+        with Peak() as used:
+            made = steps(0, values, state)
+        del made
         return int(used.peak)
 
     return run

@@ -181,6 +181,11 @@ def test_every_example_is_packed_once(lengths: list[int], context: int) -> None:
     assert sum(len(row.ids) * 2 <= context for row in rows) <= 1
 
 
+def test_an_example_fills_what_is_left_of_a_row() -> None:
+    texts = [Example([i] * n, [i] * n, (n,), f"t:{i}") for i, n in enumerate([6, 5, 4, 3, 2])]
+    assert [row.lengths for row in pack(texts, 10)] == [(6, 4), (5, 3, 2)]
+
+
 def test_positions_of_padding_are_an_example_of_their_own() -> None:
     rows = [Example([1, 2, 3], [1, 2, 3], (2, 1), "a"), Example([4], [4], (1,), "b")]
     batch = collate(rows, pad=0, task="causal-lm")

@@ -213,7 +213,9 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tmp_path: Path) -> No
     ends = tokenizer(begins=True, ends=True)
     data = examples(tmp_path, [{"text": "ab"}], ends)
     assert ends.decode(data.train[0].ids) == "<s>ab</s>"
-    (pair,) = examples(tmp_path, [{"prompt": "ab", "completion": "cd"}], ends).train
+    data = examples(tmp_path, [{"prompt": "ab", "completion": "cd"}], ends)
+    (pair,) = data.train
+    assert data.notes == []  # the end of the prompt alone is no token that merges
     assert (ends.decode(pair.ids), said(ends, pair)) == ("<s>abcd</s>", ["cd</s>"])
 
 

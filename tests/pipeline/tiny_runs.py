@@ -16,7 +16,7 @@ from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.pipeline.base import Base
 from funclora.pipeline.examples import IGNORED, Data, Example
 from funclora.pipeline.journal import Journal
-from funclora.pipeline.loop import Outcome, train
+from funclora.pipeline.loop import train
 from funclora.pipeline.settings import CAUSAL, Settings
 from funclora.pipeline.tokenizer import ByteTokenizer
 
@@ -84,7 +84,8 @@ def settings(out: Path, **options: Any) -> Settings:
 
 def run(
     given: Settings, base: Base | None = None, rows: Data | None = None, adapters: Any = None
-) -> tuple[Outcome, Journal]:
+) -> tuple[Any, Journal]:
+    """The outcome, and what was told."""
     base = base or byte_base()
     adapters = adapters or fresh(base, given)
     with Journal(given, quiet=True) as journal:
@@ -104,3 +105,11 @@ def same(got: Any, want: Any) -> None:
     for name, rule in want.items():
         for leaf in rule.leaves:
             assert torch.equal(getattr(got[name], leaf), getattr(rule, leaf)), (name, leaf)
+
+
+def close(got: Any, want: Any, tolerance: float) -> None:
+    """Adapters alike, up to rounding."""
+    assert {*got} == {*want}
+    for name, rule in want.items():
+        for leaf in rule.leaves:
+            torch.testing.assert_close(getattr(got[name], leaf), getattr(rule, leaf), rtol=tolerance, atol=tolerance)
