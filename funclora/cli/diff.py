@@ -26,7 +26,7 @@ def diff(
 ) -> None:
     """What two adapters do to each weight: targets, norms, angle, distance, and how much their subspaces overlap.
 
-    cosine is that of the angle between the updates; distance is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) say how much of
+    cosine is that of the angle between the updates; dist. is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) say how much of
     the smaller subspace of the factors lies in the larger one, from 0 to 1 (LoRA paper, section 7.2); random ones come
     to about r divided by the width of the layer. Of DoRA without --base, s·B·A is compared.
 
@@ -65,13 +65,13 @@ def _print(found: Difference, plot: Path | None) -> None:
     console.print(escape(f"A: {found.folders[0]}\nB: {found.folders[1]}"), highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("weight", overflow="fold")
-    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "distance", "φ(A)", "φ(B)"):
+    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
         table.add_column(column, justify="left" if column in ("A", "B") else "right")
     for row in found.rows:
         overlap = [between(row.similarity[of].whole) if of in row.similarity else "–" for of in ("A", "B")]
         numbers = (number(row.update.cosine, "+.3f"), number(row.update.relative_distance, ".3f"))
         norms = (number(norm) for norm in row.update.norms)
-        sides = ("–" if side is None else words(side.rule, side.r, side.scaling) for side in row.sides)
+        sides = ("–" if side is None else words(side.rule, side.r, None) for side in row.sides)
         table.add_row(escape(short(row.update.name)), *sides, *norms, *numbers, *overlap)
     console.print(table)
     only = [sum(row.sides[other] is None for row in found.rows) for other in (1, 0)]
