@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +188,3 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
 
 def test_types_are_those_of_the_library() -> None:
     assert [kind.value for kind in Type] == list(algebra.COMBINATION_TYPES)
-
-
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys, typer.testing; from funclora.cli._app import app;"
-        "r = typer.testing.CliRunner().invoke(app, ['combine', '--help']);"
-        "assert r.exit_code == 0 and '--density' in r.output, r.output; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

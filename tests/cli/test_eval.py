@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,12 +178,3 @@ def test_every_token_but_the_first_is_predicted_once() -> None:
         windows = cut([document, [7], []], context)
         assert [token for window in windows for token in window[1:]] == document[1:]
         assert all(len(window) <= context + 1 for window in windows)
-
-
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from funclora.cli._app import app; "
-        "r = CliRunner().invoke(app, ['eval', '--help']); print(r.exit_code, 'torch' in sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert out.split() == ["0", "False"]

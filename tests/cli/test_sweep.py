@@ -538,17 +538,6 @@ def test_if_no_loss_stays_finite_the_command_says_so(tmp_path: Path) -> None:
     assert "no member's loss stayed finite" in result.stderr
 
 
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; from funclora.cli._app import app; app(['sweep', '--help'], standalone_mode=False); "
-        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(funclora.__file__).parents[1])}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode == 0
-    )
-
-
 # Other models
 
 
