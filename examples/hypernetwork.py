@@ -25,7 +25,7 @@ class Result(NamedTuple):
     base: float  # mean squared error on new tasks: of the base model
     answered: float  # with the adapters that the hypernetwork makes
     shuffled: float  # with those that it makes for other tasks
-    trained: float  # with an adapter trained on the same examples, for as many steps as `tuned` takes
+    trained: float  # with an adapter trained on the same examples
     base_unchanged: bool
 
 
@@ -73,7 +73,7 @@ def draw(tasks: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     return x, height * torch.sin(x + phase)
 
 
-def tuned(model: nn.Module, params: Any, like: Any, x: Tensor, y: Tensor, steps: int = 100) -> list[Any]:
+def tuned(model: nn.Module, params: Any, like: Any, x: Tensor, y: Tensor, steps: int) -> list[Any]:
     """An adapter for each task, trained on its examples: a population."""
     stack = fl.stack([like] * len(x))
     optimizer = fl.optim.per_member(fl.optim.adamw, lr=[1e-2] * len(x))
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> Result:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--examples", type=int, default=10, help="that it sees of a task")
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--tuning-steps", type=int, default=100, help="of the adapters that it is compared with")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -129,13 +130,13 @@ def main(argv: list[str] | None = None) -> Result:
     unchanged = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     result = Result(
         F.mse_loss(model(x), y).item(), error(made), error(made[1:] + made[:1]),
-        error(tuned(model, params, like, x_seen, y_seen)), unchanged,
+        error(tuned(model, params, like, x_seen, y_seen, options.tuning_steps)), unchanged,
     )  # fmt: skip
     print(f"mean squared error on 64 new waves, of which {options.examples} points are known:")
     print(f"  the base model                           {result.base:.4f}")
     print(f"  adapters made by the hypernetwork        {result.answered:.4f}")
     print(f"  adapters that it made for other waves    {result.shuffled:.4f}")
-    print(f"  adapters trained for 100 steps           {result.trained:.4f}")
+    print(f"  adapters trained for {options.tuning_steps:4} steps          {result.trained:.4f}")
     return result
 
 
