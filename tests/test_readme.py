@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,9 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = pages(settings["nav"])
     assert len(listed) == len(set(listed))
     assert set(listed) >= {str(page.relative_to(DOCS)) for page in PAGES if page != README}
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text(encoding="utf-8").replace("\n", " "))
+    assert len(targets) > 10
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
