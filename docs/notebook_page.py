@@ -1,4 +1,4 @@
-"""Makes a page of the notebook when mkdocs builds the site: its text, its code, and the outputs that are stored in it."""
+"""Makes a page of the notebook when mkdocs builds the site: its text, its code, and the outputs stored in it."""
 
 import base64
 import json

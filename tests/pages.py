@@ -17,7 +17,8 @@ PAGES = (README, *sorted(DOCS.rglob("*.md")))
 
 FENCE = re.compile(r"(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>.*)")
 INFO = re.compile(r"(?P<language>\w*)(?:\s+title=\"(?P<title>[^\"]*)\")?")
-SNIPPET = re.compile(r"--8<-- \"(?P<file>[^\":]+)(?::(?P<section>[\w-]+))?\"")
+# This form of a snippet is no Python, so that formatters of code leave it alone.
+SNIPPET = re.compile(r"^--8<--\n(?P<file>[^:\n]+)(?::(?P<section>[\w-]+))?\n--8<--$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
