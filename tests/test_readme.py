@@ -64,7 +64,7 @@ def same(place: str, ours: Any, theirs: Any) -> None:
     """Numbers, and those of tensors and lists, agree to rounding; all else is equal."""
     if isinstance(theirs, list):
         assert isinstance(ours, list), place
-        assert len(ours) == len(theirs), place
+        assert len(ours) == len(theirs) > 0, place
         for one, other in zip(ours, theirs, strict=True):
             same(place, one, other)
     elif isinstance(theirs, (torch.Tensor, float)):
