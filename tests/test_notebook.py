@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "demo.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
 AGAIN = "write it anew: jupyter execute --inplace examples/demo.ipynb"
 NUMBER = re.compile(r"\d+\.\d+")
 VARIES = "varies"  # tag of cells whose text hangs on rounding: samples of a trained model
@@ -61,3 +64,18 @@ def test_the_stored_outputs_are_those_of_the_code(tmp_path: Path) -> None:
         if VARIES not in old.metadata.get("tags", []):
             assert same_text(text, new_text), f"{AGAIN}\nstored:\n{text}\nnow:\n{new_text}"
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_page_of_the_site_has_all_of_it() -> None:
+    spec = importlib.util.spec_from_file_location("notebook_page", ROOT / "docs" / "notebook_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text, pictures = module.page(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
+    for cell in nbformat.read(NOTEBOOK, 4).cells:
+        assert cell.source in text
+        if cell.cell_type == "code":
+            assert shown(cell)[0].strip() in text
+    assert all(f"]({name})" in text and data.startswith(b"\x89PNG") for name, data in pictures.items())
+    assert len(pictures) == sum("image/png" in shown(cell)[1] for cell in stored())

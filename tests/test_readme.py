@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,14 @@ import torch
 import yaml
 from pages import DOCS, PAGES, README, ROOT, Block, blocks
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 RUN = {"python"}
 CHECKED = {"sh", "console"}  # by test_pages_commands.py
-SHOWN = {"text", "json", "yaml", "toml"}  # what stands in a file, or is printed
+SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or is printed
 
 # What other libraries warn of, which no page can help.
 QUIET = {
@@ -88,6 +95,31 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
             f"{block.place}: expected one of {known}, got {block.language!r}"
         )
         assert block.title in ("", "PEFT", "funclora") or block.language != "python", block.place
+
+
+def read(block: Block) -> None:
+    """Read what stands in a file, as a program would."""
+    if block.language == "json":
+        json.loads(block.code)
+    elif block.language == "jsonl":
+        for line in block.code.splitlines():
+            json.loads(line)
+    elif block.language == "yaml":
+        yaml.safe_load(block.code)
+    elif block.language == "toml":
+        tomllib.loads(block.code)
+
+
+@pytest.mark.parametrize("page", [named(page) for page in PAGES if any(b.language in SHOWN for b in blocks(page))])
+def test_what_stands_in_a_file_can_be_read(page: Path) -> None:
+    for block in blocks(page):
+        read(block)
+
+
+def test_a_file_that_cannot_be_read_is_found() -> None:
+    for language, text in [("json", "{"), ("jsonl", "{}\n{"), ("yaml", "a: ["), ("toml", "a = ")]:
+        with pytest.raises((ValueError, yaml.YAMLError)):
+            read(Block(README, 1, language, "", text))
 
 
 def test_a_script_on_a_page_is_run_by_the_tests_of_the_examples() -> None:
