@@ -125,7 +125,7 @@ def train_step(
         params: Params, adapters: Adapters, state: Any, batch: Any, *, seed: int | None = None
     ) -> tuple[dict[str, Rule], Any, dict[str, Any]]:
         tree: Any = optree.tree_map(torch.Tensor.detach, cast(Any, dict(adapters)))
-        with _seeded(seed, tree):
+        with seeded(seed, tree):
             parts = [gradient(model, params, tree, part) for part in micro_batches(batch, accumulate)]
         grads = mean([grads for _, grads in parts])
         loss = mean([loss for (loss, _), _ in parts])
@@ -261,7 +261,7 @@ def mean(trees: list[Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, adapters: Any) -> Iterator[None]:
+def seeded(seed: int | None, adapters: Any) -> Iterator[None]:
     """Draw from generators seeded for this block alone; with None, from the global ones."""
     if seed is None:
         yield

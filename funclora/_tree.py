@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import optree
 import torch.utils._pytree as torch_pytree
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
+from torch import Tensor
 
 C = TypeVar("C", bound=type[Any])
 
@@ -50,3 +51,22 @@ def pytree_node(cls: C) -> C:
         flatten_with_keys_fn=flatten_with_keys,
     )
     return cls
+
+
+def leaf_keys(spec: optree.PyTreeSpec) -> list[str]:
+    """A name for each leaf: the way to it, with slashes.
+
+    Examples:
+        >>> leaf_keys(optree.tree_structure({"a": [1, 2]}))
+        ['a/0', 'a/1']
+    """
+    return ["/".join(map(str, path)) for path in spec.paths()]
+
+
+def keyed_copies(tree: Any) -> dict[str, Tensor]:
+    """The leaves by `leaf_keys`, on the CPU, contiguous and each with memory of its own: what safetensors can write."""
+    leaves, spec = optree.tree_flatten(tree)
+    return {
+        key: leaf.detach().cpu().contiguous().clone()
+        for key, leaf in zip(leaf_keys(spec), leaves, strict=True)
+    }

@@ -1,6 +1,8 @@
 """The example scripts, at a small size: what each of them sets out to show is so."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ def load(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up the module of their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -219,3 +222,23 @@ def test_ensemble() -> None:
     assert result.ensemble.calibration < 0.6 * result.single.calibration
     assert result.ensemble.confidence_far < result.single.confidence_far - 0.1
     assert result.error_of_sure < 0.7 * result.error_of_unsure
+
+
+def test_lora_vs_dora(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = run("lora_vs_dora", "--quick", f"--out={tmp_path}")
+    assert result.methods == ["LoRA", "DoRA", "full", "random"]
+    for method in result.methods:
+        (found,) = result.matched(method)
+        assert all(len(moved.rows) == 2 * 28 for moved in found.moved.values())
+        if method != "random":
+            assert found.losses[8] < 0.95 * result.base_loss
+    assert "| correlation of ΔM and ΔD, per output | LoRA | DoRA | full | random |" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lora-vs-dora.json", "lora-vs-dora.png"]
+
+
+def test_the_page_of_lora_vs_dora_has_the_numbers_of_its_file() -> None:
+    docs = EXAMPLES.parent / "docs"
+    found = json.loads((docs / "lora-vs-dora.json").read_text(encoding="utf-8"))
+    page = (docs / "lora-vs-dora.md").read_text(encoding="utf-8")
+    for table in load("lora_vs_dora").tables(found).split("\n\n"):
+        assert table in page

@@ -9,8 +9,10 @@ def main() -> None:
     """Entry point of `funclora`."""
     try:
         from funclora.cli._app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit(f"funclora's commands need {error.name}. Type: pip install 'funclora[demo]'")
+        sys.exit(f"funclora's commands need {error.name}. Type: pip install 'funclora[cli]'")
     app()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._fail import fail
+from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from funclora.io.combine import CombinedFolders
@@ -65,38 +65,36 @@ def combine(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="In which the factors are written.")] = Dtype.float32,
     overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is in OUT.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Combine saved adapters into one, as PEFT's add_weighted_adapter does, without loading a model.
 
     cat is the exact weighted sum, whose rank is the sum of the ranks. svd is its best approximation of a given rank.
     The types that end in _svd act on the changes of the weights, as their papers say; the same without _svd act on
     the factors A and B, which is another operation.
+
+    Examples:
+        funclora combine code prose -o both --weights 0.7,0.3 --rank 8
+        funclora combine code prose -o both --type ties_svd --density 0.5
     """
-    from funclora.errors import FuncloraError
-
-    try:
-        found = _combined(
-            adapters,
-            out,
-            _numbers(weights),
-            type_.value,
-            base=base,
-            dtype=dtype.value,
-            overwrite=overwrite,
-            seed=seed,
-            svd_rank=rank,
-            svd_clamp=svd_clamp,
-            density=density,
-            majority_sign_method=majority_sign_method.value,
-        )
-    except (FuncloraError, OSError) as error:
-        fail("combine", str(error))
-    report = _report(found, adapters, _numbers(weights) or [1.0] * len(adapters), type_.value, out)
+    factors = _numbers(weights)
+    found = _combined(
+        adapters,
+        out,
+        factors,
+        type_.value,
+        base=base,
+        dtype=dtype.value,
+        overwrite=overwrite,
+        seed=seed,
+        svd_rank=rank,
+        svd_clamp=svd_clamp,
+        density=density,
+        majority_sign_method=majority_sign_method.value,
+    )
+    report = _report(found, adapters, factors or [1.0] * len(adapters), type_.value, out)
     if json:
-        from json import dumps
-
-        typer.echo(dumps(report, indent=2))
+        print_json(report)
     else:
         _print(report)
 
@@ -106,8 +104,10 @@ def _numbers(text: str | None) -> list[float] | None:
         return None
     try:
         return [float(part) for part in text.split(",")]
-    except ValueError:
-        fail("combine", f"--weights: expected numbers with commas between, as 0.7,-0.3, got {text!r}.")
+    except ValueError as error:
+        from funclora.errors import ConfigError
+
+        raise ConfigError(f"--weights: expected numbers with commas between, as 0.7,-0.3, got {text!r}.") from error
 
 
 def _combined(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from funclora.cli._fail import fail
+from funclora.cli._output import AsJson, print_json
 
 
 class Format(str, Enum):
@@ -34,27 +34,35 @@ def convert(
     from_: Annotated[Format | None, typer.Option("--from", help="Read this format.", show_default=False)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the factors in a new file; else float32.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is in OUT.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Convert a PEFT folder to a GGUF file that llama.cpp takes with --lora, or such a file to a PEFT folder.
 
     Only the structure of the base model is read, not its weights, unless the adapter's folder holds some of them.
+
+    Examples:
+        funclora convert adapter --to gguf --base model -o adapter.gguf
+        funclora convert adapter.gguf --from gguf --base model -o adapter
     """
+    from funclora.errors import ConfigError
+
     if (to is None) == (from_ is None):
-        fail("convert", "give one of --to gguf and --from gguf.")
+        raise ConfigError("give one of --to gguf and --from gguf.")
     if from_ is not None and dtype is not None:
-        fail("convert", "--dtype is for --to gguf. Leave it out.")
-    from funclora.errors import FuncloraError
+        raise ConfigError("--dtype is for --to gguf. Leave it out.")
+    if to is not None:
+        facts = _to_gguf(adapter, out, base, (dtype or Dtype.float32).value, overwrite=overwrite)
+        words = "{out}: {updates} updates in {dtype}, {bytes:,} bytes"
+    else:
+        facts = _from_gguf(adapter, out, base, overwrite=overwrite)
+        words = "{out}: {updates} updates, r={r}, lora_alpha={lora_alpha:g}"
+    if json:
+        print_json(facts)
+    else:
+        typer.echo(words.format(**facts))
 
-    try:
-        if to is not None:
-            _to_gguf(adapter, out, base, (dtype or Dtype.float32).value, overwrite=overwrite)
-        else:
-            _from_gguf(adapter, out, base, overwrite=overwrite)
-    except (FuncloraError, OSError) as error:
-        fail("convert", str(error))
 
-
-def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> None:
+def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> dict[str, Any]:
     import torch
 
     from funclora.cli._base import base_model
@@ -70,10 +78,10 @@ def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool
     model = base_model(base, weights=weights)
     adapters, _ = load_peft(folder, model)
     save_gguf(out, adapters, model, dtype=getattr(torch, dtype))
-    typer.echo(f"{out}: {len(adapters)} updates in {dtype}, {out.stat().st_size:,} bytes")
+    return {"out": out, "updates": len(adapters), "dtype": dtype, "bytes": out.stat().st_size}
 
 
-def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> None:
+def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> dict[str, Any]:
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
     from funclora.io._peft_config import CONFIG_FILE
@@ -84,4 +92,4 @@ def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")
     adapters, config = load_gguf(file, base_model(base, weights=False))
     save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
-    typer.echo(f"{out}: {len(adapters)} updates, r={config.r}, lora_alpha={config.lora_alpha:g}")
+    return {"out": out, "updates": len(adapters), "r": config.r, "lora_alpha": config.lora_alpha}

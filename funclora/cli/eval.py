@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._fail import fail
+from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,13 +33,17 @@ def evaluate(
         int | None, typer.Option(min=1, help="MiB that a pass may take besides model and adapters.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and, with several files, heatmap.png.")] = None,
 ) -> None:
     """Evaluate saved adapters on texts, all of them in one pass: loss in nats per token, and perplexity.
 
     Every token of a text but the first is predicted once, from at most CONTEXT tokens before it. The base model
     stands in the first row. For the demo's model the tokens are bytes.
+
+    Examples:
+        funclora eval adapters --data heldout.txt
+        funclora eval code prose --data code.jsonl --data prose.jsonl --model model --rows 64 --out results
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -47,41 +51,36 @@ def evaluate(
     if out is not None and len(data) > 1:
         try:
             import matplotlib  # noqa: F401 -- before the work, not after
-        except ModuleNotFoundError:
-            fail(
-                "eval",
-                "--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'",
-            )
+        except ModuleNotFoundError as error:
+            from funclora.errors import UnsupportedError
+
+            raise UnsupportedError(
+                "--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'"
+            ) from error
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    console, found, failure = Console(stderr=True), None, ""
+    console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        from funclora.cli._losses import InputError, losses
-        from funclora.errors import FuncloraError
+        from funclora.cli._losses import losses
 
         def progress(description: str, total: int) -> None:
             bar.update(task, total=total, advance=1, description=description)
 
-        try:
-            found = losses(
-                adapters,
-                data,
-                model=model,
-                field=field,
-                context=context,
-                rows=rows,
-                memory=None if memory is None else memory << 20,
-                device=device,
-                progress=progress,
-            )
-            if out is not None:
-                found.write(out)
-        except (InputError, FuncloraError, OSError) as error:
-            failure = str(error)
-    if found is None or failure:
-        fail("eval", failure)
+        found = losses(
+            adapters,
+            data,
+            model=model,
+            field=field,
+            context=context,
+            rows=rows,
+            memory=None if memory is None else memory << 20,
+            device=device,
+            progress=progress,
+        )
+        if out is not None:
+            found.write(out)
     if json:
-        typer.echo(found.json())
+        print_json(found.tree())
     else:
         _report(found, Console())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._fail import fail
+from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,45 +35,44 @@ def extract(
     niter: Annotated[
         int | None, typer.Option(min=0, help="Power iterations of a randomised decomposition; else the exact one.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: AsJson = False,
 ) -> None:
-    """The low-rank adapter that is nearest to a full fine-tuning, and what it leaves out of each weight."""
+    """The low-rank adapter that is nearest to a full fine-tuning, and what it leaves out of each weight.
+
+    Examples:
+        funclora extract base tuned -o adapter --rank 16
+        funclora extract base tuned -o adapter --rank 16 --targets q_proj --targets v_proj --save-rest
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from funclora.errors import ConfigError
+
     if save_rest and ignore_rest:
-        fail("extract", "--save-rest and --ignore-rest: give one of them.")
+        raise ConfigError("--save-rest and --ignore-rest: give one of them.")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    console, report, failure = Console(stderr=True), None, ""
+    console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, description="weights")
 
-        from funclora.errors import FuncloraError
         from funclora.io.extract import extract_adapter
 
-        try:
-            report = extract_adapter(
-                base,
-                tuned,
-                out,
-                r=rank,
-                target_modules=targets or "all-linear",
-                target_parameters=target_parameters,
-                rest="save" if save_rest else "ignore" if ignore_rest else "error",
-                niter=niter,
-                progress=progress,
-            )
-        except (FuncloraError, OSError) as error:
-            failure = str(error)
-    if report is None:
-        fail("extract", failure)
+        report = extract_adapter(
+            base,
+            tuned,
+            out,
+            r=rank,
+            target_modules=targets or "all-linear",
+            target_parameters=target_parameters,
+            rest="save" if save_rest else "ignore" if ignore_rest else "error",
+            niter=niter,
+            progress=progress,
+        )
     if json:
-        import json as text
-
-        typer.echo(text.dumps({"out": str(out), "r": rank} | asdict(report), indent=2))
+        print_json({"out": out, "r": rank} | asdict(report))
     else:
         _print(report, Console(), out)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._fail import fail
+from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,31 +30,31 @@ def merge(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result again and compare it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Merge adapters into a model's folder, block by block: the model is never in memory.
 
     The result is a complete folder, with configuration and tokenizer, or nothing: it gets its name at the end.
-    """
-    import warnings
 
+    Examples:
+        funclora merge model adapter -o merged --verify
+        funclora merge model code prose -o merged --weight 0.7 --weight 0.3 --dtype bfloat16
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from funclora.errors import ConfigError
+
     if dtype is not None and dtype not in _DTYPES:
-        fail("merge", f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        raise ConfigError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
     columns = (
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    console, report, failure = Console(stderr=True), None, ""
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
-        warnings.simplefilter("always")
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the adapters", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -63,32 +63,21 @@ def merge(
 
         import torch
 
-        from funclora.errors import FuncloraError, FuncloraWarning
         from funclora.io.hf import merge_checkpoint
 
-        try:
-            report = merge_checkpoint(
-                base,
-                adapters,
-                out,
-                weights=weight or None,
-                dtype=None if dtype is None else getattr(torch, dtype),
-                max_shard_size=max_shard_size,
-                verify=verify,
-                dry_run=dry_run,
-                progress=progress,
-            )
-        except (FuncloraError, OSError) as error:
-            failure = str(error)
-    for warning in caught:
-        if issubclass(warning.category, FuncloraWarning):
-            typer.echo(f"funclora merge: warning: {' '.join(str(warning.message).split())}", err=True)
-    if report is None:
-        fail("merge", failure)
+        report = merge_checkpoint(
+            base,
+            adapters,
+            out,
+            weights=weight or None,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            max_shard_size=max_shard_size,
+            verify=verify,
+            dry_run=dry_run,
+            progress=progress,
+        )
     if json:
-        import json as text
-
-        typer.echo(text.dumps(_plain(report, out, dry_run=dry_run), indent=2))
+        print_json(_plain(report, out, dry_run=dry_run))
     else:
         _print(report, Console(), out, dry_run=dry_run)
 

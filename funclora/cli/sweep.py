@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,42 +56,36 @@ def sweep(
     model: Annotated[Path | None, typer.Option(help="Folder of a transformers causal language model.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL file with a text in every line, for --model.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Search learning rate, rank, alpha, targets, method and seed, with all candidates trained together.
 
     Without options: 32 members on a part of the demo's texts, a minute or two on two cores, nothing is downloaded.
     Killed at any moment, the same command goes on where the search was and ends with the same result.
+
+    Examples:
+        funclora sweep --out search
+        funclora sweep --model model --data texts.jsonl --lr 1e-4:1e-2 --rank 4,16 --random 32 --steps 300
     """
-    from funclora.errors import ConfigError, FuncloraError
+    from funclora.errors import ConfigError
 
-    try:
-        if (model is None) != (data is None):
-            raise ConfigError("--model and --data belong together: give both, or neither for the demo's model.")
-        from funclora.sweep.space import Space
+    if (model is None) != (data is None):
+        raise ConfigError("--model and --data belong together: give both, or neither for the demo's model.")
+    from funclora.sweep.space import Space
 
-        space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
-        members = space.draws(random, seed) if random else space.grid()
-        from funclora.sweep.memory import parse_size
-        from funclora.sweep.settings import Settings
-        from funclora.sweep.task import demo_task, folder_task
+    space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
+    members = space.draws(random, seed) if random else space.grid()
+    from funclora.sweep.memory import parse_size
+    from funclora.sweep.settings import Settings
+    from funclora.sweep.task import demo_task, folder_task
 
-        settings = Settings(
-            steps, batch, every, halving, rungs, warmup, clip, weight_decay, parse_size(memory) if memory else None,
-            population,
-        )  # fmt: skip
-        sizes: dict[str, Any] = {"context": context, "windows": windows, "device": device}
-        task = (
-            folder_task(model, data, **sizes) if model is not None and data is not None else demo_task(domain, **sizes)
-        )
-        _run(out, task, members, settings, {"source": task.name, **sizes}, save, as_json)
-    except (FuncloraError, OSError) as error:
-        message = " ".join(str(error).split())
-        typer.echo(json.dumps({"error": message}) if as_json else f"error: {message}", err=not as_json)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo(f"Stopped. The same command goes on with {out}.", err=True)
-        raise typer.Exit(130) from error
+    settings = Settings(
+        steps, batch, every, halving, rungs, warmup, clip, weight_decay, parse_size(memory) if memory else None,
+        population,
+    )  # fmt: skip
+    sizes: dict[str, Any] = {"context": context, "windows": windows, "device": device}
+    task = folder_task(model, data, **sizes) if model is not None and data is not None else demo_task(domain, **sizes)
+    _run(out, task, members, settings, {"source": task.name, **sizes}, save, json)
 
 
 def _run(
@@ -189,7 +184,7 @@ def _report(search: Search, resumed: int, console: Any, as_json: bool) -> None:
             "notes": status.notes,
             "adapters": adapters,
         }
-        typer.echo(json.dumps(outcome))
+        print_json(outcome)
         return
     for note in status.notes:
         console.print(note, style="dim", highlight=False)

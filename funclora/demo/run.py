@@ -135,7 +135,7 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
     prompt = "class "
     continuations = {t.name: _continue(model, params, t, prompt, settings.seed) for t in (trained[0], trained[-1])}
     results = Results(settings, trained, seconds, base, losses, merge_error, trained[0].name, prompt, continuations)
-    (out / "results.json").write_text(json.dumps(_as_json(results), indent=2) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(as_json(results), indent=2) + "\n", encoding="utf-8")
     return results
 
 
@@ -208,7 +208,8 @@ def _continue(model: ByteLM, params: Params, trained: Trained, prompt: str, seed
     return text.decode("utf-8", "replace")
 
 
-def _as_json(results: Results) -> dict[str, object]:
+def as_json(results: Results) -> dict[str, object]:
+    """What `results.json` holds."""
     return {
         "settings": asdict(results.settings),
         "base": results.base,

@@ -10,9 +10,18 @@ from typing import Any
 
 CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ = TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq")
 
+RUN_FILE = "run.toml"  # in the folder of a run: its settings
+
 
 def _key(default: Any, group: str, text: str, **limits: Any) -> Any:
-    """A key: its default, the group it is listed in, what it means, and what it may be (`choices`, `least`)."""
+    """A key: its default, its group, what it means, and what it may be.
+
+    Args:
+        default: the value where nothing is given.
+        group: what it is listed under.
+        text: one line of help.
+        **limits: `choices`; `least` and `most`, inclusive; `above` and `below`, exclusive.
+    """
     return field(default=default, metadata={"group": group, "help": text, **limits})
 
 
@@ -34,7 +43,9 @@ class Settings:
 
     data: Path | None = _key(None, "Data", "JSONL, JSON, CSV or Parquet file, text file, or folder of texts.")
     validation: Path | None = _key(None, "Data", "Data to evaluate on; else a part of --data is held out.")
-    validation_split: float = _key(0.05, "Data", "Share of --data that is held out without --validation.", least=0.0)
+    validation_split: float = _key(
+        0.05, "Data", "Share of --data that is held out without --validation.", least=0.0, below=1.0
+    )
     text_field: str = _key("text", "Data", "Field of plain text, and of the text to classify.")
     label_field: str = _key("label", "Data", "Field of the class (sequence), or of the classes (token).")
     train_on: str = _key(
@@ -47,7 +58,7 @@ class Settings:
     rank: int = _key(16, "Adapter", "Rank.", least=1)
     alpha: float = _key(32.0, "Adapter", "Scaling is alpha / rank.", above=0.0)
     rslora: bool = _key(False, "Adapter", "Scaling is alpha / sqrt(rank).")
-    dropout: float = _key(0.0, "Adapter", "Dropout on the adapters' inputs.", least=0.0)
+    dropout: float = _key(0.0, "Adapter", "Dropout on the adapters' inputs.", least=0.0, below=1.0)
     targets: tuple[str, ...] = _key(("all-linear",), "Adapter", "Names of the modules to adapt, or all-linear.")
     modules_to_save: tuple[str, ...] = _key((), "Adapter", "Modules trained whole, such as a new head.")
     init: str = _key("true", "Adapter", "PEFT's init_lora_weights: true, gaussian, orthogonal, pissa, olora, ...")
@@ -65,7 +76,9 @@ class Settings:
     bf16: bool = _key(False, "Training", "Compute in bfloat16 (autocast).")
     checkpointing: bool = _key(False, "Training", "Recompute activations in backward.")
     compile: bool = _key(False, "Training", "torch.compile the loss and its gradient.")
-    seed: int = _key(0, "Training", "Of initial values, dropout, held-out part and data order.")
+    seed: int = _key(
+        0, "Training", "Of initial values, dropout, held-out part and data order.", least=0, most=2**63 - 1
+    )
 
     eval_every: int = _key(0, "Evaluation", "Steps between evaluations; 0: at the end only.", least=0)
     patience: int = _key(0, "Evaluation", "Stop after this many evaluations without a better one; 0 never.", least=0)

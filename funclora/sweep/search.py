@@ -19,6 +19,7 @@ from torch import Tensor
 import funclora as fl
 from funclora._population import Population
 from funclora._stack import Stack
+from funclora._tree import keyed_copies, leaf_keys
 from funclora.errors import ConfigError
 from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation
@@ -221,7 +222,7 @@ class Search:
         for i in group:
             if i not in lost:
                 self._record(i, point, sums[i] / (point - start), heldout[i], seconds)
-        self.store.commit({i: _tensors(tree) for i, tree in trees.items() if i not in lost})
+        self.store.commit({i: keyed_copies(tree) for i, tree in trees.items() if i not in lost})
         self._tell("training")
 
     def _record(self, i: int, step: int, train: float | None, heldout: float | None, seconds: float) -> None:
@@ -296,7 +297,7 @@ class Search:
             like: Any = {"adapters": members[0], "state": state[0]}
             self._specs[i] = optree.tree_structure(like)
         spec, stored = self._specs[i], self.store.load(i)
-        tree: dict[str, Any] = spec.unflatten([stored[key].to(self.task.device) for key in _keys(spec)])
+        tree: dict[str, Any] = spec.unflatten([stored[key].to(self.task.device) for key in leaf_keys(spec)])
         return tree
 
     # Telling
@@ -328,12 +329,3 @@ class Search:
             n = math.ceil(n / self.settings.halving) if self.settings.halving > 1 else n
             steps = [cut] * n
         return total
-
-
-def _keys(spec: Any) -> list[str]:
-    return ["/".join(map(str, path)) for path in spec.paths()]
-
-
-def _tensors(tree: Any) -> dict[str, Tensor]:
-    leaves, spec = optree.tree_flatten(tree)
-    return {key: leaf.detach().cpu().contiguous().clone() for key, leaf in zip(_keys(spec), leaves, strict=True)}

@@ -1,0 +1,40 @@
+"""What a command prints for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")]
+
+
+def print_json(tree: Any) -> None:
+    """One JSON value on stdout. Numbers that JSON does not have (NaN, infinity) are null, paths are text."""
+    typer.echo(json_text(tree))
+
+
+def json_text(tree: Any) -> str:
+    """The same text, for a file."""
+    return json.dumps(finite(tree), indent=2, default=str, allow_nan=False)
+
+
+def json_line(tree: Any) -> str:
+    """The same in one line, for a file of JSONL."""
+    return json.dumps(finite(tree), ensure_ascii=False, default=str, allow_nan=False)
+
+
+def finite(tree: Any) -> Any:
+    """The same tree with None for each number that is not finite.
+
+    Examples:
+        >>> finite({"loss": [1.5, float("nan")], "n": 3})
+        {'loss': [1.5, None], 'n': 3}
+    """
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

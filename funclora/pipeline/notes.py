@@ -1,0 +1,36 @@
+"""What was cut, left out or not used: counted, so that a run can say it."""
+
+from __future__ import annotations
+
+
+class Notes:
+    """Counts of what happened to records.
+
+    Examples:
+        >>> notes = Notes()
+        >>> notes.count("cut off after 512 tokens", "a.jsonl:3")
+        >>> notes.count("cut off after 512 tokens", "a.jsonl:9")
+        >>> notes.lines()
+        ['2 examples cut off after 512 tokens; the first is a.jsonl:3.']
+    """
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+        self._counts: dict[str, tuple[int, str]] = {}
+
+    def say(self, line: str) -> None:
+        """Take down a line."""
+        self._said.append(line)
+
+    def count(self, what: str, where: str) -> None:
+        """Take down one more example that is `what`, a participle."""
+        n, first = self._counts.get(what, (0, where))
+        self._counts[what] = n + 1, first
+
+    def lines(self) -> list[str]:
+        """All of it, a line each."""
+        counted = [
+            f"{n} example{'s' if n > 1 else ''} {what}; the first is {where}."
+            for what, (n, where) in self._counts.items()
+        ]
+        return [*self._said, *counted]

@@ -1,0 +1,157 @@
+"""Runs killed by SIGKILL, at random and at each moment in which they write, and resumed until they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import run, same, settings
+
+from funclora.pipeline import loop
+from funclora.pipeline.checkpoint import CHECKPOINTS, RUN
+
+HERE = Path(__file__).parent
+
+
+class Server:
+    """Children that train; see `run_server`."""
+
+    def __init__(self) -> None:
+        paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "run_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def begin(self, out: Path, **given: Any) -> int:
+        """Start a child; its process id."""
+        return self._ask(json.dumps({"out": str(out), **given}))
+
+    def end(self) -> int:
+        """Wait for the child; its exit code."""
+        return self._ask("")
+
+    def _ask(self, line: str) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, self.process.stderr.read()
+        return int(answer)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+def holds_a_run(out: Path) -> bool:
+    return (out / RUN).exists()
+
+
+def steps(out: Path) -> list[int]:
+    return sorted(int(file.stem) for file in (out / CHECKPOINTS).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(server: Server, seed: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 8, "method": ("lora", "dora")[seed % 2]}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    server.begin(whole, **options)
+    started = time.monotonic()
+    assert server.end() == 0
+    takes = time.monotonic() - started
+    moments = random.Random(seed)
+    went_on = set()
+    for _ in range(6):
+        pid = server.begin(out, resume=holds_a_run(out), **options)
+        time.sleep(moments.uniform(0, takes / 2))
+        os.kill(pid, signal.SIGKILL)
+        assert server.end() in (-signal.SIGKILL, 0)
+        went_on |= {*steps(out)[-1:]}
+    assert went_on, "some were killed after a checkpoint"
+    server.begin(out, resume=holds_a_run(out), **options)
+    assert server.end() == 0
+    ends = [run(settings(folder, resume=True, **options))[0] for folder in (whole, out)]
+    same(ends[1].adapters, ends[0].adapters)
+    assert ends[1].losses == ends[0].losses
+    assert len(ends[1].losses["train"]) == 40
+    assert ends[1].best == ends[0].best
+
+
+def test_killed_in_each_moment_in_which_it_writes(server: Server, tmp_path: Path) -> None:
+    """Before, amid and after each write, flush, renaming and removal of a run that saves twice and keeps one."""
+    options: dict[str, Any] = {"steps": 2, "warmup": 0, "save_every": 1, "keep": 1}
+    whole, _ = run(settings(tmp_path / "whole", **options))
+    seen = set()
+    for at in range(1, 100):
+        out = tmp_path / f"{at}"
+        server.begin(out, kill_at=at, **options)
+        code = server.end()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        seen.add((holds_a_run(out), *steps(out)))
+        ended, _ = run(settings(out, resume=holds_a_run(out), **options))
+        same(ended.adapters, whole.adapters)
+        assert ended.losses == whole.losses
+        assert steps(out) == [2]
+        assert not [*out.rglob("*.tmp")], "drafts are swept up"
+    else:
+        raise AssertionError("the run never ended")
+    assert seen >= {(False,), (True,), (True, 1), (True, 1, 2), (True, 2)}
+
+
+def test_a_state_that_was_not_saved_would_be_noticed(tmp_path: Path) -> None:
+    """The comparison has teeth: without the optimizer's moments the weights are others."""
+    given = settings(tmp_path / "whole", save_every=4)
+    whole, _ = run(given)
+    short = replace(given, out=tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Training, "_step", stops_after(loop._Training._step, 5))
+        with pytest.raises(StoppedError, match="here"):
+            run(short)
+    forget(short.out / CHECKPOINTS / "00000004.safetensors", "mu")
+    again, _ = run(replace(short, resume=True))
+    with pytest.raises(AssertionError, match="weight"):
+        same(again.adapters, whole.adapters)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stops_after(step: Any, n: int) -> Any:
+    def wrapped(training: Any) -> None:
+        if training.progress.step == n:
+            raise StoppedError("here")
+        step(training)
+
+    return wrapped
+
+
+def forget(file: Path, name: str) -> None:
+    """Zero the tensors of a checkpoint whose key contains a name."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, framework="pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    assert any(name in key for key in tensors)
+    save_file({key: value * 0 if name in key else value for key, value in tensors.items()}, file, metadata)
