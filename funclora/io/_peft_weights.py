@@ -16,6 +16,7 @@ from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
 from funclora.io._finite import within
 from funclora.io._foreign_keys import refuse_foreign
 from funclora.io._peft_keys import PREFIX, Keys
+from funclora.io._safetensors import read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -151,11 +152,12 @@ def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
                 "you trust it, and save it again with safe_serialization=True."
             )
         raise FormatError(f"{file.parent}: there is no {file.name} in this folder.")
+    keys = read_header(file)
     try:
         with safe_open(file, framework="pt") as tensors:
-            return [(key, tensors.get_tensor(key)) for key in tensors.keys()]  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{file}: this is not a safetensors file, or it is cut off: {error}") from error
+            return [(key, tensors.get_tensor(key)) for key in keys]
+    except SafetensorError as error:  # a dtype that torch does not have
+        raise FormatError(f"{file}: a tensor cannot be read: {error}") from error
 
 
 def _hint(key: str) -> str:

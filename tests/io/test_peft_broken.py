@@ -388,7 +388,7 @@ def test_broken_tensors(name: str, model: nn.Module, tmp_path: Path) -> None:
 
 MISFITS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] = {
     "rank": (PLAIN, put(r=4), "has 2 rows, expected 4: rank 4"),
-    "huge rank": (PLAIN, put(r=10**30), "has 2 rows, expected 1000000000"),
+    "huge rank": (PLAIN, put(r=10**9), "has 2 rows, expected 1000000000"),
     "rank of a pattern": (PLAIN, put(rank_pattern={"q_proj": 4}), "expected 4.*PEFT sorts rank_pattern"),
     "rank of experts": (EXPERTS, put(r=1), "has 4 rows, expected 2: rank 1 .*, 2 experts"),
     "no DoRA": (EVERYTHING, put(use_dora=False), r"unexpected key '.*magnitude_vector'.*use_dora is false"),
