@@ -291,11 +291,11 @@ def _pattern(where: str, pattern: object, around: str = "{}") -> str:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{where}: expected a non-empty string, got {reprlib.repr(pattern)}.")
     try:
+        if _depth(pattern) > _DEEPEST:  # how many compile depends on how deep the stack is already
+            raise re.error("too many parentheses in each other")
         re.compile(pattern)
         re.compile(around.format(pattern))
-        if pattern.count("(") > _DEEPEST and _depth(pattern) > _DEEPEST:
-            raise RecursionError("too many parentheses in each other")  # deeper in the stack it would not compile
-    except (re.error, RecursionError, OverflowError) as error:
+    except (re.error, OverflowError) as error:
         raise ConfigError(f"{where}: {reprlib.repr(pattern)} is not a regular expression: {error}.") from error
     return pattern
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 Edit = tuple[str, int, int, bytes]
-_SPECIAL = st.sampled_from([b"\x00" * 8, b"\xff" * 8, b"\xff" * 7 + b"\x7f", struct.pack("<Q", 2**40), b'"', b"{", b"["])
+_SPECIAL = st.sampled_from(
+    [b"\x00" * 8, b"\xff" * 8, b"\xff" * 7 + b"\x7f", struct.pack("<Q", 2**40), b'"', b"{", b"["]
+)
 # What to do, where, with how many bytes, and with which: positions count from the beginning again at the end.
 BYTES: st.SearchStrategy[list[Edit]] = st.lists(
     st.tuples(
@@ -51,7 +53,8 @@ def damaged(content: bytes, edits: list[Edit]) -> bytes:
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 _WORDS = [
-    "", "q_proj", "0", "all-linear", "(", "[", "*", "(" * 3000 + ")" * 3000, "x{99999999999999999999}", "\x00", "\ud800",
+    "", "q_proj", "0", "all-linear", "(", "[", "*", "(" * 3000 + ")" * 3000, "x{99999999999999999999}", "\x00",
+    "\ud800", "(?i)q_proj",
     "../x", "/", ".", "..", "a" * 300, "LORA", "none", "all", "pissa", "F32", "F16", "I64", "F8_E4M3", "F4", "U8", "?",
     "model.safetensors", "SEQ_CLS", "eva", "olora", "orthogonal", "\n", "default", "weight", "é",
 ]  # fmt: skip
@@ -64,9 +67,9 @@ TREES: st.SearchStrategy[Any] = st.recursive(
 )
 # Which node of a tree, counted from the top, becomes what.
 JSON: st.SearchStrategy[list[tuple[int, Any]]] = st.lists(
-    st.tuples(st.integers(0, 200), TREES), min_size=1, max_size=3
+    st.tuples(st.integers(0, 200), TREES | st.just("<deleted>")), min_size=1, max_size=3
 )
-DELETED = "<deleted>"
+DELETED = "<deleted>"  # an edit that takes the node away
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
@@ -88,11 +91,6 @@ def edited(tree: Any, edits: list[tuple[int, Any]]) -> Any:
         else:
             owner[key] = value
     return tree
-
-
-def deep(levels: int) -> str:
-    """The text of lists in lists."""
-    return "[" * levels + "]" * levels
 
 
 # --- safetensors ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -106,9 +105,10 @@ class Container:
             names.add(self.tensors[-1].name)
         if len(names) < n_tensors:
             raise self._broken("a name of a tensor is there twice")
-        self._alignment = self.fields.get(_ALIGNMENT, 32)
-        if not isinstance(self._alignment, int) or self._alignment < 1 or self._alignment.bit_count() != 1:
-            raise self._broken(f"{_ALIGNMENT}: expected a power of two, got {self._alignment!r}")
+        alignment = self.fields.get(_ALIGNMENT, 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment.bit_count() != 1:
+            raise self._broken(f"{_ALIGNMENT}: expected a power of two, got {alignment!r}")
+        self._alignment: int = alignment
         self._start = self.padded(self._file.tell())
 
     def _value(self, kind: int) -> Any:
@@ -150,7 +150,7 @@ class Container:
 
     def _count(self, size: int) -> int:
         """How many things of at least that size follow."""
-        count = self._number("<Q")
+        count: int = self._number("<Q")
         if count * size > self._size - self._file.tell():
             raise self._broken(f"it says that {count} entries follow, for which it is too short")
         return count

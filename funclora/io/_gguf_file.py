@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +121,8 @@ def _unpacked(path: Path, container: Container, gguf: ModuleType) -> Iterator[tu
         try:
             kind = gguf.GGMLQuantizationType(tensor.kind)
         except ValueError as error:
-            raise UnsupportedError(f"{path}: {tensor.name!r} has the type {tensor.kind}, which is not known.") from error
+            why = f"{path}: {tensor.name!r} has the type {tensor.kind}, which is not known."
+            raise UnsupportedError(why) from error
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if tensor.shape[-1] % block:
             raise FormatError(
@@ -131,7 +131,7 @@ def _unpacked(path: Path, container: Container, gguf: ModuleType) -> Iterator[tu
             )
         nbytes = math.prod(tensor.shape) // block * size
         if tensor.offset != end:
-            raise FormatError(f"{path}: {tensor.name!r} begins at {tensor.offset}, expected {end}, where the last ends.")
+            raise FormatError(f"{path}: {tensor.name!r} begins at {tensor.offset}, expected {end}: they have no gaps.")
         end = container.padded(end + nbytes)
         raw = np.frombuffer(container.data(tensor, nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
         try:

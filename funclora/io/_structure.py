@@ -7,14 +7,19 @@ that a parameter is found wherever `from_pretrained` finds it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+import reprlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from funclora.errors import FormatError, UnsupportedError
 
@@ -44,15 +49,21 @@ class Part:
 class Structure:
     """A model on the meta device.
 
+    Args:
+        folder: the folder that the configuration is from.
+        config: the contents of `config.json`.
+        n_tensors: how many tensors the checkpoint holds. A configuration that asks for very many more parameters is
+            refused before they are all made.
+
     Attributes:
         model: the model.
         shapes: full name -> shape, for every parameter and saved buffer.
         ties: groups of names that are one parameter.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._folder, self._config = folder, config
-        self.model: Any = _build(folder, config)
+    def __init__(self, folder: Path, config: Mapping[str, Any], n_tensors: int) -> None:
+        self._folder, self._n_tensors = folder, n_tensors
+        self.model: Any = _build(folder, config, 1000 + 10 * n_tensors)
         self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -70,7 +81,7 @@ class Structure:
         Raises:
             UnsupportedError: the class computes otherwise, or ties, whatever the configuration says.
         """
-        other = Structure(self._folder, config)
+        other = Structure(self._folder, config, self._n_tensors)
         before, after = self.model.config.to_dict(), other.model.config.to_dict()
         if after.get("tie_word_embeddings") is not False or _besides_ties(before) != _besides_ties(after):
             raise UnsupportedError(f"{self.name} changes more than its ties when tie_word_embeddings becomes False.")
@@ -95,7 +106,7 @@ class Structure:
         return placed.parts, placed.opaque
 
 
-def _build(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -105,21 +116,46 @@ def _build(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise UnsupportedError(f"{folder}: config.json names no class of model (architectures).")
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
+    name = architectures[0]
+    cls = None
+    with contextlib.suppress(AttributeError, ImportError, RuntimeError):  # transformers imports it now
+        cls = getattr(transformers, name) if isinstance(name, str) else None
+    if not inspect.isclass(cls) or not issubclass(cls, transformers.PreTrainedModel):
         raise UnsupportedError(
-            f"{folder}: transformers {transformers.__version__} has no class {architectures[0]!r}, which config.json "
-            "names (architectures)."
+            f"{folder}: transformers {transformers.__version__} has no class {reprlib.repr(name)} of models, which "
+            "config.json names (architectures)."
         )
-    settings = cls.config_class.from_dict(dict(config))
     # In float32, which trained-in-full parameters are then kept in until they are rounded once.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("meta"):
-            return cast(nn.Module, cls(settings))
+        with torch.device("meta"), _at_most(limit):
+            return _made(cls, config)
+    except Exception as error:  # each of transformers' classes has its own ways to fail
+        said = " ".join(str(error).split())
+        raise FormatError(f"{folder}: {name} cannot be made as config.json says: {said}") from error
     finally:
         torch.set_default_dtype(default)
+
+
+def _made(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    return cast(nn.Module, cls(cls.config_class.from_dict(dict(config))))
+
+
+@contextlib.contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Inside the block this thread makes so many parameters at most."""
+    made, thread = count(1), threading.get_ident()
+
+    def hook(_module: nn.Module, name: str, _parameter: nn.Parameter) -> None:
+        if threading.get_ident() == thread and next(made) > limit:
+            raise FormatError(f"it asks for more than {limit} parameters, ten times what the checkpoint holds.")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _besides_ties(config: dict[str, Any]) -> dict[str, Any]:

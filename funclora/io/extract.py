@@ -133,8 +133,8 @@ def extract_adapter(
                 f"{tuned.folder} is a {tuned.config.get('architectures')}, {base.folder} a "
                 f"{base.config.get('architectures')} (architectures in config.json); expected the same."
             )
-        structure = Structure(base.folder, base.config)
-        trained = Structure(tuned.folder, tuned.config)
+        structure = Structure(base.folder, base.config, len(base.tensors))
+        trained = Structure(tuned.folder, tuned.config, len(tuned.tensors))
         pair = _Pair(structure, Weights(base, structure), Weights(tuned, trained))
         found = _Extraction(pair, config, niter, progress or (lambda done, total: None))
         if not found.adapters and not found.changed:

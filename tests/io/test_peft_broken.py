@@ -191,6 +191,11 @@ BAD_CONFIG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "base model": (put(base_model_name_or_path=3), "base_model_name_or_path: expected a string, got 3"),
     "initialiser": (put(init_lora_weights=3), "init_lora_weights: expected one of"),
     "flag": (put(use_dora="yes"), "use_dora: expected True or False, got 'yes'"),
+    "parentheses": (put(target_modules="(" * 5000 + ")" * 5000), "is not a regular expression: too many parentheses"),
+    "repetition": (put(target_modules="x{99999999999999999999}"), "is not a regular expression: the repetition"),
+    "flags": (put(rank_pattern={"(?i)q_proj": 2}), "rank_pattern: .*is not a regular expression: global flags"),
+    "rank beyond floats": (put(r=10**400, use_rslora=True), "r: expected a rank up to 2147483647, got one of"),
+    "alpha that vanishes": (put(lora_alpha=5e-324), "lora_alpha: 5e-324 divided by the rank is 0.*no effect"),
     "odd rank": (put(r=3, init_lora_weights="orthogonal"), "orthogonal.* needs even ranks"),
 }  # fmt: skip
 
