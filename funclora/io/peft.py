@@ -37,7 +37,8 @@ def save_peft(
 ) -> None:
     """Write adapters as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Each file is replaced as a whole, the weights first. What is in the folder besides stays.
+    Both files are replaced as a whole, and never one without the other: a process that is killed between the two
+    leaves a folder without configuration, which nobody loads. What is in the folder besides stays.
 
     The model is not asked for, so a target of the configuration that the adapters lack as a whole goes unnoticed,
     and so does a module that the model holds under two names. `load_peft` notices both. Rows of a weight that are
@@ -55,7 +56,7 @@ def save_peft(
         ParamsError: the leaves of a rule do not fit each other.
         UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
         NonFiniteError: an adapter holds NaN or infinity.
-        OSError: the folder cannot be written. What was there is then still there.
+        OSError: the folder cannot be written, or another process writes it now. What was there is then still there.
 
     Examples:
         >>> import tempfile
@@ -84,7 +85,7 @@ def save_peft(
     def write_config(file: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
-    replace_files(Path(path), {WEIGHTS_FILE: write_weights, CONFIG_FILE: write_config})
+    replace_files(Path(path), {WEIGHTS_FILE: write_weights, CONFIG_FILE: write_config}, together=True)
 
 
 def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
