@@ -123,9 +123,9 @@ def read_header(file: Path) -> dict[str, Stored]:
         OSError: it cannot be read.
     """
     try:
-        with safe_open(file, framework="pt"):  # checks that the header is sound and the file as long as it says
-            pass
-        with file.open("rb") as stream:
+        with file.open("rb") as stream:  # which says why, where safe_open says that there is no such file
+            with safe_open(file, framework="pt"):  # the header is sound, and the file as long as it says
+                pass
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
     except (SafetensorError, ValueError) as error:

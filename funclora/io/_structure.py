@@ -125,6 +125,8 @@ def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
             f"{folder}: transformers {transformers.__version__} has no class {reprlib.repr(name)} of models, which "
             "config.json names (architectures)."
         )
+    if not isinstance(config.get("model_type", ""), str):
+        raise FormatError(f"{folder}: config.json: model_type: expected a string, got {config['model_type']!r}.")
     # In float32, which trained-in-full parameters are then kept in until they are rounded once.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

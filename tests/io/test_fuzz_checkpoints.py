@@ -101,6 +101,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], type[FuncloraError], str]] = {
     "no heads": ({"num_attention_heads": 0}, FormatError, "LlamaForCausalLM cannot be made as config.json says: "),
     "a module": ({"architectures": ["utils"]}, UnsupportedError, "has no class 'utils' of models"),
     "a function": ({"architectures": ["__init__"]}, UnsupportedError, "has no class '__init__' of models"),
+    "a list of kinds": ({"model_type": []}, FormatError, "model_type: expected a string, got "),
     "no name": ({"architectures": [{}]}, UnsupportedError, "has no class {} of models"),
 }
 
