@@ -165,8 +165,7 @@ def _refuse_other_sizes(base: Path, structure: Structure, tuned: Path, trained: 
             has = "does not have it" if other is None else f"has {list(other)}"
             raise FormatError(
                 f"{base}: {name!r} has the shape {list(shape)}, and {tuned} {has}; expected the same. If only the "
-                "number of tokens differs, resize the base as the training did (model.resize_token_embeddings), and save "
-                "it."
+                "number of tokens differs, resize the base as the training did (model.resize_token_embeddings)."
             )
     for name in trained.shapes.keys() - structure.shapes.keys():
         raise FormatError(f"{tuned}: it has {name!r}, and {base} has not; expected models of one structure.")
