@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, Literal, cast
 
+from funclora._patterns import matches, refuse_slow
 from funclora.errors import ConfigError, near
 
 # PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
-_ENDS = r"(.*\.)?({})$"
+_ENDS = r"(.*\.)?({})"
+# And of finding the index behind an entry of layers_pattern.
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _DEEPEST = 50
 _LARGEST = 2**31 - 1
 
@@ -101,6 +104,8 @@ class LoraConfig:
         layers_pattern: Any = self.layers_pattern or ()
         listed = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
         put("layers_pattern", _names("layers_pattern", listed) or None)
+        for pattern in self.layers_pattern or ():
+            refuse_slow(LAYER.format(_pattern("layers_pattern", pattern, LAYER)))
         if isinstance(self.task_type, str):
             put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration
         put("layers_to_transform", _indices(self.layers_to_transform))
@@ -279,7 +284,7 @@ def _niter(value: object) -> int | None:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """True if a key of `rank_pattern` or `alpha_pattern` covers the module of that name (PEFT's rule)."""
-    return re.match(_ENDS.format(pattern), name) is not None
+    return matches(_ENDS.format(pattern), name)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

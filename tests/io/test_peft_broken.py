@@ -196,6 +196,11 @@ BAD_CONFIG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "flags": (put(rank_pattern={"(?i)q_proj": 2}), "rank_pattern: .*is not a regular expression: global flags"),
     "rank beyond floats": (put(r=10**400, use_rslora=True), "r: expected a rank up to 2147483647, got one of"),
     "alpha that vanishes": (put(lora_alpha=5e-324), "lora_alpha: 5e-324 divided by the rank is 0.*no effect"),
+    "layers": (put(layers_pattern="(", layers_to_transform=[0]), r"layers_pattern: '\(' is not a regular expression"),
+    "layers that name the index": (
+        put(layers_pattern="(?P<idx>a)", layers_to_transform=[0]), "layers_pattern: .* redefinition of group name",
+    ),
+    "slow layers": (put(layers_pattern="(.*)*", layers_to_transform=[0]), "may take for ever"),
     "odd rank": (put(r=3, init_lora_weights="orthogonal"), "orthogonal.* needs even ranks"),
 }  # fmt: skip
 
