@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from typing import Any, Literal, cast
 
+from funclora._patterns import matches, refuse_slow
 from funclora.errors import ConfigError, near
+
+# PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
+_ENDS = r"(.*\.)?({})"
+# And of finding the index behind an entry of layers_pattern.
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_DEEPEST = 50
+_LARGEST = 2**31 - 1
 
 DECOMPOSITIONS = ("pissa", "olora", "loftq")
 INITIALISERS = (True, False, "gaussian", "orthogonal", *DECOMPOSITIONS, "eva")
@@ -94,6 +104,8 @@ class LoraConfig:
         layers_pattern: Any = self.layers_pattern or ()
         listed = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
         put("layers_pattern", _names("layers_pattern", listed) or None)
+        for pattern in self.layers_pattern or ():
+            refuse_slow(LAYER.format(_pattern("layers_pattern", pattern, LAYER)))
         if isinstance(self.task_type, str):
             put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration
         put("layers_to_transform", _indices(self.layers_to_transform))
@@ -101,7 +113,7 @@ class LoraConfig:
             patterns = getattr(self, name) or {}
             if not isinstance(patterns, Mapping):
                 raise ConfigError(f"{name}: expected a dict from pattern to number, got {patterns!r}.")
-            put(name, {_pattern(name, k): v for k, v in patterns.items()})
+            put(name, {_pattern(name, k, _ENDS): v for k, v in patterns.items()})
         put("trainable_token_indices", _tokens(self.trainable_token_indices))
         self._check_values()
         self._check_together()
@@ -113,6 +125,8 @@ class LoraConfig:
         ]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where}: expected a positive integer, got {rank!r}.")
+            if rank > _LARGEST:
+                raise ConfigError(f"{where}: expected a rank up to {_LARGEST}, got one of {rank.bit_length()} bits.")
         alphas = [("lora_alpha", self.lora_alpha)]
         alphas += [(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()]
         for where, alpha in alphas:
@@ -120,6 +134,8 @@ class LoraConfig:
                 raise ConfigError(f"{where}: expected a finite number, got {alpha!r}.")
             if alpha == 0:
                 raise ConfigError(f"{where}: 0 would make the adapter have no effect; give a number other than 0.")
+            if self.scaling(max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r, alpha) == 0:
+                raise ConfigError(f"{where}: {alpha!r} divided by the rank is 0, so that the adapter has no effect.")
         if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
             raise ConfigError(f"lora_dropout: expected a number, got {self.lora_dropout!r}.")
         if not 0 <= self.lora_dropout < 1:
@@ -268,21 +284,30 @@ def _niter(value: object) -> int | None:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """True if a key of `rank_pattern` or `alpha_pattern` covers the module of that name (PEFT's rule)."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return matches(_ENDS.format(pattern), name)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
 
 
-def _pattern(where: str, pattern: object) -> str:
+def _pattern(where: str, pattern: object, around: str = "{}") -> str:
+    """The pattern, if it can be compiled, also inside of what is put around it."""
     if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"{where}: expected a non-empty string, got {pattern!r}.")
+        raise ConfigError(f"{where}: expected a non-empty string, got {reprlib.repr(pattern)}.")
     try:
+        if _depth(pattern) > _DEEPEST:  # how many compile depends on how deep the stack is already
+            raise re.error("too many parentheses in each other")
         re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}.") from error
+        re.compile(around.format(pattern))
+    except (re.error, OverflowError) as error:
+        raise ConfigError(f"{where}: {reprlib.repr(pattern)} is not a regular expression: {error}.") from error
     return pattern
+
+
+def _depth(pattern: str) -> int:
+    """How many parentheses are open at most, escaped ones included."""
+    return max(accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in pattern))
 
 
 def _names(where: str, names: object) -> tuple[str, ...] | None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from funclora import _layout
 from funclora._apply import named_tensors
-from funclora._config import LoraConfig, pattern_matches
+from funclora._config import LAYER, LoraConfig, pattern_matches
 from funclora._layout import Layout
+from funclora._patterns import matches
 from funclora._rules import Delta, DoRA, LoRA, refuse_low_rank
 from funclora._tables import Tables, tied_targets, token_targets
 from funclora._target import Target
@@ -180,7 +181,7 @@ class _Selection:
 
     def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
         if isinstance(wanted, str):
-            matched = {n: m for n, m in self.modules.items() if re.fullmatch(wanted, n)}
+            matched = {n: m for n, m in self.modules.items() if matches(wanted, n)}
             if "" in matched and weights_of(self.model) is None:
                 del matched[""]  # as in PEFT, an expression like ".*" does not mean the model as a whole
             if not matched:
@@ -340,7 +341,7 @@ class _Selection:
 
 def layer_of(config: LoraConfig, name: str) -> int | None:
     """The index of the layer that a module lies in, as `layers_to_transform` counts them."""
-    patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in config.layers_pattern or ()]
+    patterns = [LAYER.format(p) for p in config.layers_pattern or ()]
     patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
     return int(found["idx"]) if found else None

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import funclora as fl
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -181,6 +183,45 @@ def test_benchmark_files(capsys: pytest.CaptureFixture[str]) -> None:
     medians = run("benchmark_files", "--quick", "--adapters=3", "--rounds=1")
     assert sorted(medians) == ["load, PEFT", "load, funclora", "save, PEFT", "save, funclora"]
     assert "ratio" in capsys.readouterr().out
+
+
+def test_per_example_gradients() -> None:
+    result = run("per_example_gradients")
+    assert result.difference < 1e-4
+    assert result.found_by_norm > 0.75
+    assert result.found_by_influence > 3 * 0.12  # a choice at random finds 12 %
+    assert result.accuracy.pop("not trained") < 0.3
+    assert list(result.accuracy) == ["plain", "clipped, noise 0", "clipped, noise 1"]
+    assert min(result.accuracy.values()) > 0.9
+
+
+def test_clipped_gradients_move_no_further_than_one_example_may() -> None:
+    module = load("per_example_gradients")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    params = fl.base_params(model)
+    start: Any = fl.init(model, fl.LoraConfig(r=2, target_modules=["0"]))
+    generator = torch.Generator().manual_seed(0)
+    step = module.private_step(model, fl.optim.sgd(1.0), clip=0.01, noise=0.0, size=1.0)
+    batch = 100 * torch.randn(1, 4), torch.tensor([1])
+    after, _ = step(params, start, fl.optim.sgd(1.0).init(start), batch, generator)
+    moved = torch.cat([(after["0.weight"].a - start["0.weight"].a).flatten(), after["0.weight"].b.flatten()])
+    torch.testing.assert_close(moved.norm(), torch.tensor(0.01))
+
+
+def test_hypernetwork() -> None:
+    result = run("hypernetwork", "--steps=150")
+    assert result.answered < 0.15 * result.base
+    assert result.shuffled > 3 * result.answered
+    assert result.base_unchanged
+
+
+def test_ensemble() -> None:
+    result = run("ensemble", "--members=8", "--steps=100")
+    assert result.ensemble.accuracy > result.single.accuracy + 0.03
+    assert result.ensemble.loss < 0.6 * result.single.loss
+    assert result.ensemble.calibration < 0.6 * result.single.calibration
+    assert result.ensemble.confidence_far < result.single.confidence_far - 0.1
+    assert result.error_of_sure < 0.7 * result.error_of_unsure
 
 
 def test_lora_vs_dora(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

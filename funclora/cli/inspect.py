@@ -31,7 +31,7 @@ def inspect(
     """Targets, ranks, scalings, norms and effective ranks of an adapter or a model, and how far each weight moves.
 
     The share is ‖ΔW‖ / ‖W‖ and needs --base. The effective rank is exp of the entropy of the singular values (Roy and
-    Vetterli 2007); JSON has these too, and the stable rank ‖ΔW‖² / σ₁². Of DoRA without --base, the numbers are those
+    Vetterli 2007); JSON has them too, and the stable rank ‖ΔW‖² / σ₁². Of DoRA without --base, the numbers are those
     of s·B·A, which is not all that it changes. A model without --base shows its weights themselves.
     Weights are read one at a time.
 

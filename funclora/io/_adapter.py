@@ -29,7 +29,7 @@ class Base:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.structure = Structure(checkpoint.folder, checkpoint.config)
+        self.structure = Structure(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
         weights = Weights(checkpoint, self.structure)
         self.params: Mapping[str, Tensor] = OnDemand([*self.structure.shapes], weights.read)
 

@@ -87,9 +87,10 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{index}: weight_map: expected a JSON object, got {reprlib.repr(weight_map)}.")
         tensors: dict[str, Stored] = {}
-        for name in dict.fromkeys(weight_map.values()):
+        for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name:
-                raise FormatError(f"{index}: expected names of files in this folder, got {name!r}.")
+                raise FormatError(f"{index}: expected names of files in this folder, got {reprlib.repr(name)}.")
+        for name in dict.fromkeys(weight_map.values()):
             if not (self.folder / name).is_file():
                 raise FormatError(f"{index}: it names {name}, which is not there.")
             found = read_header(self.folder / name)

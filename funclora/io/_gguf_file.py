@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io._files import replace_files
+from funclora.io._gguf_container import Container
 
 DTYPES = (torch.float32, torch.float16)
-# What the reader's arithmetic on the numbers of a broken file ends in.
-_BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, FloatingPointError)
+# The types that are views of their bytes; the others are unpacked from them.
+_VIEWS = {"F32": np.float32, "F16": np.float16}
 
 
 def package() -> ModuleType:
@@ -93,19 +93,9 @@ def read_adapter(path: Path) -> AdapterFile:
     gguf = package()
     if not path.is_file():
         raise FormatError(f"{path}: there is no such file.")
-    try:
-        with np.errstate(over="raise"):
-            reader = gguf.GGUFReader(path)
-        if reader.byte_order == "S":
-            raise UnsupportedError(f"{path}: the file is in the byte order of another kind of machine.")
-        fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        with np.errstate(all="ignore"):  # whoever uses the numbers looks for infinity
-            arrays = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    except NotImplementedError as error:
-        raise UnsupportedError(f"{path}: a tensor has a type that cannot be read: {error}") from error
-    except (*_BROKEN, struct.error) as error:
-        raise FormatError(f"{path}: this is not a GGUF file, or it is broken or cut off: {error}") from error
-
+    with Container(path) as container:
+        tensors = dict(_unpacked(path, container, gguf))
+        fields = container.fields
     keys, wanted = gguf.Keys, {gguf.Keys.General.TYPE: "adapter", gguf.Keys.Adapter.TYPE: "lora"}
     for key, value in wanted.items():
         if fields.get(key) != value:
@@ -118,6 +108,35 @@ def read_adapter(path: Path) -> AdapterFile:
             f"{path}: expected {keys.General.ARCHITECTURE} to be a string and {keys.Adapter.LORA_ALPHA} a float, got "
             f"{arch!r} and {alpha!r}."
         )
-    # Copies: the arrays are views of the file.
-    tensors = {name: torch.from_numpy(array.astype(np.float32, copy=True)) for name, array in arrays.items()}
     return AdapterFile(arch, alpha, tensors)
+
+
+def _unpacked(path: Path, container: Container, gguf: ModuleType) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of each tensor.
+
+    They must follow each other without gaps, as llama.cpp asks: a file cannot hold more than it has bytes for.
+    """
+    end = 0
+    for tensor in container.tensors:
+        try:
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+        except ValueError as error:
+            why = f"{path}: {tensor.name!r} has the type {tensor.kind}, which is not known."
+            raise UnsupportedError(why) from error
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if tensor.shape[-1] % block:
+            raise FormatError(
+                f"{path}: {tensor.name!r} has rows of {tensor.shape[-1]} numbers, expected a multiple of {block} for "
+                f"{kind.name}."
+            )
+        nbytes = math.prod(tensor.shape) // block * size
+        if tensor.offset != end:
+            raise FormatError(f"{path}: {tensor.name!r} begins at {tensor.offset}, expected {end}: they have no gaps.")
+        end = container.padded(end + nbytes)
+        raw = np.frombuffer(container.data(tensor, nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
+        try:
+            with np.errstate(all="ignore"):  # whoever uses the numbers looks for infinity
+                values = gguf.quants.dequantize(raw.view(_VIEWS.get(kind.name, np.uint8)), kind)
+        except NotImplementedError as error:
+            raise UnsupportedError(f"{path}: {tensor.name!r} is stored as {kind.name}: {error}") from error
+        yield tensor.name, torch.from_numpy(values.astype(np.float32, copy=True))

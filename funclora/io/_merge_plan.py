@@ -64,7 +64,7 @@ class MergePlan:
         max_shard_size: int | str | None,
     ) -> None:
         self.base = base
-        self.structure = Structure(base.folder, base.config)
+        self.structure = Structure(base.folder, base.config, len(base.tensors))
         self._weights = Weights(base, self.structure)
         self._parts = self._weights.parts
         self.adapters = WeightedAdapters(adapter_dirs, weights, self.structure.model)

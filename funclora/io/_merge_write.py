@@ -40,8 +40,10 @@ def write(plan: MergePlan, folder: Path, progress: Progress) -> None:
         raise OSError(errno.ENOSPC, f"{total:,} bytes are needed and {free:,} are free", str(folder))
     with contextlib.ExitStack() as stack:
         places: dict[str, tuple[int, Stored]] = {}
+        files = {}
         for name, draft in drafts.items():
             file = stack.enter_context((folder / name).open("wb"))
+            files[folder / name] = file
             file.write(draft.head)
             file.flush()
             os.ftruncate(file.fileno(), draft.size)
@@ -51,11 +53,15 @@ def write(plan: MergePlan, folder: Path, progress: Progress) -> None:
             done += nbytes
             progress(done, total)
         _small_files(plan, folder)
+        for path, file in files.items():
+            if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place meanwhile", str(path))
 
 
 def _small_files(plan: MergePlan, folder: Path) -> None:
     for path in plan.base.small:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(path.parents[:-1]):  # not the folder itself: if it is gone, so are the tensors
+            (folder / parent).mkdir(exist_ok=True)
         shutil.copyfile(plan.base.folder / path, folder / path)
     if plan.config != plan.base.config:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"

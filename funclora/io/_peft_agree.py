@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from funclora._apply import Adapters
 from funclora._config import LoraConfig, pattern_matches
 from funclora._layout import Attention, Conv, Conv1D, Embedding, Linear, Matrices, Parameter
+from funclora._patterns import matches
 from funclora._rules import Delta, DoRA, Full, LoRA, Rule
 from funclora._targets import layer_of, named
 from funclora._tokens import Tied, TrainableTokens
@@ -255,7 +255,7 @@ def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:
 
 def _matches(name: str, wanted: Collection[str]) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return matches(wanted, name)
     return any(named(name, entry) for entry in wanted)
 
 

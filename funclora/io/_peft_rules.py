@@ -99,7 +99,8 @@ class Reader:
         if rows != wanted:
             raise FormatError(
                 f"{stored.file}: {keys.leaf(w, 'a')!r} has {rows} rows, expected {wanted}: rank {target.r} by r and "
-                f"rank_pattern of the configuration{f', {w.experts} experts' if w.experts > 1 else ''}."
+                f"rank_pattern of the configuration{f', {w.experts} experts' if w.experts > 1 else ''}. Give it the "
+                "rank of the tensors."
                 + (" PEFT sorts rank_pattern when it saves, and the first key that matches counts."
                    if config.rank_pattern else "")
             )  # fmt: skip

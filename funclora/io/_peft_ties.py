@@ -12,6 +12,7 @@ from collections.abc import Collection
 from funclora._apply import Adapters
 from funclora._config import LoraConfig
 from funclora._layout import Linear
+from funclora._patterns import matches
 from funclora._rules import DoRA, Full, LoRA
 from funclora._targets import named
 from funclora._tokens import Tied
@@ -48,7 +49,7 @@ def tied_as_in_peft(config: LoraConfig, adapters: Adapters) -> LoraConfig:
         entries = getattr(config, field) or ()
         for table in {ties[module].rpartition(".")[0] for module in tied}:
             if isinstance(entries, str):
-                if not re.fullmatch(entries, table):
+                if not matches(entries, table):
                     changes[field] = entries = f"(?:{entries})|{re.escape(table)}"
             else:
                 kept = [entry for entry in entries if not _names_only(entry, tied, adapters)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
 from funclora.io._finite import within
 from funclora.io._foreign_keys import refuse_foreign
 from funclora.io._peft_keys import PREFIX, Keys
+from funclora.io._safetensors import read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -39,6 +40,8 @@ class StoredTensors:
     Args:
         file: the file.
         compiled: the model itself is one that torch.compile has made, and has such names.
+        advice: what to do where the tensors do not fit the model.
+        vocabulary: how many rows the model's table of tokens has; 0 if it has none.
 
     Attributes:
         notes: what PEFT would not have read.
@@ -48,8 +51,8 @@ class StoredTensors:
         UnsupportedError: there is a pickle instead.
     """
 
-    def __init__(self, file: Path, *, compiled: bool = False) -> None:
-        self.file = file
+    def __init__(self, file: Path, *, compiled: bool = False, advice: str = "", vocabulary: int = 0) -> None:
+        self.file, self._advice, self._vocabulary = file, f" {advice}".rstrip(), vocabulary
         self._tensors: dict[str, Tensor] = {}
         self._taken: set[str] = set()
         read = list(_read(file))
@@ -102,8 +105,8 @@ class StoredTensors:
         tensor = self._get(key, why)
         if tuple(tensor.shape) != tuple(shape):
             raise FormatError(
-                f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}. It was "
-                "trained on a model of another size, or with another vocabulary (resize_token_embeddings)."
+                f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}."
+                + (self._of_tokens(tensor.shape, [*shape]) or self._advice)
             )
         self._taken.add(key)
         tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
@@ -113,8 +116,20 @@ class StoredTensors:
 
     def _get(self, key: str, why: str) -> Tensor:
         if key not in self._tensors:
-            raise FormatError(f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}")
+            raise FormatError(
+                f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}{self._advice}"
+            )
         return self._tensors[key]
+
+    def _of_tokens(self, got: Sequence[int], expected: Sequence[int]) -> str:
+        """What to say where only the number of tokens differs; "" where it is something else."""
+        differ = [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]]
+        if len(got) != len(expected) or len(differ) != 1 or differ[0][1] != self._vocabulary:
+            return ""
+        return (
+            f" The model has {differ[0][1]} tokens, and the one that the adapter was trained on had {differ[0][0]}: "
+            f"load that one, or call model.resize_token_embeddings({differ[0][0]}) as was done for the training."
+        )
 
     def _rest(self) -> dict[str, Tensor]:
         return {key: tensor for key, tensor in self._tensors.items() if key not in self._taken}
@@ -137,7 +152,7 @@ class StoredTensors:
                 name = names.get(key.replace(".modules_to_save.", "."))
                 rule = adapters.get(name or "")
                 if not isinstance(rule, Full):
-                    raise FormatError(f"{self.file}: unexpected key {key!r}. {_hint(key)}")
+                    raise FormatError(f"{self.file}: unexpected key {key!r}. {_hint(key)}{self._advice}")
                 same = rule.value
             if same.is_meta or not torch.equal(tensor.to(same.device, same.dtype), same):
                 raise FormatError(
@@ -154,11 +169,12 @@ def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
                 "you trust it, and save it again with safe_serialization=True."
             )
         raise FormatError(f"{file.parent}: there is no {file.name} in this folder.")
+    keys = read_header(file)
     try:
         with safe_open(file, framework="pt") as tensors:
-            return [(key, tensors.get_tensor(key)) for key in tensors.keys()]  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{file}: this is not a safetensors file, or it is cut off: {error}") from error
+            return [(key, tensors.get_tensor(key)) for key in keys]
+    except SafetensorError as error:  # a dtype that torch does not have
+        raise FormatError(f"{file}: a tensor cannot be read: {error}") from error
 
 
 def _hint(key: str) -> str:

@@ -26,6 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}  # without it transformers refuses a file
 
+_LONGEST = 2**63 - 1  # that torch counts to
 _CHUNK = 64 << 20  # bytes that the kernel is asked to copy at a time
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -119,11 +120,12 @@ def read_header(file: Path) -> dict[str, Stored]:
 
     Raises:
         FormatError: it is not a safetensors file, or it is cut off.
+        OSError: it cannot be read.
     """
     try:
-        with safe_open(file, framework="pt"):  # checks that the header is sound and the file as long as it says
-            pass
-        with file.open("rb") as stream:
+        with file.open("rb") as stream:  # which says why, where safe_open says that there is no such file
+            with safe_open(file, framework="pt"):  # the header is sound, and the file as long as it says
+                pass
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
     except (SafetensorError, ValueError) as error:
@@ -132,6 +134,8 @@ def read_header(file: Path) -> dict[str, Stored]:
     tensors = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
+        if max(entry["shape"], default=0) > _LONGEST:
+            raise FormatError(f"{file}: {key!r} has the shape {entry['shape']}, which no tensor has.")
         tensors[key] = Stored(file, key, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
     return tensors
 

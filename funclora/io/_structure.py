@@ -7,14 +7,19 @@ that a parameter is found wherever `from_pretrained` finds it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+import reprlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from funclora.errors import FormatError, UnsupportedError
 
@@ -44,16 +49,21 @@ class Part:
 class Structure:
     """A model on the meta device.
 
+    Args:
+        folder: the folder that the configuration is from.
+        config: the contents of `config.json`.
+        n_tensors: how many tensors the checkpoint holds. A configuration that asks for very many more parameters is
+            refused before they are all made.
+
     Attributes:
         model: the model.
         shapes: full name -> shape, for every parameter and saved buffer.
         ties: groups of names that are one parameter.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._folder, self._config = folder, config
-        cls = named_class(folder, config.get("architectures"))
-        self.model: Any = without_weights(cls, cls.config_class.from_dict(dict(config)))
+    def __init__(self, folder: Path, config: Mapping[str, Any], n_tensors: int) -> None:
+        self._folder, self._n_tensors = folder, n_tensors
+        self.model: Any = _build(folder, config, 1000 + 10 * n_tensors)
         self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -71,7 +81,7 @@ class Structure:
         Raises:
             UnsupportedError: the class computes otherwise, or ties, whatever the configuration says.
         """
-        other = Structure(self._folder, config)
+        other = Structure(self._folder, config, self._n_tensors)
         before, after = self.model.config.to_dict(), other.model.config.to_dict()
         if after.get("tie_word_embeddings") is not False or _besides_ties(before) != _besides_ties(after):
             raise UnsupportedError(f"{self.name} changes more than its ties when tie_word_embeddings becomes False.")
@@ -114,11 +124,14 @@ def named_class(folder: Path, architectures: object) -> Any:
         ) from error
     if not isinstance(architectures, list) or not architectures:
         raise UnsupportedError(f"{folder}: config.json names no class of model (architectures).")
-    cls = getattr(transformers, str(architectures[0]), None)
-    if cls is None:
+    name = architectures[0]
+    cls = None
+    with contextlib.suppress(AttributeError, ImportError, RuntimeError):  # transformers imports it now
+        cls = getattr(transformers, name) if isinstance(name, str) else None
+    if not inspect.isclass(cls) or not issubclass(cls, transformers.PreTrainedModel):
         raise UnsupportedError(
-            f"{folder}: transformers {transformers.__version__} has no class {architectures[0]!r}, which config.json "
-            "names (architectures)."
+            f"{folder}: transformers {transformers.__version__} has no class {reprlib.repr(name)} of models, which "
+            "config.json names (architectures)."
         )
     return cls
 
@@ -133,6 +146,35 @@ def without_weights(cls: Any, config: Any) -> nn.Module:
             return cast(nn.Module, cls(config))
     finally:
         torch.set_default_dtype(default)
+
+
+def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
+    """The model of a configuration that may be broken, of so many parameters at most."""
+    cls = named_class(folder, config.get("architectures"))
+    if not isinstance(config.get("model_type", ""), str):
+        raise FormatError(f"{folder}: config.json: model_type: expected a string, got {config['model_type']!r}.")
+    try:
+        with _at_most(limit):
+            return without_weights(cls, cls.config_class.from_dict(dict(config)))
+    except Exception as error:  # each of transformers' classes has its own ways to fail
+        said = " ".join(str(error).split())
+        raise FormatError(f"{folder}: {cls.__name__} cannot be made as config.json says: {said}") from error
+
+
+@contextlib.contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Inside the block this thread makes so many parameters at most."""
+    made, thread = count(1), threading.get_ident()
+
+    def hook(_module: nn.Module, name: str, _parameter: nn.Parameter) -> None:
+        if threading.get_ident() == thread and next(made) > limit:
+            raise FormatError(f"it asks for more than {limit} parameters, ten times what the checkpoint holds.")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _besides_ties(config: dict[str, Any]) -> dict[str, Any]:

@@ -133,8 +133,9 @@ def extract_adapter(
                 f"{tuned.folder} is a {tuned.config.get('architectures')}, {base.folder} a "
                 f"{base.config.get('architectures')} (architectures in config.json); expected the same."
             )
-        structure = Structure(base.folder, base.config)
-        trained = Structure(tuned.folder, tuned.config)
+        structure = Structure(base.folder, base.config, len(base.tensors))
+        trained = Structure(tuned.folder, tuned.config, len(tuned.tensors))
+        _refuse_other_sizes(base.folder, structure, tuned.folder, trained)
         pair = _Pair(structure, Weights(base, structure), Weights(tuned, trained))
         found = _Extraction(pair, config, niter, progress or (lambda done, total: None))
         if not found.adapters and not found.changed:
@@ -155,6 +156,19 @@ def extract_adapter(
         saved=tuple(saved),
         ignored=tuple(found.changed) if rest == "ignore" else (),
     )
+
+
+def _refuse_other_sizes(base: Path, structure: Structure, tuned: Path, trained: Structure) -> None:
+    for name, shape in structure.shapes.items():
+        other = trained.shapes.get(name)
+        if other != shape:
+            has = "does not have it" if other is None else f"has {list(other)}"
+            raise FormatError(
+                f"{base}: {name!r} has the shape {list(shape)}, and {tuned} {has}; expected the same. If only the "
+                "number of tokens differs, resize the base as the training did (model.resize_token_embeddings)."
+            )
+    for name in trained.shapes.keys() - structure.shapes.keys():
+        raise FormatError(f"{tuned}: it has {name!r}, and {base} has not; expected models of one structure.")
 
 
 class _Pair:

@@ -7,6 +7,7 @@ gives PEFT's outputs. Where that cannot be, both refuse.
 from __future__ import annotations
 
 import os
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from funclora._apply import Adapters, named_tensors
 from funclora._config import LoraConfig
 from funclora._rules import Rule
+from funclora._tables import Tables
 from funclora._targets import named, select
 from funclora._tokens import Tied
 from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
@@ -37,7 +39,8 @@ def save_peft(
 ) -> None:
     """Write adapters as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Each file is replaced as a whole, the weights first. What is in the folder besides stays.
+    Both files are replaced as a whole, and never one without the other: a process that is killed between the two
+    leaves a folder without configuration, which nobody loads. What is in the folder besides stays.
 
     The model is not asked for, so a target of the configuration that the adapters lack as a whole goes unnoticed,
     and so does a module that the model holds under two names. `load_peft` notices both. Rows of a weight that are
@@ -55,7 +58,7 @@ def save_peft(
         ParamsError: the leaves of a rule do not fit each other.
         UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
         NonFiniteError: an adapter holds NaN or infinity.
-        OSError: the folder cannot be written. What was there is then still there.
+        OSError: the folder cannot be written, or another process writes it now. What was there is then still there.
 
     Examples:
         >>> import tempfile
@@ -84,7 +87,7 @@ def save_peft(
     def write_config(file: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
-    replace_files(Path(path), {WEIGHTS_FILE: write_weights, CONFIG_FILE: write_config})
+    replace_files(Path(path), {WEIGHTS_FILE: write_weights, CONFIG_FILE: write_config}, together=True)
 
 
 def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
@@ -153,7 +156,7 @@ class PeftFolder:
         try:
             self.targets = targets = select(model, config)
         except TargetError as error:
-            raise TargetError(f"{file}: {error}") from error
+            raise TargetError(f"{file}: {error} {_advice(config, model)}") from error
         self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         wrapped = {
             name: Wrapped(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
@@ -172,7 +175,13 @@ class PeftFolder:
         for name, why in reasons:
             raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
         self._keys = Keys(self._wrapped)
-        self._stored = StoredTensors(folder / WEIGHTS_FILE, compiled=any(COMPILED in name for name in self.weights))
+        table = self.weights.get(f"{Tables.of(model).input}.weight")
+        self._stored = StoredTensors(
+            folder / WEIGHTS_FILE,
+            compiled=any(COMPILED in name for name in self.weights),
+            advice=_advice(config, model),
+            vocabulary=0 if table is None else table.shape[0],
+        )
         self._reader = Reader(self._stored, self._keys, config, wrapped)
 
     def rule(self, name: str) -> Rule:
@@ -195,6 +204,13 @@ class PeftFolder:
         """What a reader of the folder should know."""
         yield from self._stored.notes
         yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)
+
+
+def _advice(config: LoraConfig, model: nn.Module) -> str:
+    """What to do where an adapter does not fit a model."""
+    base = config.base_model_name_or_path
+    which = f"of {reprlib.repr(base)}" if base else "that it was trained on"
+    return f"If the adapter is for another model than this {type(model).__name__}, load it on the one {which}."
 
 
 def _by_parameter(name: str, config: LoraConfig) -> bool:

@@ -1,0 +1,81 @@
+"""Expressions are matched as Python matches them, also those that it would not finish."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import funclora as fl
+from funclora import _patterns
+from funclora.errors import ConfigError
+
+ATOMS = st.sampled_from(
+    ["a", "b", ".", r"\.", r"\w", r"\d", r"\W", r"\s", "[ab]", "[^a]", "[a-c.]", "", "^", "$", r"\b", r"\B", "0"]
+)
+PATTERNS: st.SearchStrategy[str] = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=4).map("".join),
+        st.lists(inner, min_size=1, max_size=3).map("|".join).map("({})".format),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "+?", "??", "{2}", "{0,3}", "{1,}"])).map(
+            lambda both: f"(?:{both[0]}){both[1]}"
+        ),
+        st.tuples(st.sampled_from(["(?=", "(?!"]), inner).map(lambda both: f"{both[0]}{both[1]})"),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@example(r"(?:(?:a|b)*)*\.0", "ab.0")
+@example("(?:(?:)*)*", "a")
+@example(r"(?:a$|b)*", "aa")
+@given(PATTERNS, st.text("ab.0 _\n", min_size=1, max_size=6))
+def test_the_answers_are_those_of_python(pattern: str, name: str) -> None:
+    tree = _patterns._parsed(pattern)
+    found = len(name) in _patterns._Places(name).after(tree, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found == (re.fullmatch(pattern, name) is not None)
+    assert _patterns.matches(pattern, name) == found
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(.*)*x", "([a-z]+)*X", "(a|a)*b", ".*.*.*.*.*.*.*.*.*X", "(a?){60}a{60}x", "(?:(?:a*)+.)*x", "(.?){0,80}x"],
+)
+@pytest.mark.timeout(60)
+def test_expressions_that_python_does_not_finish(pattern: str) -> None:
+    model = torch.nn.ModuleDict({"a" * 90: torch.nn.Linear(2, 2)})
+    with pytest.raises(fl.errors.TargetError, match="matches the full name of no module"):
+        fl.init(model, fl.LoraConfig(target_modules=pattern))
+    with pytest.raises(fl.errors.TargetError, match=r"rank_pattern: .* matches none"):
+        fl.init(model, fl.LoraConfig(target_modules=["a" * 90], rank_pattern={pattern: 2}))
+
+
+@pytest.mark.parametrize("pattern", [r"(?:(a)\1*)*x", "(?i)(.*)*x", "(?:(?<=a)a*)*x", "(?:(?i:a)*)*x"])
+def test_what_cannot_be_bounded_is_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"may take for ever.*Write a simpler one"):
+        _patterns.matches(pattern, "a" * 90)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "slow"),
+    [
+        (r".*\.(q|v)_proj", False),
+        (
+            r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp)",
+            False,
+        ),
+        (r"^(?!.*vision).*\.q_proj$", False),
+        (r"(.*\.)?(layers\.(\d+)\.q_proj)", False),
+        (r"model(\.\w+)*\.q_proj", True),
+    ],
+)
+def test_usual_expressions_are_left_to_python(pattern: str, slow: bool) -> None:
+    assert (_patterns._quantifiers(_patterns._parsed(pattern)) > _patterns._FEW) == slow
