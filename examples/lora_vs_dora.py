@@ -196,6 +196,7 @@ def choose(runs: Sequence[Run], settings: Settings) -> tuple[float, dict[str, fl
 
 
 ALL = "all weights, all steps"
+FAR = "layers.3.mlp.down_proj"  # moves furthest under LoRA and DoRA, and weighs most in every straight line
 
 
 def selections(last: int) -> dict[str, tuple[Callable[[Movement], bool], bool]]:
@@ -303,6 +304,18 @@ def tables(found: dict[str, Any]) -> str:
                 for run in compared[method]
             ]
             cells.append(f"{statistics.mean(map(statistics.mean, of_runs)):.2g}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    head = f"| correlation, per output, step {last}, without {FAR} | {' | '.join(methods)} |"
+    lines += ["", head, "|---" * (len(methods) + 1) + "|"]
+    for name, relative in (("ΔM", False), ("ΔM / magnitude", True)):
+        cells = []
+        for method in methods:
+            found_there: list[float | None] = []
+            for run in compared[method]:
+                rows = [r for r in run["movements"] if r[0] == "output" and str(r[2]) == last and FAR not in r[1]]
+                heights = [row[4] / (row[5] if relative else 1) for row in rows]
+                found_there.append(statistics.correlation([row[3] for row in rows], heights))
+            cells.append(spread(found_there, "+.2f"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
