@@ -265,12 +265,12 @@ def test_the_context_is_the_models_at_most(tmp_path: Path) -> None:
     data = prepare(Settings(data=file, validation_split=0.0), ByteTokenizer(), 32)
     assert max(len(example.ids) for example in data.train) == 32
     assert data.notes[0] == "The context is 32 tokens, the model's longest, and not 512."
-    assert data.notes[1].startswith("1 example of more than 32 tokens cut into several")
+    assert data.notes[-1].startswith("1 example of more than 32 tokens cut into several")
 
 
 def test_examples_without_tokens_or_loss_are_counted(tmp_path: Path) -> None:
     rows = [{"text": text} for text in ("", "a", "ab", "")]
-    data = examples(tmp_path, rows, ByteTokenizer())
+    data = examples(tmp_path, rows, ByteTokenizer(), model=None)
     assert [example.ids for example in data.train] == [list(b"ab")]
     assert [note.split(";")[0] for note in data.notes] == [
         "2 examples without tokens left out",
@@ -292,6 +292,8 @@ SCHEMA_ERRORS: list[tuple[Rows, dict[str, Any], str]] = [
     ([{}], {}, "it has nothing"),
     ([{"text": None}], {}, "it has nothing"),
     ([{"text": "a", "prompt": "b"}], {}, "data.jsonl:1: has prompt, text, each of which is data by itself"),
+    ([{"text": "a", "completion": "b"}], {}, "data.jsonl:1: has completion, text, each of which is data by itself"),
+    ([{"text": "a", "messages": []}], {}, "data.jsonl:1: has messages, text, each of which is data by itself"),
     ([{"prompt": "b"}], {}, "data.jsonl:1: expected a value under 'completion'; it has 'prompt'"),
     ([{"completion": "b"}], {}, "expected a value under 'prompt'"),
     ([{"text": "a"}, {"text": 3}], {}, "data.jsonl:2: text: expected a text, got 3"),
@@ -338,6 +340,18 @@ def test_settings_that_contradict_themselves(tmp_path: Path) -> None:
 def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
     data = examples(tmp_path, [{"body": "abc", "id": 1}, {"body": "def", "url": "x"}], tokenizer(), text_field="body")
     assert data.notes == ["Fields that are not read: id, url."]
+
+
+def test_the_field_of_text_may_be_any(tmp_path: Path) -> None:
+    data = examples(tmp_path, PAIRS[:2], tokenizer(), text_field="completion")
+    assert [said(tokenizer(), example) for example in data.train] == [["2</s>"], [" é</s>"]]
+
+
+def test_a_tokenizer_without_an_end_token_is_noted(tmp_path: Path) -> None:
+    tokens = tokenizer(eos=None)
+    data = examples(tmp_path, PAIRS[:1], tokens)
+    assert said(tokens, data.train[0]) == ["2"]
+    assert data.notes == ["The tokenizer has no end token, so nothing teaches the model to stop."]
 
 
 # Classification and translation
