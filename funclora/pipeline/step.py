@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from funclora._apply import Adapters, bind
 from funclora._rules import Rule
-from funclora._train import seeded, value_and_grad
+from funclora._train import autograd, seeded, value_and_grad
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.optim import apply_updates, global_norm
 from funclora.pipeline.batches import Batches
@@ -133,13 +133,23 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
         with autocast(settings, base.device):
             return base.loss(bound, batch)
 
-    run = value_and_grad(loss)
+    if not settings.compile:
+        eager = value_and_grad(loss)
+        return lambda adapters, batch: eager(model, base.params, adapters, batch)
 
-    def gradient(params: Mapping[str, Tensor], adapters: Adapters, batch: Any) -> tuple[Tensor, dict[str, Rule]]:
-        return run(model, params, adapters, batch)
+    @torch.compile
+    def compiled(params: Mapping[str, Tensor], adapters: Adapters, batch: Mapping[str, Tensor]) -> Tensor:
+        return loss(bind(model, params, adapters), batch)
 
-    compiled: Callable[..., Any] = torch.compile(gradient) if settings.compile else gradient
-    return lambda adapters, batch: compiled(base.params, adapters, batch)
+    def gradient(adapters: Adapters, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Rule]]:
+        for tensor in batch.values():
+            for dim in range(tensor.dim()):  # or there would be a graph for each length
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        # Not a compiled torch.func.grad: dropout in one knows no sizes that vary.
+        value, _, grads = autograd(lambda tree: (compiled(base.params, tree, batch), ()), dict(adapters))
+        return value, grads
+
+    return gradient
 
 
 def autocast(settings: Settings, device: torch.device) -> contextlib.AbstractContextManager[Any]:

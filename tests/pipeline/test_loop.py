@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import snapshot
 from tiny_runs import Rows, byte_base, close, data, fresh, llama_base, lora_config, rows, run, same, settings
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 import funclora as fl
@@ -234,13 +236,21 @@ def test_bf16_is_autocast(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_those_of_eager_mode(tmp_path: Path) -> None:
+def test_compiled_steps_are_those_of_eager_mode_in_one_graph_for_all_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
-    options: dict[str, Any] = {"steps": 3, "dropout": 0.0}
-    plain, _ = run(settings(tmp_path / "plain", **options))
-    compiled, _ = run(settings(tmp_path / "compiled", compile=True, **options))
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    whole = data(n=12)  # no micro-batch of one row, which would be a graph of its own
+    options: dict[str, Any] = {"method": "dora", "rank": 3}
+    plain, _ = run(settings(tmp_path / "plain", **options), rows=whole)
+    assert counter.frame_count == 0
+    compiled, _ = run(settings(tmp_path / "compiled", compile=True, **options), rows=whole)
+    assert counter.frame_count == 1
     got, want = (torch.tensor(end.losses["train"]) for end in (compiled, plain))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    close(compiled.adapters, plain.adapters, 1e-4)
     torch._dynamo.reset()
 
 
