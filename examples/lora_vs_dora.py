@@ -30,7 +30,7 @@ from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LRS = {"LoRA": (1e-3, 3e-3, 1e-2), "DoRA": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}
+LRS = {"LoRA": (1e-3, 3e-3), "DoRA": (1e-3, 3e-3), "full": (3e-4, 1e-3)}
 RANDOM = "random"
 PERS: tuple[Literal["output", "input"], ...] = ("output", "input")
 
@@ -41,11 +41,11 @@ class Settings:
 
     domain: str = "pydoc_data"
     seeds: int = 3
-    steps: tuple[int, ...] = (25, 50, 100, 200)
+    steps: tuple[int, ...] = (20, 40, 80, 160)
     batch: int = 4
-    context: int = 128
+    context: int = 64
     r: int = 8
-    windows: int = 64
+    windows: int = 48
     lrs: dict[str, tuple[float, ...]] = field(default_factory=lambda: dict(LRS))
 
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         out.mkdir(parents=True, exist_ok=True)
         (out / "lora-vs-dora.json").write_text(json.dumps(as_json(result)) + "\n", encoding="utf-8")
         first = [result.matched(method)[0].moved["output"] for method in result.methods]
-        sum(first[1:], first[0]).plot(out / "lora-vs-dora.png")
+        sum(first[1:], first[0]).plot(out / "lora-vs-dora.png")  # of seed 0
         print(f"wrote {out / 'lora-vs-dora.json'} and {out / 'lora-vs-dora.png'}")
     return result
 
@@ -147,7 +147,7 @@ def train(model: ByteLM, params: dict[str, Tensor], text: bytes, windows: Tensor
         adapters, state, _ = step(params, adapters, state, next(batches))
         if i in settings.steps:
             with torch.no_grad():
-                run.losses[i] = float(next_byte_loss(lambda x, a=adapters: fl.apply(model, params, a, x), windows))
+                run.losses[i] = float(next_byte_loss(fl.bind(model, params, adapters), windows))
             add(run, params, adapters, i)
     return run
 

@@ -151,7 +151,11 @@ def paired(
     _checked(second, model)
     for name in dict.fromkeys([*first, *second]):
         here = None if params is None else {name: _base(name, params)}  # read once for both
-        one, two = (_found(name, side, here, known) if name in side else None for side in (first, second))
+        sides = [side for side in (first, second) if name in side]
+        # A tuned weight next to a rule that knows where the matrix lies is read as that rule says.
+        said = [value.layout for side in sides if isinstance(value := side[name], LowRank)]
+        layout = {name: said[0]} if said else known
+        one, two = (_found(name, side, here, layout) if name in side else None for side in (first, second))
         if one is not None and two is not None and one.shape != two.shape:
             raise ParamsError(
                 f"{name!r}: one adapter changes a matrix of shape {list(one.shape)}, the other one of "

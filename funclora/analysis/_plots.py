@@ -138,6 +138,8 @@ def _heatmap(axis: Any, grid: Sequence[Sequence[float]]) -> None:
     axis.imshow(
         grid, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower", extent=(0.5, n + 0.5, 0.5, m + 0.5)
     )
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
     axis.set_xlabel("j, directions of the second")
     axis.set_ylabel("i, directions of the first")
 

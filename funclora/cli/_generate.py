@@ -74,7 +74,9 @@ class Generator:
             (folder / WEIGHTS_FILE).stat().st_size for folder in folders.values() if (folder / WEIGHTS_FILE).exists()
         ]
         # Half precision on disk may be float32 in memory.
-        self._cache = fl.AdapterCache(base.model, dict(folders), memory=max(HELD, 4 * max(sizes, default=0)))
+        self._cache = fl.AdapterCache(
+            base.model, dict(folders), memory=max(HELD, 4 * max(sizes, default=0)), device=base.device
+        )
         self._random = torch.Generator(base.device).manual_seed(sampling.seed)
 
     def load(self, names: Sequence[str | None]) -> dict[str, fl.Rule]:

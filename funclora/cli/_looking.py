@@ -59,3 +59,15 @@ def between(values: Sequence[float | None] | None, form: str = ".2f") -> str:
 def size(shape: Sequence[int]) -> str:
     """A shape as people write it."""
     return "×".join(map(str, shape))
+
+
+def short(name: str) -> str:
+    """A weight's name for a table: ".weight" goes without saying."""
+    return name.removesuffix(".weight")
+
+
+def words(rule: str, r: int | None, scaling: float | None) -> str:
+    """A rule with its rank and scaling, where it has them."""
+    return " ".join(
+        [rule, *([f"r={r}"] if r is not None else ()), *([f"s={scaling:.3g}"] if scaling is not None else ())]
+    )

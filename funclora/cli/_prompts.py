@@ -40,7 +40,7 @@ class Reader:
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, limit: int | None, decoder: bool) -> None:
-        self._tokenizer, self._vocabulary, self._limit, self._decoder = tokenizer, vocabulary, limit, decoder
+        self.tokenizer, self._vocabulary, self._limit, self._decoder = tokenizer, vocabulary, limit, decoder
 
     def text(self, text: str, adapter: str | None, where: str, fields: dict[str, Any] | None = None) -> Prompt:
         """A prompt as it is, with the tokenizer's special tokens.
@@ -48,7 +48,7 @@ class Reader:
         Raises:
             ConfigError: it has no tokens, or more than the model reads, or such that the model does not have.
         """
-        return self._checked(self._tokenizer(text)["input_ids"], adapter, fields or {"prompt": text}, where)
+        return self._checked(self.tokenizer(text)["input_ids"], adapter, fields or {"prompt": text}, where)
 
     def messages(self, record: Record, adapter: str | None) -> Prompt:
         """A conversation under the tokenizer's chat template, up to where the assistant begins to speak.
@@ -57,12 +57,12 @@ class Reader:
             ConfigError: as for `text`, or the tokenizer has no chat template.
             FormatError: the template refuses the conversation.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 f"{record.where}: the model's tokenizer has no chat template, so messages have no form that it knows. "
                 "Give a prompt in place of messages, or put the template next to the tokenizer as chat_template.jinja."
             )
-        return self._checked(opened(record, self._tokenizer), adapter, record.fields, record.where)
+        return self._checked(opened(record, self.tokenizer), adapter, record.fields, record.where)
 
     def _checked(self, ids: list[int], adapter: str | None, fields: dict[str, Any], where: str) -> Prompt:
         if not ids:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number
+from funclora.cli._looking import Plot, bar, between, check_plot, number, short, words
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
-    from funclora.io._diff import Difference, Side
+    from funclora.io._diff import Difference
 
 
 def diff(
@@ -26,7 +26,7 @@ def diff(
 ) -> None:
     """What two adapters do to each weight: targets, norms, angle, distance, and how much their subspaces overlap.
 
-    cosine is that of the angle between the updates; distance is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) say how much of
+    cosine is that of the angle between the updates; dist. is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) say how much of
     the smaller subspace of the factors lies in the larger one, from 0 to 1 (LoRA paper, section 7.2); random ones come
     to about r divided by the width of the layer. Of DoRA without --base, s·B·A is compared.
 
@@ -56,20 +56,23 @@ def diff(
 
 
 def _print(found: Difference, plot: Path | None) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table(title=escape(f"A: {found.folders[0]}\nB: {found.folders[1]}"))
+    console.print(escape(f"A: {found.folders[0]}\nB: {found.folders[1]}"), highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("weight", overflow="fold")
-    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "distance", "φ(A)", "φ(B)"):
-        table.add_column(column, justify="right")
+    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
+        table.add_column(column, justify="left" if column in ("A", "B") else "right")
     for row in found.rows:
         overlap = [between(row.similarity[of].whole) if of in row.similarity else "–" for of in ("A", "B")]
         numbers = (number(row.update.cosine, "+.3f"), number(row.update.relative_distance, ".3f"))
         norms = (number(norm) for norm in row.update.norms)
-        table.add_row(escape(row.update.name), *map(_words, row.sides), *norms, *numbers, *overlap)
+        sides = ("–" if side is None else words(side.rule, side.r, None) for side in row.sides)
+        table.add_row(escape(short(row.update.name)), *sides, *norms, *numbers, *overlap)
     console.print(table)
     only = [sum(row.sides[other] is None for row in found.rows) for other in (1, 0)]
     lines = [
@@ -82,11 +85,3 @@ def _print(found: Difference, plot: Path | None) -> None:
     if plot is not None:
         lines.append(f"wrote {plot}")
     console.print("\n".join(map(escape, lines)), highlight=False)
-
-
-def _words(side: Side | None) -> str:
-    """The rule, its rank and its scaling."""
-    if side is None:
-        return "–"
-    rank = "" if side.r is None else f" r={side.r}"
-    return f"{side.rule}{rank}" + ("" if side.scaling is None else f" s={side.scaling:.3g}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from funclora.cli._prompts import Prompt, Reader
     from funclora.pipeline.base import Base
     from funclora.pipeline.records import Record
+    from funclora.pipeline.settings import Settings
 
 BASE = "(base)"
 
@@ -117,16 +118,23 @@ def generate(
     from funclora.cli._generate import Generator, Sampling
 
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed or 0)
-    base, reader = _load(model, dtype.value, quantize.value, device)
-    generator = Generator(base, folders, sampling)
+    settings, reader = _reader(model, dtype.value, quantize.value, device)
+    # What is asked is looked at before the weights are loaded, which can take minutes.
+    prompts = []
     if file is not None:
         prompts = read_prompts(file, reader, list(folders), default)
-        used = {each.adapter for each in prompts}
-        if folders and not used & folders.keys():
+        if folders and not {each.adapter for each in prompts} & folders.keys():
             raise ConfigError(f"{file}: no record names one of the adapters that are given: {', '.join(folders)}.")
+    elif prompt is not None:
+        prompts = [_asked(reader, prompt, default, "--prompt", chat=chat)]
+    from funclora.pipeline.base import load_base
+
+    base = load_base(settings, reader.tokenizer)
+    generator = Generator(base, folders, sampling)
+    if file is not None:
         _answer_file(generator, prompts, batch, out, base, sampling, json=json)
     elif prompt is not None:
-        row = _asked(reader, prompt, default, "--prompt", chat=chat)
+        (row,) = prompts
         if json:
             ((answer,),) = generator.batches([row], 1)
             print_json({"model": base.name, "sampling": asdict(sampling), **_result(row, answer)})
@@ -137,18 +145,20 @@ def generate(
         _converse(generator, reader, default, list(folders), base, chat=chat)
 
 
-def _load(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Base, Reader]:
+def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Settings, Reader]:
+    """How the model is loaded, and what makes prompts for it."""
     from funclora.cli._prompts import Reader
-    from funclora.pipeline.base import load_base, load_tokenizer, vocabulary
-    from funclora.pipeline.folder import load_config
+    from funclora.pipeline.base import load_tokenizer, vocabulary
+    from funclora.pipeline.folder import empty_model, load_config, longest_context
     from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, Settings
 
     task = SEQ2SEQ if model is not None and load_config(model).is_encoder_decoder else CAUSAL
     settings = Settings(model=model, task=task, dtype=dtype, quantize=quantize, device=device)
     tokenizer = load_tokenizer(settings)
-    base = load_base(settings, tokenizer)
-    limit = None if model is None else base.limit  # the demo's sees the end of what is longer
-    return base, Reader(tokenizer, vocabulary(base.model), limit, decoder=task == CAUSAL)
+    if model is None:  # which sees the end of what is too long for it
+        return settings, Reader(tokenizer, len(tokenizer), None, decoder=True)
+    structure = empty_model(model, task)
+    return settings, Reader(tokenizer, vocabulary(structure), longest_context(structure), decoder=task == CAUSAL)
 
 
 def _asked(reader: Reader, text: str, adapter: str | None, where: str, *, chat: bool) -> Prompt:

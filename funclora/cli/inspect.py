@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, size
+from funclora.cli._looking import Plot, bar, between, check_plot, number, short, size, words
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def inspect(
     """Targets, ranks, scalings, norms and effective ranks of an adapter or a model, and how far each weight moves.
 
     The share is ‖ΔW‖ / ‖W‖ and needs --base. The effective rank is exp of the entropy of the singular values (Roy and
-    Vetterli 2007), the stable rank ‖ΔW‖² / σ₁². Of DoRA without --base, the numbers are those of s·B·A, which is not
-    all that it changes. A model without --base shows its weights themselves. Weights are read one at a time.
+    Vetterli 2007); JSON has these too, and the stable rank ‖ΔW‖² / σ₁². Of DoRA without --base, the numbers are those
+    of s·B·A, which is not all that it changes. A model without --base shows its weights themselves.
+    Weights are read one at a time.
 
     Examples:
         funclora inspect adapters/math
@@ -86,24 +87,22 @@ def _print(found: Inspection, plot: Path | None) -> None:
 
 
 def _table(found: Inspection) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     adapter, with_base = found.kind == "adapter", found.base is not None
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("weight", overflow="fold")
-    columns = ["shape", "‖ΔW‖" if adapter or with_base else "‖W‖"]
-    columns = ["rule", "r", "s", *columns] if adapter else columns
-    columns += ["share"] if with_base else []
-    for column in (*columns, "eff. rank", "stable rank"):
-        table.add_column(column, justify="right")
+    table.add_column("update" if adapter else "")
+    columns = ("shape", "‖ΔW‖" if adapter or with_base else "‖W‖", "share", "eff. rank")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found.rows:
-        if not adapter and with_base and row.norm == 0:
-            continue
-        cells = [row.rule, number(row.r, "d"), number(row.scaling)] if adapter else []
-        cells += [size(row.shape), number(row.norm)]
-        cells += [number(row.share, ".3%")] if with_base else []
-        table.add_row(escape(row.name), *cells, between(row.effective_rank), between(row.stable_rank))
+        if adapter or not with_base or row.norm:
+            numbers = (size(row.shape), number(row.norm), number(row.share, ".2%"), between(row.effective_rank))
+            update = words(row.rule, row.r, row.scaling) if adapter else ""
+            table.add_row(escape(short(row.name)), update, *numbers)
     return table
 
 

@@ -230,6 +230,21 @@ def test_an_encoder_and_decoder(tmp_path: Path) -> None:
         assert row["completion"] == tokenizer.decode(out[0], skip_special_tokens=True)
 
 
+def test_packed_weights(folders: Path) -> None:
+    from funclora.pipeline.base import load_base, load_tokenizer
+    from funclora.pipeline.settings import Settings
+
+    pytest.importorskip("bitsandbytes")
+    args = (folders / "adapters" / "ad-1", "--model", folders / "model", "-p", PROMPTS[2], "--max-tokens", 12)
+    found = printed(*args, "--quantize", "nf4")["completion"]
+    settings = Settings(model=folders / "model", quantize="nf4")
+    tokenizer = load_tokenizer(settings)
+    base = load_base(settings, tokenizer)
+    bound = fl.bind(base.model, base.params, fl.load_peft(folders / "adapters" / "ad-1", base.model)[0])
+    assert found == base.generate(bound, PROMPTS[2], 12)
+    assert found != printed(*args)["completion"]
+
+
 # Drawing
 
 
@@ -356,8 +371,11 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
         ({"messages": [{"role": "user"}]}, "p.jsonl:1: messages[0]: content: expected a text, got None"),
     ],
 )
-def test_records_that_cannot_be_used(folders: Path, tmp_path: Path, record: dict[str, Any], message: str) -> None:
+def test_records_that_cannot_be_used(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], message: str
+) -> None:
     file = jsonl(tmp_path / "p.jsonl", record)
+    monkeypatch.setattr("funclora.pipeline.base.load_base", None)  # said before the weights are loaded
     assert message in complaint(folders / "adapters", "--model", folders / "model", "-f", file)
 
 
