@@ -13,7 +13,7 @@ from pathlib import Path
 import griffe
 
 DOCS = Path(__file__).parent
-NAMESPACES = ("funclora", "funclora.algebra", "funclora.optim")
+NAMESPACES = ("funclora", "funclora.algebra", "funclora.analysis", "funclora.optim")
 
 
 def documented() -> dict[str, str]:

@@ -4,7 +4,7 @@
 line starts without torch, and `apply` without the readers and writers of files.
 """
 
-from funclora import algebra, errors, optim
+from funclora import algebra, analysis, errors, optim
 from funclora._apply import apply, base_params, bind, trace_targets
 from funclora._cache import AdapterCache, CacheStats
 from funclora._config import LoraConfig
@@ -52,6 +52,7 @@ __all__ = [
     "Tied",
     "TrainableTokens",
     "algebra",
+    "analysis",
     "apply",
     "as_module",
     "base_params",

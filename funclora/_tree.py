@@ -7,7 +7,6 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import optree
-import torch
 import torch.utils._pytree as torch_pytree
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor

@@ -1,6 +1,8 @@
 """The example scripts, at a small size: what each of them sets out to show is so."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ from safetensors.torch import load_file
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *argv: str) -> Any:
-    """What `main` of that example returns."""
+def load(name: str) -> Any:
+    """That example as a module."""
     spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up the module of their annotations
     spec.loader.exec_module(module)
-    return module.main(list(argv))
+    return module
+
+
+def run(name: str, *argv: str) -> Any:
+    """What `main` of that example returns."""
+    return load(name).main(list(argv))
 
 
 def test_mlp_lora_vs_dora(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,3 +181,23 @@ def test_benchmark_files(capsys: pytest.CaptureFixture[str]) -> None:
     medians = run("benchmark_files", "--quick", "--adapters=3", "--rounds=1")
     assert sorted(medians) == ["load, PEFT", "load, funclora", "save, PEFT", "save, funclora"]
     assert "ratio" in capsys.readouterr().out
+
+
+def test_lora_vs_dora(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = run("lora_vs_dora", "--quick", f"--out={tmp_path}")
+    assert result.methods == ["LoRA", "DoRA", "full", "random"]
+    for method in result.methods:
+        (found,) = result.matched(method)
+        assert all(len(moved.rows) == 2 * 28 for moved in found.moved.values())
+        if method != "random":
+            assert found.losses[8] < 0.95 * result.base_loss
+    assert "| correlation of ΔM and ΔD, per output | LoRA | DoRA | full | random |" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lora-vs-dora.json", "lora-vs-dora.png"]
+
+
+def test_the_page_of_lora_vs_dora_has_the_numbers_of_its_file() -> None:
+    docs = EXAMPLES.parent / "docs"
+    found = json.loads((docs / "lora-vs-dora.json").read_text(encoding="utf-8"))
+    page = (docs / "lora-vs-dora.md").read_text(encoding="utf-8")
+    for table in load("lora_vs_dora").tables(found).split("\n\n"):
+        assert table in page

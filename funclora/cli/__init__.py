@@ -14,5 +14,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit(f"funclora's commands need {error.name}. Type: pip install 'funclora[demo]'")
+        sys.exit(f"funclora's commands need {error.name}. Type: pip install 'funclora[cli]'")
     app()

@@ -27,10 +27,14 @@ from funclora.cli._command import Commands, add
 from funclora.cli.combine import combine
 from funclora.cli.convert import convert
 from funclora.cli.demo import demo
+from funclora.cli.diff import diff
 from funclora.cli.eval import evaluate
 from funclora.cli.extract import extract
+from funclora.cli.generate import generate
+from funclora.cli.inspect import inspect
 from funclora.cli.merge import merge
 from funclora.cli.sweep import sweep
+from funclora.cli.train import train
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -38,10 +42,14 @@ for name, function, stopped in (
     ("combine", combine, "{out} is as it was."),
     ("convert", convert, "{out} is as it was."),
     ("demo", demo, "The same command begins again."),
+    ("diff", diff, "Nothing was written."),
     ("eval", evaluate, "Nothing was written."),
     ("extract", extract, "{out} is as it was."),
+    ("generate", generate, "Nothing was written."),
+    ("inspect", inspect, "Nothing was written."),
     ("merge", merge, "{out} is as it was."),
     ("sweep", sweep, "The same command goes on with {out}."),
+    ("train", train, "If its folder holds a checkpoint, the same command with --resume goes on."),
 ):
     add(app, name, function, stopped)
 

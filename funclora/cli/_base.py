@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from funclora.errors import ConfigError
+from funclora.errors import FuncloraError
 
 
 def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
@@ -18,24 +17,11 @@ def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
         weights: load the weights; else the model has its structure only, on the meta device.
 
     Raises:
-        ConfigError: there is no such model, or no transformers.
+        FuncloraError: there is no such model, it cannot be loaded, or there is no transformers.
     """
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--base: {folder} holds no config.json. It takes the folder of a transformers model.")
+    from funclora.pipeline.folder import empty_model, load_model
+
     try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ConfigError("--base needs transformers. Type: pip install 'funclora[hf]'") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        name = (config.architectures or ["?"])[0]
-        cls = getattr(transformers, name, transformers.AutoModel)
-        model: nn.Module
-        if weights:
-            model = cls.from_pretrained(folder, local_files_only=True, dtype="auto")
-        else:
-            with torch.device("meta"):
-                model = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--base: {folder} cannot be loaded: {error}") from error
-    return model
+        return load_model(folder, None)[0] if weights else empty_model(folder, None)
+    except FuncloraError as error:
+        raise type(error)(f"--base: {str(error).removeprefix('model: ')}") from error

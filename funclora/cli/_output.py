@@ -21,6 +21,11 @@ def json_text(tree: Any) -> str:
     return json.dumps(finite(tree), indent=2, default=str, allow_nan=False)
 
 
+def json_line(tree: Any) -> str:
+    """The same in one line, for a file of JSONL."""
+    return json.dumps(finite(tree), ensure_ascii=False, default=str, allow_nan=False)
+
+
 def finite(tree: Any) -> Any:
     """The same tree with None for each number that is not finite.
 

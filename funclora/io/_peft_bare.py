@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from funclora._config import LoraConfig
 from funclora._layout import Conv, Conv1D, Embedding, Layout, Linear
-from funclora._rules import LoRA, Rule
+from funclora._rules import DoRA, LoRA, Rule
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io._peft_agree import covers
 from funclora.io._peft_config import CONFIG_FILE, HEADS, read_config
@@ -21,7 +22,7 @@ _A = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<suffix>lora_A\.weight|
 _ADVICE = "Give the base model: model=, or --base on the command line."
 
 
-def read_bare(folder: Path, *, in_out: bool) -> tuple[dict[str, Rule], LoraConfig]:
+def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[str, Rule], LoraConfig]:
     """The adapters of a folder, as far as they can be understood without the model.
 
     The layout of a convolution leaves out its padding, and all linear layers get the same one: enough to calculate
@@ -31,6 +32,7 @@ def read_bare(folder: Path, *, in_out: bool) -> tuple[dict[str, Rule], LoraConfi
     Args:
         folder: a PEFT folder.
         in_out: linear layers are taken for transformers' `Conv1D` (see `has_in_out_linear`).
+        dora: read `DoRA` too, for callers that look at the factors only: what it computes depends on the model.
 
     Returns:
         Full parameter name -> rule, in float32 at least, and the configuration.
@@ -44,7 +46,7 @@ def read_bare(folder: Path, *, in_out: bool) -> tuple[dict[str, Rule], LoraConfi
     config, _ = read_config(file, nn.Module())
     depends = {
         "init_lora_weights": config.decomposition,
-        "use_dora": config.use_dora,
+        "use_dora": config.use_dora and not dora,
         "target_parameters": config.target_parameters,
         "modules_to_save": config.modules_to_save,
         "bias": "" if config.bias == "none" else config.bias,
@@ -85,8 +87,14 @@ def _rule(
     shape_b = (stored.rows(key_b, why), r, *(1 for _ in shape[2:]))
     a = stored.take(key, (r, *shape[1:]), blank, dtype, why)
     b = stored.take(key_b, shape_b, blank, dtype, why)
-    scaling = config.scaling(r, config.alpha_of(module))
-    return LoRA(a, b, scaling=scaling, dropout=float(config.lora_dropout), layout=layout)
+    options: dict[str, Any] = {
+        "scaling": config.scaling(r, config.alpha_of(module)), "dropout": float(config.lora_dropout), "layout": layout,
+    }  # fmt: skip
+    if not config.use_dora:
+        return LoRA(a, b, **options)
+    shape_m = (1, shape_b[0], *(1 for _ in shape[2:])) if len(shape) > 2 else (shape_b[0],)
+    magnitude = stored.take(f"{PREFIX}{module}.{form.magnitude}", shape_m, blank, dtype, why)
+    return DoRA(a, b, magnitude.flatten(), **options)
 
 
 def _layout(suffix: str, dims: int, *, in_out: bool) -> Layout:

@@ -101,7 +101,10 @@ class StoredTensors:
         """
         tensor = self._get(key, why)
         if tuple(tensor.shape) != tuple(shape):
-            raise FormatError(f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}.")
+            raise FormatError(
+                f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}. It was "
+                "trained on a model of another size, or with another vocabulary (resize_token_embeddings)."
+            )
         self._taken.add(key)
         tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
         if not within(tensor, 1e15) and not torch.isfinite(tensor).all():

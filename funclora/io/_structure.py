@@ -52,7 +52,8 @@ class Structure:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder, self._config = folder, config
-        self.model: Any = _build(folder, config)
+        cls = named_class(folder, config.get("architectures"))
+        self.model: Any = without_weights(cls, cls.config_class.from_dict(dict(config)))
         self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -95,14 +96,22 @@ class Structure:
         return placed.parts, placed.opaque
 
 
-def _build(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+def named_class(folder: Path, architectures: object) -> Any:
+    """The class of model that a configuration names.
+
+    Args:
+        folder: where the configuration is from, for messages.
+        architectures: what stands there under this name.
+
+    Raises:
+        UnsupportedError: it names none, or one that the installed transformers does not have, or there is none.
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             "this needs transformers, which knows the models. Type: pip install 'funclora[hf]'"
         ) from error
-    architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise UnsupportedError(f"{folder}: config.json names no class of model (architectures).")
     cls = getattr(transformers, str(architectures[0]), None)
@@ -111,13 +120,17 @@ def _build(folder: Path, config: Mapping[str, Any]) -> nn.Module:
             f"{folder}: transformers {transformers.__version__} has no class {architectures[0]!r}, which config.json "
             "names (architectures)."
         )
-    settings = cls.config_class.from_dict(dict(config))
+    return cls
+
+
+def without_weights(cls: Any, config: Any) -> nn.Module:
+    """A transformers model on the meta device."""
     # In float32, which trained-in-full parameters are then kept in until they are rounded once.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("meta"):
-            return cast(nn.Module, cls(settings))
+            return cast(nn.Module, cls(config))
     finally:
         torch.set_default_dtype(default)
 

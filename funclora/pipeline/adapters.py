@@ -65,7 +65,8 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
         use_dora=settings.method == "dora",
         modules_to_save=saved or None,
         init_lora_weights=words.get(settings.init, settings.init),
-        task_type=TASK_TYPES[settings.task],
+        # PEFT's classes for a task are of transformers' models.
+        task_type=None if settings.model is None else TASK_TYPES[settings.task],
         base_model_name_or_path=None if settings.model is None else str(settings.model),
     )
 

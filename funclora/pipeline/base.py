@@ -16,12 +16,12 @@ from funclora._apply import Params, base_params
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.pipeline.folder import empty_model, load_model, longest_context
 from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights
+from funclora.pipeline.rows import IGNORED
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.pipeline.tokenizer import ByteTokenizer as ByteTokenizer
 from funclora.pipeline.tokenizer import first_line
 from funclora.pipeline.tokenizer import load_tokenizer as load_tokenizer
 
-IGNORED = -100  # the label of positions that count in no loss
 DEMO = "the demo's base"
 CPU = torch.device("cpu")
 

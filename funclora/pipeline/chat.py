@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from dataclasses import dataclass
 from typing import Any
 
 from funclora.errors import ConfigError, FormatError, UnsupportedError
@@ -17,8 +18,23 @@ NO_TEMPLATE = (
 )
 
 
-def chat(record: Record, tokenizer: Any, mask: bool) -> tuple[list[int], list[bool]]:
-    """The ids of a chat, and which of them the assistant says.
+@dataclass(frozen=True)
+class Chat:
+    """A chat as the model reads it.
+
+    Attributes:
+        ids: of all of it.
+        said: which of them the assistant says.
+        whole: is every message's text in it?
+    """
+
+    ids: list[int]
+    said: list[bool]
+    whole: bool
+
+
+def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
+    """What the chat template makes of a record's messages, and which tokens the assistant says.
 
     With `{% generation %}` markers in the template these are the tokens between them. Without, they are the tokens of
     the text by which a turn of the assistant makes the template's text longer: all after the generation prompt,
@@ -37,22 +53,47 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> tuple[list[int], list[bo
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(NO_TEMPLATE)
-    messages, more = _messages(record), _more(record)
-    marked = mask and MARKER.search(tokenizer.get_chat_template(tools=more.get("tools"))) is not None
     if mask and not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(
             "data: this tokenizer does not tell where its tokens are from (it is no fast one), so the assistant's "
             "are unknown. train_on all has the loss on whole chats."
         )
-    if not mask or marked:
-        out = _apply(record, tokenizer, messages, return_dict=True, return_assistant_tokens_mask=marked, **more)
-        ids: list[int] = out["input_ids"]
-        return ids, [bool(bit) for bit in out["assistant_masks"]] if marked else [True] * len(ids)
+    messages, more = _messages(record), _more(record)
     text: str = _apply(record, tokenizer, messages, tokenize=False, **more)
+    # Templates for images and texts leave out a text that is not in a list; others leave out what was thought.
+    whole = all((message.get("content") or "").strip() in text for message in messages)
+    if not mask:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return Chat(ids, [True] * len(ids), whole)
+    if MARKER.search(tokenizer.get_chat_template(tools=more.get("tools"))):
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, **more}
+        out = _apply(record, tokenizer, messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options)
+        said = [bool(bit) for bit in out["assistant_masks"]]
+        offsets = out["offset_mapping"]
+        for i in range(1, len(said)):
+            # Of a last character that is several tokens transformers marks the first only.
+            said[i] |= said[i - 1] and offsets[i] == offsets[i - 1] and offsets[i][0] < offsets[i][1]
+        return Chat(out["input_ids"], said, whole)
     spans = _spans(record, tokenizer, messages, text, more)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = out["input_ids"], out["offset_mapping"]
-    return ids, [any(a < end and b > start for start, end in spans) for a, b in offsets]
+    inside = [any(a < end and b > start for start, end in spans) for a, b in out["offset_mapping"]]
+    return Chat(out["input_ids"], inside, whole)
+
+
+def opened(record: Record, tokenizer: Any) -> list[int]:
+    """The ids of a chat up to where the assistant is to speak.
+
+    Args:
+        record: as for `chat`.
+        tokenizer: transformers', with a chat template.
+
+    Raises:
+        FormatError: the messages are not as they should be, or the template refuses them.
+    """
+    messages, more = _messages(record), _more(record)
+    text = _apply(record, tokenizer, messages, tokenize=False, add_generation_prompt=True, **more)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
+    return ids
 
 
 def _spans(
@@ -82,7 +123,7 @@ def _apply(record: Record, tokenizer: Any, messages: list[dict[str, Any]], **opt
     try:
         import jinja2
     except ModuleNotFoundError as error:
-        raise ConfigError("data: chat templates need jinja2. Type: pip install 'funclora[train]'") from error
+        raise ConfigError("chat templates need jinja2. Type: pip install 'funclora[train]'") from error
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

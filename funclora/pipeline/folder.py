@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from funclora.errors import ConfigError, FormatError
+from funclora.io._structure import named_class, without_weights
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
 from funclora.pipeline.tokenizer import LOADING, first_line, model_folder, transformers
 
@@ -24,7 +25,7 @@ CLASSES = {
 
 
 def load_model(
-    folder: Path, task: str, *, dtype: str = "auto", classes: Sequence[str] = (), seed: int = 0
+    folder: Path, task: str | None, *, dtype: str = "auto", classes: Sequence[str] = (), seed: int = 0
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model on the CPU, in evaluation mode, frozen.
 
@@ -33,7 +34,7 @@ def load_model(
 
     Args:
         folder: of a transformers model.
-        task: one of `settings.TASKS`.
+        task: one of `settings.TASKS`; None for the class of model that the folder's configuration names.
         dtype: "auto" for the folder's, or a name.
         classes: names of the classes; those of the folder's configuration if empty.
         seed: of new weights.
@@ -50,12 +51,12 @@ def load_model(
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
-    _refuse_other_task(folder, config, task)
+    cls = _class(folder, config, task)
     library = transformers()
     with torch.random.fork_rng(devices=[]), _quiet(library):
         torch.default_generator.manual_seed(seed)
         try:
-            model, report = getattr(library, CLASSES[task]).from_pretrained(
+            model, report = cls.from_pretrained(
                 str(folder),
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -80,25 +81,32 @@ def load_config(folder: Path) -> Any:
     Raises:
         FormatError: it cannot be read.
     """
+    model_folder(folder)
     library = transformers()
     try:
-        return library.AutoConfig.from_pretrained(str(model_folder(folder)), local_files_only=True)
+        return library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except LOADING as error:
         raise FormatError(f"model: {folder / 'config.json'} cannot be read: {first_line(error)}") from error
 
 
-def empty_model(folder: Path, task: str) -> nn.Module:
+def empty_model(folder: Path, task: str | None) -> nn.Module:
     """The model's structure, on the meta device.
+
+    Args:
+        folder: of a transformers model.
+        task: as for `load_model`.
 
     Raises:
         FormatError: the folder is no model.
         ConfigError: transformers has no model for that task of this architecture.
     """
     config = load_config(folder)
-    _refuse_other_task(folder, config, task)
+    cls = _class(folder, config, task)
     try:
+        if task is None:
+            return without_weights(cls, config)
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers(), CLASSES[task]).from_config(config)
+            model: nn.Module = cls.from_config(config)
     except LOADING as error:
         raise FormatError(f"model: {folder} has a config.json that makes no model: {first_line(error)}") from error
     return model
@@ -119,17 +127,21 @@ def longest_context(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _refuse_other_task(folder: Path, config: Any, task: str) -> None:
+def _class(folder: Path, config: Any, task: str | None) -> Any:
+    """What loads the model: the class that the configuration names, or transformers' own choice for the task."""
     library = transformers()
+    if task is None:
+        return named_class(folder, config.architectures)
     if type(config) not in getattr(library, CLASSES[task])._model_mapping:
         fitting = [t for t, name in CLASSES.items() if type(config) in getattr(library, name)._model_mapping]
         raise ConfigError(
             f"task: a model of type {config.model_type!r} ({folder}) has no form for {task}. It has one for "
             f"{', '.join(fitting) or 'no task of this command'}."
         )
+    return getattr(library, CLASSES[task])
 
 
-def _new_module(folder: Path, model: nn.Module, key: str, task: str) -> str:
+def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> str:
     """The module of a weight that the folder lacks, which must be one that a task may begin anew."""
     body: str = getattr(model, "base_model_prefix", "")
     module = key.rpartition(".")[0]

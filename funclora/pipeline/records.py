@@ -19,6 +19,7 @@ from funclora.errors import FormatError
 from funclora.pipeline import utf8
 from funclora.pipeline.strict_json import parse
 
+TEXT = "text"  # the kind of every file with another suffix than those of READERS
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -74,6 +75,32 @@ def read(path: Path, text_field: str = "text") -> Iterator[Record]:
             raise FormatError(f"{file}: holds no records.")
 
 
+def texts(path: Path, field: str, remedy: str = "") -> list[str]:
+    """The text under `field` of every record.
+
+    Args:
+        path: as for `read`.
+        field: of the texts.
+        remedy: what to do if a record has none, as the end of the message.
+
+    Raises:
+        FormatError: as for `read`, or a record has no text there.
+    """
+    found = []
+    for record in read(path, field):
+        text = record.fields.get(field)
+        if not isinstance(text, str):
+            there = f"it has {', '.join(map(_short, record.fields))}." if record.fields else "it has nothing."
+            raise FormatError(f"{record.where}: expected a text under {field!r}; {there}{remedy}")
+        found.append(text)
+    return found
+
+
+def is_text(file: Path) -> bool:
+    """Is a file one text, by its suffix, and not a file of records?"""
+    return _kind(file) == TEXT
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """All files in a folder by their path in it, sorted."""
     found: dict[str, Path] = {}
@@ -101,7 +128,7 @@ def _kind(file: Path) -> str:
     suffix = file.suffix.lower()
     if suffix == ".ndjson":
         return ".jsonl"
-    return suffix if suffix in READERS else "text"
+    return suffix if suffix in READERS else TEXT
 
 
 def _open(file: Path, text_field: str) -> Iterator[tuple[dict[str, Any], str]]:

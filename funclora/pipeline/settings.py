@@ -10,6 +10,8 @@ from typing import Any
 
 CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ = TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq")
 
+RUN_FILE = "run.toml"  # in the folder of a run: its settings
+
 
 def _key(default: Any, group: str, text: str, **limits: Any) -> Any:
     """A key: its default, its group, what it means, and what it may be.

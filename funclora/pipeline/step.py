@@ -125,7 +125,9 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
             raise UnsupportedError(
                 f"checkpointing: {base.name} ({type(model).__name__}) cannot recompute its activations. Leave it out."
             )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second name is the old one, which newer transformers warn of.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def loss(bound: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with autocast(settings, base.device):

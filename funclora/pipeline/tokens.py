@@ -33,21 +33,20 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
         return _all(record, WORDS, settings.label_field)
     if settings.task == SEQ2SEQ:
         return _all(record, *PAIR)
-    kinds = [
-        kind for name, kind in (("messages", CHAT), ("prompt", PAIR), (settings.text_field, (settings.text_field,)))
-        if name in there
-    ]  # fmt: skip
-    if len(kinds) > 1:
-        names = ", ".join(kind[0] for kind in kinds)
+    name = settings.text_field
+    kinds = {CHAT: "messages" in there, PAIR: bool({*PAIR} & there), (name,): name in there}
+    if name in (CHAT[0], *PAIR):
+        kinds = {(name,): name in there}  # so it is plain text that is asked for
+    found = [kind for kind, has in kinds.items() if has]
+    if len(found) > 1:
+        names = ", ".join(next(name for name in kind if name in there) for kind in found)
         raise FormatError(f"{record.where}: has {names}, each of which is data by itself. Keep one of them.")
-    if kinds == [PAIR] or (not kinds and "completion" in there):
-        return _all(record, *PAIR)
-    if not kinds:
+    if not found:
         raise FormatError(
-            f"{record.where}: expected a text under {settings.text_field!r}, prompt and completion, or messages; "
-            f"{_has(record)} text_field names another field of text."
+            f"{record.where}: expected a text under {name!r}, prompt and completion, or messages; {_has(record)} "
+            "text_field names another field of text."
         )
-    return kinds[0]
+    return _all(record, *PAIR) if found == [PAIR] else found[0]
 
 
 def _all(record: Record, *names: str) -> tuple[str, ...]:
@@ -90,6 +89,8 @@ def reader(
         notes: takes down what was cut.
     """
     tokens = _Tokens(settings, tokenizer, context, classes, notes)
+    if tokens.end is None and settings.task in (CAUSAL, SEQ2SEQ) and settings.model is not None:
+        notes.say("The tokenizer has no end token, so nothing teaches the model to stop.")
     return {SEQUENCE: tokens.sequence, TOKEN: tokens.words, SEQ2SEQ: tokens.translation}.get(
         settings.task, tokens.causal
     )
@@ -115,9 +116,13 @@ class _Tokens:
         return text if mark is None or self.ends or text.endswith(mark) else text + mark
 
     def causal(self, record: Record) -> list[Example]:
-        if "messages" in record.fields and record.fields["messages"] is not None:
-            ids, said = chat(record, self.tokenizer, self.settings.train_on == "completions")
-        elif record.fields.get("completion") is not None:
+        kind = schema(record, self.settings)
+        if kind == CHAT:
+            found = chat(record, self.tokenizer, self.settings.train_on == "completions")
+            ids, said = found.ids, found.said
+            if not found.whole:
+                self.notes.count("of whose messages the chat template leaves out or changes some", record.where)
+        elif kind == PAIR:
             ids, said = self.pair(record)
         else:
             ids = self.ids(self.ended(text(record, self.settings.text_field)))
@@ -158,7 +163,7 @@ class _Tokens:
             return []
         seen = labels[1:] if self.settings.task == CAUSAL else labels
         if all(label == IGNORED for label in seen):
-            cut = f" in their first {self.context} tokens" if over > 0 else ""
+            cut = f" in the first {self.context} tokens" if over > 0 else ""
             self.notes.count(f"without a token that has loss{cut} left out", record.where)
             return []
         if over > 0:

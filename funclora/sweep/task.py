@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import funclora as fl
 from funclora._apply import Params
 from funclora._init import generator_of
-from funclora.errors import ConfigError, FormatError, UnsupportedError, near
+from funclora.errors import ConfigError, FormatError, near
+from funclora.pipeline import records
+from funclora.pipeline.base import Base, ByteTokenizer, load_base, load_tokenizer
+from funclora.pipeline.settings import Settings
 
 EVERY = 8  # of eight texts the last is held out
 
@@ -85,19 +86,17 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
         ConfigError: no such domain, or the context is longer than the model's.
     """
     from funclora.demo import corpus
-    from funclora.demo.model import load_base
 
     if domain not in corpus.DOMAINS:
         known = ", ".join(corpus.DOMAINS)
         raise ConfigError(f"--domain: expected one of {known}, got {domain!r}.{near(domain, corpus.DOMAINS, 1)}")
-    model = load_base().to(_device(device))
-    if context > model.config.context:
-        raise ConfigError(f"--context: expected at most {model.config.context} for the demo's model, got {context}.")
+    base = load_base(Settings(device=device), ByteTokenizer())
+    _check_context(context, base)
     train, heldout = map(corpus.encode, corpus.split(domain))
     return Task(
         name=f"{domain}, the demo's model",
-        model=model,
-        params=fl.base_params(model),
+        model=base.model,
+        params=base.params,
         train=train,
         heldout=_spread(heldout, windows, context).to(device),
         context=context,
@@ -107,7 +106,7 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
 
 
 def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "cpu") -> Task:
-    """A causal language model that transformers loads from a folder, and a JSONL file with a `text` in every line.
+    """A causal language model that transformers loads from a folder, and a text or records with a `text` in each.
 
     Every eighth text is held out; of fewer than eight texts, the last eighth of all tokens.
 
@@ -117,23 +116,10 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
         ConfigError: there is too little text.
     """
     texts = read_texts(data)
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UnsupportedError("--model needs transformers. Type: pip install transformers") from error
-    if not (model / "config.json").is_file():
-        raise FormatError(f"--model: {model} is not a folder with a config.json, as save_pretrained writes it.")
-    logging.disable_progress_bar()  # ours is enough
-    try:
-        base = AutoModelForCausalLM.from_pretrained(str(model), local_files_only=True, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise FormatError(f"--model: transformers cannot load {model}: {str(error).splitlines()[0]}") from error
-    base = base.eval().requires_grad_(False).to(_device(device))
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise ConfigError(f"--context: expected at most {longest} for {model}, got {context}.")
+    settings = Settings(model=model, device=device)
+    tokenizer = load_tokenizer(settings)
+    base = load_base(settings, tokenizer)
+    _check_context(context, base)
     ids = [_tokens(tokenizer, text) for text in texts]
     train, heldout = _split(ids)
     for name, part in (("training", train), ("held-out", heldout)):
@@ -144,8 +130,8 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
             )
     return Task(
         name=f"{data.name}, {model.name}",
-        model=base,
-        params=fl.base_params(base),
+        model=base.model,
+        params=base.params,
         train=train,
         heldout=_spread(heldout, windows, context).to(device),
         context=context,
@@ -155,29 +141,15 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
 
 
 def read_texts(file: Path) -> list[str]:
-    """The `text` fields of a JSONL file.
+    """The `text` fields of a file of records, or a file that is one text.
 
     Raises:
-        FormatError: a line has none, or there are none at all.
+        FormatError: a record has none, or there are none at all.
     """
-    texts = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"--data: {file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise FormatError(f'--data: {file}, line {number}: expected an object like {{"text": "..."}}.')
-        texts.append(text)
-    if not texts:
-        raise FormatError(f"--data: {file} has no lines.")
-    return texts
+        return records.texts(file, "text")
+    except FormatError as error:
+        raise FormatError(f"--data: {error}") from error
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
@@ -206,10 +178,6 @@ def _spread(ids: Tensor, count: int, context: int) -> Tensor:
     return ids[starts[:, None] + torch.arange(context + 1)].long()
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+def _check_context(context: int, base: Base) -> None:
+    if base.limit is not None and context > base.limit:
+        raise ConfigError(f"--context: expected at most {base.limit} for {base.name}, got {context}.")

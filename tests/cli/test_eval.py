@@ -159,8 +159,11 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
         ([adapters, "--data", tmp_path / "w.jsonl"], "w.jsonl:1: expected a text under 'text'; it has 'b'. --field"),
         ([adapters, "--data", tmp_path / "y.jsonl"], "y.jsonl:2: expected JSON in each line"),
         ([adapters, "--data", tmp_path / "z.txt"], "holds no text of two tokens"),
-        ([adapters, "--data", text, "--model", tmp_path], "holds no config.json. --model takes the folder"),
-        ([adapters, "--data", text, "--device", "toaster"], "--device toaster"),
+        (
+            [adapters, "--data", text, "--model", tmp_path],
+            "holds no config.json. Give the folder of a",
+        ),
+        ([adapters, "--data", text, "--device", "toaster"], "device: 'toaster' cannot be used here"),
     ]
     for args, message in cases:
         result = run(*args)

@@ -598,7 +598,12 @@ def test_every_eighth_text_is_held_out(tmp_path: Path, llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{}", "line 1: expected an object like"), ("[", "line 1: expected"), ('{"text": 3}', "line 1"), ("", "no lines")],
+    [
+        ("{}", r"^--data: .*texts.jsonl:1: expected a text under 'text'; it has nothing"),
+        ("[", r"texts.jsonl:1: expected JSON in each line"),
+        ('{"text": 3}', r"texts.jsonl:1: expected a text under 'text'; it has 'text'"),
+        ("", r"texts.jsonl: holds no records"),
+    ],
 )
 def test_data_that_cannot_be_read(tmp_path: Path, llama: Path, line: str, message: str) -> None:
     (tmp_path / "texts.jsonl").write_text(line + "\n")
@@ -610,18 +615,19 @@ def test_too_little_text_and_no_model(tmp_path: Path, llama: Path) -> None:
     data = jsonl(tmp_path / "texts.jsonl", ["w1 " * 12])
     with pytest.raises(ConfigError, match="held-out tokens, a window needs 9"):
         folder_task(llama, data, context=8, windows=2)
-    with pytest.raises(FormatError, match=r"not a folder with a config.json"):
+    with pytest.raises(FormatError, match=r"holds no config.json"):
         folder_task(tmp_path, data, context=8, windows=2)
-    with pytest.raises(FormatError, match=r"none.jsonl cannot be read"):
+    with pytest.raises(FormatError, match=r"none.jsonl: there is no such file"):
         folder_task(llama, tmp_path / "none.jsonl", context=8, windows=2)
 
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text("{}")
     data = jsonl(tmp_path / "texts.jsonl", ["w1"])
     result = invoke("sweep", "--model", str(tmp_path), "--data", str(data), "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
-    assert "pip install transformers" in result.stderr
+    assert "pip install 'funclora[train]'" in result.stderr
 
 
 # Pictures and the comparison

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from text_models import tokenizer
 from torch import Tensor
 
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.pipeline.batches import collate
+from funclora.pipeline.base import load_base, load_tokenizer
+from funclora.pipeline.batches import collate, evaluation
+from funclora.pipeline.examples import prepare
 from funclora.pipeline.packing import check_packing, is_packed, pack, positions
 from funclora.pipeline.rows import IGNORED, Example
+from funclora.pipeline.settings import Settings
 
 VOCAB = 37
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -181,6 +187,11 @@ def test_every_example_is_packed_once(lengths: list[int], context: int) -> None:
     assert sum(len(row.ids) * 2 <= context for row in rows) <= 1
 
 
+def test_an_example_fills_what_is_left_of_a_row() -> None:
+    texts = [Example([i] * n, [i] * n, (n,), f"t:{i}") for i, n in enumerate([6, 5, 4, 3, 2])]
+    assert [row.lengths for row in pack(texts, 10)] == [(6, 4), (5, 3, 2)]
+
+
 def test_positions_of_padding_are_an_example_of_their_own() -> None:
     rows = [Example([1, 2, 3], [1, 2, 3], (2, 1), "a"), Example([4], [4], (1,), "b")]
     batch = collate(rows, pad=0, task="causal-lm")
@@ -191,3 +202,42 @@ def test_positions_of_padding_are_an_example_of_their_own() -> None:
 def test_an_example_longer_than_a_row() -> None:
     with pytest.raises(ConfigError, match="t:1: has 3 tokens, a row takes 2"):
         pack([Example([1, 2, 3], [1, 2, 3], (3,), "t:1")], 2)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@torch.no_grad()
+def test_a_run_has_the_same_loss_packed_and_not(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    import funclora as fl
+
+    tokens = tokenizer()
+    tokens.save_pretrained(tmp_path / "model")
+    config: Any = (
+        transformers.GPT2Config(vocab_size=len(tokens), n_embd=16, n_layer=2, n_head=4, n_positions=32)
+        if name == "GPT2"
+        else transformers.LlamaConfig(**SHAPE | {"vocab_size": len(tokens)})
+    )
+    cls = transformers.GPT2LMHeadModel if name == "GPT2" else transformers.LlamaForCausalLM
+    cls(config).save_pretrained(tmp_path / "model")
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for i in range(12):
+            file.write(json.dumps({"prompt": "p" * (i % 4), "completion": "completion"[: 2 + i % 7]}) + "\n")
+    found = []
+    for packing in (False, True):
+        settings = Settings(model=tmp_path / "model", data=tmp_path / "data.jsonl", packing=packing, validation_split=0)
+        base = load_base(settings, load_tokenizer(settings))
+        data = prepare(settings, base.tokenizer, base.limit)
+        adapters = fl.init(
+            base.model, fl.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        bound = fl.bind(base.model, base.params, adapters)
+        batches = list(evaluation(data.train, batch=3, pad=base.tokenizer.pad_token_id, task="causal-lm"))
+        assert all(("position_ids" in batch) == packing for batch in batches)
+        loss = float(sum(base.loss(bound, batch) for batch in batches))
+        found.append((sum(base.count(batch) for batch in batches), loss, len(data.train)))
+    plain, packed = found
+    assert packed[0] == plain[0]
+    assert packed[1] == pytest.approx(plain[1], rel=1e-5)
+    assert packed[2] < plain[2]

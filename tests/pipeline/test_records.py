@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from funclora.errors import FormatError
 from funclora.pipeline import utf8
-from funclora.pipeline.records import read
+from funclora.pipeline.records import is_text, read, texts
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [
@@ -259,3 +259,12 @@ def test_any_bytes_are_records_or_a_format_error(
     assert records
     for record in records:
         assert json.dumps(record.fields, allow_nan=False, ensure_ascii=False).encode()
+
+
+def test_texts_of_records(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "a,b\n1,2\n3,4\n")
+    assert texts(file, "b") == ["2", "4"]
+    with pytest.raises(FormatError, match=r"a.csv:2: expected a text under 'c'; it has 'a', 'b'\. Say another\.$"):
+        texts(file, "c", " Say another.")
+    assert all(is_text(Path(name)) for name in ("a.txt", "a.py", "a"))
+    assert not any(is_text(Path(name)) for name in ("a.JSONL", "a.ndjson", "a.parquet"))

@@ -29,7 +29,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "alpha": st.floats(1e-300, 1e300),
     "rslora": st.booleans(),
     "targets": st.lists(TEXT).map(tuple),
-    "init": st.sampled_from(["true", "false", "pissa", "pissa_niter_7", "eva"]),
+    "init": st.sampled_from(["true", "false", "pissa", "pissa_niter_7", "olora"]),
     "lr": st.floats(1e-300, 1e300),
     "steps": st.none() | st.integers(1),
     "seed": st.integers(0, 2**63 - 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,35 @@ def test_a_token_over_the_border_of_a_turn_has_loss(tmp_path: Path) -> None:
     assert said(tokenizer(merges=merges), data[1]) == ["\n\nb<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", ["cohere", "gemma", "gemma3", "lfm2", "llama3", "qwen2_5_vl", "qwen3_instruct_2507"])
+def test_real_templates_have_the_loss_where_trls_markers_have_it(tmp_path: Path, name: str) -> None:
+    templates = resources.files("trl") / "chat_templates"
+    files = [templates / f"{name}{suffix}.jinja" for suffix in ("", "_training")]
+    if not all(file.is_file() for file in files):
+        pytest.skip("this version of TRL has no such template")
+    plain, marked = (tokenizer(file.read_text(encoding="utf-8")) for file in files)
+    chats = [turns("hi", "hello é"), turns("a", "b", "c", "d")]
+    assert examples(tmp_path, chats, plain).train == examples(tmp_path, chats, marked).train
+    assert "generation %}" not in plain.chat_template
+
+
+def test_a_last_character_of_several_tokens_has_loss_whole(tmp_path: Path) -> None:
+    template = MARKED.replace("+ '<|im_end|>' }}{%- endgeneration -%}", "}}{%- endgeneration -%}<|im_end|>")
+    assert template != MARKED
+    tokens = tokenizer(template)
+    (example,) = examples(tmp_path, [turns("é", "no 😀")], tokens).train
+    assert said(tokens, example) == ["no 😀"]
+
+
+def test_messages_that_the_template_leaves_out_are_counted(tmp_path: Path) -> None:
+    # As templates do that want {"type": "text", "text": ...} in a list.
+    template = PLAIN.replace("m['content'] + ", "(m['content'][0].text or '') + ")
+    data = examples(tmp_path, [turns("a b", "c")], tokenizer(template))
+    (note,) = data.notes
+    assert note.startswith("1 example of whose messages the chat template leaves out or changes some; the first is")
+    assert examples(tmp_path, CHATS, tokenizer(PLAIN)).notes == []
+
+
 CHAT_ERRORS: list[tuple[dict[str, Any], str | None, type[Exception], str]] = [
     (turns("a", "b"), None, ConfigError, "the tokenizer has no chat template. Put one .* as prompt and completion"),
     (turns("a", "b", "c", "d"), FORGETS, UnsupportedError, r"data.jsonl:1: with messages\[1\] the chat template also"),
@@ -183,7 +213,9 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tmp_path: Path) -> No
     ends = tokenizer(begins=True, ends=True)
     data = examples(tmp_path, [{"text": "ab"}], ends)
     assert ends.decode(data.train[0].ids) == "<s>ab</s>"
-    (pair,) = examples(tmp_path, [{"prompt": "ab", "completion": "cd"}], ends).train
+    data = examples(tmp_path, [{"prompt": "ab", "completion": "cd"}], ends)
+    (pair,) = data.train
+    assert data.notes == []  # the end of the prompt alone is no token that merges
     assert (ends.decode(pair.ids), said(ends, pair)) == ("<s>abcd</s>", ["cd</s>"])
 
 
@@ -224,7 +256,7 @@ def test_what_is_too_long_is_cut_off_or_left_out_and_counted(tmp_path: Path) -> 
     assert sum(label != IGNORED for label in data.train[0].labels) == 6
     assert [note.replace(str(tmp_path), "") for note in data.notes] == [
         "1 example cut off after 10 tokens; the first is /data.jsonl:1.",
-        "2 examples without a token that has loss in their first 10 tokens left out; the first is /data.jsonl:2.",
+        "2 examples without a token that has loss in the first 10 tokens left out; the first is /data.jsonl:2.",
     ]
 
 
@@ -233,12 +265,12 @@ def test_the_context_is_the_models_at_most(tmp_path: Path) -> None:
     data = prepare(Settings(data=file, validation_split=0.0), ByteTokenizer(), 32)
     assert max(len(example.ids) for example in data.train) == 32
     assert data.notes[0] == "The context is 32 tokens, the model's longest, and not 512."
-    assert data.notes[1].startswith("1 example of more than 32 tokens cut into several")
+    assert data.notes[-1].startswith("1 example of more than 32 tokens cut into several")
 
 
 def test_examples_without_tokens_or_loss_are_counted(tmp_path: Path) -> None:
     rows = [{"text": text} for text in ("", "a", "ab", "")]
-    data = examples(tmp_path, rows, ByteTokenizer())
+    data = examples(tmp_path, rows, ByteTokenizer(), model=None)
     assert [example.ids for example in data.train] == [list(b"ab")]
     assert [note.split(";")[0] for note in data.notes] == [
         "2 examples without tokens left out",
@@ -260,6 +292,8 @@ SCHEMA_ERRORS: list[tuple[Rows, dict[str, Any], str]] = [
     ([{}], {}, "it has nothing"),
     ([{"text": None}], {}, "it has nothing"),
     ([{"text": "a", "prompt": "b"}], {}, "data.jsonl:1: has prompt, text, each of which is data by itself"),
+    ([{"text": "a", "completion": "b"}], {}, "data.jsonl:1: has completion, text, each of which is data by itself"),
+    ([{"text": "a", "messages": []}], {}, "data.jsonl:1: has messages, text, each of which is data by itself"),
     ([{"prompt": "b"}], {}, "data.jsonl:1: expected a value under 'completion'; it has 'prompt'"),
     ([{"completion": "b"}], {}, "expected a value under 'prompt'"),
     ([{"text": "a"}, {"text": 3}], {}, "data.jsonl:2: text: expected a text, got 3"),
@@ -306,6 +340,18 @@ def test_settings_that_contradict_themselves(tmp_path: Path) -> None:
 def test_fields_that_are_not_read_are_named(tmp_path: Path) -> None:
     data = examples(tmp_path, [{"body": "abc", "id": 1}, {"body": "def", "url": "x"}], tokenizer(), text_field="body")
     assert data.notes == ["Fields that are not read: id, url."]
+
+
+def test_the_field_of_text_may_be_any(tmp_path: Path) -> None:
+    data = examples(tmp_path, PAIRS[:2], tokenizer(), text_field="completion")
+    assert [said(tokenizer(), example) for example in data.train] == [["2</s>"], [" é</s>"]]
+
+
+def test_a_tokenizer_without_an_end_token_is_noted(tmp_path: Path) -> None:
+    tokens = tokenizer(eos=None)
+    data = examples(tmp_path, PAIRS[:1], tokens)
+    assert said(tokens, data.train[0]) == ["2"]
+    assert data.notes == ["The tokenizer has no end token, so nothing teaches the model to stop."]
 
 
 # Classification and translation

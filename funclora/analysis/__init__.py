@@ -1,0 +1,29 @@
+"""What adapters and fine-tuning do to weights, measured: pure functions from weights to data.
+
+Norms and spectra of updates, magnitude and direction, and how two adapters relate. Every result is a dataclass with
+`to_json`, and can draw itself with `plot` (which needs matplotlib).
+"""
+
+from funclora.analysis._compare import ComparedUpdate, Comparison, compare
+from funclora.analysis._direction import Movement, Movements, Trend, magnitude_direction
+from funclora.analysis._spectrum import Spectra, Spectrum, effective_rank, spectra, stable_rank
+from funclora.analysis._subspace import Similarities, Similarity, phi, subspace_similarity
+
+__all__ = [
+    "ComparedUpdate",
+    "Comparison",
+    "Movement",
+    "Movements",
+    "Similarities",
+    "Similarity",
+    "Spectra",
+    "Spectrum",
+    "Trend",
+    "compare",
+    "effective_rank",
+    "magnitude_direction",
+    "phi",
+    "spectra",
+    "stable_rank",
+    "subspace_similarity",
+]

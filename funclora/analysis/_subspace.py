@@ -1,0 +1,187 @@
+"""How much the subspaces of two adapters overlap: φ of the LoRA paper (arXiv 2106.09685, section 7.2)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from funclora._apply import Params
+from funclora._rules import LowRank
+from funclora._svd import svd
+from funclora.analysis._changes import Change, Tuned, paired, refuse_nonfinite
+from funclora.analysis._data import Data
+from funclora.errors import ConfigError, ParamsError
+
+Of = Literal["A", "B", "right", "left"]
+# Directions whose singular values are below this part of the largest are rounding.
+_NOISE = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Similarity(Data):
+    """φ of one parameter.
+
+    Attributes:
+        name: full name of the parameter.
+        of: what the subspaces are of, as `subspace_similarity` was told.
+        grids: one for each matrix of the parameter: `grids[m][i - 1][j - 1]` is φ(i, j), between 0 (orthogonal) and 1
+            (the smaller subspace lies in the other). As many rows and columns as there are directions with singular
+            values that are not rounding; an empty grid where a side is zero.
+        chance: what two random subspaces of full size would give: max(i, j) / dimension of the space.
+    """
+
+    name: str
+    of: Of
+    grids: tuple[tuple[tuple[float, ...], ...], ...]
+    chance: tuple[float, ...]
+
+    @property
+    def whole(self) -> tuple[float | None, ...]:
+        """φ of all directions against all, for each matrix; None where a side is zero."""
+        return tuple(grid[-1][-1] if grid else None for grid in self.grids)
+
+
+@dataclass(frozen=True)
+class Similarities(Data):
+    """What `subspace_similarity` returns.
+
+    Attributes:
+        rows: one for each parameter.
+    """
+
+    rows: tuple[Similarity, ...]
+
+    def plot(self, file: str | os.PathLike[str]) -> None:
+        """Draw the mean of the grids, i over j, as a PNG.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed.
+            ParamsError: every grid is empty.
+        """
+        from funclora.analysis._plots import plot_similarities
+
+        plot_similarities(self, file)
+
+
+def phi(first: Tensor, second: Tensor) -> Tensor:
+    """φ(i, j) = ‖Uᵢᵀ·Vⱼ‖² / min(i, j), for all i and j (arXiv 2106.09685, equation 4; Frobenius norm).
+
+    Args:
+        first: `[*lead, dim, m]`, orthonormal columns; Uᵢ are the first i.
+        second: `[*lead, dim, n]`, the same; Vⱼ are the first j.
+
+    Returns:
+        `[*lead, m, n]`; element (i − 1, j − 1) is φ(i, j).
+
+    Examples:
+        >>> phi(torch.eye(3)[:, :2], torch.eye(3)[:, 1:])
+        tensor([[0.0000, 0.0000],
+                [1.0000, 0.5000]])
+    """
+    overlap = (first.mT @ second).square().cumsum(-1).cumsum(-2)
+    m, n = overlap.shape[-2:]
+    i, j = (torch.arange(1, k + 1, dtype=overlap.dtype, device=overlap.device) for k in (m, n))
+    return (overlap / torch.minimum(i.unsqueeze(-1), j)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def subspace_similarity(
+    first: Tuned,
+    second: Tuned,
+    *,
+    of: Of = "A",
+    k: int = 64,
+    params: Params | None = None,
+    model: nn.Module | None = None,
+) -> Similarities:
+    """φ(i, j) between two adapters, for each parameter that both have.
+
+    The subspaces are spanned by the leading i and j singular vectors of
+
+    - "A": the factor A, right ones: what the paper compares. No base needed.
+    - "B": the factor B, left ones.
+    - "right" and "left": ΔW itself, from the factors if it is their product. With `DoRA`, `Full` and tuned weights it
+      is not: then the difference of the weights is decomposed.
+
+    Directions with singular values below 2⁻²³ of the largest are left out: they are rounding, and arbitrary.
+
+    Args:
+        first: full parameter name -> rule, or -> tuned weight.
+        second: the other one.
+        of: what the subspaces are of.
+        k: how many directions at most.
+        params: the base weights, for "right" and "left" of what is not `LoRA` or `Delta`.
+        model: says how weights lie in memory where a rule does not, as in `spectra`.
+
+    Returns:
+        A row for each parameter that both have. Rules without factors have none for "A" and "B".
+
+    Raises:
+        ConfigError: `of` or `k` is something else.
+        ParamsError: no parameter is in both, the parameters differ in shape, or a base weight is missing.
+        UnsupportedError: an adapter is a stack.
+        NonFiniteError: a weight or a factor holds NaN or infinity.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> one, two = (LoRA(a, torch.ones(2, 1)) for a in torch.eye(3)[:2].split(1))
+        >>> subspace_similarity({"weight": one}, {"weight": two}).rows[0].grids
+        (((0.0,),),)
+        >>> round(subspace_similarity({"weight": one}, {"weight": two}, of="B").rows[0].whole[0], 6)
+        1.0
+    """
+    if of not in ("A", "B", "right", "left"):
+        raise ConfigError(f"of: expected 'A', 'B', 'right' or 'left', got {of!r}.")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ConfigError(f"k: expected a positive number of directions, got {k!r}.")
+    rows = [similar(one, two, of, k) for one, two in paired(first, second, params, model) if one and two]
+    if not rows:
+        raise ParamsError(
+            f"no parameter is in both adapters: one has {', '.join(list(first)[:3])}, ..., the other "
+            f"{', '.join(list(second)[:3])}, ... They are not of one model."
+        )
+    found = tuple(row for row in rows if row is not None)
+    if not found:
+        what = "factors" if of in ("A", "B") else "a matrix that is known (model=)"
+        raise ParamsError(f"of={of!r}: no parameter that both adapters change has {what}.")
+    return Similarities(found)
+
+
+def similar(one: Change, two: Change, of: Of, k: int) -> Similarity | None:
+    """The row of one parameter; None if it has nothing of the kind."""
+    bases = [directions(change, of, k) for change in (one, two)]
+    if bases[0] is None or bases[1] is None:
+        return None
+    grids, chance = [], []
+    for u, v in zip(*bases, strict=True):
+        grid = phi(u, v)
+        grids.append(tuple(tuple(row) for row in grid.tolist()) if grid.numel() else ())
+        chance.append(max(u.shape[-1], v.shape[-1]) / u.shape[-2])
+    return Similarity(one.name, of, tuple(grids), tuple(chance))
+
+
+def directions(change: Change, of: Of, k: int) -> list[Tensor] | None:
+    """The leading singular vectors of each matrix, `[dim, n]` with n ≤ k; None if there is no such matrix."""
+    if of in ("A", "B"):
+        if not isinstance(change.given, LowRank):
+            return None
+        a, b = change.given.layout.factors(change.given.a.detach().double(), change.given.b.detach().double())
+        refuse_nonfinite(change.name, a, b)
+        u, s, vh = svd(change.name, a if of == "A" else b)
+        vectors = vh.mT if of == "A" else u
+    elif not change.is_matrix:
+        return None
+    elif change.core is not None:
+        q, core, p = change.core
+        u, s, vh = svd(change.name, core)
+        vectors = q @ u if of == "left" else p @ vh.mT
+    else:
+        u, s, vh = svd(change.name, change.dense())
+        vectors = (u if of == "left" else vh.mT).double()
+    vectors, s = vectors.reshape(-1, *vectors.shape[-2:]), s.reshape(-1, s.shape[-1])
+    counts = (s > _NOISE * s[:, :1]).sum(-1).clamp(max=k).tolist()
+    return [each[:, :n] for each, n in zip(vectors, counts, strict=True)]

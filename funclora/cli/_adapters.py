@@ -1,0 +1,59 @@
+"""The adapters that a command line names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from funclora.errors import ConfigError, FormatError, FuncloraError
+from funclora.io._peft_config import CONFIG_FILE
+
+
+def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:
+    """The PEFT folders among the paths and directly inside of them, by a name for each.
+
+    Raises:
+        FormatError: a path is no folder, or there is no adapter in it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise FormatError(f"{path}: there is no such folder. Give PEFT folders, or a folder that holds them.")
+        inside = (
+            [path] if (path / CONFIG_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}"))
+        )
+        if not inside:
+            raise FormatError(
+                f"{path}: holds no {CONFIG_FILE}, and neither does any folder in it. Is it a PEFT folder?"
+            )
+        found += [folder for folder in inside if folder not in found]
+    names = [folder.resolve().name for folder in found]
+    return {str(folder) if names.count(name) > 1 else name: folder for name, folder in zip(names, found, strict=True)}
+
+
+@contextlib.contextmanager
+def for_base(name: str, folders: Sequence[Path] = ()) -> Iterator[None]:
+    """What does not load may be the adapter of another model: errors inside the block say so.
+
+    Args:
+        name: the base model's, for people.
+        folders: the adapters' that are loaded. If they name another base, that is said.
+
+    Raises:
+        ConfigError: in place of any `FuncloraError` inside the block.
+    """
+    try:
+        yield
+    except FuncloraError as error:
+        named = {base for folder in folders if (base := _named_base(folder)) and str(folder) in str(error)}
+        says = f" {CONFIG_FILE} names {' and '.join(sorted(map(repr, named)))}." if named else ""
+        raise ConfigError(f"{error} Is {name} its base model?{says} --model takes another.") from error
+
+
+def _named_base(folder: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+    return None

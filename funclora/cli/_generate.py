@@ -1,0 +1,224 @@
+"""What `funclora generate` computes: continuations, each row under its own adapter."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import funclora as fl
+from funclora.cli._adapters import for_base
+from funclora.cli._prompts import Prompt
+from funclora.io._peft_weights import WEIGHTS_FILE
+from funclora.pipeline.base import Base, ByteTokenizer
+from funclora.pipeline.settings import CAUSAL
+
+# Adapters that are kept between batches may take so many bytes, or what the largest takes if that is more.
+HELD = 1 << 30
+
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        tokens: the most that are generated.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: of the likeliest tokens, as many as have this probability together; None for all.
+        top_k: so many of the likeliest tokens; None for all.
+        seed: of the draws.
+    """
+
+    tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A continuation.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many were generated, the end token included.
+        ended: whether the model ended it; else it was cut off.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+class Generator:
+    """Continues prompts with a frozen model and adapters that are loaded when a prompt names them.
+
+    Args:
+        base: the model.
+        folders: PEFT folders by name.
+        sampling: how tokens are chosen.
+    """
+
+    def __init__(self, base: Base, folders: Mapping[str, Path], sampling: Sampling) -> None:
+        self._base, self._folders, self._sampling = base, folders, sampling
+        sizes = [
+            (folder / WEIGHTS_FILE).stat().st_size for folder in folders.values() if (folder / WEIGHTS_FILE).exists()
+        ]
+        # Half precision on disk may be float32 in memory.
+        self._cache = fl.AdapterCache(
+            base.model, dict(folders), memory=max(HELD, 4 * max(sizes, default=0)), device=base.device
+        )
+        self._random = torch.Generator(base.device).manual_seed(sampling.seed)
+
+    def load(self, names: Sequence[str | None]) -> dict[str, fl.Rule]:
+        """The adapters of a batch whose rows name theirs.
+
+        Raises:
+            ConfigError: one does not load, or belongs to another model.
+        """
+        with for_base(self._base.name, [self._folders[name] for name in names if name is not None]):
+            return self._cache.route(names)
+
+    def batches(self, prompts: Sequence[Prompt], rows: int) -> Iterator[list[Answer]]:
+        """The answers, in the order of the prompts, so many rows at a time."""
+        # Rows of one batch get the same number of tokens: none runs over the end of the context.
+        for room, alike in itertools.groupby(prompts, self._room):
+            together = list(alike)
+            for start in range(0, len(together), rows):
+                yield self._answers(together[start : start + rows], room)
+
+    def stream(self, prompt: Prompt, write: Write) -> Answer:
+        """The answer to one prompt, whose text is also written as it comes."""
+        (answer,) = self._answers([prompt], self._room(prompt), write)
+        return answer
+
+    def _room(self, prompt: Prompt) -> int:
+        """How many tokens the answer may have."""
+        limit = self._base.limit
+        if limit is None or self._base.task != CAUSAL or isinstance(self._base.tokenizer, ByteTokenizer):
+            return self._sampling.tokens
+        return min(self._sampling.tokens, limit - len(prompt.ids))
+
+    @torch.no_grad()
+    def _answers(self, prompts: Sequence[Prompt], room: int, write: Write | None = None) -> list[Answer]:
+        base = self._base
+        adapters = self.load([prompt.adapter for prompt in prompts])
+        bound = fl.bind(base.model, base.params, adapters)
+        rows = [prompt.ids for prompt in prompts]
+        if isinstance(base.tokenizer, ByteTokenizer):
+            return _bytes(bound, rows, room, base.limit or 0, self._next, base.device, write)
+        return self._transformers(bound, rows, room, write)
+
+    def _next(self, logits: Tensor) -> Tensor:
+        """`[rows, vocabulary]` -> `[rows]`."""
+        if not self._sampling.temperature:
+            return logits.argmax(-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=self._random)[:, 0]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each token to be drawn: `[rows, vocabulary]`, in the order of transformers: temperature, top-k, top-p."""
+        sampling = self._sampling
+        logits = logits / sampling.temperature
+        if sampling.top_k is not None:
+            least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if sampling.top_p is not None:
+            ordered, places = logits.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            dropped = (before >= sampling.top_p).scatter(-1, places, before >= sampling.top_p)
+            logits = logits.masked_fill(dropped, -torch.inf)
+        return logits.softmax(-1)
+
+    def _transformers(self, bound: Any, rows: list[list[int]], room: int, write: Write | None) -> list[Answer]:
+        base, tokenizer = self._base, self._base.tokenizer
+        longest = max(map(len, rows))
+        # On the left, so that all rows go on at one position.
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows], device=base.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=base.device)
+        settings = self._settings(room)
+        with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+            # transformers draws from the global generators: give them the state of ours, one batch after the other.
+            torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._random, device=base.device)))
+            out = bound.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                streamer=None if write is None else _streamer(tokenizer, write),
+            )
+        new = out[:, longest:] if base.task == CAUSAL else out[:, 1:]
+        ends = settings.eos_token_id
+        known = {ends} if isinstance(ends, int) else set(ends or ())
+        return [self._answer(row, known) for row in new.tolist()]
+
+    def _answer(self, ids: list[int], ends: set[int]) -> Answer:
+        count = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+        ended = bool(count) and ids[count - 1] in ends
+        return Answer(self._base.tokenizer.decode(ids[:count], skip_special_tokens=True), count, ended)
+
+    def _settings(self, room: int) -> Any:
+        """The folder's own generation settings, with what the command line says in their place."""
+        import copy
+
+        sampling, model = self._sampling, self._base.model
+        settings: Any = copy.deepcopy(model.generation_config)
+        settings.update(
+            max_new_tokens=room,
+            max_length=None,
+            do_sample=bool(sampling.temperature),
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=self._base.tokenizer.pad_token_id,
+            temperature=sampling.temperature or None,
+            top_p=(sampling.top_p or 1.0) if sampling.temperature else None,
+            top_k=(sampling.top_k or 0) if sampling.temperature else None,
+        )
+        if settings.eos_token_id is None:
+            settings.eos_token_id = self._base.tokenizer.eos_token_id
+        return settings
+
+
+def _streamer(tokenizer: Any, write: Write) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        """Writes words as soon as they are whole."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _bytes(
+    bound: Any,
+    rows: list[list[int]],
+    room: int,
+    context: int,
+    following: Callable[[Tensor], Tensor],
+    device: torch.device,
+    write: Write | None,
+) -> list[Answer]:
+    """Continuations by the demo's base, which sees the last `context` bytes of each row and has no end mark."""
+    texts = [list(row) for row in rows]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for step in range(room):
+        seen = [text[-context:] for text in texts]
+        # Filled up on the right, where no causal position looks.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in seen], batch_first=True).to(device)
+        last = torch.tensor([len(row) - 1 for row in seen], device=device)
+        chosen = following(bound(ids)[torch.arange(len(seen), device=device), last].float()).tolist()
+        for text, byte in zip(texts, chosen, strict=True):
+            text.append(byte)
+        if write is not None:
+            write(decoder.decode(bytes(chosen), final=step == room - 1))
+    new = [bytes(text[len(row) :]) for text, row in zip(texts, rows, strict=True)]
+    return [Answer(text.decode("utf-8", "replace"), len(text), ended=False) for text in new]

@@ -1,0 +1,73 @@
+"""What the commands that look into folders share: a bar while they read, a picture, and how numbers are shown."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Plot = Annotated[Path | None, typer.Option(help="Draw it too, as this PNG file. Needs matplotlib.", show_default=False)]
+
+
+def check_plot(file: Path | None) -> None:
+    """Raise if the picture could not be drawn; to be called before the work.
+
+    Raises:
+        ConfigError: the file is not called .png, or is a folder.
+        UnsupportedError: matplotlib is not installed.
+    """
+    if file is None:
+        return
+    from funclora.analysis._plots import needs_matplotlib
+    from funclora.errors import ConfigError
+
+    if file.suffix.lower() != ".png" or file.is_dir():
+        raise ConfigError(f"--plot: expected the name of a .png file, got {str(file)!r}.")
+    needs_matplotlib()
+
+
+@contextlib.contextmanager
+def bar(words: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr; gives a function of what is done and all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("reading", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total, description=words)
+
+
+def number(value: float | None, form: str = ".4g") -> str:
+    """A number, or a dash for none."""
+    return "–" if value is None else format(value, form)
+
+
+def between(values: Sequence[float | None] | None, form: str = ".2f") -> str:
+    """The least and the largest of some numbers, once if they look alike; a dash for none."""
+    known = [value for value in values or () if value is not None]
+    if not known:
+        return "–"
+    ends = [format(value, form) for value in (min(known), max(known))]
+    return "–".join(dict.fromkeys(ends))
+
+
+def size(shape: Sequence[int]) -> str:
+    """A shape as people write it."""
+    return "×".join(map(str, shape))
+
+
+def short(name: str) -> str:
+    """A weight's name for a table: ".weight" goes without saying."""
+    return name.removesuffix(".weight")
+
+
+def words(rule: str, r: int | None, scaling: float | None) -> str:
+    """A rule with its rank and scaling, where it has them."""
+    return " ".join(
+        [rule, *([f"r={r}"] if r is not None else ()), *([f"s={scaling:.3g}"] if scaling is not None else ())]
+    )

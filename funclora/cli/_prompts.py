@@ -1,0 +1,127 @@
+"""What `funclora generate` is asked to continue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from funclora.errors import ConfigError, FormatError, near
+from funclora.pipeline.chat import opened
+from funclora.pipeline.records import Record, read
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row.
+
+    Attributes:
+        ids: its tokens; at least one.
+        adapter: name of its adapter; None for the base model.
+        fields: what the record said, for the result.
+        where: for messages: "p.jsonl:3" or "--prompt".
+    """
+
+    ids: list[int]
+    adapter: str | None
+    fields: dict[str, Any]
+    where: str
+
+
+class Reader:
+    """Makes prompts of texts and messages.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        vocabulary: how many tokens the model's embedding has.
+        limit: the longest context in tokens; None if nothing bounds it.
+        decoder: whether the answer takes room in the same context.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, limit: int | None, decoder: bool) -> None:
+        self.tokenizer, self._vocabulary, self._limit, self._decoder = tokenizer, vocabulary, limit, decoder
+
+    def text(self, text: str, adapter: str | None, where: str, fields: dict[str, Any] | None = None) -> Prompt:
+        """A prompt as it is, with the tokenizer's special tokens.
+
+        Raises:
+            ConfigError: it has no tokens, or more than the model reads, or such that the model does not have.
+        """
+        return self._checked(self.tokenizer(text)["input_ids"], adapter, fields or {"prompt": text}, where)
+
+    def messages(self, record: Record, adapter: str | None) -> Prompt:
+        """A conversation under the tokenizer's chat template, up to where the assistant begins to speak.
+
+        Raises:
+            ConfigError: as for `text`, or the tokenizer has no chat template.
+            FormatError: the template refuses the conversation.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"{record.where}: the model's tokenizer has no chat template, so messages have no form that it knows. "
+                "Give a prompt in place of messages, or put the template next to the tokenizer as chat_template.jinja."
+            )
+        return self._checked(opened(record, self.tokenizer), adapter, record.fields, record.where)
+
+    def _checked(self, ids: list[int], adapter: str | None, fields: dict[str, Any], where: str) -> Prompt:
+        if not ids:
+            raise ConfigError(f"{where}: an empty prompt has no token to go on from. Give at least a word.")
+        if max(ids) >= self._vocabulary:
+            raise ConfigError(
+                f"{where}: the tokenizer makes token {max(ids)} of this prompt, and the model's embedding has "
+                f"{self._vocabulary} rows. Are the tokenizer and the model in --model of one kind?"
+            )
+        if self._limit is not None and len(ids) > self._limit - self._decoder:
+            raise ConfigError(
+                f"{where}: the prompt has {len(ids)} tokens, and the model reads {self._limit}, the answer included. "
+                "Shorten it."
+            )
+        return Prompt(ids, adapter, fields, where)
+
+
+def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str | None) -> list[Prompt]:
+    """The prompts of a file, as `pipeline.records.read` reads it.
+
+    Each record has a `prompt` or `messages`, and may name an `adapter`; null, or the empty text that a CSV file has
+    in its place, is the base model.
+
+    Args:
+        file: the file.
+        reader: makes prompts of them.
+        names: of the adapters that are there.
+        default: the adapter of records that say nothing about it; None for the base model.
+
+    Raises:
+        FormatError: the file is broken, or a record is of another form.
+        ConfigError: a record names an adapter that is not there, or its prompt does not fit the model.
+    """
+    prompts = []
+    for record in read(file, "prompt"):
+        fields, where = record.fields, record.where
+        adapter = fields.get("adapter", default)
+        if not isinstance(adapter, str | None):
+            raise FormatError(f"{where}: adapter: expected a name or null, got {adapter!r}.")
+        adapter = known(adapter or None, names, where)
+        if ("prompt" in fields) == ("messages" in fields):
+            there = ", ".join(map(repr, fields)) or "nothing"
+            raise FormatError(f'{where}: expected either "prompt" or "messages", got {there}.')
+        if "messages" in fields:
+            prompts.append(reader.messages(record, adapter))
+        elif isinstance(fields["prompt"], str):
+            prompts.append(reader.text(fields["prompt"], adapter, where, fields))
+        else:
+            raise FormatError(f"{where}: prompt: expected a text, got {fields['prompt']!r:.60}.")
+    return prompts
+
+
+def known(adapter: str | None, names: Sequence[str], where: str) -> str | None:
+    """The name, if there is such an adapter.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if adapter is not None and adapter not in names:
+        hint = near(adapter, names) or " None is given: name PEFT folders, or a folder of them, on the command line."
+        raise ConfigError(f"{where}: there is no adapter {adapter!r}.{hint}")
+    return adapter

@@ -1,0 +1,87 @@
+"""`funclora diff`: two adapters side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from funclora.cli._looking import Plot, bar, between, check_plot, number, short, words
+from funclora.cli._output import AsJson, print_json
+
+if TYPE_CHECKING:
+    from funclora.io._diff import Difference
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A PEFT folder.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the transformers model: for DoRA as a whole, experts, biases, modules_to_save."),
+    ] = None,
+    plot: Plot = None,
+    json: AsJson = False,
+) -> None:
+    """What two adapters do to each weight: targets, norms, angle, distance, and how much their subspaces overlap.
+
+    cosine is that of the angle between the updates; dist. is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) say how much of
+    the smaller subspace of the factors lies in the larger one, from 0 to 1 (LoRA paper, section 7.2); random ones come
+    to about r divided by the width of the layer. Of DoRA without --base, s·B·A is compared.
+
+    Examples:
+        funclora diff adapters/math adapters/code
+        funclora diff adapters/math adapters/code --base models/llama --plot diff.png
+        funclora diff adapters/math adapters/math-v2 --json
+    """
+    check_plot(plot)
+    with bar("weights") as progress:
+        from funclora.io._diff import diff_folders
+
+        found = diff_folders(a, b, base, progress=progress)
+    if found.notes:
+        import warnings
+
+        from funclora.errors import PeftFormatWarning
+
+        for note in found.notes:
+            warnings.warn(note, PeftFormatWarning, stacklevel=1)
+    if plot is not None:
+        found.plot(plot)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found, plot)
+
+
+def _print(found: Difference, plot: Path | None) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(escape(f"A: {found.folders[0]}\nB: {found.folders[1]}"), highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
+        table.add_column(column, justify="left" if column in ("A", "B") else "right")
+    for row in found.rows:
+        overlap = [between(row.similarity[of].whole) if of in row.similarity else "–" for of in ("A", "B")]
+        numbers = (number(row.update.cosine, "+.3f"), number(row.update.relative_distance, ".3f"))
+        norms = (number(norm) for norm in row.update.norms)
+        sides = ("–" if side is None else words(side.rule, side.r, None) for side in row.sides)
+        table.add_row(escape(short(row.update.name)), *sides, *norms, *numbers, *overlap)
+    console.print(table)
+    only = [sum(row.sides[other] is None for row in found.rows) for other in (1, 0)]
+    lines = [
+        f"{len(found.rows) - sum(only)} weights in both, {only[0]} in A only, {only[1]} in B only",
+        f"as a whole: ‖ΔW_A‖ {found.norms[0]:.4g}, ‖ΔW_B‖ {found.norms[1]:.4g}",
+    ]
+    lines[1] += f", cosine {number(found.cosine, '+.3f')}, distance {number(found.relative_distance, '.3f')}"
+    if any(row.update.of == "s·B·A" for row in found.rows):
+        lines.append("of DoRA, s·B·A is compared. Give --base for the whole change.")
+    if plot is not None:
+        lines.append(f"wrote {plot}")
+    console.print("\n".join(map(escape, lines)), highlight=False)

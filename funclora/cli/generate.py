@@ -1,0 +1,302 @@
+"""`funclora generate`: a model continues prompts under adapters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from funclora.cli._output import AsJson, json_line, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from funclora.cli._generate import Answer, Generator, Sampling
+    from funclora.cli._prompts import Prompt, Reader
+    from funclora.pipeline.base import Base
+    from funclora.pipeline.records import Record
+    from funclora.pipeline.settings import Settings
+
+BASE = "(base)"
+
+
+class Dtype(str, Enum):
+    """Of the base weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Quantize(str, Enum):
+    """How the base's weights are packed."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+def generate(
+    adapters: Annotated[
+        list[Path] | None, typer.Argument(help="PEFT folders, or folders of them.", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a transformers model with its tokenizer; else the demo's.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Continue this, and end.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Continue the prompt, or messages, of each record; adapter names its own."),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Name of the adapter where none is named; else the only one, or the base.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are what a user says, in the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Divides the logits; 0 takes the likeliest token, always.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens of this share.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws; else 0.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of --file at a time.")] = 16,
+    dtype: Annotated[Dtype, typer.Option(help="Of the base weights; auto keeps the folder's.")] = Dtype.auto,
+    quantize: Annotated[Quantize, typer.Option(help="Pack the base weights.")] = Quantize.none,
+    device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers to --file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Continue prompts with a model and adapters, a different adapter for each row of a batch if they say so.
+
+    Without --prompt and --file it asks for prompts, one a line, until the end of the input. /adapter NAME goes on
+    with another adapter, /base with none; Ctrl-C ends an answer.
+
+    A record of --file has a prompt or messages, and may have an adapter, which null makes the base model. With --out
+    each is written with its completion, how many tokens that has, and whether the model ended it itself.
+
+    Examples:
+        funclora generate adapter --model model --prompt "Once upon a time"
+        funclora generate adapters --model model --file prompts.jsonl --out answers.jsonl
+        funclora generate adapter --model model --chat --temperature 0.7 --top-p 0.9
+    """
+    from funclora.errors import ConfigError
+
+    if prompt is not None and file is not None:
+        raise ConfigError("--prompt and --file: give one of them.")
+    if out is not None and file is None:
+        raise ConfigError("--out is for the answers to --file. Leave it out, or give a file of prompts.")
+    if chat and file is not None:
+        raise ConfigError('--chat: the records of --file say it themselves: "messages" in place of "prompt".')
+    if json and prompt is None and file is None:
+        raise ConfigError("--json: a conversation has no end to print. Give --prompt or --file.")
+    if out is not None and out.exists() and not overwrite:
+        raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
+    if temperature == 0:
+        for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
+            if value is not None:
+                raise ConfigError(f"{name}: without --temperature nothing is drawn. Give one above 0, or leave it out.")
+    if top_p == 0:
+        raise ConfigError("--top-p: expected a share above 0. To take the likeliest token always, leave it out.")
+    from funclora.cli._adapters import adapter_folders
+    from funclora.cli._prompts import known, read_prompts
+
+    folders = adapter_folders(adapters or [])
+    default = known(adapter, list(folders), "--adapter")
+    if default is None and len(folders) == 1:
+        (default,) = folders
+    if default is None and folders and prompt is not None:
+        raise ConfigError(f"--prompt: several adapters are given. Name one by --adapter: {', '.join(folders)}.")
+
+    from funclora.cli._generate import Generator, Sampling
+
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed or 0)
+    settings, reader = _reader(model, dtype.value, quantize.value, device)
+    # What is asked is looked at before the weights are loaded, which can take minutes.
+    prompts = []
+    if file is not None:
+        prompts = read_prompts(file, reader, list(folders), default)
+        if folders and not {each.adapter for each in prompts} & folders.keys():
+            raise ConfigError(f"{file}: no record names one of the adapters that are given: {', '.join(folders)}.")
+    elif prompt is not None:
+        prompts = [_asked(reader, prompt, default, "--prompt", chat=chat)]
+    from funclora.pipeline.base import load_base
+
+    base = load_base(settings, reader.tokenizer)
+    generator = Generator(base, folders, sampling)
+    if file is not None:
+        _answer_file(generator, prompts, batch, out, base, sampling, json=json)
+    elif prompt is not None:
+        (row,) = prompts
+        if json:
+            ((answer,),) = generator.batches([row], 1)
+            print_json({"model": base.name, "sampling": asdict(sampling), **_result(row, answer)})
+        else:
+            generator.stream(row, _write)
+            _write("\n")
+    else:
+        _converse(generator, reader, default, list(folders), base, chat=chat)
+
+
+def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Settings, Reader]:
+    """How the model is loaded, and what makes prompts for it."""
+    from funclora.cli._prompts import Reader
+    from funclora.pipeline.base import load_tokenizer, vocabulary
+    from funclora.pipeline.folder import empty_model, load_config, longest_context
+    from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, Settings
+
+    task = SEQ2SEQ if model is not None and load_config(model).is_encoder_decoder else CAUSAL
+    settings = Settings(model=model, task=task, dtype=dtype, quantize=quantize, device=device)
+    tokenizer = load_tokenizer(settings)
+    if model is None:  # which sees the end of what is too long for it
+        return settings, Reader(tokenizer, len(tokenizer), None, decoder=True)
+    structure = empty_model(model, task)
+    return settings, Reader(tokenizer, vocabulary(structure), longest_context(structure), decoder=task == CAUSAL)
+
+
+def _asked(reader: Reader, text: str, adapter: str | None, where: str, *, chat: bool) -> Prompt:
+    if chat:
+        return reader.messages(_said([{"role": "user", "content": text}], where), adapter)
+    return reader.text(text, adapter, where)
+
+
+def _said(messages: list[dict[str, str]], where: str) -> Record:
+    from funclora.pipeline.records import Record
+
+    return Record({"messages": messages}, where, where)
+
+
+def _result(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    return {
+        **prompt.fields,
+        "adapter": prompt.adapter,
+        "completion": answer.text,
+        "tokens": answer.tokens,
+        "ended": answer.ended,
+    }
+
+
+def _answer_file(
+    generator: Generator,
+    prompts: list[Prompt],
+    rows: int,
+    out: Path | None,
+    base: Base,
+    sampling: Sampling,
+    *,
+    json: bool,
+) -> None:
+    """All prompts of a file: printed as they come, or as one JSON value, or written."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    quiet = json or out is not None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    console, results = Console(stderr=True), []
+    with Progress(*columns, console=console, transient=True, disable=not (quiet and console.is_terminal)) as bar:
+        task = bar.add_task("generating", total=len(prompts))
+        waiting = iter(prompts)
+        for answers in generator.batches(prompts, rows):
+            for answer in answers:
+                prompt = next(waiting)
+                results.append(_result(prompt, answer))
+                if not quiet:
+                    typer.secho(f"{prompt.where} under {prompt.adapter or BASE}", bold=True)
+                    typer.echo(answer.text)
+            bar.update(task, advance=len(answers))
+    facts = {
+        "model": base.name,
+        "sampling": asdict(sampling),
+        "prompts": len(results),
+        "tokens": sum(result["tokens"] for result in results),
+    }
+    if out is not None:
+        _save(out, results)
+        facts["out"] = out
+    if json:
+        print_json(facts if out is not None else facts | {"results": results})
+    elif out is not None:
+        typer.echo(f"{out}: {facts['prompts']} answers, {facts['tokens']:,} tokens")
+
+
+def _save(out: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    from funclora.io._files import replace_files
+
+    def write(file: Path) -> None:
+        with file.open("w", encoding="utf-8") as stream:
+            stream.writelines(json_line(result) + "\n" for result in results)
+
+    replace_files(out.parent, {out.name: write})
+
+
+def _converse(
+    generator: Generator, reader: Reader, adapter: str | None, names: list[str], base: Base, *, chat: bool
+) -> None:
+    """Prompts from the terminal, or from what is piped in, each answered as it comes."""
+    import sys
+
+    from funclora.cli._prompts import known
+    from funclora.errors import ConfigError
+
+    asks = sys.stdin.isatty()
+    if asks:
+        typer.echo(f"{base.name} under {adapter or BASE}. Ctrl-D ends it.", err=True)
+    said: list[dict[str, str]] = []
+    for number in range(1, 1 << 62):
+        line = _line(f"{adapter or BASE}> " if asks else None)
+        if line is None:
+            return
+        where = f"line {number}"
+        try:
+            if line.startswith("/adapter ") or line == "/base":
+                adapter = None if line == "/base" else known(line.removeprefix("/adapter ").strip(), names, where)
+                generator.load([adapter])
+                said = []
+                continue
+            if not line.strip():
+                continue
+            if chat:
+                row = reader.messages(_said([*said, {"role": "user", "content": line}], where), adapter)
+            else:
+                row = reader.text(line, adapter, where)
+        except ConfigError as error:
+            if not asks:
+                raise
+            typer.echo(" ".join(str(error).split()), err=True)
+            continue
+        try:
+            answer = generator.stream(row, _write)
+            said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer.text}]
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+        _write("\n")
+
+
+def _line(sign: str | None) -> str | None:
+    """A line without its end; None if there is no other."""
+    import sys
+
+    if sign is None:
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+    import contextlib
+
+    with contextlib.suppress(ImportError):  # makes the arrow keys work
+        import readline  # noqa: F401
+    try:
+        return input(sign)
+    except EOFError:
+        typer.echo("", err=True)
+        return None
+
+
+def _write(text: str) -> None:
+    typer.echo(text, nl=False)

@@ -1,0 +1,113 @@
+"""`funclora inspect`: what is in the folder of an adapter or of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from funclora.cli._looking import Plot, bar, between, check_plot, number, short, size, words
+from funclora.cli._output import AsJson, print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from funclora.io._inspect import Inspection
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A PEFT folder, or that of a transformers model.", show_default=False)],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the adapter's base model, or of the one that the model was trained from."),
+    ] = None,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Norms only: no singular values, which take most of the time.")
+    ] = False,
+    plot: Plot = None,
+    json: AsJson = False,
+) -> None:
+    """Targets, ranks, scalings, norms and effective ranks of an adapter or a model, and how far each weight moves.
+
+    The share is ‖ΔW‖ / ‖W‖ and needs --base. The effective rank is exp of the entropy of the singular values (Roy and
+    Vetterli 2007); JSON has these too, and the stable rank ‖ΔW‖² / σ₁². Of DoRA without --base, the numbers are those
+    of s·B·A, which is not all that it changes. A model without --base shows its weights themselves.
+    Weights are read one at a time.
+
+    Examples:
+        funclora inspect adapters/math
+        funclora inspect adapters/math --base models/llama --plot math.png
+        funclora inspect models/tuned --base models/llama --norms --json
+    """
+    check_plot(plot)
+    with bar("weights") as progress:
+        from funclora.io._inspect import inspect_folder
+
+        found = inspect_folder(path, base, singular=not norms, progress=progress)
+    _warn(found.notes)
+    if plot is not None:
+        found.plot(plot)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found, plot)
+
+
+def _warn(notes: tuple[str, ...]) -> None:
+    import warnings
+
+    from funclora.errors import PeftFormatWarning
+
+    for note in notes:
+        warnings.warn(note, PeftFormatWarning, stacklevel=2)
+
+
+def _print(found: Inspection, plot: Path | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    if found.kind == "adapter":
+        console.print(escape(_configuration(found.config)), highlight=False)
+    console.print(_table(found))
+    unchanged = sum(row.of == "ΔW" and row.norm == 0 for row in found.rows)
+    what = "‖W‖" if found.kind == "model" and found.base is None else "‖ΔW‖"
+    share = "" if found.share is None else f", {found.share:.3%} of the base's"
+    lines = [f"{len(found.rows)} weights, {found.parameters:,} parameters; {what} of all: {found.norm:.4g}{share}"]
+    if unchanged:
+        lines.append(f"{unchanged} of them are not changed{' and not shown' if found.kind == 'model' else ''}")
+    if any(row.of == "s·B·A" for row in found.rows):
+        lines.append("norms and ranks of DoRA are those of s·B·A. Give --base for those of the whole change.")
+    if found.skipped:
+        lines.append(f"hold integers, and are left out: {', '.join(found.skipped)}")
+    if plot is not None:
+        lines.append(f"wrote {plot}")
+    console.print("\n".join(map(escape, lines)), highlight=False)
+
+
+def _table(found: Inspection) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    adapter, with_base = found.kind == "adapter", found.base is not None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("weight", overflow="fold")
+    table.add_column("update" if adapter else "")
+    columns = ("shape", "‖ΔW‖" if adapter or with_base else "‖W‖", "share", "eff. rank")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found.rows:
+        if adapter or not with_base or row.norm:
+            numbers = (size(row.shape), number(row.norm), number(row.share, ".2%"), between(row.effective_rank))
+            update = words(row.rule, row.r, row.scaling) if adapter else ""
+            table.add_row(escape(short(row.name)), update, *numbers)
+    return table
+
+
+def _configuration(config: dict[str, Any]) -> str:
+    """The fields that are set, in a line."""
+    return ", ".join(
+        f"{name}={value!r}" for name, value in config.items() if value not in (None, False, {}, (), "none")
+    )

@@ -1,0 +1,412 @@
+"""`funclora generate`: each row's answer is that of its own adapter alone, here and in PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import funclora as fl
+from funclora.cli._app import app
+from funclora.cli._generate import Generator, Sampling
+from funclora.demo.model import load_base as load_demo
+from funclora.pipeline.base import Base
+
+WORDS = ["</s>", "<unk>", "<user>", "<assistant>", *(f"w{k}" for k in range(60))]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<{{ m['role'] }}> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w12 w13", "w3 w2 w1"]
+
+
+def run(*args: object, text: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["generate", *map(str, args)], input=text)
+
+
+def printed(*args: object) -> Any:
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def complaint(*args: object, text: str | None = None) -> str:
+    result = run(*args, text=text)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("funclora generate: ")
+    return line
+
+
+def jsonl(file: Path, *records: dict[str, Any]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def llama(size: int = 16, words: int = len(WORDS)) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words, hidden_size=size, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=64, eos_token_id=0, bos_token_id=None, pad_token_id=None,
+            initializer_range=0.5,
+        )
+    )  # fmt: skip
+
+
+def words(folder: Path, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model/`, and `adapters/` as PEFT writes them: LoRA and DoRA, of several ranks."""
+    path = tmp_path_factory.mktemp("generate")
+    llama().save_pretrained(path / "model")
+    words(path / "model")
+    for i, dora in enumerate((False, True, False)):
+        torch.manual_seed(i)
+        config = LoraConfig(
+            r=2 + i, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], use_dora=dora,
+            init_lora_weights=False, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        get_peft_model(llama(), config).save_pretrained(path / "adapters" / f"ad-{i}")
+    return path
+
+
+def by_peft(folders: Path, prompt: str, adapter: str | None, tokens: int) -> str:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "model")
+    model: Any = LlamaForCausalLM.from_pretrained(folders / "model")
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, folders / "adapters" / adapter)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    out = model.eval().generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+# Rows
+
+
+def test_each_row_has_its_own_adapter(folders: Path, tmp_path: Path) -> None:
+    names: list[str | None] = ["ad-1", None, "ad-0", "ad-2", "ad-1"]
+    records = [
+        {"prompt": prompt, "n": i} | ({} if name is None else {"adapter": name})
+        for i, (prompt, name) in enumerate(zip(PROMPTS, names, strict=True))
+    ]
+    file = jsonl(tmp_path / "p.jsonl", *records)
+    found = printed(folders / "adapters", "--model", folders / "model", "-f", file, "--max-tokens", 12)
+    expected = [by_peft(folders, prompt, name, 12) for prompt, name in zip(PROMPTS, names, strict=True)]
+    assert [row["completion"] for row in found["results"]] == expected
+    assert [(row["adapter"], row["n"]) for row in found["results"]] == list(zip(names, range(5), strict=True))
+    assert len(set(expected)) == len(expected)
+    base_alone = [by_peft(folders, prompt, None, 12) for prompt in PROMPTS]
+    assert sum(a != b for a, b in zip(expected, base_alone, strict=True)) == 4
+    for rows in (1, 2):
+        again = printed(
+            folders / "adapters", "--model", folders / "model", "-f", file, "--max-tokens", 12, "--batch", rows
+        )
+        assert again["results"] == found["results"]
+    for row, name in zip(found["results"], names, strict=True):  # and alone
+        options = [folders / "adapters" / name] if name else []
+        alone = printed(*options, "--model", folders / "model", "-p", row["prompt"], "--max-tokens", 12)
+        assert [alone[key] for key in ("completion", "tokens", "ended", "adapter")] == [
+            row[key] for key in ("completion", "tokens", "ended", "adapter")
+        ]
+
+
+def test_one_adapter_for_all_who_name_none(folders: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "w1"}, {"prompt": "w1", "adapter": None})
+    common = ("--model", folders / "model", "-f", file, "--max-tokens", 6)
+    for args in ((folders / "adapters", "--adapter", "ad-2"), (folders / "adapters" / "ad-2",)):
+        rows = printed(*args, *common)["results"]
+        assert [row["adapter"] for row in rows] == ["ad-2", None]
+        assert rows[0]["completion"] == by_peft(folders, "w1", "ad-2", 6)
+        assert rows[1]["completion"] == by_peft(folders, "w1", None, 6)
+
+
+def test_the_text_streams_as_it_comes(folders: Path) -> None:
+    args = (folders / "adapters" / "ad-1", "--model", folders / "model", "--max-tokens", 12)
+    result = run(*args, "-p", PROMPTS[2])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == by_peft(folders, PROMPTS[2], "ad-1", 12) + "\n"
+
+
+def test_streamed_pieces_are_several(folders: Path) -> None:
+    from funclora.cli._prompts import Reader
+    from funclora.pipeline.base import load_base, load_tokenizer
+    from funclora.pipeline.settings import Settings
+
+    settings = Settings(model=folders / "model")
+    tokenizer = load_tokenizer(settings)
+    base = load_base(settings, tokenizer)
+    prompt = Reader(tokenizer, len(WORDS), 64, decoder=True).text("w1 w2", None, "here")
+    pieces: list[str] = []
+    answer = Generator(base, {}, Sampling(tokens=8)).stream(prompt, pieces.append)
+    assert "".join(pieces) == answer.text
+    assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_answers_are_written_as_jsonl(folders: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "w1", "adapter": "ad-0"}, {"prompt": "é w2", "adapter": "ad-1"})
+    args = (
+        folders / "adapters",
+        "--model",
+        folders / "model",
+        "-f",
+        file,
+        "--max-tokens",
+        6,
+        "-o",
+        tmp_path / "o.jsonl",
+    )
+    result = run(*args)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{tmp_path / 'o.jsonl'}: 2 answers, ")
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert written == printed(*args[:-2])["results"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "p.jsonl"]
+    assert "is there already. Name another file, or give --overwrite" in complaint(*args)
+    before = (tmp_path / "o.jsonl").read_bytes()
+    jsonl(file, {"prompt": "w1", "adapter": "ad-0"}, {"prompt": "w2", "adapter": "ad"})
+    assert "p.jsonl:2: there is no adapter 'ad'. Near names: " in complaint(*args, "--overwrite")
+    assert (tmp_path / "o.jsonl").read_bytes() == before
+
+
+def test_rows_near_the_end_of_the_context(tmp_path: Path) -> None:
+    """GPT-2's positions are a table: one token too many would be an index out of range."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=16, initializer_range=0.5, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    words(tmp_path / "model")
+    lengths = (3, 15, 8, 14)
+    file = jsonl(tmp_path / "p.jsonl", *({"prompt": " ".join(["w1", "w2", "w5"] * 6)[: 3 * n - 1]} for n in lengths))
+    rows = printed("--model", tmp_path / "model", "-f", file, "--max-tokens", 6)["results"]
+    assert [row["tokens"] for row in rows if not row["ended"]]
+    assert all(row["tokens"] <= min(6, 16 - n) for row, n in zip(rows, lengths, strict=True))
+    for row in rows:
+        alone = printed("--model", tmp_path / "model", "-p", row["prompt"], "--max-tokens", 6)
+        assert alone["completion"] == row["completion"]
+    long = " ".join(["w1"] * 16)
+    message = complaint("--model", tmp_path / "model", "-p", long)
+    assert "--prompt: the prompt has 16 tokens, and the model reads 16, the answer included. Shorten it." in message
+
+
+def test_an_encoder_and_decoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        eos_token_id=0, pad_token_id=0, initializer_factor=3.0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = words(tmp_path / "model")
+    adapters = []
+    for i in range(2):
+        lora = fl.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False, lora_alpha=16)
+        adapters.append(fl.init(model, lora, generator=torch.Generator().manual_seed(i)))
+        fl.save_peft(tmp_path / "adapters" / f"a{i}", adapters[-1], lora)
+    file = jsonl(tmp_path / "p.jsonl", *({"prompt": PROMPTS[2 * i], "adapter": f"a{i}"} for i in range(2)))
+    rows = printed(tmp_path / "adapters", "--model", tmp_path / "model", "-f", file, "--max-tokens", 6)["results"]
+    for i, row in enumerate(rows):
+        bound = fl.bind(model, fl.base_params(model), adapters[i])
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        out = bound.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+        assert row["completion"] == tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def test_packed_weights(folders: Path) -> None:
+    from funclora.pipeline.base import load_base, load_tokenizer
+    from funclora.pipeline.settings import Settings
+
+    pytest.importorskip("bitsandbytes")
+    args = (folders / "adapters" / "ad-1", "--model", folders / "model", "-p", PROMPTS[2], "--max-tokens", 12)
+    found = printed(*args, "--quantize", "nf4")["completion"]
+    settings = Settings(model=folders / "model", quantize="nf4")
+    tokenizer = load_tokenizer(settings)
+    base = load_base(settings, tokenizer)
+    bound = fl.bind(base.model, base.params, fl.load_peft(folders / "adapters" / "ad-1", base.model)[0])
+    assert found == base.generate(bound, PROMPTS[2], 12)
+    assert found != printed(*args)["completion"]
+
+
+# Drawing
+
+
+def test_draws_are_decided_by_the_seed(folders: Path) -> None:
+    args = (folders / "adapters" / "ad-0", "--model", folders / "model", "-p", "w1", "--max-tokens", 12)
+    state = torch.get_rng_state()
+    texts = [printed(*args, "--temperature", 1.5, "--seed", seed)["completion"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), state)
+    greedy = printed(*args)["completion"]
+    assert printed(*args, "--temperature", 1.5, "--top-k", 1)["completion"] == greedy
+    assert printed(*args, "--temperature", 1.5, "--top-p", 1e-6)["completion"] == greedy
+
+
+def test_draws_of_the_demo_are_those_of_transformers() -> None:
+    """Of the same logits, the same tokens can be drawn, with the same probabilities."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(3, 50) * 3
+    base = Base("toy", torch.nn.Linear(1, 1), {}, None, "causal-lm", None)
+    for k, p in ((5, None), (None, 0.7), (9, 0.5)):
+        warpers: list[Any] = [TemperatureLogitsWarper(0.8)]
+        warpers += [TopKLogitsWarper(k)] if k else []
+        warpers += [TopPLogitsWarper(p)] if p else []
+        wanted = LogitsProcessorList(warpers)(None, logits.clone()).softmax(-1)
+        generator = Generator(base, {}, Sampling(temperature=0.8, top_k=k, top_p=p))
+        torch.testing.assert_close(generator.probabilities(logits), wanted)
+        drawn = torch.stack([generator._next(logits) for _ in range(200)], 1)
+        assert (wanted.gather(1, drawn) > 0).all()
+
+
+# The demo's base
+
+
+def test_the_demos_base_continues_bytes(tmp_path: Path) -> None:
+    model = load_demo()
+    adapters: dict[str | None, Any] = {None: {}}
+    for i in range(2):
+        config = fl.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, lora_alpha=8)
+        rules = fl.init(model, config, generator=torch.Generator().manual_seed(i))
+        fl.save_peft(tmp_path / "adapters" / f"a{i}", rules, config)
+        adapters[f"a{i}"] = rules
+    texts, names = ["class ", "import os\n\n\ndef é" + "x" * 250, "x"], ["a1", "a0", None]
+    file = jsonl(tmp_path / "p.jsonl", *({"prompt": t, "adapter": n} for t, n in zip(texts, names, strict=True)))
+    rows = printed(tmp_path / "adapters", "-f", file, "--max-tokens", 20)["results"]
+    for row, name, text in zip(rows, names, texts, strict=True):
+        bound = fl.bind(model, fl.base_params(model), adapters[name])
+        said = bound.generate(text.encode(), 20, temperature=0.0)
+        assert row["completion"] == said[len(text.encode()) :].decode("utf-8", "replace")
+        assert (row["tokens"], row["ended"]) == (20, False)
+    assert len({row["completion"] for row in rows}) == 3
+    streamed = run(tmp_path / "adapters" / "a1", "-p", "class ", "--max-tokens", 20)
+    assert streamed.stdout == rows[0]["completion"] + "\n"
+
+
+# Conversations
+
+
+def test_messages_go_through_the_template(folders: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "w1 w2"}]
+    file = jsonl(tmp_path / "p.jsonl", {"messages": talk, "adapter": "ad-1"})
+    common = (folders / "adapters", "--model", folders / "model", "--max-tokens", 8)
+    (row,) = printed(*common, "-f", file)["results"]
+    assert row["messages"] == talk
+    expected = by_peft(folders, "<user> w1 w2 <assistant>", "ad-1", 8)
+    assert row["completion"] == expected
+    one = printed(*common, "-p", "w1 w2", "--chat", "--adapter", "ad-1")
+    assert one["completion"] == expected
+    jsonl(file, {"messages": [{"role": "system", "content": "w1"}], "adapter": "ad-1"})
+    assert "p.jsonl:1: the chat template refuses these messages: no system role" in complaint(*common, "-f", file)
+
+
+def test_a_conversation(folders: Path) -> None:
+    common = (folders / "adapters", "--model", folders / "model", "--max-tokens", 6)
+    result = run(*common, text="w1 w2\n\n/adapter ad-2\nw1 w2\n/base\nw4\n")
+    assert result.exit_code == 0, result.stderr
+    asked = (("w1 w2", None), ("w1 w2", "ad-2"), ("w4", None))
+    expected = [by_peft(folders, prompt, name, 6) for prompt, name in asked]
+    assert result.stdout.splitlines() == expected
+    talk = run(*common, "--chat", "--adapter", "ad-0", text="w1\nw2\n")
+    first = by_peft(folders, "<user> w1 <assistant>", "ad-0", 6)
+    second = by_peft(folders, f"<user> w1 <assistant> {first} <user> w2 <assistant>", "ad-0", 6)
+    assert talk.stdout.splitlines() == [first, second]
+    assert "line 2: there is no adapter 'ad-9'. Near names: ad-" in run(*common, text="w1\n/adapter ad-9\n").stderr
+
+
+# What does not do
+
+
+def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "w1"})
+    some, model = folders / "adapters", ("--model", folders / "model")
+    cases: list[tuple[list[object], str]] = [
+        (["-p", "x", "-f", file], "--prompt and --file: give one of them."),
+        (["-p", "x", "-o", tmp_path / "o"], "--out is for the answers to --file."),
+        (["-f", file, "--chat"], '"messages" in place of "prompt"'),
+        (["--json"], "--json: a conversation has no end to print."),
+        (["-p", "x", "--top-p", 0.5], "--top-p: without --temperature nothing is drawn."),
+        (["-p", "x", "--seed", 0], "--seed: without --temperature nothing is drawn."),
+        (["-p", "x", "--top-p", 0, "--temperature", 1], "--top-p: expected a share above 0."),
+        ([some, "-p", "x"], "--prompt: several adapters are given. Name one by --adapter: ad-0, ad-1, ad-2."),
+        ([some, "-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. Near names: ad-"),
+        (["-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. None is given: name PEFT folders"),
+        ([some, *model, "-f", file], "no record names one of the adapters that are given: ad-0, ad-1, ad-2."),
+        ([tmp_path / "none", "-p", "x"], "none: there is no such folder. Give PEFT folders"),
+        (["--model", tmp_path, "-p", "x"], "holds no config.json. Give the folder of a transformers model"),
+        ([*model, "-p", "", ], "--prompt: an empty prompt has no token to go on from."),
+        (["-p", "x", "--chat"], "--prompt: the model's tokenizer has no chat template"),
+        (["-p", "x", "--device", "toaster"], "device: 'toaster' cannot be used here"),
+    ]  # fmt: skip
+    for args, message in cases:
+        assert message in complaint(*args), args
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "w1"}, 'p.jsonl:1: expected either "prompt" or "messages", got \'text\'.'),
+        ({"prompt": "w1", "messages": []}, "expected either"),
+        ({"prompt": 3}, "p.jsonl:1: prompt: expected a text, got 3."),
+        ({"prompt": "w1", "adapter": 3}, "p.jsonl:1: adapter: expected a name or null, got 3."),
+        ({"prompt": "w1", "adapter": "da-1"}, "p.jsonl:1: there is no adapter 'da-1'. Near names: ad-1"),
+        ({"messages": []}, "p.jsonl:1: messages: expected a list of objects"),
+        ({"messages": [{"role": "user"}]}, "p.jsonl:1: messages[0]: content: expected a text, got None"),
+    ],
+)
+def test_records_that_cannot_be_used(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], message: str
+) -> None:
+    file = jsonl(tmp_path / "p.jsonl", record)
+    monkeypatch.setattr("funclora.pipeline.base.load_base", None)  # said before the weights are loaded
+    assert message in complaint(folders / "adapters", "--model", folders / "model", "-f", file)
+
+
+def test_a_tokenizer_of_another_model(folders: Path, tmp_path: Path) -> None:
+    llama(words=10).save_pretrained(tmp_path / "model")
+    words(tmp_path / "model", template=None)
+    message = complaint("--model", tmp_path / "model", "-p", "w1 w20")
+    assert "--prompt: the tokenizer makes token 24 of this prompt, and the model's embedding has 10 rows." in message
+    assert "no chat template" in complaint("--model", tmp_path / "model", "-p", "w1", "--chat")
+
+
+def test_adapters_of_another_model(folders: Path, tmp_path: Path) -> None:
+    def saved(model: Any, **options: Any) -> Path:
+        lora = LoraConfig(r=2, **options)
+        get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / "adapter" / "adapter_config.json").write_text(
+            json.dumps(config | {"base_model_name_or_path": "theirs"})
+        )
+        return tmp_path / "adapter"
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    vocabulary = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    messages = []
+    for model, options, words_ in (
+        (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "'c_attn' matches no module"),
+        (llama(32), {"target_modules": ["q_proj"]}, "has shape [2, 32], expected [2, 16]"),
+        (llama(words=70), vocabulary, f"has shape [70, 16], expected [{len(WORDS)}, 16]"),
+    ):
+        messages.append(complaint(saved(model, **options), "--model", folders / "model", "-p", "w1"))
+        assert words_ in messages[-1]
+        assert f"Is {folders / 'model'} its base model? adapter_config.json names 'theirs'." in messages[-1]
+    assert "(resize_token_embeddings)" in messages[-1]
+    assert "Is the demo's base its base model?" in complaint(folders / "adapters" / "ad-0", "-p", "x")

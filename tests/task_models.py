@@ -1,0 +1,96 @@
+"""Folders of tiny transformers models with their tokenizer, and data for each task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import text_models
+import torch
+import transformers
+
+from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
+
+_TEXT: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def model(kind: str, vocabulary: int) -> Any:
+    """With random weights, biases included."""
+    made: Any
+    if kind == "llama":
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocabulary, **_TEXT))
+    elif kind == "gpt2":
+        made = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_embd=16, n_layer=2, n_head=2, n_positions=128, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2
+            )
+        )
+    elif kind == "bert":
+        made = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=vocabulary, **_TEXT))
+    elif kind == "t5":
+        made = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, vocab_size=vocabulary,
+                decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
+            )
+        )  # fmt: skip
+    else:
+        raise ValueError(kind)
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return made.eval()
+
+
+def save(folder: Path, kind: str, *, template: str | None = None, rows: int | None = None, **options: Any) -> Path:
+    """Write a model and its tokenizer.
+
+    Args:
+        folder: where to.
+        kind: of the model.
+        template: chat template.
+        rows: of the embedding; else as many as the tokenizer has tokens.
+        **options: of the tokenizer.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = text_models.tokenizer(template, begins=kind == "llama", ends=kind in ("bert", "t5"), **options)
+    model(kind, rows or len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+WORDS = ("red", "green", "blue", "dog", "cat", "runs", "sleeps")
+RECORDS: dict[str, Sequence[dict[str, Any]]] = {
+    "text": [{"text": " ".join(WORDS[: 2 + i % 5])} for i in range(12)],
+    "prompt": [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(12)],
+    "messages": [
+        {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}
+        for word in WORDS
+    ],
+    SEQUENCE: [
+        {"text": f"the {word}", "label": ("colour", "beast", "verb")[i % 3]} for i, word in enumerate(WORDS * 2)
+    ],
+    TOKEN: [{"tokens": ["a", word, "x"], "label": ["O", "W", "O"]} for word in WORDS],
+    SEQ2SEQ: [{"prompt": f"double {word}", "completion": f"{word} {word}"} for word in WORDS],
+}
+
+
+def data(file: Path, name: str) -> Path:
+    """Write records as JSONL."""
+    file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[name]))
+    return file
+
+
+# What is loaded for a task, by transformers and PEFT.
+CLASSES = {
+    CAUSAL: transformers.AutoModelForCausalLM,
+    SEQUENCE: transformers.AutoModelForSequenceClassification,
+    TOKEN: transformers.AutoModelForTokenClassification,
+    SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
+}
+KIND = {CAUSAL: "llama", SEQUENCE: "bert", TOKEN: "bert", SEQ2SEQ: "t5"}
