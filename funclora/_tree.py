@@ -66,7 +66,4 @@ def leaf_keys(spec: optree.PyTreeSpec) -> list[str]:
 def keyed_copies(tree: Any) -> dict[str, Tensor]:
     """The leaves by `leaf_keys`, on the CPU, contiguous and each with memory of its own: what safetensors can write."""
     leaves, spec = optree.tree_flatten(tree)
-    return {
-        key: leaf.detach().cpu().contiguous().clone()
-        for key, leaf in zip(leaf_keys(spec), leaves, strict=True)
-    }
+    return {key: leaf.detach().cpu().contiguous().clone() for key, leaf in zip(leaf_keys(spec), leaves, strict=True)}
