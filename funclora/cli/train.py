@@ -142,11 +142,14 @@ def _print(settings: Settings, result: Result) -> None:
 def _plan(settings: Settings, *, as_json: bool) -> None:
     import tempfile
 
+    from funclora.pipeline.finish import rehearse
     from funclora.pipeline.plan import plan
     from funclora.pipeline.setup import ready
 
     with tempfile.TemporaryDirectory() as folder:
-        made = plan(ready(settings, Path(folder)))
+        prepared = ready(settings, Path(folder))
+        rehearse(prepared.start, prepared.settings)
+        made = plan(prepared)
     if as_json:
         print_json(asdict(made) | {"memory": asdict(made.memory) | {"total": made.memory.total}})
         return

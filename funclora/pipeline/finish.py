@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import optree
 from torch import Tensor
 
 from funclora._apply import base_params
@@ -43,6 +45,21 @@ def check_results(settings: Settings) -> None:
         return
     for name in (ADAPTER, *([MERGED] if settings.merge else [])):
         check_out(settings.out / name, [path for path in (settings.model, settings.data) if path is not None])
+
+
+def rehearse(start: Start, settings: Settings) -> None:
+    """Raise, before the training and not after it, if the results could not be written as PEFT or merged.
+
+    Raises:
+        UnsupportedError: PEFT cannot hold such an adapter, or the folder of the model cannot be merged into.
+        FormatError: the folder of the model cannot be merged into.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tree: Any = start.adapters
+        moved: Any = optree.tree_map(lambda x: x + 1e-3, tree)  # B is zero as yet, and such an update merges nothing
+        save_peft(Path(folder, ADAPTER), *start.exported(moved))
+        if settings.merge and settings.model is not None and _fits_folder(start):
+            merge_checkpoint(settings.model, Path(folder, ADAPTER), Path(folder, MERGED), dry_run=True)
 
 
 def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> list[Path]:
@@ -188,7 +205,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
             save_file({name: _own(tensor) for name, tensor in weights.items()}, draft / "model.safetensors", metadata)
         return
     config: Any = base.model.config
-    if not packed and not base.new and (config.architectures or ["?"])[0] == type(base.model).__name__:
+    if _fits_folder(start):
         merge_checkpoint(settings.model, settings.out / ADAPTER, out)
         return
     # The folder is not of that model: its head is new, or of another kind.
@@ -199,6 +216,13 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     with staged_folder(out) as draft:
         model.save_pretrained(str(draft))
         base.tokenizer.save_pretrained(str(draft))
+
+
+def _fits_folder(start: Start) -> bool:
+    """Whether the merged model is the folder's with other values: then it need not be in memory."""
+    model: Any = start.base.model
+    same = (model.config.architectures or ["?"])[0] == type(model).__name__
+    return same and not start.base.new and start.config.decomposition != "loftq"
 
 
 def _own(tensor: Tensor) -> Tensor:

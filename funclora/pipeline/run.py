@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from funclora.pipeline.checkpoint import opened
-from funclora.pipeline.finish import check_results, finish
+from funclora.pipeline.finish import check_results, finish, rehearse
 from funclora.pipeline.journal import Journal
 from funclora.pipeline.loop import Outcome, train
 from funclora.pipeline.reading import write
@@ -49,6 +49,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Result:
         with Journal(settings, quiet=quiet) as journal:
             prepared = ready(settings, settings.out)
             settings, data, start = prepared.settings, prepared.data, prepared.start
+            rehearse(start, settings)
             for note in data.notes:
                 journal.note(note)
             if not settings.resume:

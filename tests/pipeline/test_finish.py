@@ -20,8 +20,9 @@ import funclora as fl
 from funclora.errors import ConfigError
 from funclora.pipeline.adapters import Start
 from funclora.pipeline.examples import Data, prepare
-from funclora.pipeline.finish import check_results, finish
+from funclora.pipeline.finish import check_results, finish, rehearse
 from funclora.pipeline.loop import Outcome
+from funclora.pipeline.run import run
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
 from funclora.pipeline.setup import ready
 
@@ -202,6 +203,28 @@ def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str
     finish(start, trained(start), data, replace(settings, resume=True))
     assert not (adapter / "other").exists()
     assert sorted(path.name for path in settings.out.iterdir()) == ["adapter", "merged"]
+
+
+def test_what_could_not_be_written_is_not_trained(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, start, _ = begun(folders["llama"], CAUSAL, tmp_path, merge=True)
+    rehearse(start, settings)
+    assert not settings.out.exists()
+    # A folder whose weights a merge cannot keep.
+    copy = task_models.save(tmp_path / "other", "llama")
+    other = replace(settings, model=copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(fl.errors.FormatError, match="other"):
+        rehearse(start, other)
+
+    def refuse(*_: object) -> None:
+        raise fl.errors.UnsupportedError("PEFT has no such thing.")
+
+    monkeypatch.setattr("funclora.pipeline.finish.save_peft", refuse)
+    with pytest.raises(fl.errors.UnsupportedError, match="PEFT has no such thing"):
+        run(settings, quiet=True)
+    assert not settings.out.exists()
 
 
 def test_targets_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_killed_in_each_moment_in_which_it_writes(server: Server, tmp_path: Path
 
 
 def test_a_state_that_was_not_saved_would_be_noticed(tmp_path: Path) -> None:
-    """The comparison has teeth: without the optimizer's moments the weights are others."""
+    """The comparison has teeth: without the state of the optimizer the weights are others."""
     given = settings(tmp_path / "whole", save_every=4)
     whole, _ = run(given)
     short = replace(given, out=tmp_path / "run")
@@ -126,7 +126,7 @@ def test_a_state_that_was_not_saved_would_be_noticed(tmp_path: Path) -> None:
         patch.setattr(loop._Training, "_step", stops_after(loop._Training._step, 5))
         with pytest.raises(StoppedError, match="here"):
             run(short)
-    forget(short.out / CHECKPOINTS / "00000004.safetensors", "mu")
+    forget(short.out / CHECKPOINTS / "00000004.safetensors", "optimizer/")
     again, _ = run(replace(short, resume=True))
     with pytest.raises(AssertionError, match="weight"):
         same(again.adapters, whole.adapters)

@@ -263,8 +263,19 @@ def test_dropout_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
         ends.append(run(settings(tmp_path / name))[0])
         assert torch.equal(torch.get_rng_state(), before)
     same(*(end.adapters for end in ends))
-    other, _ = run(settings(tmp_path / "c", dropout=0.0))
-    assert other.losses != ends[0].losses
+    changes: tuple[dict[str, Any], ...] = ({"dropout": 0.0}, {"seed": 1})
+    for changed in changes:
+        given = settings(tmp_path / next(iter(changed)), **changed)
+        other, _ = run(given, adapters=fresh(byte_base(), replace(given, seed=0)))
+        assert other.losses != ends[0].losses
+
+
+def test_each_step_drops_others(tmp_path: Path) -> None:
+    """With one example and a rate of almost 0, only dropout makes the losses of steps differ."""
+    one = Rows(rows(1, 256), [])
+    adapters = fresh(byte_base(), settings(tmp_path, dropout=0.5), init_lora_weights=False)
+    outcome, _ = run(settings(tmp_path, steps=4, lr=1e-30, batch=1, accumulation=1), rows=one, adapters=adapters)
+    assert len({round(loss, 6) for _, loss in outcome.losses["train"]}) == 4
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 4), (2.5, 10), (0.1, 1)])
@@ -424,6 +435,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_resumable_state(at: int, step: in
     with pytest.raises(KeyboardInterrupt, match=rf"Step {step} of 8 is done and saved. The same command with --resume"):
         run(given, Interrupted(**vars(base)))
     assert signal.getsignal(signal.SIGINT) is handler
+    assert (given.out / CHECKPOINTS / f"{step:08d}.safetensors").exists()
     again, _ = run(replace(given, resume=True), base)
     same(again.adapters, whole.adapters)
     assert again.losses == whole.losses
