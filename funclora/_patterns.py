@@ -171,7 +171,8 @@ def _is(letter: str, kind: str, value: Any) -> bool:
     if kind == "ANY":
         return letter != "\n"
     if kind != "IN":
-        return (ord(letter) == value) == (kind == "LITERAL")
+        same: bool = ord(letter) == value
+        return same == (kind == "LITERAL")
     items = [(str(kind), of) for kind, of in value]
     found: bool = any(
         ord(letter) == of if kind == "LITERAL"
@@ -185,4 +186,5 @@ def _is(letter: str, kind: str, value: Any) -> bool:
 
 def _in_category(letter: str, name: str) -> bool:
     name = name.removeprefix("CATEGORY_")
-    return _CATEGORIES[name.removeprefix("NOT_")](letter) != name.startswith("NOT_")
+    known: bool = _CATEGORIES[name.removeprefix("NOT_")](letter)
+    return known != name.startswith("NOT_")
