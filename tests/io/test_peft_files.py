@@ -563,3 +563,17 @@ def test_nothing_that_is_passed_in_changes(tmp_path: Path) -> None:
         leaf.add_(1)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(load_peft(tmp_path, model)[0]["head.weight"].a, adapters["head.weight"].a)  # type: ignore[attr-defined]
+
+
+def test_every_leaf_and_number_comes_back(tmp_path: Path) -> None:
+    """With values that neither an initialisation nor the base has."""
+    model = Model()
+    adapters, config = make(model, target_modules=["head"], use_dora=True, bias="all", lora_dropout=0.25)
+    changed: Any = pytree.tree_map(lambda leaf: leaf + torch.randn_like(leaf), adapters)
+    save_peft(tmp_path, changed, config)
+    loaded, _ = load_peft(tmp_path, model)
+    assert pytree.tree_structure(loaded) == pytree.tree_structure(changed)  # with scaling and dropout
+    assert any(getattr(rule, "dropout", 0) == 0.25 for rule in loaded.values())
+    assert {"LoRA", "DoRA", "Full"} & {type(rule).__name__ for rule in loaded.values()} == {"DoRA", "Full"}
+    for x, y in zip(*map(pytree.tree_leaves, (loaded, changed)), strict=True):
+        assert torch.equal(x, y)
