@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Plot = Annotated[Path | None, typer.Option(help="Draw it too, as this PNG file. Needs matplotlib.", show_default=False)]
 
@@ -40,6 +43,22 @@ def bar(words: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("reading", total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total, description=words)
+
+
+def weights() -> Table:
+    """A table with a row for each weight, narrow enough that names fit beside their numbers in 80 columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("weight", overflow="fold")
+    return table
+
+
+def same(values: Iterable[str]) -> str:
+    """What all values are; empty if they differ, and a column has to say it."""
+    known = set(values)
+    return known.pop() if len(known) == 1 else ""
 
 
 def number(value: float | None, form: str = ".4g") -> str:

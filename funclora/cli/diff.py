@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, short, words
+from funclora.cli._looking import Plot, bar, between, check_plot, number, same, short, weights, words
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
-    from funclora.io._diff import Difference
+    from funclora.io._diff import Difference, Side
 
 
 def diff(
@@ -56,22 +56,25 @@ def diff(
 
 
 def _print(found: Difference, plot: Path | None) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console()
-    console.print(escape(f"A: {found.folders[0]}\nB: {found.folders[1]}"), highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("weight", overflow="fold")
-    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
-        table.add_column(column, justify="left" if column in ("A", "B") else "right")
+    updates = [same(_update(row.sides[i]) for row in found.rows) for i in (0, 1)]
+    for letter, folder, update in zip("AB", found.folders, updates, strict=True):
+        every = f" ({update} on every weight)" if update else ""
+        console.print(escape(f"{letter}: {folder}{every}"), highlight=False, soft_wrap=True)
+    table = weights()
+    for letter, update in zip("AB", updates, strict=True):
+        if not update:
+            table.add_column(letter)
+    for column in ("‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found.rows:
         overlap = [between(row.similarity[of].whole) if of in row.similarity else "–" for of in ("A", "B")]
         numbers = (number(row.update.cosine, "+.3f"), number(row.update.relative_distance, ".3f"))
         norms = (number(norm) for norm in row.update.norms)
-        sides = ("–" if side is None else words(side.rule, side.r, None) for side in row.sides)
+        sides = (_update(side) for side, update in zip(row.sides, updates, strict=True) if not update)
         table.add_row(escape(short(row.update.name)), *sides, *norms, *numbers, *overlap)
     console.print(table)
     only = [sum(row.sides[other] is None for row in found.rows) for other in (1, 0)]
@@ -84,4 +87,8 @@ def _print(found: Difference, plot: Path | None) -> None:
         lines.append("of DoRA, s·B·A is compared. Give --base for the whole change.")
     if plot is not None:
         lines.append(f"wrote {plot}")
-    console.print("\n".join(map(escape, lines)), highlight=False)
+    console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)
+
+
+def _update(side: Side | None) -> str:
+    return "–" if side is None else words(side.rule, side.r, None)

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, short, size, words
+from funclora.cli._looking import Plot, bar, between, check_plot, number, same, short, size, weights, words
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from funclora.analysis import Spectrum
     from funclora.io._inspect import Inspection
+
+MANY = 8  # names of a field that are shown
 
 
 def inspect(
@@ -69,8 +72,11 @@ def _print(found: Inspection, plot: Path | None) -> None:
 
     console = Console()
     if found.kind == "adapter":
-        console.print(escape(_configuration(found.config)), highlight=False)
-    console.print(_table(found))
+        console.print(escape(_configuration(found.config)), highlight=False, soft_wrap=True)
+    update = same(_update(row) for row in found.rows) if found.kind == "adapter" else ""
+    if update:
+        console.print(f"every weight: {update}", highlight=False)
+    console.print(_table(found, with_update=found.kind == "adapter" and not update))
     unchanged = sum(row.of == "ΔW" and row.norm == 0 for row in found.rows)
     what = "‖W‖" if found.kind == "model" and found.base is None else "‖ΔW‖"
     share = "" if found.share is None else f", {found.share:.3%} of the base's"
@@ -83,31 +89,34 @@ def _print(found: Inspection, plot: Path | None) -> None:
         lines.append(f"hold integers, and are left out: {', '.join(found.skipped)}")
     if plot is not None:
         lines.append(f"wrote {plot}")
-    console.print("\n".join(map(escape, lines)), highlight=False)
+    console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)
 
 
-def _table(found: Inspection) -> Table:
-    from rich.box import SIMPLE_HEAD
+def _update(row: Spectrum) -> str:
+    return words(row.rule, row.r, row.scaling)
+
+
+def _table(found: Inspection, *, with_update: bool) -> Table:
     from rich.markup import escape
-    from rich.table import Table
 
     adapter, with_base = found.kind == "adapter", found.base is not None
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("weight", overflow="fold")
-    table.add_column("update" if adapter else "")
+    table = weights()
+    if with_update:
+        table.add_column("update")
     columns = ("shape", "‖ΔW‖" if adapter or with_base else "‖W‖", "share", "eff. rank")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in found.rows:
         if adapter or not with_base or row.norm:
             numbers = (size(row.shape), number(row.norm), number(row.share, ".2%"), between(row.effective_rank))
-            update = words(row.rule, row.r, row.scaling) if adapter else ""
-            table.add_row(escape(short(row.name)), update, *numbers)
+            table.add_row(escape(short(row.name)), *([_update(row)] if with_update else []), *numbers)
     return table
 
 
 def _configuration(config: dict[str, Any]) -> str:
-    """The fields that are set, in a line."""
+    """The fields that are set, in a line. The weights of many targets are in the table."""
     return ", ".join(
-        f"{name}={value!r}" for name, value in config.items() if value not in (None, False, {}, (), "none")
+        f"{name}={f'({len(value)} names)' if isinstance(value, list | tuple) and len(value) > MANY else repr(value)}"
+        for name, value in config.items()
+        if value not in (None, False, {}, (), "none")
     )

@@ -118,21 +118,28 @@ def _plain(report: MergeReport, out: Path, *, dry_run: bool) -> dict[str, Any]:
 
 def _print(report: MergeReport, console: Console, out: Path, *, dry_run: bool) -> None:
     from rich.markup import escape
-    from rich.table import Table
+
+    from funclora.cli._looking import same, short, size, weights
 
     checked = report.verification
-    title = f"{report.model}: what {'would change' if dry_run else 'changed'}"
-    table = Table(title=title)
-    for column in ("weight", "change", "shape", "dtype", "MB"):
-        table.add_column(column, justify="right" if column in ("shape", "MB") else "left")
-    if checked is not None:
-        table.add_column("deviation", justify="right")
+    every = same(w.change for w in report.weights)
+    console.print(
+        f"{escape(report.model)}: what {'would change' if dry_run else 'changed'}"
+        + (f", each weight by {escape(every)}" if every else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = weights()
+    if not every:
+        table.add_column("change")
+    for column in ("shape", "dtype", "MB", *(["deviation"] if checked is not None else [])):
+        table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=True)
     for w in report.weights:
         before, after = (str(dtype).removeprefix("torch.") for dtype in (w.before, w.after))
         cells = [
-            escape(w.name),
-            escape(w.change),
-            " × ".join(map(str, w.shape)),
+            escape(short(w.name)),
+            *([] if every else [escape(w.change)]),
+            size(w.shape),
             after if before == after else f"{before} → {after}",
             f"{w.nbytes / 1e6:,.1f}",
         ]
@@ -158,4 +165,4 @@ def _print(report: MergeReport, console: Console, out: Path, *, dry_run: bool) -
             else f"logits on a probe input: within {checked.logits:.2e} of the largest, of the base under the adapters"
         )
     lines.append("nothing was written" if dry_run else f"wrote {out}")
-    console.print("\n".join(map(escape, lines)), highlight=False)
+    console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

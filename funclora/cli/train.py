@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, fields
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from funclora.cli._looking import short, size, weights
 from funclora.cli._output import AsJson, print_json
 from funclora.pipeline.reading import kind_of, option, read
 from funclora.pipeline.settings import RUN_FILE, Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from rich.console import Console
 
+    from funclora._summary import Row
     from funclora.pipeline.plan import Plan
     from funclora.pipeline.run import Result
 
@@ -158,28 +163,42 @@ def _plan(settings: Settings, *, as_json: bool) -> None:
     _print_plan(made, Console())
 
 
+def _alike(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """The rows; those that differ only in the first number of their names in one: `layers.{0-31}.up_proj.weight`."""
+    found: dict[tuple[str, str, Row], list[int]] = {}
+    for row in rows:
+        before, number, after = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.)(.*))?", row.name).groups()  # type: ignore[union-attr]
+        members = found.setdefault((before, after or "", replace(row, name="")), [])
+        if number is not None:
+            members.append(int(number))
+    for (before, after, row), numbers in found.items():
+        whole = numbers == list(range(numbers[0], numbers[-1] + 1)) if numbers else False
+        which = f"{numbers[0]}-{numbers[-1]}" if whole and len(numbers) > 2 else ",".join(map(str, numbers))
+        yield before + (f"{{{which}}}" if len(numbers) > 1 else which) + after, row
+
+
 def _print_plan(plan: Plan, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="What is trained")
-    for column, justify in (("target", "left"), ("rule", "left"), ("shape", "right"), ("rank", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("values", justify="right")
-    for row in plan.summary.rows:
+    table = weights()
+    table.add_column("rule")
+    for column in ("shape", "rank", "values of each"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in _alike(plan.summary.rows):
         rank = "" if row.r is None else str(row.r)
-        table.add_row(Text(row.name), row.rule, " × ".join(map(str, row.shape)), rank, f"{row.trainable:,}")
+        table.add_row(Text(short(name)), row.rule, size(row.shape), rank, f"{row.trainable:,}")
     console.print(table)
     memory = Table(title="Memory, estimated")
     memory.add_column("of")
     memory.add_column("", justify="right")
-    for name, size in (
+    for name, used in (
         ("frozen weights", plan.memory.base),
         ("adapters and optimizer", plan.memory.adapters),
         ("a step", plan.memory.step),
         ("all", plan.memory.total),
     ):
-        memory.add_row(name, f"{size / 2**20:,.1f} MiB")
+        memory.add_row(name, f"{used / 2**20:,.1f} MiB")
     console.print(memory)
     total = plan.summary
     train, validation = plan.rows

@@ -19,6 +19,7 @@ from funclora.errors import FormatError
 from funclora.io import _rewrite
 from funclora.io._checkpoint import Checkpoint
 from funclora.io._merge_plan import MergePlan, Written
+from funclora.io._quiet import quiet
 from funclora.io._rewrite import PartRewriter
 from funclora.io._safetensors import DTYPES, fill
 
@@ -159,7 +160,10 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
 
 
 def _load(cls: Any, folder: Path) -> Any:
-    return cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    import transformers
+
+    with quiet(transformers):
+        return cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
 def _adapted(plan: MergePlan, base: Any, inputs: dict[str, Tensor]) -> Any:

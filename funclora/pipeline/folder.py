@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from funclora.errors import ConfigError, FormatError
+from funclora.io._quiet import quiet
 from funclora.io._structure import named_class, without_weights
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
 from funclora.pipeline.tokenizer import LOADING, first_line, model_folder, transformers
@@ -53,7 +53,7 @@ def load_model(
         config.label2id = {name: i for i, name in enumerate(classes)}
     cls = _class(folder, config, task)
     library = transformers()
-    with torch.random.fork_rng(devices=[]), _quiet(library):
+    with torch.random.fork_rng(devices=[]), quiet(library):
         torch.default_generator.manual_seed(seed)
         try:
             model, report = cls.from_pretrained(
@@ -154,18 +154,3 @@ def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> s
         f"model: the files in {folder} lack {key!r}, or have it in another shape, so that it would be random. Give the "
         f"folder of a whole model of this kind, {type(model).__name__}."
     )
-
-
-@contextlib.contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    """Without transformers' report of new heads and its progress bar: what matters of them is said here."""
-    logging = library.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

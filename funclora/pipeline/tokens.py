@@ -121,7 +121,7 @@ class _Tokens:
             found = chat(record, self.tokenizer, self.settings.train_on == "completions")
             ids, said = found.ids, found.said
             if not found.whole:
-                self.notes.count("of whose messages the chat template leaves out or changes some", record.where)
+                self.notes.count("of whose messages the chat template leaves out or changes some", record.source)
         elif kind == PAIR:
             ids, said = self.pair(record)
         else:
@@ -140,7 +140,7 @@ class _Tokens:
         alone = alone[:-1] if self.ends else alone
         start = common(alone, both)
         if start < len(alone):
-            self.notes.count("whose prompt's end merges into the completion's first token", record.where)
+            self.notes.count("whose prompt's end merges into the completion's first token", record.source)
         return both, [i >= start for i in range(len(both))]
 
     def pieces(self, ids: list[int], record: Record) -> list[Example]:
@@ -153,21 +153,21 @@ class _Tokens:
             piece = ids[start : start + self.context]
             found += self.kept(piece, piece, record, 0)
         if len(found) > 1:
-            self.notes.count(f"of more than {self.context} tokens cut into several", record.where)
+            self.notes.count(f"of more than {self.context} tokens cut into several", record.source)
         return found
 
     def kept(self, ids: list[int], labels: list[int], record: Record, over: int) -> list[Example]:
         """The example, if anything in it has loss; a causal model predicts nothing at the first position."""
         if not ids:
-            self.notes.count("without tokens left out", record.where)
+            self.notes.count("without tokens left out", record.source)
             return []
         seen = labels[1:] if self.settings.task == CAUSAL else labels
         if all(label == IGNORED for label in seen):
             cut = f" in the first {self.context} tokens" if over > 0 else ""
-            self.notes.count(f"without a token that has loss{cut} left out", record.where)
+            self.notes.count(f"without a token that has loss{cut} left out", record.source)
             return []
         if over > 0:
-            self.notes.count(f"cut off after {self.context} tokens", record.where)
+            self.notes.count(f"cut off after {self.context} tokens", record.source)
         return [Example(list(ids), list(labels), (len(ids),), record.source)]
 
     def shortened(self, over: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, int]:
@@ -203,7 +203,7 @@ class _Tokens:
             labels.append(IGNORED if word is None or word in seen else self.classes[names[word]])
             seen.add(word)
         if not lost and len(seen - {None}) < len(words):
-            self.notes.count("with words that have no token, whose classes are lost", record.where)
+            self.notes.count("with words that have no token, whose classes are lost", record.source)
         return self.kept(out["input_ids"], labels, record, lost)
 
     def translation(self, record: Record) -> list[Example]:
