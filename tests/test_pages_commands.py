@@ -26,7 +26,7 @@ PLACES = {
     "combining.md": ("base", {"adapters/math": 0, "adapters/code": 1}),
     "gguf.md": ("Llama-3.2-1B", {"adapter": 0}),
 }
-NOT_OURS = {"llama-cli"}
+NOT_OURS = {"llama-cli", "head", "ls", "until"}  # the last with what it waits for and does then, in one line
 
 
 class Command(NamedTuple):
@@ -51,6 +51,8 @@ def commands(page: Path) -> list[Command]:
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]
+            # What a shell does with the rest is no argument: output into a file, the background.
+            words = words[: next((i for i, word in enumerate(words) if word in (">", "2>", "2>&1", "&")), len(words))]
             if words:
                 found.append(Command(block, words))
     return found
@@ -76,6 +78,10 @@ def pip(command: Command) -> None:
 
 
 def python(command: Command) -> None:
+    shown = [block for block in blocks(command.block.page) if block.title == command.words[1]]
+    if shown:  # a script that the page shows
+        assert shown[0].line < command.block.line, str(command)
+        return
     script = ROOT / command.words[1]
     assert script.parent == ROOT / "examples", str(command)
     text = script.read_text(encoding="utf-8")

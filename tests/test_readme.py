@@ -22,6 +22,8 @@ RUN = {"python"}
 CHECKED = {"sh", "console"}  # by test_pages_commands.py
 SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or is printed
 
+SESSIONS = {"session.md"}  # run by a test of their own, tests/cli/test_session_page.py
+
 # What other libraries warn of, which no page can help.
 QUIET = {
     "coming-from-peft.md": ["ignore::UserWarning:peft", "ignore::FutureWarning"],
@@ -29,8 +31,10 @@ QUIET = {
 
 
 def code(page: Path) -> list[Block]:
-    """The Python of a page, without what is read from the examples: `test_examples.py` runs those."""
-    return [block for block in blocks(page) if block.language in RUN and not block.snippets]
+    """The Python of a page, without what `test_examples.py` reads from the examples, and scripts: their pages' tests
+    run those.
+    """
+    return [b for b in blocks(page) if b.language in RUN and not b.snippets and not b.title.endswith(".py")]
 
 
 def named(page: Path) -> Any:
@@ -94,7 +98,8 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
         assert block.language in RUN | CHECKED | SHOWN, (
             f"{block.place}: expected one of {known}, got {block.language!r}"
         )
-        assert block.title in ("", "PEFT", "funclora") or block.language != "python", block.place
+        if block.language == "python" and block.title not in ("", "PEFT", "funclora"):
+            assert block.title.endswith(".py") and page.name in SESSIONS, block.place
 
 
 def read(block: Block) -> None:

@@ -86,13 +86,17 @@ def evaluate(
 
 
 def _report(found: Losses, console: Console) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     from funclora.cli._losses import perplexity
 
     tokens = " + ".join(f"{n:,}" for n in found.tokens)
-    table = Table(title=f"Loss in nats per token / perplexity, on {tokens} tokens", caption="bold: the best of a file")
+    console.print(
+        f"loss in nats per token / perplexity, on {tokens} tokens; the best of a file is bold", soft_wrap=True
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("adapter")
     for file in found.files:
         table.add_column(escape(file), justify="right")

@@ -178,7 +178,6 @@ def _alike(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
 
 
 def _print_plan(plan: Plan, console: Console) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     table = weights()
@@ -189,22 +188,15 @@ def _print_plan(plan: Plan, console: Console) -> None:
         rank = "" if row.r is None else str(row.r)
         table.add_row(Text(short(name)), row.rule, size(row.shape), rank, f"{row.trainable:,}")
     console.print(table)
-    memory = Table(title="Memory, estimated")
-    memory.add_column("of")
-    memory.add_column("", justify="right")
-    for name, used in (
-        ("frozen weights", plan.memory.base),
-        ("adapters and optimizer", plan.memory.adapters),
-        ("a step", plan.memory.step),
-        ("all", plan.memory.total),
-    ):
-        memory.add_row(name, f"{used / 2**20:,.1f} MiB")
-    console.print(memory)
-    total = plan.summary
+    total, memory = plan.summary, plan.memory
     train, validation = plan.rows
+    base, adapters, step, used = (
+        f"{n / 2**20:,.1f}" for n in (memory.base, memory.adapters, memory.step, memory.total)
+    )
     lines = [
         f"{total.trainable:,} of {total.total:,} values are trained ({total.percent:.2f} %)",
         f"{train:,} training and {validation:,} validation rows, {plan.longest:,} tokens at most; {plan.steps:,} steps",
+        f"{used} MiB of memory, estimated: frozen weights {base}, adapters and optimizer {adapters}, a step {step}",
         *plan.notes,
     ]
     for line in lines:
