@@ -22,7 +22,7 @@ RUN = {"python"}
 CHECKED = {"sh", "console"}  # by test_pages_commands.py
 SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or is printed
 
-SESSIONS = {"session.md"}  # run by a test of their own, tests/cli/test_session_page.py
+SESSIONS = {"session.md", "training.md"}  # run from their first line to their last by tests of their own, in tests/cli
 
 # What other libraries warn of, which no page can help.
 QUIET = {
@@ -99,7 +99,8 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
             f"{block.place}: expected one of {known}, got {block.language!r}"
         )
         if block.language == "python" and block.title not in ("", "PEFT", "funclora"):
-            assert block.title.endswith(".py") and page.name in SESSIONS, block.place
+            assert block.title.endswith(".py"), block.place
+            assert page.name in SESSIONS, block.place
 
 
 def read(block: Block) -> None:

@@ -195,7 +195,8 @@ def _print_plan(plan: Plan, console: Console) -> None:
     )
     lines = [
         f"{total.trainable:,} of {total.total:,} values are trained ({total.percent:.2f} %)",
-        f"{train:,} training and {validation:,} validation rows, {plan.longest:,} tokens at most; {plan.steps:,} steps",
+        f"{train:,} training and {validation:,} validation rows, {plan.longest:,} tokens at most; "
+        f"{plan.steps:,} step{'s' * (plan.steps != 1)}",
         f"{used} MiB of memory, estimated: frozen weights {base}, adapters and optimizer {adapters}, a step {step}",
         *plan.notes,
     ]

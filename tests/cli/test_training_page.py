@@ -1,4 +1,4 @@
-"""The guide of `funclora train`: its keys are those of the settings, its commands run, its output is what is printed."""
+"""The guide of `funclora train`: its keys are those of the settings, its commands run and print what it shows."""
 
 from __future__ import annotations
 
@@ -73,9 +73,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if block.title:
             Path(block.title).write_text(block.code, encoding="utf-8")
         elif block.language == "console":
-            for command, shown in zip(
-                *[iter(re.split(r"^\$ (.*)\n", block.code, flags=re.MULTILINE)[1:])] * 2, strict=True
-            ):
+            parts = re.split(r"^\$ (.*)\n", block.code, flags=re.MULTILINE)[1:]
+            for command, shown in zip(parts[::2], parts[1::2], strict=True):
                 printed = done(command)
                 memory = re.compile(r"^.* MiB of memory.*$", re.MULTILINE)  # differs with the version of torch
                 for text in (printed, shown):
@@ -88,7 +87,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stripped(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip().splitlines()]
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 def done(command: str) -> str:
