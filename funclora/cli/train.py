@@ -193,10 +193,10 @@ def _print_plan(plan: Plan, console: Console) -> None:
     base, adapters, step, used = (
         f"{n / 2**20:,.1f}" for n in (memory.base, memory.adapters, memory.step, memory.total)
     )
+    steps = f"{plan.steps:,} step{'s' * (plan.steps != 1)}"
     lines = [
         f"{total.trainable:,} of {total.total:,} values are trained ({total.percent:.2f} %)",
-        f"{train:,} training and {validation:,} validation rows, {plan.longest:,} tokens at most; "
-        f"{plan.steps:,} step{'s' * (plan.steps != 1)}",
+        f"{train:,} training and {validation:,} validation rows, {plan.longest:,} tokens at most; {steps}",
         f"{used} MiB of memory, estimated: frozen weights {base}, adapters and optimizer {adapters}, a step {step}",
         *plan.notes,
     ]
