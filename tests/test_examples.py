@@ -185,6 +185,17 @@ def test_benchmark_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_benchmark_train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--dim=64", "--layers=2", "--steps=4", "--rounds=1", "--context=16", "--threads=1")
+    results = run("benchmark_train", *options, f"--plot={tmp_path / 'loss.png'}")
+    assert list(results) == ["lora", "dora"]
+    assert all(result.difference < 1e-4 and result.ratio > 0 for result in results.values())
+    assert "tok/s" in capsys.readouterr().out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_per_example_gradients() -> None:
     result = run("per_example_gradients")
     assert result.difference < 1e-4

@@ -52,6 +52,17 @@ REMEDIES = {
 class Commands(TyperGroup):
     """The commands; what is wrong with a command line is one line too."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands, without boxes: rich takes longer to load than all else."""
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each command's first sentence, whole."""
+        rows = [(name, command.get_short_help_str(1 << 10)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -67,7 +78,8 @@ class Commands(TyperGroup):
         except UsageError as error:
             if not standalone_mode:
                 raise
-            if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already, and is all there is to say
+            if type(error).__name__ == "NoArgsIsHelpError":  # the help is all there is to say
+                typer.echo(error.format_message(), err=True)
                 sys.exit(FAILED)
             context = getattr(error, "ctx", None)
             names = ["funclora", *(context.command_path.split()[1:] if context is not None else ())]

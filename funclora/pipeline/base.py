@@ -73,16 +73,16 @@ class Base:
         Returns:
             A scalar.
         """
-        return self._loss(self.logits(bound, batch), self._labels(batch))
+        return self._loss(self.logits(bound, batch), self._labels(batch).to(self.device))
 
     def count(self, batch: Batch) -> int:
-        """How many positions `loss` sums over."""
+        """How many positions `loss` sums over; counted where the batch is, so that no device is waited for."""
         return int((self._labels(batch) != IGNORED).sum())
 
     def score(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums over the positions with a label: "loss", and for classification "correct". No gradient."""
         with torch.no_grad():
-            logits, labels = self.logits(bound, batch), self._labels(batch)
+            logits, labels = self.logits(bound, batch), self._labels(batch).to(self.device)
             sums = {"loss": self._loss(logits, labels)}
             if self.task in (SEQUENCE, TOKEN):
                 sums["correct"] = ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
@@ -145,7 +145,7 @@ class Base:
 
     def _labels(self, batch: Batch) -> Tensor:
         """The label of each position of the logits."""
-        labels = batch["labels"].to(self.device)
+        labels = batch["labels"]
         # The labels move and not the logits, of which a slice would be a copy.
         return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.task == CAUSAL else labels
 

@@ -96,7 +96,7 @@ class Batches:
 
     def step(self, k: int) -> list[dict[str, Tensor]]:
         """The micro-batches of step k, which counts from 0 over all epochs."""
-        rows = self._of(k)
+        rows = self.rows(k)
         return [
             collate(rows[start : start + self._batch], pad=self._pad, task=self._task, packed=self._packed)
             for start in range(0, len(rows), self._batch)
@@ -104,9 +104,10 @@ class Batches:
 
     def sources(self, k: int) -> list[str]:
         """Where the rows of step k are from."""
-        return [row.source for row in self._of(k)]
+        return [row.source for row in self.rows(k)]
 
-    def _of(self, k: int) -> list[Example]:
+    def rows(self, k: int) -> list[Example]:
+        """The rows of step k."""
         if k < 0:
             raise ConfigError(f"step: expected 0 or more, got {k}.")
         epoch, i = divmod(k, self.steps_per_epoch)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from funclora.pipeline.examples import Data
     from funclora.pipeline.journal import Journal
 
+CHECKPOINTS_OF_A_RUN = 10  # where nothing else is said
 # Why a run stopped.
 FINISHED, PATIENCE = "finished", "patience"
 # Steps after which the losses are looked at, if no line is written before: until then a device is not waited for.
@@ -250,6 +251,8 @@ class _Training:
 
     def _is_saved_here(self, evaluated: bool) -> bool:
         progress, every = self.progress, self.settings.save_every
+        if not (every or self.settings.eval_every):
+            every = math.ceil(self.total / CHECKPOINTS_OF_A_RUN)
         if progress.stopped:
             return True
         if every and progress.step and progress.step % every == 0:

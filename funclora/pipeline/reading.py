@@ -126,10 +126,15 @@ def option(key: str) -> str:
 @functools.cache
 def kind_of(key: str) -> tuple[type, bool]:
     """A key's type (`str`, `bool`, `int`, `float`, `Path` or `tuple`, of texts), and whether it may be missing."""
-    hint = typing.get_type_hints(Settings)[key]
+    hint = _hints()[key]
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None)), True
     return typing.get_origin(hint) or hint, False
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Settings)
 
 
 def _value(where: str, f: Field[Any], value: object, *, from_text: bool) -> Any:

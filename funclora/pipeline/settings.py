@@ -87,7 +87,7 @@ class Settings:
 
     out: Path = _key(Path("funclora-run"), "Output", "Folder of the run.")
     resume: bool = _key(False, "Output", "Go on from the last checkpoint in --out.")
-    save_every: int = _key(0, "Output", "Steps between checkpoints; 0: at evaluations and the end.", least=0)
+    save_every: int = _key(0, "Output", "Steps between checkpoints; 0: at evaluations, or ten in a run.", least=0)
     keep: int = _key(2, "Output", "Checkpoints kept.", least=1)
     merge: bool = _key(False, "Output", "Write the merged model too.")
     log_every: int = _key(1, "Output", "Steps between lines of metrics.jsonl.", least=1)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from funclora._apply import bind
 from funclora.errors import ConfigError
 from funclora.io._files import replace_files
 from funclora.pipeline.adapters import Start, begin
 from funclora.pipeline.base import Base, Batch, context_limit, load_base, load_tokenizer, vocabulary
 from funclora.pipeline.batches import Batches
 from funclora.pipeline.examples import Data, prepare
+from funclora.pipeline.packing import check_packing
 from funclora.pipeline.rows import Example
 from funclora.pipeline.settings import SEQ2SEQ, Settings
 
@@ -53,6 +55,9 @@ def ready(settings: Settings, folder: Path) -> Ready:
     data = prepare(settings, tokenizer, context_limit(settings))
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data)
+    if settings.packing:
+        bound = bind(base.model, base.params, {})
+        check_packing(lambda batch: base.logits(bound, batch), vocabulary(base.model), base.name)
     return Ready(settings, data, begin(base, settings, _first_batches(base, data, settings)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from funclora.pipeline.examples import prepare
 from funclora.pipeline.packing import check_packing, is_packed, pack, positions
 from funclora.pipeline.rows import IGNORED, Example
 from funclora.pipeline.settings import Settings
+from funclora.pipeline.setup import ready
 
 VOCAB = 37
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -241,3 +243,21 @@ def test_a_run_has_the_same_loss_packed_and_not(name: str, tmp_path: Path) -> No
     assert packed[0] == plain[0]
     assert packed[1] == pytest.approx(plain[1], rel=1e-5)
     assert packed[2] < plain[2]
+
+
+@pytest.mark.parametrize("name", ["Llama", "OPT"])
+def test_a_run_tries_its_model_out(name: str, tmp_path: Path) -> None:
+    folder, file = tmp_path / name, tmp_path / "data.jsonl"
+    model, words = build(name), tokenizer()
+    model.resize_token_embeddings(len(words), mean_resizing=False)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    file.write_text('{"text": "one two"}\n' * 8, encoding="utf-8")
+    given = Settings(model=folder, data=file, context=20)
+    assert len(ready(given, tmp_path).data.train) == 8
+    packed = replace(given, packing=True)
+    if name == "Llama":
+        assert len(ready(packed, tmp_path).data.train) < 8
+        return
+    with pytest.raises(UnsupportedError, match=r"OPT: this model cannot train on packed rows: .* Turn packing off"):
+        ready(packed, tmp_path)
