@@ -20,7 +20,7 @@ PAGE = DOCS / "session.md"
 # Told every ten seconds: how often depends on the machine.
 NOW_AND_THEN = re.compile(r"^step \d+ of \d+: .*$")
 # How far the run was when it was killed.
-GOING_ON = re.compile(r"^Going on after step \d+ of 80\.$")
+GOING_ON = re.compile(r"^Going on after step \d+ of 60\.$")
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.\d+(?:e[-+]\d+)?")
 CLI = "import sys; sys.argv[0] = 'funclora'; from funclora.cli import main; main()"
 
