@@ -57,9 +57,15 @@ def spoken(command: str, together: list[str]) -> str:
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
         return result.output
     program = shlex.quote(sys.executable)
-    functions = f'python() {{ exec {program} "$@"; }}\nfunclora() {{ exec {program} -c "{CLI}" "$@"; }}\n'
+    script = [
+        f'python() {{ {program} "$@"; }}',
+        f'funclora() {{ exec {program} -c "{CLI}" "$@"; }}',
+        *together,
+        command,
+        "{ wait; } 2> /dev/null",  # until what was killed is gone
+    ]
     done = subprocess.run(
-        ["bash", "-c", functions + "\n".join([*together, f"( {command} )" if words[0] == "python" else command])],
+        ["bash", "-c", "\n".join(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
