@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_the_table_has_a_row_for_each_adapter(folder: Path, tmp_path: Path) -> N
     result = run(adapters / "ad-1", adapters, "--data", file, "--rows", 1, "--context", 20, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "on 20 tokens" in result.output
-    rows = [line.split()[1] for line in result.output.splitlines() if line.startswith("│")]
+    rows = [line.split()[0] for line in result.output.splitlines() if re.search(r"\d / \d", line)]
     assert rows == ["(base)", "ad-1", "ad-0"]
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]  # one file makes no picture
 
