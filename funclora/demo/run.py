@@ -136,8 +136,7 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
     prompt = "class "
     continuations = {t.name: _continue(model, params, t, prompt, settings.seed) for t in (trained[0], trained[-1])}
     results = Results(settings, trained, seconds, base, losses, merge_error, trained[0].name, prompt, continuations)
-    text = json.dumps(as_json(results), indent=2) + "\n"
-    replace_files(out, {"results.json": lambda file: file.write_text(text, encoding="utf-8") and None})
+    _write(out / "results.json", (json.dumps(as_json(results), indent=2) + "\n").encode())
     return results
 
 
@@ -196,13 +195,19 @@ def _merge(model: ByteLM, params: Params, trained: Trained, windows: Tensor, out
     from safetensors.torch import save
 
     merged = fl.merge(params, trained.adapters)
-    data = save({name: tensor.contiguous() for name, tensor in merged.items()})
-    replace_files(out, {"merged.safetensors": lambda file: file.write_bytes(data) and None})
+    _write(out / "merged.safetensors", save({name: tensor.contiguous() for name, tensor in merged.items()}))
     plain = load_base()
     plain.load_state_dict(merged)
     ids = windows[:, :-1]
     error: Tensor = plain(ids) - fl.apply(model, params, trained.adapters, ids)
     return error.abs().max().item()
+
+
+def _write(file: Path, data: bytes) -> None:
+    def write(draft: Path) -> None:
+        draft.write_bytes(data)
+
+    replace_files(file.parent, {file.name: write})
 
 
 def _continue(model: ByteLM, params: Params, trained: Trained, prompt: str, seed: int) -> str:

@@ -117,7 +117,7 @@ def test_complaints(folders: Path, tmp_path: Path) -> None:
     for args, words in (
         (
             (folders / "one", folders / "none"),
-            "there is no such folder. Give a PEFT folder: it holds adapter_config.json.",
+            "there is no such folder. Give a PEFT folder: it holds",
         ),
         ((folders / "one", folders / "base"), "there is no adapter_config.json"),
         ((folders / "one", folders / "full"), "Give the base model"),

@@ -454,6 +454,26 @@ def test_records_that_cannot_be_used(
     assert message in complaint(folders / "adapters", "--model", folders / "model", "-f", file)
 
 
+@pytest.mark.parametrize(
+    ("args", "words_"),
+    [
+        (("--temperature", "1e-45"), "--temperature: expected 0, or 0.001 at least, got 1e-45."),
+        (("--temperature", "1", "--seed", "9" * 20), "--seed: expected a number of 64 bits"),
+    ],
+)
+def test_numbers_that_torch_cannot_take(folders: Path, args: tuple[str, ...], words_: str) -> None:
+    assert words_ in complaint("--model", folders / "model", "-p", "w1", *args)
+
+
+def test_bytes_that_are_no_text(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a terminal or a pipe of another encoding gives them."""
+    for chat in ([], ["--chat"]):
+        args = ("--model", folders / "model", *chat)
+        assert "--prompt: holds bytes that are not UTF-8: 'w1 \\udcff'. Give" in complaint(*args, "-p", "w1 \udcff")
+        monkeypatch.setattr("funclora.cli.generate._line", lambda sign: "w1 \udcff")
+        assert "line 1: holds bytes that are not UTF-8" in complaint(*args)
+
+
 def test_a_tokenizer_of_another_model(folders: Path, tmp_path: Path) -> None:
     llama(words=10).save_pretrained(tmp_path / "model")
     words(tmp_path / "model", template=None)

@@ -148,7 +148,7 @@ def test_a_model_alone_and_next_to_its_base(folders: Path) -> None:
 def test_the_table(folders: Path) -> None:
     result = run(folders / "lora", "--base", folders / "base")
     assert result.exit_code == 0, result.output
-    for words in ("use_rslora=True", "LoRA", "share", "eff. rank", "4 weights", "% of the base's"):
+    for words in ("use_rslora=True", "LoRA", "share", "eff. rank", "4 weights", "% of their ‖W‖"):
         assert words in result.stdout, result.stdout
 
 
