@@ -62,17 +62,20 @@ def _print(found: Difference, plot: Path | None) -> None:
     from rich.table import Table
 
     console = Console()
-    console.print(escape(f"A: {found.folders[0]}\nB: {found.folders[1]}"), highlight=False)
+    rules = [["–" if side is None else words(side.rule, side.r, None) for side in row.sides] for row in found.rows]
+    kinds = [{rule[side] for rule in rules} - {"–"} for side in (0, 1)]
+    alike = all(len(kind) == 1 for kind in kinds)  # then it is said once, and the names have more room
+    for letter, folder, kind in zip("AB", found.folders, kinds, strict=True):
+        console.print(escape(f"{letter}: {folder}{', ' + kind.pop() if alike else ''}"), highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("weight", overflow="fold")
-    for column in ("A", "B", "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
+    for column in (*("AB" if not alike else ""), "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
         table.add_column(column, justify="left" if column in ("A", "B") else "right")
-    for row in found.rows:
+    for row, rule in zip(found.rows, rules, strict=True):
         overlap = [between(row.similarity[of].whole) if of in row.similarity else "–" for of in ("A", "B")]
         numbers = (number(row.update.cosine, "+.3f"), number(row.update.relative_distance, ".3f"))
         norms = (number(norm) for norm in row.update.norms)
-        sides = ("–" if side is None else words(side.rule, side.r, None) for side in row.sides)
-        table.add_row(escape(short(row.update.name)), *sides, *norms, *numbers, *overlap)
+        table.add_row(escape(short(row.update.name)), *(rule if not alike else ()), *norms, *numbers, *overlap)
     console.print(table)
     only = [sum(row.sides[other] is None for row in found.rows) for other in (1, 0)]
     lines = [

@@ -139,7 +139,7 @@ class Base:
             return bound(given["input_ids"])  # type: ignore[no-any-return]
         if self.task == SEQ2SEQ:
             given["decoder_input_ids"] = self._shifted(bound, batch["labels"].to(self.device))
-        if _takes(type(self.model).forward, "use_cache"):
+        if takes(type(self.model).forward, "use_cache"):
             return bound(**given, use_cache=False).logits  # type: ignore[no-any-return]
         return bound(**given).logits  # type: ignore[no-any-return]
 
@@ -163,7 +163,8 @@ class Base:
 
 
 @functools.cache
-def _takes(forward: Any, argument: str) -> bool:
+def takes(forward: Any, argument: str) -> bool:
+    """Whether a function has an argument of that name."""
     return argument in inspect.signature(forward).parameters
 
 
