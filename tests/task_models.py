@@ -64,6 +64,34 @@ def save(folder: Path, kind: str, *, template: str | None = None, rows: int | No
     return folder
 
 
+def save_classifier(folder: Path, kind: str, classes: Sequence[str]) -> Path:
+    """Write a model with a head for classes, in that order, and its tokenizer.
+
+    Args:
+        folder: where to.
+        kind: "bert" or "distilbert".
+        classes: their names.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = text_models.tokenizer(ends=True)
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)},
+        "vocab_size": len(tokenizer),
+    }  # fmt: skip
+    made: Any
+    if kind == "bert":
+        made = transformers.BertForSequenceClassification(transformers.BertConfig(**names, **_TEXT))
+    else:
+        made = transformers.DistilBertForSequenceClassification(
+            transformers.DistilBertConfig(
+                dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=128, **names
+            )
+        )
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 WORDS = ("red", "green", "blue", "dog", "cat", "runs", "sleeps")
 RECORDS: dict[str, Sequence[dict[str, Any]]] = {
     "text": [{"text": " ".join(WORDS[: 2 + i % 5])} for i in range(12)],

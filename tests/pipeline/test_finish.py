@@ -108,6 +108,22 @@ def test_what_was_not_in_the_folder_is_in_the_adapter(folders: dict[str, Path], 
     assert (config["task_type"], config["base_model_name_or_path"]) == ("SEQ_CLS", str(folders["bert"]))
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_head_of_the_folder_is_trained_on(tmp_path: Path, kind: str, quantize: str) -> None:
+    folder = task_models.save_classifier(tmp_path / "model", kind, ("verb", "colour", "beast"))
+    settings, start, data = begun(folder, SEQUENCE, tmp_path, quantize=quantize, merge=True)
+    base, outcome = start.base, trained(start)
+    assert not base.new
+    expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), batch(SEQUENCE))
+    adapter, merged = finish(start, outcome, data, settings)
+    if quantize == "none":
+        theirs = peft.PeftModel.from_pretrained(base_of(folder, SEQUENCE), adapter)
+        torch.testing.assert_close(logits(theirs, batch(SEQUENCE)), expected, rtol=1e-4, atol=1e-4)
+        whole = task_models.CLASSES[SEQUENCE].from_pretrained(merged)
+        torch.testing.assert_close(logits(whole, batch(SEQUENCE)), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("task", "kind"), [(CAUSAL, "gpt2"), (SEQUENCE, "llama"), (SEQUENCE, "gpt2")])
 def test_other_architectures(folders: dict[str, Path], tmp_path: Path, task: str, kind: str) -> None:
     settings, start, data = begun(folders[kind], task, tmp_path, merge=True)
