@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funclora._apply import Params, base_params
+from funclora._apply import Params, base_params, bind
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.pipeline.folder import empty_model, load_model, longest_context
 from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights
@@ -197,7 +197,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
 
     Raises:
         FormatError: the folder is no model, or is broken.
-        ConfigError: the model has no form for the task, or the device cannot be used.
+        ConfigError: the model has no form for the task, or sees what it is to predict; or the device cannot be used.
         UnsupportedError: bitsandbytes or transformers is missing.
 
     Examples:
@@ -235,7 +235,34 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         forget(model, packed)
     _move(model, device)
     params = base_params(model) | packed
-    return Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device)
+    base = Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device)
+    if settings.task == CAUSAL:
+        _check_causal(base)
+    return base
+
+
+def _check_causal(base: Base) -> None:
+    """Raise `ConfigError` if the logits of a position depend on what comes after it, by trying it out.
+
+    transformers makes a causal model of an encoder too, and leaves its attention as it is: BERT without `is_decoder`
+    would learn to copy the next token from its input.
+    """
+    rows, half = vocabulary(base.model), min(8, base.limit or 8) // 2
+    first = torch.arange(2 * half).remainder(rows)[None]
+    other = torch.cat([first[:, :half], (first[:, half:] + 1 + rows // 2).remainder(rows)], 1)
+    bound = bind(base.model, base.params, {})
+    with torch.no_grad():
+        one, two = (
+            base.logits(bound, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, :half]
+            for ids in (first, other)
+        )
+    # Not bit for bit: experts are given other batches by the tokens that follow.
+    scale = one.float().abs().max().item() * torch.finfo(one.dtype).eps ** 0.5
+    if not torch.allclose(one.float(), two.float(), rtol=0, atol=scale, equal_nan=True):
+        raise ConfigError(
+            f"task: {base.name} ({type(base.model).__name__}) sees the tokens that it is to predict, so it is no "
+            'causal language model. Give a decoder, or one with "is_decoder": true in its config.json.'
+        )
 
 
 def _refuse_demo(settings: Settings) -> None:

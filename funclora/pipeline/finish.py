@@ -22,10 +22,11 @@ from funclora.io.hf import merge_checkpoint
 from funclora.io.peft import save_peft
 from funclora.pipeline.adapters import Start
 from funclora.pipeline.examples import Data
-from funclora.pipeline.folder import CLASSES, load_model
+from funclora.pipeline.folder import CLASSES, load_model, quiet
 from funclora.pipeline.loop import Outcome
 from funclora.pipeline.reading import as_toml
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora.pipeline.tokenizer import transformers
 
 ADAPTER, MERGED, CARD, CLASSES_FILE = "adapter", "merged", "README.md", "classes.json"
 PIPELINES = {
@@ -213,7 +214,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
     model.load_state_dict(weights)
     model.config.pad_token_id = config.pad_token_id
-    with staged_folder(out) as draft:
+    with staged_folder(out) as draft, quiet(transformers()):
         model.save_pretrained(str(draft))
         base.tokenizer.save_pretrained(str(draft))
 

@@ -53,7 +53,7 @@ def load_model(
         config.label2id = {name: i for i, name in enumerate(classes)}
     cls = _class(folder, config, task)
     library = transformers()
-    with torch.random.fork_rng(devices=[]), _quiet(library):
+    with torch.random.fork_rng(devices=[]), quiet(library):
         torch.default_generator.manual_seed(seed)
         try:
             model, report = cls.from_pretrained(
@@ -105,7 +105,7 @@ def empty_model(folder: Path, task: str | None) -> nn.Module:
     try:
         if task is None:
             return without_weights(cls, config)
-        with torch.device("meta"):
+        with torch.device("meta"), quiet(transformers()):
             model: nn.Module = cls.from_config(config)
     except LOADING as error:
         raise FormatError(f"model: {folder} has a config.json that makes no model: {first_line(error)}") from error
@@ -157,8 +157,8 @@ def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> s
 
 
 @contextlib.contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    """Without transformers' report of new heads and its progress bar: what matters of them is said here."""
+def quiet(library: Any) -> Iterator[None]:
+    """Without transformers' reports, of new heads say, and progress bars: what matters of them is said here."""
     logging = library.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

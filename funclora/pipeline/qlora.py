@@ -27,8 +27,8 @@ def splits_weights(settings: Settings) -> bool:
 def trained_whole(model: nn.Module, settings: Settings, new: Iterable[str]) -> list[str]:
     """The modules that are trained and saved in full.
 
-    Those that are named; those that the folder did not have, or the result could not be loaded again; and the heads that
-    PEFT trains with the task, new or not, by the ends of their names as it finds them.
+    Those that are named; those that the folder did not have, or the result could not be loaded again; and the heads
+    that PEFT trains with the task, new or not, by the ends of their names as it finds them.
     """
     ends = HEADS.get(TASK_TYPES[settings.task], ())
     heads = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]

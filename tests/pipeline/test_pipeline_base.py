@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,18 @@ def test_a_model_without_a_form_for_the_task(folders: dict[str, Path]) -> None:
     for task in TASKS[1:]:
         with pytest.raises(ConfigError, match=f"the demo's base is a causal language model, and {task} needs another"):
             load_base(Settings(task=task), ByteTokenizer())
+
+
+def test_an_encoder_is_no_causal_model_unless_it_is_made_one(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel\) sees the tokens that it is to predict, .*is_decoder"):
+        loaded(folders["bert"], CAUSAL)
+    assert not caplog.records
+    shutil.copytree(folders["bert"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    loaded(tmp_path, CAUSAL)
 
 
 def test_devices_that_are_not_there() -> None:
