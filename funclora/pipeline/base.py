@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from funclora._apply import Params, base_params, bind
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.pipeline.folder import empty_model, load_model, longest_context
+from funclora.pipeline.folder import CLASSES, empty_model, load_config, load_model, longest_context
 from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights
 from funclora.pipeline.rows import IGNORED
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
@@ -180,6 +180,21 @@ def context_limit(settings: Settings) -> int | None:
 
         return ByteLMConfig().context
     return longest_context(empty_model(settings.model, settings.task))
+
+
+def known_classes(settings: Settings) -> tuple[str, ...]:
+    """The classes that the model's folder has a head for, in the order of its outputs; empty if they have no names.
+
+    Raises:
+        FormatError: the folder is no model.
+    """
+    if settings.model is None or settings.task not in (SEQUENCE, TOKEN):
+        return ()
+    config = load_config(settings.model)
+    head = CLASSES[settings.task].removeprefix("AutoModel")
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    has = any(name.endswith(head) for name in config.architectures or ())
+    return names if has and names != tuple(f"LABEL_{i}" for i in range(len(names))) else ()
 
 
 def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -> Base:

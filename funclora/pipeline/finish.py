@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from funclora.io._staging import check_out, staged_folder
 from funclora.io.hf import merge_checkpoint
 from funclora.io.peft import save_peft
 from funclora.pipeline.adapters import Start
+from funclora.pipeline.base import Base
 from funclora.pipeline.examples import Data
 from funclora.pipeline.folder import CLASSES, load_model, quiet
 from funclora.pipeline.loop import Outcome
 from funclora.pipeline.reading import as_toml
+from funclora.pipeline.rows import Example
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.pipeline.tokenizer import transformers
 
@@ -113,8 +115,8 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     facts = {
         "base": base.name + (f", packed to {settings.quantize}" if settings.quantize != "none" else ""),
         "task": settings.task,
-        "data": f"{settings.data}: {len(data.train):,} examples",
-        "validation": f"{settings.validation or 'held out'}: {len(data.validation):,} examples"
+        "data": f"{settings.data}: {_examples(data.train)}",
+        "validation": f"{settings.validation or 'held out'}: {_examples(data.validation)}"
         if data.validation
         else "none",
         **({"classes": ", ".join(base.classes)} if base.classes else {}),
@@ -128,7 +130,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         "Trained by `funclora train`.",
         _table(facts),
         "## How to load it",
-        _usage(settings, len(base.classes)),
+        _usage(base, settings),
     ]
     if settings.quantize != "none":
         sections.append(
@@ -143,6 +145,11 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _examples(rows: Sequence[Example]) -> str:
+    n = sum(len(row.lengths) for row in rows)
+    return f"{n:,} example{'s' * (n != 1)}"
+
+
 def _losses(outcome: Outcome) -> dict[str, str]:
     found = {}
     train, validation = outcome.losses["train"], outcome.losses["validation"]
@@ -155,7 +162,7 @@ def _losses(outcome: Outcome) -> dict[str, str]:
     return {key: f"{value} (nats)" for key, value in found.items()}
 
 
-def _usage(settings: Settings, n_classes: int) -> str:
+def _usage(base: Base, settings: Settings) -> str:
     if settings.model is None:
         code = [
             "import funclora as fl",
@@ -166,7 +173,9 @@ def _usage(settings: Settings, n_classes: int) -> str:
             "bound = fl.bind(model, fl.base_params(model), adapters)",
         ]
     else:
-        labels = f", num_labels={n_classes}" if n_classes else ""
+        # A head of the folder's that is of another size makes way for the adapter's.
+        mismatched = ", ignore_mismatched_sizes=True" if base.new else ""
+        labels = f", num_labels={len(base.classes)}{mismatched}" if base.classes else ""
         code = [
             "from peft import PeftModel",
             f"from transformers import {CLASSES[settings.task]}, AutoTokenizer",
@@ -175,7 +184,9 @@ def _usage(settings: Settings, n_classes: int) -> str:
             'model = PeftModel.from_pretrained(base, "adapter").eval()',
             'tokenizer = AutoTokenizer.from_pretrained("adapter")',
         ]
-        if n_classes:
+        if settings.task == SEQUENCE:  # decoders classify by the last token that is no padding
+            code += ["model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
+        if base.classes:
             code = ["import json", "from pathlib import Path", "", *code]
             code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text())']
     return "\n".join(["```python", *code, "```"])

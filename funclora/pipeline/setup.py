@@ -11,7 +11,7 @@ from typing import Any
 from funclora.errors import ConfigError
 from funclora.io._files import replace_files
 from funclora.pipeline.adapters import Start, begin
-from funclora.pipeline.base import Base, Batch, context_limit, load_base, load_tokenizer, vocabulary
+from funclora.pipeline.base import Base, Batch, context_limit, known_classes, load_base, load_tokenizer, vocabulary
 from funclora.pipeline.batches import Batches
 from funclora.pipeline.examples import Data, prepare
 from funclora.pipeline.rows import Example
@@ -50,7 +50,7 @@ def ready(settings: Settings, folder: Path) -> Ready:
     if settings.data is None:
         settings = replace(settings, data=demo_data(folder))
     tokenizer = load_tokenizer(settings)
-    data = prepare(settings, tokenizer, context_limit(settings))
+    data = prepare(settings, tokenizer, context_limit(settings), known_classes(settings))
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data)
     return Ready(settings, data, begin(base, settings, _first_batches(base, data, settings)))

@@ -20,7 +20,7 @@ import funclora as fl
 from funclora.errors import ConfigError
 from funclora.pipeline.adapters import Start
 from funclora.pipeline.examples import Data, prepare
-from funclora.pipeline.finish import check_results, finish, rehearse
+from funclora.pipeline.finish import card, check_results, finish, rehearse
 from funclora.pipeline.loop import Outcome
 from funclora.pipeline.run import run
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
@@ -114,7 +114,7 @@ def test_a_head_of_the_folder_is_trained_on(tmp_path: Path, kind: str, quantize:
     folder = task_models.save_classifier(tmp_path / "model", kind, ("verb", "colour", "beast"))
     settings, start, data = begun(folder, SEQUENCE, tmp_path, quantize=quantize, merge=True)
     base, outcome = start.base, trained(start)
-    assert not base.new
+    assert (base.new, data.classes) == ((), ("verb", "colour", "beast"))
     expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), batch(SEQUENCE))
     adapter, merged = finish(start, outcome, data, settings)
     if quantize == "none":
@@ -207,6 +207,36 @@ def test_the_card_says_what_it_is_and_its_code_runs(
     exec(compile(code, "README.md", "exec"), names)
     assert names["classes"] == ["beast", "colour", "verb"]
     assert logits(names["model"], names["tokenizer"]("the dog", return_tensors="pt")).shape == (1, 3)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_cards_code_classifies_a_batch_as_the_run_did(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "gpt2":  # without a padding token
+        folder = task_models.save(tmp_path / "model", kind)
+        tokens = AutoTokenizer.from_pretrained(folder)
+        tokens.pad_token = None
+        tokens.save_pretrained(folder)
+    else:  # with a head of another size
+        folder = task_models.save_classifier(tmp_path / "model", kind, ("a", "b"))
+    settings, start, data = begun(folder, SEQUENCE, tmp_path)
+    base, outcome = start.base, trained(start)
+    (adapter,) = finish(start, outcome, data, settings)
+    monkeypatch.chdir(adapter.parent)
+    names: dict[str, Any] = {}
+    code = (adapter / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(compile(code, "README.md", "exec"), names)
+    given = names["tokenizer"](["the dog runs", "a"], return_tensors="pt", padding=True)
+    given = {key: given[key] for key in ("input_ids", "attention_mask")}
+    expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), given)
+    torch.testing.assert_close(logits(names["model"], given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_card_counts_packed_examples(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings, start, data = begun(folders["llama"], CAUSAL, tmp_path, packing=True)
+    assert len(data.train) < 12
+    assert "12 examples" in card(start, trained(start), data, settings).partition("## Data")[0]
 
 
 def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -384,6 +384,29 @@ def test_classes_are_sorted(tmp_path: Path, labels: list[Any], classes: tuple[st
     assert f"{len(classes)} classes: {', '.join(classes)}." in data.notes
 
 
+@pytest.mark.parametrize(
+    ("known", "classes"), [(("b", "c", "a"), ("b", "c", "a")), (("b", "x"), ("a", "b")), ((), ("a", "b"))]
+)
+def test_classes_that_the_model_knows_have_its_order(
+    tmp_path: Path, known: tuple[str, ...], classes: tuple[str, ...]
+) -> None:
+    file = jsonl(tmp_path / "data.jsonl", [{"text": "x", "label": label} for label in "ab"])
+    settings = Settings(data=file, model=MODEL, task=SEQUENCE, validation_split=0.0)
+    data = prepare(settings, tokenizer(), None, known)
+    assert data.classes == classes
+    assert [classes[example.labels[0]] for example in data.train] == ["a", "b"]
+    assert ("The model's head is of other classes: b, x." in data.notes) == ("x" in known)
+    assert ("No training example is of class c." in data.notes) == ("c" in known)
+
+
+def test_a_class_that_only_the_validation_has_is_named(tmp_path: Path) -> None:
+    rows = [{"text": "x", "label": label} for label in "abc"]
+    held = jsonl(tmp_path / "held.jsonl", rows)
+    data = examples(tmp_path, rows[:2], tokenizer(), task=SEQUENCE, validation=held)
+    assert data.classes == ("a", "b", "c")
+    assert "No training example is of class c." in data.notes
+
+
 def test_classes_of_words_are_at_their_first_tokens(tmp_path: Path) -> None:
     tokens = tokenizer(begins=True, ends=True)
     rows: Rows = [
@@ -443,7 +466,7 @@ def test_of_one_long_text_the_end_is_held_out(tmp_path: Path) -> None:
     assert len(data.validation) == 4
     few = prepare(Settings(data=tmp_path / "a.txt", context=300), ByteTokenizer(), None)
     assert (len(few.train), few.validation) == (2, [])
-    assert "0 of 2 examples are held out for evaluation." in few.notes
+    assert any(note.startswith("No example is held out for evaluation: 2 are too few for") for note in few.notes)
 
 
 def test_a_file_of_validation(tmp_path: Path) -> None:
