@@ -19,7 +19,7 @@ from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights
 from funclora.pipeline.rows import IGNORED
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.pipeline.tokenizer import ByteTokenizer as ByteTokenizer
-from funclora.pipeline.tokenizer import first_line
+from funclora.pipeline.tokenizer import begun, first_line
 from funclora.pipeline.tokenizer import load_tokenizer as load_tokenizer
 
 DEMO = "the demo's base"
@@ -94,7 +94,8 @@ class Base:
 
         Args:
             bound: as for `loss`.
-            prompt: a text. Of one that leaves no room in the model's context, the end is read.
+            prompt: a text. Of one that leaves no room in the model's context, a causal model reads the end, and others
+                what they read of such a text in training: the beginning.
             tokens: the most that are generated.
 
         Raises:
@@ -103,15 +104,16 @@ class Base:
         """
         if self.task == TOKEN:
             raise UnsupportedError("sample: token-classification continues no prompt. Leave it out.")
-        ids = self.tokenizer(prompt)["input_ids"]
+        cut = {} if self.limit is None else {"truncation": True, "max_length": self.limit}
+        ids = begun(self.tokenizer, prompt) if self.task == CAUSAL else self.tokenizer(prompt, **cut)["input_ids"]
         if not ids:
             raise ConfigError("sample: an empty prompt has no token to go on from. Give at least a word.")
         if isinstance(self.tokenizer, ByteTokenizer):
             said: bytes = bound.generate(bytes(ids), tokens, temperature=0.0)
             return self.tokenizer.decode(said[len(ids) :])
-        if self.limit is not None:
-            tokens = min(tokens, self.limit - 1) if self.task == CAUSAL else tokens
-            ids = ids[-(self.limit - tokens if self.task == CAUSAL else self.limit) :]
+        if self.limit is not None and self.task == CAUSAL:
+            tokens = min(tokens, self.limit - 1)
+            ids = ids[-(self.limit - tokens) :]
         read = torch.tensor([ids], device=self.device)
         given = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if self.task == SEQUENCE:

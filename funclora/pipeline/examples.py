@@ -123,12 +123,8 @@ def _context(settings: Settings, limit: int | None, notes: Notes) -> int:
     least = 2 if settings.task == CAUSAL else 1
     if context < least:
         raise ConfigError(f"context: expected {least} tokens or more, so that one can be predicted, got {context}.")
-    if settings.packing and settings.task != CAUSAL:
-        raise ConfigError(f"packing: is for task {CAUSAL}, got {settings.task}. Leave it out.")
     if settings.packing and settings.model is None:
         raise ConfigError("packing: the demo's base cannot keep the examples of a row apart. Leave it out.")
-    if not 0 <= settings.validation_split < 1:
-        raise ConfigError(f"validation_split: expected a share from 0 to below 1, got {settings.validation_split}.")
     return context
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import task_models
+import text_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -111,6 +113,32 @@ def test_a_prompt_that_leaves_no_room_is_read_from_its_end(folders: dict[str, Pa
     assert base.generate(bound, long, 8) == base.generate(bound, base.tokenizer.decode(ids[-120:]), 8)
     with pytest.raises(ConfigError, match="an empty prompt"):
         base.generate(bound, "", 8)
+
+
+def test_a_prompt_is_not_ended(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = loaded(folders["llama"], CAUSAL)
+    ends = dataclasses.replace(base, tokenizer=text_models.tokenizer(begins=True, ends=True))
+    bound = fl.bind(base.model, base.params, {})
+    assert ends.generate(bound, "red dog", 6) == base.generate(bound, "red dog", 6)
+
+
+@pytest.mark.parametrize(("task", "kind"), [(SEQUENCE, "bert"), (SEQ2SEQ, "t5")])
+def test_a_long_prompt_is_cut_as_in_training(folders: dict[str, Path], task: str, kind: str) -> None:
+    base = dataclasses.replace(loaded(folders[kind], task), limit=8)
+    seen = []
+
+    class Seen:
+        def __call__(self, input_ids: Tensor, **given: Any) -> Any:
+            seen.append(input_ids)
+            return bound(input_ids=input_ids, **given)
+
+        def generate(self, input_ids: Tensor, **given: Any) -> Any:
+            seen.append(input_ids)
+            return bound.generate(input_ids=input_ids, **given)
+
+    bound: Any = fl.bind(base.model, base.params, {})
+    base.generate(Seen(), "abcdefghijkl", 2)
+    assert base.tokenizer.decode(seen[0][0]) == "abcdefg</s>"
 
 
 def test_what_a_classifier_says_is_a_class(folders: dict[str, Path]) -> None:

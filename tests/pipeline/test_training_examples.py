@@ -219,6 +219,14 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tmp_path: Path) -> No
     assert (ends.decode(pair.ids), said(ends, pair)) == ("<s>abcd</s>", ["cd</s>"])
 
 
+def test_start_and_end_tokens_of_both_text_and_tokenizer_are_counted(tmp_path: Path) -> None:
+    data = examples(tmp_path, [{"text": "<s>ab</s>"}, {"text": "cd"}], tokenizer(begins=True, ends=True))
+    assert data.notes == [
+        f"1 example that {what} token twice: the text's and the tokenizer's; the first is {tmp_path}/data.jsonl:1."
+        for what in ("begin with the start", "end with the end")
+    ]
+
+
 def test_a_prompt_that_merges_with_its_completion_is_counted(tmp_path: Path) -> None:
     tokens = tokenizer(merges=[("t", "h")])
     data = examples(tmp_path, PAIRS, tokens)
@@ -327,9 +335,7 @@ def test_settings_that_contradict_themselves(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": None}, "data: expected a file"),
         ({"context": 1}, "context: expected 2 tokens or more"),
-        ({"packing": True, "task": SEQUENCE}, "packing: is for task causal-lm"),
         ({"packing": True, "model": None}, "packing: the demo's base cannot"),
-        ({"validation_split": 1.0}, "validation_split: expected a share from 0 to below 1"),
         ({"validation_split": 0.9}, "validation_split: 0.9 of 4 leaves nothing"),
     ]
     for settings, message in cases:
