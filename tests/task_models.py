@@ -39,6 +39,18 @@ def model(kind: str, vocabulary: int) -> Any:
                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
             )
         )  # fmt: skip
+    elif kind == "roberta":  # with another padding id than the tokenizer's
+        made = transformers.RobertaForMaskedLM(
+            transformers.RobertaConfig(vocab_size=vocabulary, pad_token_id=1, **_TEXT)
+        )
+    elif kind == "bart":
+        made = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=128,
+                vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+            )
+        )  # fmt: skip
     else:
         raise ValueError(kind)
     for parameter in made.parameters():
@@ -58,7 +70,9 @@ def save(folder: Path, kind: str, *, template: str | None = None, rows: int | No
         **options: of the tokenizer.
     """
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = text_models.tokenizer(template, begins=kind == "llama", ends=kind in ("bert", "t5"), **options)
+    tokenizer = text_models.tokenizer(
+        template, begins=kind == "llama", ends=kind in ("bert", "t5", "roberta", "bart"), **options
+    )
     model(kind, rows or len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ from funclora._relative import relative_to_original
 from funclora._rules import Rule
 from funclora.errors import ConfigError
 from funclora.pipeline.base import Base, Batch
-from funclora.pipeline.qlora import TASK_TYPES, forget, pack, packed_names, splits_weights, trained_whole
+from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
 from funclora.pipeline.settings import Settings
 
 
@@ -64,7 +64,7 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
         modules_to_save=trained_whole(base.model, settings, base.new) or None,
         init_lora_weights=words.get(settings.init, settings.init),
         # PEFT's classes for a task are of transformers' models.
-        task_type=None if settings.model is None else TASK_TYPES[settings.task],
+        task_type=None if settings.model is None else task_type(base.model, settings),
         base_model_name_or_path=None if settings.model is None else str(settings.model),
     )
 

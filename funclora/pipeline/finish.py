@@ -23,7 +23,7 @@ from funclora.io.peft import save_peft
 from funclora.pipeline.adapters import Start
 from funclora.pipeline.base import Base
 from funclora.pipeline.examples import Data
-from funclora.pipeline.folder import CLASSES, load_model, quiet
+from funclora.pipeline.folder import CLASSES, load_model, positions_after_padding, quiet
 from funclora.pipeline.loop import Outcome
 from funclora.pipeline.reading import as_toml
 from funclora.pipeline.rows import Example
@@ -224,7 +224,8 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     model, _ = load_model(settings.model, settings.task, classes=base.classes, seed=settings.seed)
     weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
     model.load_state_dict(weights)
-    model.config.pad_token_id = config.pad_token_id
+    if not positions_after_padding(model):  # of which it would move the positions
+        model.config.pad_token_id = config.pad_token_id
     with staged_folder(out) as draft, quiet(transformers()):
         model.save_pretrained(str(draft))
         base.tokenizer.save_pretrained(str(draft))

@@ -30,9 +30,18 @@ def trained_whole(model: nn.Module, settings: Settings, new: Iterable[str]) -> l
     Those that are named; those that the folder did not have, or the result could not be loaded again; and the heads
     that PEFT trains with the task, new or not, by the ends of their names as it finds them.
     """
+    return list(dict.fromkeys([*settings.modules_to_save, *new, *_heads(model, settings)]))
+
+
+def task_type(model: nn.Module, settings: Settings) -> str | None:
+    """PEFT's name of the task; None where its class for the task would look for a head that the model does not have."""
+    name = TASK_TYPES[settings.task]
+    return name if name not in HEADS or _heads(model, settings) else None
+
+
+def _heads(model: nn.Module, settings: Settings) -> list[str]:
     ends = HEADS.get(TASK_TYPES[settings.task], ())
-    heads = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
-    return list(dict.fromkeys([*settings.modules_to_save, *new, *heads]))
+    return [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
 
 
 def packed_names(model: nn.Module, settings: Settings, new: Iterable[str]) -> list[str]:
@@ -54,7 +63,7 @@ def packed_names(model: nn.Module, settings: Settings, new: Iterable[str]) -> li
     everything = LoraConfig(
         target_modules="all-linear",
         modules_to_save=trained_whole(model, settings, new),
-        task_type=TASK_TYPES[settings.task],
+        task_type=task_type(model, settings),
     )
     return [name for name, target in select(model, everything).items() if target.layout is not None]
 
