@@ -17,6 +17,7 @@ from funclora._merge import merge
 from funclora._quantize import dequantize
 from funclora._rules import Rule
 from funclora._summary import summary
+from funclora.errors import ConfigError
 from funclora.io._staging import check_out, staged_folder
 from funclora.io.hf import merge_checkpoint
 from funclora.io.peft import save_peft
@@ -46,8 +47,12 @@ def check_results(settings: Settings) -> None:
     """
     if settings.resume:
         return
+    read = [path for path in (settings.model, settings.data, settings.validation) if path is not None]
+    for path in read:
+        if path.is_dir() and path.resolve() in (settings.out.resolve(), *settings.out.resolve().parents):
+            raise ConfigError(f"out: {settings.out} lies in {path}, which is read. Give another folder with --out.")
     for name in (ADAPTER, *([MERGED] if settings.merge else [])):
-        check_out(settings.out / name, [path for path in (settings.model, settings.data) if path is not None])
+        check_out(settings.out / name, read)
 
 
 def rehearse(start: Start, settings: Settings) -> None:

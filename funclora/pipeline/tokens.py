@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import reprlib
 from collections.abc import Callable, Sequence
@@ -182,6 +183,12 @@ class _Tokens:
             return whole, 0
         return over(*args, **self.options, **options, truncation=True, max_length=self.context), lost
 
+    @functools.cached_property
+    def glues(self) -> bool:
+        """Whether words become a text without spaces, as by the byte-level tokenizers of GPT-2, Llama 3 and Qwen."""
+        ids = self.tokenizer(["a", "b"], is_split_into_words=True)["input_ids"]
+        return " " not in self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
     def sequence(self, record: Record) -> list[Example]:
         out, lost = self.shortened(self.tokenizer, text(record, self.settings.text_field))
         label = self.classes[class_name(record.fields[self.settings.label_field], record, self.settings.label_field)]
@@ -197,6 +204,8 @@ class _Tokens:
         if not words:
             return self.kept([], [], record, 0)
         try:
+            if self.glues:
+                words = [f" {word}" if i and word else word for i, word in enumerate(words)]
             out, lost = self.shortened(self.tokenizer, words, is_split_into_words=True)
         except (AssertionError, TypeError, ValueError) as error:
             raise UnsupportedError(

@@ -258,6 +258,14 @@ def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str
     assert sorted(path.name for path in settings.out.iterdir()) == ["adapter", "merged"]
 
 
+def test_a_run_in_a_folder_that_it_reads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for key in ("model", "data", "validation"):
+        given: Any = {"model": tmp_path / "m", "data": tmp_path / "d", "out": tmp_path / "texts" / "run"}
+        with pytest.raises(ConfigError, match=r"^out: .*run lies in .*texts, which is read. Give another folder with"):
+            check_results(Settings(**given | {key: tmp_path / "texts"}))
+
+
 def test_what_could_not_be_written_is_not_trained(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

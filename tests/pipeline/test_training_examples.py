@@ -421,20 +421,29 @@ def test_classes_of_words_are_at_their_first_tokens(tmp_path: Path) -> None:
         {"tokens": ["a", "", "b"], "ner": ["O", "B", "I"]},
         {"tokens": [], "ner": []},
     ]
-    data = examples(tmp_path, rows, tokens, task=TOKEN, label_field="ner", context=9)
+    data = examples(tmp_path, rows, tokens, task=TOKEN, label_field="ner", context=12)
     assert data.classes == ("B", "I", "O")
     x = IGNORED
     assert [example.labels for example in data.train] == [
-        [x, 0, x, 2, 1, x, x, x],
-        [x, 1, x, x, x, x, x, x, x],
-        [x, 2, 1, x],
+        [x, 0, x, 2, x, 1, x, x, x, x],
+        [x, 1, *[x] * 10],
+        [x, 2, 1, x, x],
     ]
     assert all(len(example.ids) == len(example.labels) for example in data.train)
     assert [note.split(";")[0] for note in data.notes][1:] == [
-        "1 example cut off after 9 tokens",
+        "1 example cut off after 12 tokens",
         "1 example with words that have no token, whose classes are lost",
         "1 example without tokens left out",
     ]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_words_are_apart(tmp_path: Path, prefix: bool) -> None:
+    tokens = tokenizer(prefix=prefix)
+    data = examples(tmp_path, [{"tokens": ["a", "red", "x"], "label": ["O", "W", "O"]}], tokens, task=TOKEN)
+    (example,) = data.train
+    assert tokens.decode(example.ids).strip() == "a red x"
+    assert [label for label in example.labels if label != IGNORED] == [0, 1, 0]
 
 
 def test_pairs_of_a_translation(tmp_path: Path) -> None:
