@@ -166,8 +166,16 @@ def shown(base: Base, example: Example) -> Shown:
         parts = ((_text(base, example.ids), False), (_text(base, example.labels), True))
         return Shown(example.source, parts)
     if base.task == TOKEN:
-        tagged = [(i, label) for i, label in zip(example.ids, example.labels, strict=True) if label != IGNORED]
-        answer = " ".join(f"{_text(base, [i]).strip()}/{base.classes[label]}" for i, label in tagged[:50])
+        words: list[tuple[list[int], int]] = []
+        for i, label in zip(example.ids, example.labels, strict=True):
+            if label != IGNORED:
+                words.append(([i], label))
+            elif words:  # the rest of a word
+                words[-1][0].append(i)
+        answer = " ".join(
+            f"{base.tokenizer.decode(ids, skip_special_tokens=True).strip()}/{base.classes[label]}"
+            for ids, label in words[:50]
+        )
         return Shown(example.source, _runs(base, example), answer)
     assert base.task == CAUSAL
     return Shown(example.source, _runs(base, example))
