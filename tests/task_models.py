@@ -39,6 +39,18 @@ def model(kind: str, vocabulary: int) -> Any:
                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
             )
         )  # fmt: skip
+    elif kind == "roberta":  # with another padding id than the tokenizer's
+        made = transformers.RobertaForMaskedLM(
+            transformers.RobertaConfig(vocab_size=vocabulary, pad_token_id=1, **_TEXT)
+        )
+    elif kind == "bart":
+        made = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=128,
+                vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+            )
+        )  # fmt: skip
     else:
         raise ValueError(kind)
     for parameter in made.parameters():
@@ -58,8 +70,38 @@ def save(folder: Path, kind: str, *, template: str | None = None, rows: int | No
         **options: of the tokenizer.
     """
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = text_models.tokenizer(template, begins=kind == "llama", ends=kind in ("bert", "t5"), **options)
+    tokenizer = text_models.tokenizer(
+        template, begins=kind == "llama", ends=kind in ("bert", "t5", "roberta", "bart"), **options
+    )
     model(kind, rows or len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path, kind: str, classes: Sequence[str]) -> Path:
+    """Write a model with a head for classes, in that order, and its tokenizer.
+
+    Args:
+        folder: where to.
+        kind: "bert" or "distilbert".
+        classes: their names.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = text_models.tokenizer(ends=True)
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)},
+        "vocab_size": len(tokenizer),
+    }  # fmt: skip
+    made: Any
+    if kind == "bert":
+        made = transformers.BertForSequenceClassification(transformers.BertConfig(**names, **_TEXT))
+    else:
+        made = transformers.DistilBertForSequenceClassification(
+            transformers.DistilBertConfig(
+                dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=128, **names
+            )
+        )
+    made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

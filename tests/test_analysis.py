@@ -498,3 +498,37 @@ def test_experts_have_ranks_of_their_own() -> None:
     (row,) = analysis.spectra({"w": rule}).rows
     assert row.shape == (3, 4, 5)
     assert len(row.effective_rank or ()) == 3
+
+
+@pytest.mark.parametrize("of", ["A", "B", "right"])
+def test_the_whole_is_that_of_all_directions(of: Any) -> None:
+    """However few of them the grid shows: two adapters of rank 5 that share all but their leading direction."""
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=gen(0), dtype=torch.float64)).Q
+    sizes = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+
+    def rule(columns: list[int]) -> fl.LoRA:
+        u = basis[:, columns] * sizes.sqrt()
+        return fl.LoRA(u.mT.contiguous(), u)
+
+    one, two = rule([0, 1, 2, 3, 4]), rule([5, 1, 2, 3, 4])
+    row = analysis.subspace_similarity({"w": one}, {"w": two}, of=of, k=2).rows[0]
+    np.testing.assert_allclose(row.grids[0], [[0.0, 0.0], [0.0, 0.5]], atol=1e-9)
+    assert row.whole[0] == pytest.approx(4 / 5)
+
+
+def test_a_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from funclora.analysis import _plots
+
+    titles: list[list[str]] = []
+    monkeypatch.setattr(_plots, "_write", lambda figure, file: titles.append([a.get_title() for a in figure.axes]))
+    (row,) = analysis.spectra({"w": torch.eye(3)}, {"w": torch.zeros(3, 3)}).rows
+    weight = replace(row, of="W", base_norm=None)
+    zero = replace(row, base_norm=0.0, share=None)
+    moved = replace(row, base_norm=2.0, share=0.5)
+    for rows in ([weight], [moved, zero], [replace(row, base_norm=None), replace(row, of="s·B·A", base_norm=None)]):
+        analysis.Spectra(tuple(rows)).plot(tmp_path / "x.png")
+    assert titles == [
+        ["singular values of each weight", "‖W‖"],
+        ["singular values of each update", "‖ΔW‖ / ‖W‖"],
+        ["singular values of each update", "‖ΔW, s·B·A‖"],
+    ]

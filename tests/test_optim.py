@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
+import funclora as fl
 from funclora import optim
 from funclora.errors import ConfigError
 from funclora.optim import (
@@ -650,3 +651,10 @@ def wrong(value: object) -> Any:
 def test_errors_say_what_is_wrong(call: Callable[[], object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         call()
+
+
+@pytest.mark.parametrize("value", [[optim.warmup_cosine(1e-3, 2, 8)], "1e-3", [[1.0], [1.0, 2.0]], [None]])
+def test_a_value_for_each_member_is_a_number(value: Any) -> None:
+    optimizer = optim.per_member(optim.sgd, lr=value)
+    with pytest.raises(ConfigError, match=r"per_member: lr: expected one number for each member, got .* belongs"):
+        optimizer.init(fl.stack([{"x": torch.zeros(1)}]))

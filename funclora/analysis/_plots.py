@@ -74,13 +74,14 @@ def plot_spectra(found: Spectra, file: StrPath) -> None:
     left.set_yscale("log")
     left.set_xlabel("i")
     left.set_ylabel("σᵢ / σ₁")
-    left.set_title("singular values of each update")
-    with_base = all(row.share is not None for row in found.rows)
+    what = "‖" + ", ".join(dict.fromkeys(row.of for row in found.rows)) + "‖"
+    left.set_title("singular values of each weight" if what == "‖W‖" else "singular values of each update")
+    with_base = all(row.base_norm is not None for row in found.rows)
     sizes = [(row.share if with_base else row.norm) or 0.0 for row in found.rows]
     right.barh(range(len(sizes)), sizes, color=colors)
     right.invert_yaxis()
     _name(right, [row.name for row in found.rows])
-    right.set_title("‖ΔW‖ / ‖W‖" if with_base else "‖ΔW‖" if all(r.of == "ΔW" for r in found.rows) else "‖s·B·A‖")
+    right.set_title("‖ΔW‖ / ‖W‖" if with_base else what)
     _write(figure, file)
 
 

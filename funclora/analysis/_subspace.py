@@ -30,19 +30,16 @@ class Similarity(Data):
         of: what the subspaces are of, as `subspace_similarity` was told.
         grids: one for each matrix of the parameter: `grids[m][i - 1][j - 1]` is φ(i, j), between 0 (orthogonal) and 1
             (the smaller subspace lies in the other). As many rows and columns as there are directions with singular
-            values that are not rounding; an empty grid where a side is zero.
+            values that are not rounding, k at most; an empty grid where a side is zero.
+        whole: φ of all directions against all, however many, for each matrix; None where a side is zero.
         chance: what two random subspaces of full size would give: max(i, j) / dimension of the space.
     """
 
     name: str
     of: Of
     grids: tuple[tuple[tuple[float, ...], ...], ...]
+    whole: tuple[float | None, ...]
     chance: tuple[float, ...]
-
-    @property
-    def whole(self) -> tuple[float | None, ...]:
-        """φ of all directions against all, for each matrix; None where a side is zero."""
-        return tuple(grid[-1][-1] if grid else None for grid in self.grids)
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def subspace_similarity(
         first: full parameter name -> rule, or -> tuned weight.
         second: the other one.
         of: what the subspaces are of.
-        k: how many directions at most.
+        k: how many directions the grids show at most.
         params: the base weights, for "right" and "left" of what is not `LoRA` or `Delta`.
         model: says how weights lie in memory where a rule does not, as in `spectra`.
 
@@ -153,19 +150,20 @@ def subspace_similarity(
 
 def similar(one: Change, two: Change, of: Of, k: int) -> Similarity | None:
     """The row of one parameter; None if it has nothing of the kind."""
-    bases = [directions(change, of, k) for change in (one, two)]
+    bases = [directions(change, of) for change in (one, two)]
     if bases[0] is None or bases[1] is None:
         return None
-    grids, chance = [], []
+    grids, whole, chance = [], [], []
     for u, v in zip(*bases, strict=True):
         grid = phi(u, v)
-        grids.append(tuple(tuple(row) for row in grid.tolist()) if grid.numel() else ())
+        grids.append(tuple(tuple(row) for row in grid[:k, :k].tolist()) if grid.numel() else ())
+        whole.append(float(grid[-1, -1]) if grid.numel() else None)
         chance.append(max(u.shape[-1], v.shape[-1]) / u.shape[-2])
-    return Similarity(one.name, of, tuple(grids), tuple(chance))
+    return Similarity(one.name, of, tuple(grids), tuple(whole), tuple(chance))
 
 
-def directions(change: Change, of: Of, k: int) -> list[Tensor] | None:
-    """The leading singular vectors of each matrix, `[dim, n]` with n ≤ k; None if there is no such matrix."""
+def directions(change: Change, of: Of) -> list[Tensor] | None:
+    """The singular vectors of each matrix, `[dim, n]`, the largest first; None if there is no such matrix."""
     if of in ("A", "B"):
         if not isinstance(change.given, LowRank):
             return None
@@ -183,5 +181,5 @@ def directions(change: Change, of: Of, k: int) -> list[Tensor] | None:
         u, s, vh = svd(change.name, change.dense())
         vectors = (u if of == "left" else vh.mT).double()
     vectors, s = vectors.reshape(-1, *vectors.shape[-2:]), s.reshape(-1, s.shape[-1])
-    counts = (s > _NOISE * s[:, :1]).sum(-1).clamp(max=k).tolist()
+    counts = (s > _NOISE * s[:, :1]).sum(-1).tolist()
     return [each[:, :n] for each, n in zip(vectors, counts, strict=True)]

@@ -10,10 +10,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from funclora.errors import FuncloraError, FuncloraWarning
 
@@ -21,6 +23,9 @@ FAILED, STOPPED = 2, 130
 
 # The class has no public name that all versions of Typer share.
 UsageError: Any = typer.BadParameter.__bases__[0]
+
+# Type -> how the help writes a value of it; a flag takes none.
+VALUES: dict[type, str] = {bool: "", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 # Module -> the extra that installs it.
 EXTRAS = {
@@ -90,6 +95,21 @@ class Commands(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+class Command(TyperCommand):
+    """A command, whose usage line has names only: FILE, not {FILE} as some versions of Typer write."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command's name."""
+        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """--help, a flag like the others."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = VALUES[bool]
+        return option
+
+
 def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str) -> None:
     """Give the application a command.
 
@@ -139,15 +159,32 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
         *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.parameters.values()),
         inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option),
     ]
+    for parameter in parameters[1:]:
+        _name_value(parameter)
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name, help=text, epilog=examples)(run)
+    app.command(name, cls=Command, help=text, epilog=examples)(run)
 
 
 def say(*words: str) -> None:
     """One line on stderr: `funclora COMMAND: message`."""
     *names, message = words
     typer.echo(f"{' '.join(['funclora', *names])}: {' '.join(message.split())}", err=True)
+
+
+def _name_value(parameter: inspect.Parameter) -> None:
+    """Let the help call a parameter's value as `VALUES` does, where the command does not name it."""
+    kinds = [parameter.annotation]
+    for kind in kinds:  # Annotated[list[Path] | None, Option()] and the like, taken apart as it goes
+        kinds += get_args(kind)
+    types = [kind for kind in kinds if isinstance(kind, type)]
+    words = ["|".join(str(each.value) for each in kind) for kind in types if issubclass(kind, Enum)]
+    words += [VALUES[kind] for kind in types if kind in VALUES]
+    for info in kinds:
+        if isinstance(info, typer.models.ArgumentInfo) and info.metavar is None:
+            info.metavar = parameter.name.upper()
+        elif isinstance(info, typer.models.OptionInfo) and info.metavar is None:
+            info.metavar = words[0] if words else None
 
 
 def _complaint(error: BaseException) -> str | None:

@@ -15,9 +15,11 @@ from torch import Tensor
 import funclora as fl
 from funclora.cli._adapters import for_base
 from funclora.cli._prompts import Prompt
+from funclora.errors import ConfigError
 from funclora.io._peft_weights import WEIGHTS_FILE
-from funclora.pipeline.base import Base, ByteTokenizer
+from funclora.pipeline.base import Base, ByteTokenizer, takes
 from funclora.pipeline.settings import CAUSAL
+from funclora.pipeline.tokenizer import first_line
 
 # Adapters that are kept between batches may take so many bytes, or what the largest takes if that is more.
 HELD = 1 << 30
@@ -91,7 +93,7 @@ class Generator:
     def batches(self, prompts: Sequence[Prompt], rows: int) -> Iterator[list[Answer]]:
         """The answers, in the order of the prompts, so many rows at a time."""
         # Rows of one batch get the same number of tokens: none runs over the end of the context.
-        for room, alike in itertools.groupby(prompts, self._room):
+        for (room, _), alike in itertools.groupby(prompts, lambda prompt: (self._room(prompt), self._length(prompt))):
             together = list(alike)
             for start in range(0, len(together), rows):
                 yield self._answers(together[start : start + rows], room)
@@ -107,6 +109,15 @@ class Generator:
         if limit is None or self._base.task != CAUSAL or isinstance(self._base.tokenizer, ByteTokenizer):
             return self._sampling.tokens
         return min(self._sampling.tokens, limit - len(prompt.ids))
+
+    def _length(self, prompt: Prompt) -> int | None:
+        """The length that a prompt shares with all rows of its batch; None if shorter ones can be filled up."""
+        base = self._base
+        if base.task != CAUSAL or isinstance(base.tokenizer, ByteTokenizer):
+            return None
+        # What stands on the left moves a row, and a model that cannot be told so counts it, or carries it on.
+        told = takes(type(base.model).forward, "position_ids") and not getattr(base.model, "_is_stateful", False)
+        return None if told else len(prompt.ids)
 
     @torch.no_grad()
     def _answers(self, prompts: Sequence[Prompt], room: int, write: Write | None = None) -> list[Answer]:
@@ -141,23 +152,35 @@ class Generator:
     def _transformers(self, bound: Any, rows: list[list[int]], room: int, write: Write | None) -> list[Answer]:
         base, tokenizer = self._base, self._base.tokenizer
         longest = max(map(len, rows))
-        # On the left, so that all rows go on at one position.
-        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows], device=base.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=base.device)
+        # A decoder's rows end at one place, from which all go on; an encoder's begin at its first position.
+        side = "left" if base.task == CAUSAL else "right"
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=filler, padding_side=side).to(
+                base.device
+            )
+            for some, filler in (
+                ([torch.tensor(row) for row in rows], tokenizer.pad_token_id),
+                ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
+            )
+        )
         settings = self._settings(room)
         with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
             # transformers draws from the global generators: give them the state of ours, one batch after the other.
             torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._random, device=base.device)))
-            out = bound.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=settings,
-                streamer=None if write is None else _streamer(tokenizer, write),
-            )
+            try:
+                out = bound.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=settings,
+                    streamer=None if write is None else _streamer(tokenizer, write),
+                )
+            except ValueError as error:
+                raise ConfigError(
+                    f"{base.name}: transformers refuses to generate: {first_line(error)}. Does generation_config.json "
+                    "ask for something else than sampling, or the likeliest token?"
+                ) from error
         new = out[:, longest:] if base.task == CAUSAL else out[:, 1:]
-        ends = settings.eos_token_id
-        known = {ends} if isinstance(ends, int) else set(ends or ())
-        return [self._answer(row, known) for row in new.tolist()]
+        return [self._answer(row, set(settings.eos_token_id or ())) for row in new.tolist()]
 
     def _answer(self, ids: list[int], ends: set[int]) -> Answer:
         count = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
@@ -175,14 +198,19 @@ class Generator:
             max_length=None,
             do_sample=bool(sampling.temperature),
             num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             use_cache=True,
             pad_token_id=self._base.tokenizer.pad_token_id,
             temperature=sampling.temperature or None,
             top_p=(sampling.top_p or 1.0) if sampling.temperature else None,
             top_k=(sampling.top_k or 0) if sampling.temperature else None,
         )
-        if settings.eos_token_id is None:
-            settings.eos_token_id = self._base.tokenizer.eos_token_id
+        # A chat model's folder names the ends of its turns; training puts the tokenizer's own after each completion.
+        ends = settings.eos_token_id
+        known = [ends] if isinstance(ends, int) else [*(ends or ())]
+        own = self._base.tokenizer.eos_token_id
+        settings.eos_token_id = [*known, *([own] if own is not None and own not in known else [])] or None
         return settings
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from funclora.errors import ConfigError, FormatError, near
 from funclora.pipeline.chat import opened
 from funclora.pipeline.records import Record, read
+from funclora.pipeline.tokenizer import begun
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Reader:
         Raises:
             ConfigError: it has no tokens, or more than the model reads, or such that the model does not have.
         """
-        return self._checked(self.tokenizer(text)["input_ids"], adapter, fields or {"prompt": text}, where)
+        ids = begun(self.tokenizer, text) if self._decoder else self.tokenizer(text)["input_ids"]
+        return self._checked(ids, adapter, fields or {"prompt": text}, where)
 
     def messages(self, record: Record, adapter: str | None) -> Prompt:
         """A conversation under the tokenizer's chat template, up to where the assistant begins to speak.

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, same, short, weights, words
+from funclora.cli._looking import Plot, bar, between, check_plot, number, short, weights, words
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
-    from funclora.io._diff import Difference, Side
+    from funclora.io._diff import Difference
 
 
 def diff(
@@ -60,22 +60,21 @@ def _print(found: Difference, plot: Path | None) -> None:
     from rich.markup import escape
 
     console = Console()
-    updates = [same(_update(row.sides[i]) for row in found.rows) for i in (0, 1)]
-    for letter, folder, update in zip("AB", found.folders, updates, strict=True):
-        every = f" ({update} on every weight)" if update else ""
-        console.print(escape(f"{letter}: {folder}{every}"), highlight=False, soft_wrap=True)
+    rules = [["–" if side is None else words(side.rule, side.r, None) for side in row.sides] for row in found.rows]
+    kinds = [{rule[side] for rule in rules} - {"–"} for side in (0, 1)]
+    alike = all(len(kind) == 1 for kind in kinds)  # then it is said once, and the names have more room
+    for letter, folder, kind in zip("AB", found.folders, kinds, strict=True):
+        console.print(
+            escape(f"{letter}: {folder}{', ' + kind.pop() if alike else ''}"), highlight=False, soft_wrap=True
+        )
     table = weights()
-    for letter, update in zip("AB", updates, strict=True):
-        if not update:
-            table.add_column(letter)
-    for column in ("‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in found.rows:
+    for column in (*("AB" if not alike else ""), "‖ΔW_A‖", "‖ΔW_B‖", "cosine", "dist.", "φ(A)", "φ(B)"):
+        table.add_column(column, justify="left" if column in ("A", "B") else "right")
+    for row, rule in zip(found.rows, rules, strict=True):
         overlap = [between(row.similarity[of].whole) if of in row.similarity else "–" for of in ("A", "B")]
         numbers = (number(row.update.cosine, "+.3f"), number(row.update.relative_distance, ".3f"))
         norms = (number(norm) for norm in row.update.norms)
-        sides = (_update(side) for side, update in zip(row.sides, updates, strict=True) if not update)
-        table.add_row(escape(short(row.update.name)), *sides, *norms, *numbers, *overlap)
+        table.add_row(escape(short(row.update.name)), *(rule if not alike else ()), *norms, *numbers, *overlap)
     console.print(table)
     only = [sum(row.sides[other] is None for row in found.rows) for other in (1, 0)]
     lines = [
@@ -88,7 +87,3 @@ def _print(found: Difference, plot: Path | None) -> None:
     if plot is not None:
         lines.append(f"wrote {plot}")
     console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)
-
-
-def _update(side: Side | None) -> str:
-    return "–" if side is None else words(side.rule, side.r, None)

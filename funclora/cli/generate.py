@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from funclora.pipeline.settings import Settings
 
 BASE = "(base)"
+# Logits over less would be infinite, or as good as that.
+LEAST = 1e-3
 
 
 class Dtype(str, Enum):
@@ -99,6 +101,10 @@ def generate(
         raise ConfigError("--json: a conversation has no end to print. Give --prompt or --file.")
     if out is not None and out.exists() and not overwrite:
         raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
+    if 0 < temperature < LEAST:
+        raise ConfigError(f"--temperature: expected 0, or {LEAST} at least, got {temperature!r}. 0 is the limit.")
+    if seed is not None and not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"--seed: expected a number of 64 bits, got {seed}.")
     if temperature == 0:
         for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
             if value is not None:
@@ -162,9 +168,18 @@ def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple
 
 
 def _asked(reader: Reader, text: str, adapter: str | None, where: str, *, chat: bool) -> Prompt:
+    _refuse_bytes(text, where)
     if chat:
         return reader.messages(_said([{"role": "user", "content": text}], where), adapter)
     return reader.text(text, adapter, where)
+
+
+def _refuse_bytes(text: str, where: str) -> None:
+    """Raise for what Python makes of bytes that are no text, which no tokenizer takes."""
+    from funclora.errors import ConfigError
+
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{where}: holds bytes that are not UTF-8: {text!a:.60}. Give it as UTF-8.")
 
 
 def _said(messages: list[dict[str, str]], where: str) -> Record:
@@ -255,13 +270,15 @@ def _converse(
             return
         where = f"line {number}"
         try:
-            if line.startswith("/adapter ") or line == "/base":
-                adapter = None if line == "/base" else known(line.removeprefix("/adapter ").strip(), names, where)
+            word, _, rest = line.strip().partition(" ")
+            if word in ("/adapter", "/base"):
+                adapter = None if word == "/base" else known(rest.strip(), names, where)
                 generator.load([adapter])
                 said = []
                 continue
             if not line.strip():
                 continue
+            _refuse_bytes(line, where)
             if chat:
                 row = reader.messages(_said([*said, {"role": "user", "content": line}], where), adapter)
             else:

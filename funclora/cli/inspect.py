@@ -79,7 +79,7 @@ def _print(found: Inspection, plot: Path | None) -> None:
     console.print(_table(found, with_update=found.kind == "adapter" and not update))
     unchanged = sum(row.of == "ΔW" and row.norm == 0 for row in found.rows)
     what = "‖W‖" if found.kind == "model" and found.base is None else "‖ΔW‖"
-    share = "" if found.share is None else f", {found.share:.3%} of the base's"
+    share = "" if found.share is None else f", {found.share:.3%} of their ‖W‖"
     lines = [f"{len(found.rows)} weights, {found.parameters:,} parameters; {what} of all: {found.norm:.4g}{share}"]
     if unchanged:
         lines.append(f"{unchanged} of them are not changed{' and not shown' if found.kind == 'model' else ''}")
@@ -103,13 +103,14 @@ def _table(found: Inspection, *, with_update: bool) -> Table:
     table = weights()
     if with_update:
         table.add_column("update")
-    columns = ("shape", "‖ΔW‖" if adapter or with_base else "‖W‖", "share", "eff. rank")
-    for column in columns:
+    for column in ("shape", "‖ΔW‖" if adapter or with_base else "‖W‖", *(["share"] if with_base else []), "eff. rank"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in found.rows:
         if adapter or not with_base or row.norm:
-            numbers = (size(row.shape), number(row.norm), number(row.share, ".2%"), between(row.effective_rank))
-            table.add_row(escape(short(row.name)), *([_update(row)] if with_update else []), *numbers)
+            update = [_update(row)] if with_update else []
+            share = [number(row.share, ".2%")] if with_base else []
+            ranks = between(row.effective_rank)
+            table.add_row(escape(short(row.name)), *update, size(row.shape), number(row.norm), *share, ranks)
     return table
 
 

@@ -12,6 +12,7 @@ mpl.use("Agg")  # no window, on any machine
 import matplotlib.pyplot as plt
 
 from funclora.demo.run import METHODS, Results
+from funclora.io._files import replace_files
 
 # With more rows or columns than that, numbers would not be readable.
 NUMBERS = 40
@@ -85,5 +86,5 @@ def heatmap(
         axis.set_title(name)
     figure.colorbar(grid[0, 0].images[0], ax=list(grid[0]), label=label, shrink=0.8)
     figure.suptitle(title)
-    figure.savefig(file, dpi=110)
+    replace_files(file.parent, {file.name: lambda draft: figure.savefig(draft, dpi=110, format="png")})
     plt.close(figure)

@@ -16,6 +16,7 @@ import funclora as fl
 from funclora._apply import Params
 from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
+from funclora.io._files import replace_files
 from funclora.optim import per_member
 
 METHODS = ("LoRA", "DoRA")
@@ -135,7 +136,7 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
     prompt = "class "
     continuations = {t.name: _continue(model, params, t, prompt, settings.seed) for t in (trained[0], trained[-1])}
     results = Results(settings, trained, seconds, base, losses, merge_error, trained[0].name, prompt, continuations)
-    (out / "results.json").write_text(json.dumps(as_json(results), indent=2) + "\n", encoding="utf-8")
+    _write(out / "results.json", (json.dumps(as_json(results), indent=2) + "\n").encode())
     return results
 
 
@@ -194,12 +195,19 @@ def _merge(model: ByteLM, params: Params, trained: Trained, windows: Tensor, out
     from safetensors.torch import save
 
     merged = fl.merge(params, trained.adapters)
-    (out / "merged.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in merged.items()}))
+    _write(out / "merged.safetensors", save({name: tensor.contiguous() for name, tensor in merged.items()}))
     plain = load_base()
     plain.load_state_dict(merged)
     ids = windows[:, :-1]
     error: Tensor = plain(ids) - fl.apply(model, params, trained.adapters, ids)
     return error.abs().max().item()
+
+
+def _write(file: Path, data: bytes) -> None:
+    def write(draft: Path) -> None:
+        draft.write_bytes(data)
+
+    replace_files(file.parent, {file.name: write})
 
 
 def _continue(model: ByteLM, params: Params, trained: Trained, prompt: str, seed: int) -> str:

@@ -42,7 +42,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise FormatError(f"{folder}: there is no such folder.")
+            raise FormatError(f"{folder}: there is no such folder. Give that of a transformers model.")
         if not (folder / CONFIG_FILE).is_file():
             hint = " It is the folder of an adapter." if (folder / ADAPTER_CONFIG).is_file() else ""
             raise FormatError(f"{folder}: there is no {CONFIG_FILE} in this folder.{hint}")

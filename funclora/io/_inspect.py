@@ -79,7 +79,7 @@ def inspect_folder(
     """
     tell = progress or (lambda done, total: None)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such folder.")
+        raise FormatError(f"{folder}: there is no such folder. Give a PEFT folder, or that of a transformers model.")
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder, base, singular, tell)
     if (folder / MODEL_CONFIG).is_file():

@@ -19,7 +19,7 @@ from funclora.io._peft_keys import FORMS, PREFIX
 from funclora.io._peft_weights import WEIGHTS_FILE, StoredTensors
 
 _A = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<suffix>lora_A\.weight|lora_embedding_A)$")
-_ADVICE = "Give the base model: model=, or --base on the command line."
+_ADVICE = "Give the base model (--base on the command line, model= in Python)."
 
 
 def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[str, Rule], LoraConfig]:

@@ -226,7 +226,7 @@ def has_in_out_linear(file: Path) -> bool:
 
 def _json(file: Path) -> dict[str, Any]:
     if not file.parent.is_dir():
-        raise FormatError(f"{file.parent}: there is no such folder.")
+        raise FormatError(f"{file.parent}: there is no such folder. Give a PEFT folder: it holds {file.name}.")
     if not file.is_file():
         inner = sorted(str(found.parent) for found in file.parent.glob(f"*/{file.name}"))
         hint = f" PEFT keeps named adapters in folders of their own: {', '.join(inner)}." if inner else ""

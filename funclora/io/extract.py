@@ -112,7 +112,7 @@ def extract_adapter(
         ExtractReport(weights=(...), same=(), saved=(), ignored=())
         >>> extract_adapter("nowhere", "tuned", "adapter", r=16)
         Traceback (most recent call last):
-        funclora.errors.FormatError: nowhere: there is no such folder.
+        funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
     """
     if rest not in ("error", "save", "ignore"):
         raise ConfigError(f"rest: expected 'error', 'save' or 'ignore', got {rest!r}.")

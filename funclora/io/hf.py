@@ -126,7 +126,7 @@ def merge_checkpoint(
         MergeReport(model='LlamaForCausalLM', ...)
         >>> merge_checkpoint("nowhere", "adapter", "merged")
         Traceback (most recent call last):
-        funclora.errors.FormatError: nowhere: there is no such folder.
+        funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
     """
     base, out = Path(base_dir), Path(out_dir)
     folders = [Path(adapter_dirs)] if isinstance(adapter_dirs, (str, os.PathLike)) else [Path(d) for d in adapter_dirs]

@@ -66,7 +66,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
     def init(members: Stack[Any]) -> Stack[Any]:
         if not isinstance(members, Stack):
             raise ConfigError(f"per_member: init: expected a stack, got a {type(members).__name__}.")
-        tensors = {name: torch.as_tensor(value, dtype=torch.get_default_dtype()) for name, value in values.items()}
+        tensors = {name: _numbers(name, value) for name, value in values.items()}
         for name, tensor in tensors.items():
             if tensor.shape != (len(members),):
                 raise ConfigError(
@@ -100,6 +100,17 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         return Stack(tuple(updates)), Stack(tuple(after))
 
     return MemberTransformation(init, update)
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"per_member: {name}: expected one number for each member, got {value!r:.80}. What is no number belongs "
+            "into the function that builds the optimizer, for example a schedule with a peak for each member: "
+            "per_member(lambda peak: adamw(warmup_cosine(peak, 10, 100)), peak=[1e-3, 3e-4])."
+        ) from error
 
 
 def _mapped(function: Callable[..., Any], *trees: Any) -> Any:

@@ -16,7 +16,7 @@ from funclora._relative import relative_to_original
 from funclora._rules import Rule
 from funclora.errors import ConfigError
 from funclora.pipeline.base import Base, Batch
-from funclora.pipeline.qlora import TASK_TYPES, forget, pack, packed_names, splits_weights
+from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
 from funclora.pipeline.settings import Settings
 
 
@@ -54,8 +54,6 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
         ConfigError: a value is invalid, or values contradict each other.
     """
     words = {"true": True, "false": False}
-    # What the folder did not have is trained and saved, or the result could not be loaded again.
-    saved = [*settings.modules_to_save, *(name for name in base.new if name not in settings.modules_to_save)]
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -63,10 +61,10 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
         target_modules="all-linear" if settings.targets == ("all-linear",) else settings.targets,
         use_rslora=settings.rslora,
         use_dora=settings.method == "dora",
-        modules_to_save=saved or None,
+        modules_to_save=trained_whole(base.model, settings, base.new) or None,
         init_lora_weights=words.get(settings.init, settings.init),
         # PEFT's classes for a task are of transformers' models.
-        task_type=None if settings.model is None else TASK_TYPES[settings.task],
+        task_type=None if settings.model is None else task_type(base.model, settings),
         base_model_name_or_path=None if settings.model is None else str(settings.model),
     )
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funclora._apply import Params, base_params
+from funclora._apply import Params, base_params, bind
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.pipeline.folder import empty_model, load_model, longest_context
+from funclora.pipeline.folder import CLASSES, empty_model, load_config, load_model, longest_context
 from funclora.pipeline.qlora import forget, pack, packed_names, splits_weights
 from funclora.pipeline.rows import IGNORED
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.pipeline.tokenizer import ByteTokenizer as ByteTokenizer
-from funclora.pipeline.tokenizer import first_line
+from funclora.pipeline.tokenizer import begun, first_line
 from funclora.pipeline.tokenizer import load_tokenizer as load_tokenizer
 
 DEMO = "the demo's base"
@@ -94,7 +94,8 @@ class Base:
 
         Args:
             bound: as for `loss`.
-            prompt: a text. Of one that leaves no room in the model's context, the end is read.
+            prompt: a text. Of one that leaves no room in the model's context, a causal model reads the end, and others
+                what they read of such a text in training: the beginning.
             tokens: the most that are generated.
 
         Raises:
@@ -103,15 +104,16 @@ class Base:
         """
         if self.task == TOKEN:
             raise UnsupportedError("sample: token-classification continues no prompt. Leave it out.")
-        ids = self.tokenizer(prompt)["input_ids"]
+        cut = {} if self.limit is None else {"truncation": True, "max_length": self.limit}
+        ids = begun(self.tokenizer, prompt) if self.task == CAUSAL else self.tokenizer(prompt, **cut)["input_ids"]
         if not ids:
             raise ConfigError("sample: an empty prompt has no token to go on from. Give at least a word.")
         if isinstance(self.tokenizer, ByteTokenizer):
             said: bytes = bound.generate(bytes(ids), tokens, temperature=0.0)
             return self.tokenizer.decode(said[len(ids) :])
-        if self.limit is not None:
-            tokens = min(tokens, self.limit - 1) if self.task == CAUSAL else tokens
-            ids = ids[-(self.limit - tokens if self.task == CAUSAL else self.limit) :]
+        if self.limit is not None and self.task == CAUSAL:
+            tokens = min(tokens, self.limit - 1)
+            ids = ids[-(self.limit - tokens) :]
         read = torch.tensor([ids], device=self.device)
         given = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if self.task == SEQUENCE:
@@ -139,7 +141,7 @@ class Base:
             return bound(given["input_ids"])  # type: ignore[no-any-return]
         if self.task == SEQ2SEQ:
             given["decoder_input_ids"] = self._shifted(bound, batch["labels"].to(self.device))
-        if _takes(type(self.model).forward, "use_cache"):
+        if takes(type(self.model).forward, "use_cache"):
             return bound(**given, use_cache=False).logits  # type: ignore[no-any-return]
         return bound(**given).logits  # type: ignore[no-any-return]
 
@@ -163,7 +165,8 @@ class Base:
 
 
 @functools.cache
-def _takes(forward: Any, argument: str) -> bool:
+def takes(forward: Any, argument: str) -> bool:
+    """Whether a function has an argument of that name."""
     return argument in inspect.signature(forward).parameters
 
 
@@ -182,6 +185,21 @@ def context_limit(settings: Settings) -> int | None:
     return longest_context(empty_model(settings.model, settings.task))
 
 
+def known_classes(settings: Settings) -> tuple[str, ...]:
+    """The classes that the model's folder has a head for, in the order of its outputs; empty if they have no names.
+
+    Raises:
+        FormatError: the folder is no model.
+    """
+    if settings.model is None or settings.task not in (SEQUENCE, TOKEN):
+        return ()
+    config = load_config(settings.model)
+    head = CLASSES[settings.task].removeprefix("AutoModel")
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    has = any(name.endswith(head) for name in config.architectures or ())
+    return names if has and names != tuple(f"LABEL_{i}" for i in range(len(names))) else ()
+
+
 def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -> Base:
     """The model of a run, on its device.
 
@@ -197,7 +215,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
 
     Raises:
         FormatError: the folder is no model, or is broken.
-        ConfigError: the model has no form for the task, or the device cannot be used.
+        ConfigError: the model has no form for the task, or sees what it is to predict; or the device cannot be used.
         UnsupportedError: bitsandbytes or transformers is missing.
 
     Examples:
@@ -235,7 +253,34 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         forget(model, packed)
     _move(model, device)
     params = base_params(model) | packed
-    return Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device)
+    base = Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device)
+    if settings.task == CAUSAL:
+        _check_causal(base)
+    return base
+
+
+def _check_causal(base: Base) -> None:
+    """Raise `ConfigError` if the logits of a position depend on what comes after it, by trying it out.
+
+    transformers makes a causal model of an encoder too, and leaves its attention as it is: BERT without `is_decoder`
+    would learn to copy the next token from its input.
+    """
+    rows, half = vocabulary(base.model), min(8, base.limit or 8) // 2
+    first = torch.arange(2 * half).remainder(rows)[None]
+    other = torch.cat([first[:, :half], (first[:, half:] + 1 + rows // 2).remainder(rows)], 1)
+    bound = bind(base.model, base.params, {})
+    with torch.no_grad():
+        one, two = (
+            base.logits(bound, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, :half]
+            for ids in (first, other)
+        )
+    # Not bit for bit: experts are given other batches by the tokens that follow.
+    scale = one.float().abs().max().item() * torch.finfo(one.dtype).eps ** 0.5
+    if not torch.allclose(one.float(), two.float(), rtol=0, atol=scale, equal_nan=True):
+        raise ConfigError(
+            f"task: {base.name} ({type(base.model).__name__}) sees the tokens that it is to predict, so it is no "
+            'causal language model. Give a decoder, or one with "is_decoder": true in its config.json.'
+        )
 
 
 def _refuse_demo(settings: Settings) -> None:

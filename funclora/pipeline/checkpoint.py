@@ -248,16 +248,19 @@ def _check(settings: Settings) -> None:
 
 
 def fingerprint(params: Mapping[str, Tensor]) -> str:
-    """A digest of weights that is cheap: names, shapes, dtypes and a sample of the values of each plain tensor."""
+    """A digest of weights that is cheap: names, shapes, dtypes and a sample of the values of each tensor."""
     import torch
 
+    from funclora._quantized import Quantized
+
     digest = hashlib.sha256()
-    for name, tensor in params.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.numel():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // 256)].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for name, weight in params.items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        for tensor in weight.parts if isinstance(weight, Quantized) else (weight,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                flat = tensor.detach().reshape(-1)
+                sample = flat[:: max(1, len(flat) // 256)].cpu().contiguous()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

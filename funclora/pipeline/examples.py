@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +50,15 @@ class Data:
         return digest.hexdigest()
 
 
-def prepare(settings: Settings, tokenizer: Any, limit: int | None) -> Data:
+def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequence[str] = ()) -> Data:
     """Read and tokenise the data of a run.
 
     Args:
         settings: the run's.
         tokenizer: transformers' tokenizer, or one that is called like it.
         limit: the model's longest context in tokens; None if it has none.
+        known: classes that the model has a head for, in its order. Data with no other classes are numbered alike, or
+            the head would name them wrongly.
 
     Raises:
         ConfigError: a setting does not fit the data, the tokenizer or the model.
@@ -80,7 +83,7 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None) -> Data:
     held = None if settings.validation is None else list(read(settings.validation, settings.text_field))
     together = records + (held or [])
     _one_schema(together, settings, notes)
-    classes = _classes(together, settings, notes)
+    classes = _classes(together, settings, known, notes)
     if held is None:
         records, held = _held_out(records, settings)
     read_one = reader(settings, tokenizer, context, classes, notes)
@@ -95,7 +98,16 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None) -> Data:
         if not train:
             raise ConfigError(f"validation_split: {settings.validation_split} of {n} leaves nothing to train on.")
     if settings.validation is None and settings.validation_split:
-        notes.say(f"{len(validation)} of {len(train) + len(validation)} examples are held out for evaluation.")
+        of = len(train) + len(validation)
+        notes.say(
+            f"{len(validation)} of {of} examples {'is' if len(validation) == 1 else 'are'} held out for evaluation."
+            if validation
+            else f"No example is held out for evaluation: {of} are too few for a validation_split of "
+            f"{settings.validation_split:g}. A larger one, or a file of validation, changes that."
+        )
+    learned = {label for example in train for label in example.labels} if classes else set()
+    if missing := [name for i, name in enumerate(classes) if i not in learned]:
+        notes.say(f"No training example is of class {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}.")
     if settings.packing:
         train, validation = (
             _packed(part, context, notes, name) for part, name in ((train, ""), (validation, "held-out "))
@@ -111,12 +123,8 @@ def _context(settings: Settings, limit: int | None, notes: Notes) -> int:
     least = 2 if settings.task == CAUSAL else 1
     if context < least:
         raise ConfigError(f"context: expected {least} tokens or more, so that one can be predicted, got {context}.")
-    if settings.packing and settings.task != CAUSAL:
-        raise ConfigError(f"packing: is for task {CAUSAL}, got {settings.task}. Leave it out.")
     if settings.packing and settings.model is None:
         raise ConfigError("packing: the demo's base cannot keep the examples of a row apart. Leave it out.")
-    if not 0 <= settings.validation_split < 1:
-        raise ConfigError(f"validation_split: expected a share from 0 to below 1, got {settings.validation_split}.")
     return context
 
 
@@ -135,8 +143,8 @@ def _one_schema(records: list[Record], settings: Settings, notes: Notes) -> None
         notes.say(f"Fields that are not read: {', '.join(unused)}.")
 
 
-def _classes(records: list[Record], settings: Settings, notes: Notes) -> tuple[str, ...]:
-    """The names of all classes, sorted: as numbers if they are."""
+def _classes(records: list[Record], settings: Settings, known: Sequence[str], notes: Notes) -> tuple[str, ...]:
+    """The names of all classes: the model's, if it knows them all; else sorted, as numbers if they are."""
     if settings.task not in (SEQUENCE, TOKEN):
         return ()
     names: dict[str, None] = {}
@@ -158,10 +166,15 @@ def _classes(records: list[Record], settings: Settings, notes: Notes) -> tuple[s
         raise FormatError(
             f"{settings.data}: {settings.label_field}: expected two classes or more, got {', '.join(names) or 'none'}."
         )
-    try:
-        classes = tuple(sorted(names, key=int))
-    except ValueError:
-        classes = tuple(sorted(names))
+    if names.keys() <= {*known}:
+        classes = tuple(known)
+    else:
+        if known:
+            notes.say(f"The model's head is of other classes: {', '.join(known[:20])}{', ...' * (len(known) > 20)}.")
+        try:
+            classes = tuple(sorted(names, key=int))
+        except ValueError:
+            classes = tuple(sorted(names))
     notes.say(f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.")
     return classes
 

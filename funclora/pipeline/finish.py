@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,20 @@ from funclora._merge import merge
 from funclora._quantize import dequantize
 from funclora._rules import Rule
 from funclora._summary import summary
+from funclora.errors import ConfigError
+from funclora.io._quiet import quiet
 from funclora.io._staging import check_out, staged_folder
 from funclora.io.hf import merge_checkpoint
 from funclora.io.peft import save_peft
 from funclora.pipeline.adapters import Start
+from funclora.pipeline.base import Base
 from funclora.pipeline.examples import Data
-from funclora.pipeline.folder import CLASSES, load_model
+from funclora.pipeline.folder import CLASSES, load_model, positions_after_padding
 from funclora.pipeline.loop import Outcome
 from funclora.pipeline.reading import as_toml
+from funclora.pipeline.rows import Example
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora.pipeline.tokenizer import transformers
 
 ADAPTER, MERGED, CARD, CLASSES_FILE = "adapter", "merged", "README.md", "classes.json"
 PIPELINES = {
@@ -43,8 +48,12 @@ def check_results(settings: Settings) -> None:
     """
     if settings.resume:
         return
+    read = [path for path in (settings.model, settings.data, settings.validation) if path is not None]
+    for path in read:
+        if path.is_dir() and path.resolve() in (settings.out.resolve(), *settings.out.resolve().parents):
+            raise ConfigError(f"out: {settings.out} lies in {path}, which is read. Give another folder with --out.")
     for name in (ADAPTER, *([MERGED] if settings.merge else [])):
-        check_out(settings.out / name, [path for path in (settings.model, settings.data) if path is not None])
+        check_out(settings.out / name, read)
 
 
 def rehearse(start: Start, settings: Settings) -> None:
@@ -112,8 +121,8 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     facts = {
         "base": base.name + (f", packed to {settings.quantize}" if settings.quantize != "none" else ""),
         "task": settings.task,
-        "data": f"{settings.data}: {len(data.train):,} examples",
-        "validation": f"{settings.validation or 'held out'}: {len(data.validation):,} examples"
+        "data": f"{settings.data}: {_examples(data.train)}",
+        "validation": f"{settings.validation or 'held out'}: {_examples(data.validation)}"
         if data.validation
         else "none",
         **({"classes": ", ".join(base.classes)} if base.classes else {}),
@@ -127,7 +136,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         "Trained by `funclora train`.",
         _table(facts),
         "## How to load it",
-        _usage(settings, len(base.classes)),
+        _usage(base, settings),
     ]
     if settings.quantize != "none":
         sections.append(
@@ -142,6 +151,11 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _examples(rows: Sequence[Example]) -> str:
+    n = sum(len(row.lengths) for row in rows)
+    return f"{n:,} example{'s' * (n != 1)}"
+
+
 def _losses(outcome: Outcome) -> dict[str, str]:
     found = {}
     train, validation = outcome.losses["train"], outcome.losses["validation"]
@@ -154,7 +168,7 @@ def _losses(outcome: Outcome) -> dict[str, str]:
     return {key: f"{value} (nats)" for key, value in found.items()}
 
 
-def _usage(settings: Settings, n_classes: int) -> str:
+def _usage(base: Base, settings: Settings) -> str:
     if settings.model is None:
         code = [
             "import funclora as fl",
@@ -165,7 +179,9 @@ def _usage(settings: Settings, n_classes: int) -> str:
             "bound = fl.bind(model, fl.base_params(model), adapters)",
         ]
     else:
-        labels = f", num_labels={n_classes}" if n_classes else ""
+        # A head of the folder's that is of another size makes way for the adapter's.
+        mismatched = ", ignore_mismatched_sizes=True" if base.new else ""
+        labels = f", num_labels={len(base.classes)}{mismatched}" if base.classes else ""
         code = [
             "from peft import PeftModel",
             f"from transformers import {CLASSES[settings.task]}, AutoTokenizer",
@@ -174,7 +190,9 @@ def _usage(settings: Settings, n_classes: int) -> str:
             'model = PeftModel.from_pretrained(base, "adapter").eval()',
             'tokenizer = AutoTokenizer.from_pretrained("adapter")',
         ]
-        if n_classes:
+        if settings.task == SEQUENCE:  # decoders classify by the last token that is no padding
+            code += ["model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
+        if base.classes:
             code = ["import json", "from pathlib import Path", "", *code]
             code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text())']
     return "\n".join(["```python", *code, "```"])
@@ -212,8 +230,9 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     model, _ = load_model(settings.model, settings.task, classes=base.classes, seed=settings.seed)
     weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
     model.load_state_dict(weights)
-    model.config.pad_token_id = config.pad_token_id
-    with staged_folder(out) as draft:
+    if not positions_after_padding(model):  # of which it would move the positions
+        model.config.pad_token_id = config.pad_token_id
+    with staged_folder(out) as draft, quiet(transformers()):
         model.save_pretrained(str(draft))
         base.tokenizer.save_pretrained(str(draft))
 

@@ -105,7 +105,7 @@ def empty_model(folder: Path, task: str | None) -> nn.Module:
     try:
         if task is None:
             return without_weights(cls, config)
-        with torch.device("meta"):
+        with torch.device("meta"), quiet(transformers()):
             model: nn.Module = cls.from_config(config)
     except LOADING as error:
         raise FormatError(f"model: {folder} has a config.json that makes no model: {first_line(error)}") from error
@@ -120,11 +120,18 @@ def longest_context(model: nn.Module) -> int | None:
     """
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from the padding id on.
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            limit = min(limit or module.num_embeddings, module.num_embeddings - module.padding_idx - 1)
+    for table in positions_after_padding(model):
+        limit = min(limit or table.num_embeddings, table.num_embeddings - int(table.padding_idx or 0) - 1)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def positions_after_padding(model: nn.Module) -> list[nn.Embedding]:
+    """The position embeddings of RoBERTa and its kin, which count from the configuration's padding id on."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
 
 
 def _class(folder: Path, config: Any, task: str | None) -> Any:

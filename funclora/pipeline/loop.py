@@ -108,6 +108,11 @@ class _Training:
                 f"patience={settings.patience}: it counts evaluations, and there are none to count. Set --eval-every "
                 "and give --validation or --validation-split."
             )
+        if settings.eval_every and not (data.validation or settings.sample):
+            raise ConfigError(
+                f"eval_every={settings.eval_every}: there is nothing to evaluate on. Give --validation, a larger "
+                "--validation-split or --sample; or leave --eval-every out."
+            )
         self.steps = Steps(base, adapters, data, settings)
         self.total = self.steps.total
         self.values = self.steps.vectors.of(adapters)

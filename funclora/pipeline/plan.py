@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from funclora._memory import Peak, nbytes
 from funclora._summary import Summary, summary
@@ -19,6 +20,7 @@ SHOWN = 2  # examples
 CHARACTERS = 1200  # of each
 WHOLE = 1024  # tokens of a batch that is run as it is
 PROBE = 256  # tokens of the longest row of a part of a larger batch
+_ONE_STEP: dict[str, Any] = {"steps": 1, "warmup": 0.0}  # the run's warm-up may be longer than what is tried here
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
         b = max(0.0, (whole - 2 * (half - constant)) / (short**2 / 2))
         a = whole / short - b * short
         used = round(constant + rows * (a * n + b * n**2))
-    steps = Steps(base, start.adapters, Data([longest], []), settings)
+    steps = Steps(base, start.adapters, Data([longest], []), replace(settings, **_ONE_STEP))
     values = steps.vectors.of(start.adapters)
     # The values twice: as they are now, and as they were at the start.
     return Memory(nbytes(list(base.params.values())), 2 * nbytes(values) + nbytes(steps.init(values)), used)
@@ -132,7 +134,7 @@ def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
     micro = min(settings.accumulation, 2)  # with a second one there are sums
 
     def run(row: Example, rows: int) -> int:
-        small = replace(settings, batch=rows, accumulation=micro, compile=False)
+        small = replace(settings, batch=rows, accumulation=micro, compile=False, **_ONE_STEP)
         steps = Steps(start.base, start.adapters, Data([row] * rows * micro, []), small)
         values = steps.vectors.of(start.adapters)
         state = steps.init(values)
@@ -164,8 +166,16 @@ def shown(base: Base, example: Example) -> Shown:
         parts = ((_text(base, example.ids), False), (_text(base, example.labels), True))
         return Shown(example.source, parts)
     if base.task == TOKEN:
-        tagged = [(i, label) for i, label in zip(example.ids, example.labels, strict=True) if label != IGNORED]
-        answer = " ".join(f"{_text(base, [i]).strip()}/{base.classes[label]}" for i, label in tagged[:50])
+        words: list[tuple[list[int], int]] = []
+        for i, label in zip(example.ids, example.labels, strict=True):
+            if label != IGNORED:
+                words.append(([i], label))
+            elif words:  # the rest of a word
+                words[-1][0].append(i)
+        answer = " ".join(
+            f"{base.tokenizer.decode(ids, skip_special_tokens=True).strip()}/{base.classes[label]}"
+            for ids, label in words[:50]
+        )
         return Shown(example.source, _runs(base, example), answer)
     assert base.task == CAUSAL
     return Shown(example.source, _runs(base, example))

@@ -12,6 +12,7 @@ from funclora._apply import Params
 from funclora._config import DECOMPOSITIONS, LoraConfig
 from funclora._quantize import quantize
 from funclora._targets import select
+from funclora.io._peft_config import HEADS
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 
 # PEFT's names of the tasks.
@@ -21,6 +22,26 @@ TASK_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS", SEQ2
 def splits_weights(settings: Settings) -> bool:
     """Whether `init` moves a part of the weights into the adapter, so that only the rest is packed."""
     return settings.init.startswith("pissa") or settings.init in DECOMPOSITIONS
+
+
+def trained_whole(model: nn.Module, settings: Settings, new: Iterable[str]) -> list[str]:
+    """The modules that are trained and saved in full.
+
+    Those that are named; those that the folder did not have, or the result could not be loaded again; and the heads
+    that PEFT trains with the task, new or not, by the ends of their names as it finds them.
+    """
+    return list(dict.fromkeys([*settings.modules_to_save, *new, *_heads(model, settings)]))
+
+
+def task_type(model: nn.Module, settings: Settings) -> str | None:
+    """PEFT's name of the task; None where its class for the task would look for a head that the model does not have."""
+    name = TASK_TYPES[settings.task]
+    return name if name not in HEADS or _heads(model, settings) else None
+
+
+def _heads(model: nn.Module, settings: Settings) -> list[str]:
+    ends = HEADS.get(TASK_TYPES[settings.task], ())
+    return [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
 
 
 def packed_names(model: nn.Module, settings: Settings, new: Iterable[str]) -> list[str]:
@@ -41,8 +62,8 @@ def packed_names(model: nn.Module, settings: Settings, new: Iterable[str]) -> li
     """
     everything = LoraConfig(
         target_modules="all-linear",
-        modules_to_save=[*settings.modules_to_save, *new],
-        task_type=TASK_TYPES[settings.task],
+        modules_to_save=trained_whole(model, settings, new),
+        task_type=task_type(model, settings),
     )
     return [name for name, target in select(model, everything).items() if target.layout is not None]
 

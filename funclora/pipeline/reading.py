@@ -17,10 +17,12 @@ from funclora._config import INITIALISERS, is_initialiser
 from funclora.errors import ConfigError, near
 from funclora.io._files import replace_files
 from funclora.pipeline.config_file import table
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, TOKEN, Settings
+from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 
 # Where both are given, one has no effect.
 EXCLUSIVE = (("steps", "epochs"), ("validation", "validation_split"))
+# Keys that only these tasks look at.
+ONLY = {"train_on": (CAUSAL,), "text_field": (CAUSAL, SEQUENCE), "label_field": (SEQUENCE, TOKEN), "packing": (CAUSAL,)}
 
 
 def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
@@ -227,8 +229,14 @@ def _check_together(settings: Settings, called: Any) -> None:
         raise ConfigError(f"{called('init')}: loftq makes up for 4-bit weights. Set quantize to nf4 or fp4.")
     if settings.init == "eva" and settings.task == SEQ2SEQ:
         raise ConfigError(f"{called('init')}: eva looks at one text per example, and {SEQ2SEQ} has two. Use another.")
-    if settings.packing and settings.task != CAUSAL:
-        raise ConfigError(f"{called('packing')}: only {CAUSAL} packs examples, and the task is {settings.task}.")
+    for key, tasks in ONLY.items():
+        if settings.task not in tasks and getattr(settings, key) != getattr(Settings, key):
+            raise ConfigError(
+                f"{called(key)}: only {' and '.join(tasks)} look{'s' * (len(tasks) == 1)} at it, and the task is "
+                f"{settings.task}. Leave it out."
+            )
+    if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
+        raise ConfigError(f"{called('sample_tokens')}: there is no prompt to continue. Give {called('sample')} too.")
     if settings.sample and settings.task == TOKEN:
         raise ConfigError(f"{called('sample')}: {TOKEN} continues no prompt. Leave it out.")
     if settings.patience and not settings.eval_every:

@@ -12,7 +12,7 @@ from funclora._apply import bind
 from funclora.errors import ConfigError
 from funclora.io._files import replace_files
 from funclora.pipeline.adapters import Start, begin
-from funclora.pipeline.base import Base, Batch, context_limit, load_base, load_tokenizer, vocabulary
+from funclora.pipeline.base import Base, Batch, context_limit, known_classes, load_base, load_tokenizer, vocabulary
 from funclora.pipeline.batches import Batches
 from funclora.pipeline.examples import Data, prepare
 from funclora.pipeline.packing import check_packing
@@ -52,7 +52,7 @@ def ready(settings: Settings, folder: Path) -> Ready:
     if settings.data is None:
         settings = replace(settings, data=demo_data(folder))
     tokenizer = load_tokenizer(settings)
-    data = prepare(settings, tokenizer, context_limit(settings))
+    data = prepare(settings, tokenizer, context_limit(settings), known_classes(settings))
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data)
     if settings.packing:

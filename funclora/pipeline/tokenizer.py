@@ -77,6 +77,32 @@ def load_tokenizer(settings: Settings) -> Any:
     return tokenizer
 
 
+def ends_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer ends every text with its end token itself, as T5's does.
+
+    Examples:
+        >>> ends_texts(ByteTokenizer())
+        False
+    """
+    return tokenizer.eos_token_id is not None and tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+
+def begun(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The ids of a text that goes on: without the end token of a tokenizer that ends every text.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        text: the beginning.
+        **options: of the tokenizer.
+
+    Examples:
+        >>> begun(ByteTokenizer(), "ab")
+        [97, 98]
+    """
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
+    return ids[:-1] if ends_texts(tokenizer) else ids
+
+
 def model_folder(folder: Path) -> Path:
     """The folder, if it looks like a transformers model's.
 

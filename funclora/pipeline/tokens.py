@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import reprlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from funclora.pipeline.notes import Notes
 from funclora.pipeline.records import Record
 from funclora.pipeline.rows import IGNORED, Example
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora.pipeline.tokenizer import begun, ends_texts
 
 WORDS = "tokens"
 # What a chat template is given besides the messages.
@@ -103,8 +105,7 @@ class _Tokens:
         self.end: int | None = tokenizer.eos_token_id
         # The demo's tokenizer takes a text and nothing else.
         self.options = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
-        # Of tokenizers such as T5's, which end every text themselves.
-        self.ends = self.end is not None and self.ids("")[-1:] == [self.end]
+        self.ends = ends_texts(tokenizer)
 
     def ids(self, text: str, **options: Any) -> list[int]:
         ids: list[int] = self.tokenizer(text, **self.options, **options)["input_ids"]
@@ -136,8 +137,7 @@ class _Tokens:
         both = self.ids(prompt + self.ended(text(record, "completion")))
         if self.settings.train_on == "all":
             return both, [True] * len(both)
-        alone = self.ids(prompt)
-        alone = alone[:-1] if self.ends else alone
+        alone = begun(self.tokenizer, prompt, **self.options)
         start = common(alone, both)
         if start < len(alone):
             self.notes.count("whose prompt's end merges into the completion's first token", record.source)
@@ -166,6 +166,11 @@ class _Tokens:
             cut = f" in the first {self.context} tokens" if over > 0 else ""
             self.notes.count(f"without a token that has loss{cut} left out", record.source)
             return []
+        begin: int | None = self.tokenizer.bos_token_id
+        if begin is not None and ids[:2] == [begin, begin]:
+            self.notes.count("that begin with the start token twice: the text's and the tokenizer's", record.where)
+        if self.end is not None and ids[-2:] == [self.end, self.end]:
+            self.notes.count("that end with the end token twice: the text's and the tokenizer's", record.where)
         if over > 0:
             self.notes.count(f"cut off after {self.context} tokens", record.source)
         return [Example(list(ids), list(labels), (len(ids),), record.source)]
@@ -177,6 +182,12 @@ class _Tokens:
         if lost <= 0:
             return whole, 0
         return over(*args, **self.options, **options, truncation=True, max_length=self.context), lost
+
+    @functools.cached_property
+    def glues(self) -> bool:
+        """Whether words become a text without spaces, as by the byte-level tokenizers of GPT-2, Llama 3 and Qwen."""
+        ids = self.tokenizer(["a", "b"], is_split_into_words=True)["input_ids"]
+        return " " not in self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def sequence(self, record: Record) -> list[Example]:
         out, lost = self.shortened(self.tokenizer, text(record, self.settings.text_field))
@@ -193,6 +204,8 @@ class _Tokens:
         if not words:
             return self.kept([], [], record, 0)
         try:
+            if self.glues:
+                words = [f" {word}" if i and word else word for i, word in enumerate(words)]
             out, lost = self.shortened(self.tokenizer, words, is_split_into_words=True)
         except (AssertionError, TypeError, ValueError) as error:
             raise UnsupportedError(

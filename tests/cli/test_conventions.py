@@ -62,6 +62,16 @@ def test_help_is_light_and_complete(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_help_names_values_plainly(name: str) -> None:
+    text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+    usage = text.partition("Examples:")[0].partition("─ Options ─")
+    assert "{" not in usage[0], text
+    own = usage[2].splitlines()
+    assert not [line for line in own if re.search(r"<[a-z][a-z0-9| ]*>", line)], text
+    assert not [line for line in own if re.search(r"--(json|debug|overwrite|help)\s+[A-Z]+\b", line)], text
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_option_is_one_line(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--no-such-option"])
     assert (result.exit_code, result.stdout) == (2, "")

@@ -115,7 +115,10 @@ def test_complaints(folders: Path, tmp_path: Path) -> None:
     for base, out in ((tmp_path / "narrow", tmp_path / "adapter"), (folders / "base", tmp_path / "keys")):
         save_adapter(base, cls, out, target_modules=["k_proj"])
     for args, words in (
-        ((folders / "one", folders / "none"), "there is no such folder"),
+        (
+            (folders / "one", folders / "none"),
+            "there is no such folder. Give a PEFT folder: it holds",
+        ),
         ((folders / "one", folders / "base"), "there is no adapter_config.json"),
         ((folders / "one", folders / "full"), "Give the base model"),
         ((tmp_path / "keys", tmp_path / "adapter"), "They are not of one model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,80 @@ def test_an_encoder_and_decoder(tmp_path: Path) -> None:
         assert row["completion"] == tokenizer.decode(out[0], skip_special_tokens=True)
 
 
+def _bart(kind: str, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.MBartConfig(
+        vocab_size=len(WORDS), d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, init_std=0.5,
+        eos_token_id=0, pad_token_id=1, bos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None, **sizes,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config)
+
+
+def _recurrent_gemma() -> Any:
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        lru_width=16, attention_window_size=8, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: _bart("MBartForConditionalGeneration"),  # the encoder counts positions from the left
+        lambda: _bart("MBartForCausalLM", is_decoder=True),  # so does the decoder, and takes no other count
+        _recurrent_gemma,  # carries what stands before a row on into it
+    ],
+    ids=["encoder", "decoder", "recurrent"],
+)
+def test_no_row_sees_how_long_the_others_are(model: Any, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")
+    words(tmp_path / "model")
+    file = jsonl(tmp_path / "p.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
+    common = ("--model", tmp_path / "model", "--max-tokens", 8)
+    rows = printed(*common, "-f", file)["results"]
+    alone = [printed(*common, "-p", prompt)["completion"] for prompt in PROMPTS]
+    assert [row["completion"] for row in rows] == alone
+    assert len(set(alone)) > 2
+
+
+def test_what_the_folder_says_of_generation_breaks_no_rows(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "model", tmp_path / "model")
+    file = jsonl(tmp_path / "p.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
+    args = ("--model", tmp_path / "model", "-f", file, "--max-tokens", 6, "--temperature", 1)
+    before = printed(*args)["results"]
+    settings = tmp_path / "model" / "generation_config.json"
+    own = json.loads(settings.read_text())
+    settings.write_text(
+        json.dumps(own | {"num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True})
+    )
+    assert printed(*args)["results"] == before
+    settings.write_text(json.dumps(own | {"prompt_lookup_num_tokens": 2}))
+    assert "transformers refuses to generate" in complaint(*args)
+
+
+def test_the_tokenizers_end_token_ends_an_answer_too(folders: Path, tmp_path: Path) -> None:
+    """It is what training puts after a completion, whatever token the folder's settings name."""
+    shutil.copytree(folders / "model", tmp_path / "model")
+    args = ("--model", tmp_path / "model", "-p", PROMPTS[0], "--max-tokens", 6)
+    first = printed(*args)["completion"].split()
+    settings = tmp_path / "model" / "generation_config.json"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = first[1]
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 0}))
+    found = printed(*args)
+    assert (found["tokens"], found["ended"]) == (2, True)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [0, WORDS.index(first[0])]}))
+    found = printed(*args)
+    assert (found["tokens"], found["ended"]) == (1, True)
+
+
 def test_packed_weights(folders: Path) -> None:
     from funclora.pipeline.base import load_base, load_tokenizer
     from funclora.pipeline.settings import Settings
@@ -379,6 +454,26 @@ def test_records_that_cannot_be_used(
     assert message in complaint(folders / "adapters", "--model", folders / "model", "-f", file)
 
 
+@pytest.mark.parametrize(
+    ("args", "words_"),
+    [
+        (("--temperature", "1e-45"), "--temperature: expected 0, or 0.001 at least, got 1e-45."),
+        (("--temperature", "1", "--seed", "9" * 20), "--seed: expected a number of 64 bits"),
+    ],
+)
+def test_numbers_that_torch_cannot_take(folders: Path, args: tuple[str, ...], words_: str) -> None:
+    assert words_ in complaint("--model", folders / "model", "-p", "w1", *args)
+
+
+def test_bytes_that_are_no_text(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a terminal or a pipe of another encoding gives them."""
+    for chat in ([], ["--chat"]):
+        args = ("--model", folders / "model", *chat)
+        assert "--prompt: holds bytes that are not UTF-8: 'w1 \\udcff'. Give" in complaint(*args, "-p", "w1 \udcff")
+        monkeypatch.setattr("funclora.cli.generate._line", lambda sign: "w1 \udcff")
+        assert "line 1: holds bytes that are not UTF-8" in complaint(*args)
+
+
 def test_a_tokenizer_of_another_model(folders: Path, tmp_path: Path) -> None:
     llama(words=10).save_pretrained(tmp_path / "model")
     words(tmp_path / "model", template=None)
@@ -408,5 +503,5 @@ def test_adapters_of_another_model(folders: Path, tmp_path: Path) -> None:
         messages.append(complaint(saved(model, **options), "--model", folders / "model", "-p", "w1"))
         assert words_ in messages[-1]
         assert f"Is {folders / 'model'} its base model? adapter_config.json names 'theirs'." in messages[-1]
-    assert "(resize_token_embeddings)" in messages[-1]
+    assert "model.resize_token_embeddings(70)" in messages[-1]
     assert "Is the demo's base its base model?" in complaint(folders / "adapters" / "ad-0", "-p", "x")

@@ -148,7 +148,7 @@ def test_a_model_alone_and_next_to_its_base(folders: Path) -> None:
 def test_the_table(folders: Path) -> None:
     result = run(folders / "lora", "--base", folders / "base")
     assert result.exit_code == 0, result.output
-    for words in ("use_rslora=True", "LoRA", "share", "eff. rank", "4 weights", "% of the base's"):
+    for words in ("use_rslora=True", "LoRA", "share", "eff. rank", "4 weights", "% of their ‖W‖"):
         assert words in result.stdout, result.stdout
 
 
@@ -187,14 +187,17 @@ def test_complaints(folders: Path, tmp_path: Path) -> None:
     save_file({key: tensor / 0 for key, tensor in stored.items()}, infinite / "adapter_model.safetensors")
     (tmp_path / "file").write_text("")
     for args, words in (
-        ((tmp_path / "none",), "there is no such folder"),
+        ((tmp_path / "none",), "there is no such folder. Give a PEFT folder, or that of a transformers model."),
         ((tmp_path / "file",), "there is no such folder"),
         ((tmp_path,), "neither adapter_config.json (an adapter) nor config.json (a model)"),
         ((folders,), "There are adapters in"),
         ((folders / "full",), "Give the base model"),
         ((broken,), "is not a safetensors file"),
         ((infinite,), "NaN or infinity"),
-        ((folders / "lora", "--base", tmp_path / "none"), "there is no such folder"),
+        (
+            (folders / "lora", "--base", tmp_path / "none"),
+            "there is no such folder. Give that of a transformers model.",
+        ),
         ((folders / "lora", "--base", folders / "moe"), "matches no module"),
         ((folders / "tuned", "--base", folders / "moe"), "they are not of one model"),
         ((folders / "lora", "--plot", "x.jpg"), "--plot: expected the name of a .png file"),

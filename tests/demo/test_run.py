@@ -49,6 +49,28 @@ def test_everything_promised_is_there_and_true(tmp_path: Path) -> None:
     assert not torch.equal(merged["layers.0.attn.q_proj.weight"], params["layers.0.attn.q_proj.weight"])
 
 
+def test_a_picture_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from funclora.demo.plot import heatmap
+
+    def draw() -> None:
+        heatmap({"": [[-1.0]]}, ["adapter"], ["file"], tmp_path / "heatmap.png", label="loss", title="gains")
+
+    def full(self: Figure, file: Path, **options: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    draw()
+    before = (tmp_path / "heatmap.png").read_bytes()
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        draw()
+    assert [file.name for file in tmp_path.iterdir()] == ["heatmap.png"]
+    assert (tmp_path / "heatmap.png").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_names_its_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import byte_base, data, run, same, settings
 
+import funclora as fl
 from funclora.errors import ConfigError, FormatError, FuncloraError
 from funclora.pipeline import checkpoint
 from funclora.pipeline.base import Base
@@ -202,6 +203,12 @@ def test_a_fingerprint_is_that_of_the_weights() -> None:
     assert plain == fingerprint(strided)
     for other in ({"a": params["a"] + 1}, {"b": params["b"].float()}, {"b": params["b"].T}, {"d": params["a"]}):
         assert fingerprint(params | other) != plain
+
+
+def test_a_fingerprint_of_packed_weights_is_that_of_what_they_hold() -> None:
+    weight = torch.randn(64, 64)
+    one, same, other = (fl.quantize({"a": w}, ["a"], "nf4") for w in (weight, weight.clone(), -weight))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
 
 
 # --- broken files ----------------------------------------------------------------------------------------------

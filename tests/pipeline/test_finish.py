@@ -20,7 +20,7 @@ import funclora as fl
 from funclora.errors import ConfigError
 from funclora.pipeline.adapters import Start
 from funclora.pipeline.examples import Data, prepare
-from funclora.pipeline.finish import check_results, finish, rehearse
+from funclora.pipeline.finish import card, check_results, finish, rehearse
 from funclora.pipeline.loop import Outcome
 from funclora.pipeline.run import run
 from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
@@ -108,18 +108,41 @@ def test_what_was_not_in_the_folder_is_in_the_adapter(folders: dict[str, Path], 
     assert (config["task_type"], config["base_model_name_or_path"]) == ("SEQ_CLS", str(folders["bert"]))
 
 
-@pytest.mark.parametrize(("task", "kind"), [(CAUSAL, "gpt2"), (SEQUENCE, "llama"), (SEQUENCE, "gpt2")])
-def test_other_architectures(folders: dict[str, Path], tmp_path: Path, task: str, kind: str) -> None:
-    settings, start, data = begun(folders[kind], task, tmp_path, merge=True)
-    outcome, base = trained(start), start.base
-    expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), batch(task))
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_head_of_the_folder_is_trained_on(tmp_path: Path, kind: str, quantize: str) -> None:
+    folder = task_models.save_classifier(tmp_path / "model", kind, ("verb", "colour", "beast"))
+    settings, start, data = begun(folder, SEQUENCE, tmp_path, quantize=quantize, merge=True)
+    base, outcome = start.base, trained(start)
+    assert (base.new, data.classes) == ((), ("verb", "colour", "beast"))
+    expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), batch(SEQUENCE))
     adapter, merged = finish(start, outcome, data, settings)
-    plain = base_of(folders[kind], task)
+    if quantize == "none":
+        theirs = peft.PeftModel.from_pretrained(base_of(folder, SEQUENCE), adapter)
+        torch.testing.assert_close(logits(theirs, batch(SEQUENCE)), expected, rtol=1e-4, atol=1e-4)
+        whole = task_models.CLASSES[SEQUENCE].from_pretrained(merged)
+        torch.testing.assert_close(logits(whole, batch(SEQUENCE)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [(CAUSAL, "gpt2"), (SEQUENCE, "llama"), (SEQUENCE, "gpt2"), (SEQUENCE, "roberta"), (TOKEN, "roberta"),
+     (SEQUENCE, "bart")],
+)  # fmt: skip
+def test_other_architectures(folders: dict[str, Path], tmp_path: Path, task: str, kind: str) -> None:
+    folder = folders.get(kind) or task_models.save(tmp_path / "model", kind)
+    settings, start, data = begun(folder, task, tmp_path, merge=True)
+    outcome, base = trained(start), start.base
+    given = batch(task)
+    given["input_ids"][:, -1] = base.tokenizer.eos_token_id  # BART classifies there
+    expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), given)
+    adapter, merged = finish(start, outcome, data, settings)
+    plain = base_of(folder, task)
     plain.config.pad_token_id = base.tokenizer.pad_token_id
     theirs = peft.PeftModel.from_pretrained(plain, adapter)
-    torch.testing.assert_close(logits(theirs, batch(task)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(theirs, given), expected, rtol=1e-4, atol=1e-4)
     whole = task_models.CLASSES[task].from_pretrained(merged)
-    torch.testing.assert_close(logits(whole, batch(task)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(whole, given), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("init", ["true", "pissa", "loftq"])
@@ -193,6 +216,36 @@ def test_the_card_says_what_it_is_and_its_code_runs(
     assert logits(names["model"], names["tokenizer"]("the dog", return_tensors="pt")).shape == (1, 3)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_cards_code_classifies_a_batch_as_the_run_did(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "gpt2":  # without a padding token
+        folder = task_models.save(tmp_path / "model", kind)
+        tokens = AutoTokenizer.from_pretrained(folder)
+        tokens.pad_token = None
+        tokens.save_pretrained(folder)
+    else:  # with a head of another size
+        folder = task_models.save_classifier(tmp_path / "model", kind, ("a", "b"))
+    settings, start, data = begun(folder, SEQUENCE, tmp_path)
+    base, outcome = start.base, trained(start)
+    (adapter,) = finish(start, outcome, data, settings)
+    monkeypatch.chdir(adapter.parent)
+    names: dict[str, Any] = {}
+    code = (adapter / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(compile(code, "README.md", "exec"), names)
+    given = names["tokenizer"](["the dog runs", "a"], return_tensors="pt", padding=True)
+    given = {key: given[key] for key in ("input_ids", "attention_mask")}
+    expected = base.logits(fl.bind(base.model, base.params, outcome.adapters), given)
+    torch.testing.assert_close(logits(names["model"], given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_card_counts_packed_examples(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings, start, data = begun(folders["llama"], CAUSAL, tmp_path, packing=True)
+    assert len(data.train) < 12
+    assert "12 examples" in card(start, trained(start), data, settings).partition("## Data")[0]
+
+
 def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str, Path], tmp_path: Path) -> None:
     settings, start, data = begun(folders["llama"], CAUSAL, tmp_path, merge=True)
     adapter, _ = finish(start, trained(start), data, settings)
@@ -203,6 +256,14 @@ def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str
     finish(start, trained(start), data, replace(settings, resume=True))
     assert not (adapter / "other").exists()
     assert sorted(path.name for path in settings.out.iterdir()) == ["adapter", "merged"]
+
+
+def test_a_run_in_a_folder_that_it_reads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for key in ("model", "data", "validation"):
+        given: Any = {"model": tmp_path / "m", "data": tmp_path / "d", "out": tmp_path / "texts" / "run"}
+        with pytest.raises(ConfigError, match=r"^out: .*run lies in .*texts, which is read. Give another folder with"):
+            check_results(Settings(**given | {key: tmp_path / "texts"}))
 
 
 def test_what_could_not_be_written_is_not_trained(

@@ -341,6 +341,12 @@ def test_patience_without_evaluations_is_refused(tmp_path: Path) -> None:
         run(settings(tmp_path, patience=1))
 
 
+def test_evaluations_of_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval_every=2: there is nothing to evaluate on. Give --validation"):
+        run(settings(tmp_path, eval_every=2), rows=data(validation=0))
+    run(settings(tmp_path, eval_every=2, sample=("a",), sample_tokens=1), rows=data(validation=0))
+
+
 def test_lines_are_means_of_the_steps_since_the_last(tmp_path: Path) -> None:
     each, _ = run(settings(tmp_path / "each", steps=7))
     some, _ = run(settings(tmp_path / "some", steps=7, log_every=3))

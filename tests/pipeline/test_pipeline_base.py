@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import task_models
+import text_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -110,6 +113,32 @@ def test_a_prompt_that_leaves_no_room_is_read_from_its_end(folders: dict[str, Pa
     assert base.generate(bound, long, 8) == base.generate(bound, base.tokenizer.decode(ids[-120:]), 8)
     with pytest.raises(ConfigError, match="an empty prompt"):
         base.generate(bound, "", 8)
+
+
+def test_a_prompt_is_not_ended(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = loaded(folders["llama"], CAUSAL)
+    ends = dataclasses.replace(base, tokenizer=text_models.tokenizer(begins=True, ends=True))
+    bound = fl.bind(base.model, base.params, {})
+    assert ends.generate(bound, "red dog", 6) == base.generate(bound, "red dog", 6)
+
+
+@pytest.mark.parametrize(("task", "kind"), [(SEQUENCE, "bert"), (SEQ2SEQ, "t5")])
+def test_a_long_prompt_is_cut_as_in_training(folders: dict[str, Path], task: str, kind: str) -> None:
+    base = dataclasses.replace(loaded(folders[kind], task), limit=8)
+    seen = []
+
+    class Seen:
+        def __call__(self, input_ids: Tensor, **given: Any) -> Any:
+            seen.append(input_ids)
+            return bound(input_ids=input_ids, **given)
+
+        def generate(self, input_ids: Tensor, **given: Any) -> Any:
+            seen.append(input_ids)
+            return bound.generate(input_ids=input_ids, **given)
+
+    bound: Any = fl.bind(base.model, base.params, {})
+    base.generate(Seen(), "abcdefghijkl", 2)
+    assert base.tokenizer.decode(seen[0][0]) == "abcdefg</s>"
 
 
 def test_what_a_classifier_says_is_a_class(folders: dict[str, Path]) -> None:
@@ -302,6 +331,18 @@ def test_a_model_without_a_form_for_the_task(folders: dict[str, Path]) -> None:
     for task in TASKS[1:]:
         with pytest.raises(ConfigError, match=f"the demo's base is a causal language model, and {task} needs another"):
             load_base(Settings(task=task), ByteTokenizer())
+
+
+def test_an_encoder_is_no_causal_model_unless_it_is_made_one(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel\) sees the tokens that it is to predict, .*is_decoder"):
+        loaded(folders["bert"], CAUSAL)
+    assert not caplog.records
+    shutil.copytree(folders["bert"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    loaded(tmp_path, CAUSAL)
 
 
 def test_devices_that_are_not_there() -> None:

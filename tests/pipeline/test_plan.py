@@ -81,6 +81,11 @@ def test_memory_counts_packed_weights_as_packed(folders: dict[str, Path], tmp_pa
     assert sizes[1] < sizes[0]
 
 
+def test_a_warmup_longer_than_what_is_tried_out(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = settings_of(folders, CAUSAL, tmp_path, "prompt", batch=2, epochs=2.0, warmup=4.0)
+    assert plan(ready(settings, tmp_path)).steps == 12
+
+
 def test_a_plan_changes_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
     made = ready(settings_of(folders, CAUSAL, tmp_path, "prompt", dropout=0.5), tmp_path)
     start = made.start
@@ -107,7 +112,7 @@ def test_examples_show_their_loss(folders: dict[str, Path], tmp_path: Path) -> N
     sequence = first(SEQUENCE)
     assert (sequence.parts, sequence.answer) == ((("the red</s>", False),), "colour")
     assert first(SEQ2SEQ).parts == (("double red</s>", False), ("red red</s>", True))
-    assert "r/W" in first(TOKEN).answer
+    assert first(TOKEN).answer == "a/O red/W x/O"
     assert first(TOKEN).source == "train.jsonl:1"
 
 

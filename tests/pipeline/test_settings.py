@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from funclora.errors import ConfigError, FormatError, FuncloraError
 from funclora.pipeline.reading import as_toml, kind_of, option, read, write
-from funclora.pipeline.settings import TASKS, Settings
+from funclora.pipeline.settings import SEQ2SEQ, TASKS, TOKEN, Settings
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 VALID: dict[str, st.SearchStrategy[Any]] = {
@@ -41,7 +41,10 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def overrides(draw: st.DrawFn) -> dict[str, Any]:
     keys = draw(st.sets(st.sampled_from(sorted(VALID))))
-    return {key: draw(VALID[key]) for key in sorted(keys)}
+    values = {key: draw(VALID[key]) for key in sorted(keys)}
+    if "text_field" in values and values.get("task") in (SEQ2SEQ, TOKEN):  # which read other fields
+        del values["text_field"]
+    return values
 
 
 @given(overrides())
@@ -120,7 +123,11 @@ def test_a_value_of_any_kind_is_taken_or_refused_by_the_name_of_its_option(key: 
         (".toml", "init = 'pisa'", "init: expected one of .*, got 'pisa'. Near names: pissa"),
         (".toml", "init = 'loftq'", "init: loftq makes up for 4-bit weights"),
         (".toml", "double_quant = true", "double_quant: only nf4 and fp4 have scales"),
-        (".toml", "packing = true\ntask = 'seq2seq'", "packing: only causal-lm packs"),
+        (".toml", "packing = true\ntask = 'seq2seq'", "packing: only causal-lm looks at it, and the task is seq2seq"),
+        (".toml", "train_on = 'all'\ntask = 'seq2seq'", "train_on: only causal-lm looks at it"),
+        (".toml", "text_field = 'x'\ntask = 'seq2seq'", "text_field: only causal-lm and sequence-classification look "),
+        (".toml", "label_field = 'x'", "label_field: only sequence-classification and token-classification look at"),
+        (".toml", "sample_tokens = 3", "sample_tokens: there is no prompt to continue. Give --sample too"),
         (".toml", "patience = 2", "patience: needs evaluations to wait for"),
         (".toml", "model = 'm'", "--data: there is nothing to train m on"),
         (".txt", "rank = 3", r"expected a .toml or .yaml file"),

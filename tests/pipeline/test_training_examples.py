@@ -219,6 +219,14 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tmp_path: Path) -> No
     assert (ends.decode(pair.ids), said(ends, pair)) == ("<s>abcd</s>", ["cd</s>"])
 
 
+def test_start_and_end_tokens_of_both_text_and_tokenizer_are_counted(tmp_path: Path) -> None:
+    data = examples(tmp_path, [{"text": "<s>ab</s>"}, {"text": "cd"}], tokenizer(begins=True, ends=True))
+    assert data.notes == [
+        f"1 example that {what} token twice: the text's and the tokenizer's; the first is {tmp_path}/data.jsonl:1."
+        for what in ("begin with the start", "end with the end")
+    ]
+
+
 def test_a_prompt_that_merges_with_its_completion_is_counted(tmp_path: Path) -> None:
     tokens = tokenizer(merges=[("t", "h")])
     data = examples(tmp_path, PAIRS, tokens)
@@ -327,9 +335,7 @@ def test_settings_that_contradict_themselves(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": None}, "data: expected a file"),
         ({"context": 1}, "context: expected 2 tokens or more"),
-        ({"packing": True, "task": SEQUENCE}, "packing: is for task causal-lm"),
         ({"packing": True, "model": None}, "packing: the demo's base cannot"),
-        ({"validation_split": 1.0}, "validation_split: expected a share from 0 to below 1"),
         ({"validation_split": 0.9}, "validation_split: 0.9 of 4 leaves nothing"),
     ]
     for settings, message in cases:
@@ -384,6 +390,29 @@ def test_classes_are_sorted(tmp_path: Path, labels: list[Any], classes: tuple[st
     assert f"{len(classes)} classes: {', '.join(classes)}." in data.notes
 
 
+@pytest.mark.parametrize(
+    ("known", "classes"), [(("b", "c", "a"), ("b", "c", "a")), (("b", "x"), ("a", "b")), ((), ("a", "b"))]
+)
+def test_classes_that_the_model_knows_have_its_order(
+    tmp_path: Path, known: tuple[str, ...], classes: tuple[str, ...]
+) -> None:
+    file = jsonl(tmp_path / "data.jsonl", [{"text": "x", "label": label} for label in "ab"])
+    settings = Settings(data=file, model=MODEL, task=SEQUENCE, validation_split=0.0)
+    data = prepare(settings, tokenizer(), None, known)
+    assert data.classes == classes
+    assert [classes[example.labels[0]] for example in data.train] == ["a", "b"]
+    assert ("The model's head is of other classes: b, x." in data.notes) == ("x" in known)
+    assert ("No training example is of class c." in data.notes) == ("c" in known)
+
+
+def test_a_class_that_only_the_validation_has_is_named(tmp_path: Path) -> None:
+    rows = [{"text": "x", "label": label} for label in "abc"]
+    held = jsonl(tmp_path / "held.jsonl", rows)
+    data = examples(tmp_path, rows[:2], tokenizer(), task=SEQUENCE, validation=held)
+    assert data.classes == ("a", "b", "c")
+    assert "No training example is of class c." in data.notes
+
+
 def test_classes_of_words_are_at_their_first_tokens(tmp_path: Path) -> None:
     tokens = tokenizer(begins=True, ends=True)
     rows: Rows = [
@@ -392,20 +421,29 @@ def test_classes_of_words_are_at_their_first_tokens(tmp_path: Path) -> None:
         {"tokens": ["a", "", "b"], "ner": ["O", "B", "I"]},
         {"tokens": [], "ner": []},
     ]
-    data = examples(tmp_path, rows, tokens, task=TOKEN, label_field="ner", context=9)
+    data = examples(tmp_path, rows, tokens, task=TOKEN, label_field="ner", context=12)
     assert data.classes == ("B", "I", "O")
     x = IGNORED
     assert [example.labels for example in data.train] == [
-        [x, 0, x, 2, 1, x, x, x],
-        [x, 1, x, x, x, x, x, x, x],
-        [x, 2, 1, x],
+        [x, 0, x, 2, x, 1, x, x, x, x],
+        [x, 1, *[x] * 10],
+        [x, 2, 1, x, x],
     ]
     assert all(len(example.ids) == len(example.labels) for example in data.train)
     assert [note.split(";")[0] for note in data.notes][1:] == [
-        "1 example cut off after 9 tokens",
+        "1 example cut off after 12 tokens",
         "1 example with words that have no token, whose classes are lost",
         "1 example without tokens left out",
     ]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_words_are_apart(tmp_path: Path, prefix: bool) -> None:
+    tokens = tokenizer(prefix=prefix)
+    data = examples(tmp_path, [{"tokens": ["a", "red", "x"], "label": ["O", "W", "O"]}], tokens, task=TOKEN)
+    (example,) = data.train
+    assert tokens.decode(example.ids).strip() == "a red x"
+    assert [label for label in example.labels if label != IGNORED] == [0, 1, 0]
 
 
 def test_pairs_of_a_translation(tmp_path: Path) -> None:
@@ -443,7 +481,7 @@ def test_of_one_long_text_the_end_is_held_out(tmp_path: Path) -> None:
     assert len(data.validation) == 4
     few = prepare(Settings(data=tmp_path / "a.txt", context=300), ByteTokenizer(), None)
     assert (len(few.train), few.validation) == (2, [])
-    assert "0 of 2 examples are held out for evaluation." in few.notes
+    assert any(note.startswith("No example is held out for evaluation: 2 are too few for") for note in few.notes)
 
 
 def test_a_file_of_validation(tmp_path: Path) -> None:
