@@ -70,24 +70,28 @@ def _option(key: str, default: Any, metadata: Any) -> inspect.Parameter:
     kind, _ = kind_of(key)
     name = option(key)
     words = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "TEXT"}
-    common = {
-        "help": metadata["help"] + (" Repeat for more." if kind is tuple else ""),
+    said = [
+        metadata["help"],
+        "Repeat for more." if kind is tuple else "",
+        f"One of {', '.join(metadata['choices'])}." if "choices" in metadata else "",
+        # Typer would put parentheses around a default that is a text, and all options are read as texts.
+        f"Default: {_words(default)}." if default is not None and default != () else "",
+    ]
+    common: dict[str, Any] = {
+        "help": " ".join(filter(None, said)),
         "rich_help_panel": metadata["group"],
-        "show_default": _default(default),
+        "show_default": False,
     }
     annotation: Any
     if kind is bool:
         annotation = Annotated[bool | None, typer.Option(f"{name}/--no-{name[2:]}", **common)]
     else:
-        metavar = "|".join(metadata["choices"]) if "choices" in metadata else words[kind]
         given = list[str] | None if kind is tuple else str | None
-        annotation = Annotated[given, typer.Option(name, metavar=metavar, **common)]
+        annotation = Annotated[given, typer.Option(name, metavar=words[kind], **common)]
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _default(value: Any) -> Any:
-    if value is None or value == ():
-        return False
+def _words(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
