@@ -183,10 +183,14 @@ def shown(base: Base, example: Example) -> Shown:
 
 def _runs(base: Base, example: Example) -> tuple[tuple[str, bool], ...]:
     """Stretches of tokens with loss and without."""
+    losses = [label != IGNORED for label in example.labels]
+    # Nothing comes before the first token that could foretell it. A part of a letter cannot be shown apart.
+    if base.task == CAUSAL and "\N{REPLACEMENT CHARACTER}" not in _text(base, example.ids[:1]):
+        losses[0] = False
     runs: list[tuple[list[int], bool]] = []
-    for i, label in zip(example.ids, example.labels, strict=True):
-        if not runs or runs[-1][1] != (label != IGNORED):
-            runs.append(([], label != IGNORED))
+    for i, loss in zip(example.ids, losses, strict=True):
+        if not runs or runs[-1][1] != loss:
+            runs.append(([], loss))
         runs[-1][0].append(i)
     return tuple((_text(base, ids), loss) for ids, loss in runs)
 

@@ -107,8 +107,8 @@ def test_examples_show_their_loss(folders: dict[str, Path], tmp_path: Path) -> N
         return shown(made.start.base, made.data.train[0])
 
     assert first(CAUSAL, "prompt").parts == (("<s>0 + 0 =", False), (" 0</s>", True))
-    assert first(CAUSAL, "prompt", train_on="all").parts[-1][1]
-    assert first(CAUSAL, "text").parts[0][1]
+    assert first(CAUSAL, "prompt", train_on="all").parts == (("<s>", False), ("0 + 0 = 0</s>", True))
+    assert [loss for _, loss in first(CAUSAL, "text").parts] == [False, True]
     sequence = first(SEQUENCE)
     assert (sequence.parts, sequence.answer) == ((("the red</s>", False),), "colour")
     assert first(SEQ2SEQ).parts == (("double red</s>", False), ("red red</s>", True))
@@ -120,9 +120,9 @@ def test_long_examples_are_cut_for_people(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("abc " * 2000)
     settings = Settings(data=tmp_path / "long.txt", validation_split=0.0)
     made = ready(settings, tmp_path)
-    assert len(shown(made.start.base, made.data.train[0]).parts[0][0]) <= 256
+    assert len(shown(made.start.base, made.data.train[0]).parts[1][0]) <= 256
     # A base that reads more.
     example = replace(made.data.train[0], ids=[97] * 5000, labels=[97] * 5000)
-    (part,) = shown(made.start.base, example).parts
+    _, part = shown(made.start.base, example).parts
     assert part[0].endswith("aaa ...")
     assert len(part[0]) == 1204
