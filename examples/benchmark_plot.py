@@ -171,7 +171,8 @@ the rounds; a ratio is the median of the ratios within each round, with the lowe
   per layer.
 - One token (one image) is the time of a call that follows another by the same contender.
 
-[benchmarks.json](benchmarks.json) has the seconds of every round.
+[benchmarks.json](benchmarks.json) has the seconds of every round. The loop of `funclora train` has
+[a page of its own](benchmarks-train.md).
 """
 
 
