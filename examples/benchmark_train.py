@@ -150,7 +150,7 @@ def theirs(base: Base, data: Data, start: Path, settings: Settings) -> Run:
         data_collator=lambda rows: collate(rows, pad=base.tokenizer.pad_token_id, task=CAUSAL),
     )  # fmt: skip
     order = {id(row): i for i, row in enumerate(data.train)}
-    batches = _batches(base, data, settings)
+    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
     trainer.rows = [order[id(row)] for k in range(settings.steps or 0) for row in batches.rows(k)]
     with contextlib.redirect_stdout(io.StringIO()):  # a dict for every step
         trainer.train()
@@ -159,13 +159,6 @@ def theirs(base: Base, data: Data, start: Path, settings: Settings) -> Run:
 
 def _steps(times: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
-
-
-def _batches(base: Base, data: Data, settings: Settings) -> Batches:
-    return Batches(
-        data.train, batch=settings.batch, accumulation=1, seed=settings.seed, pad=base.tokenizer.pad_token_id,
-        task=CAUSAL,
-    )  # fmt: skip
 
 
 def compare(method: str, options: argparse.Namespace, folder: Path) -> Result:
@@ -190,7 +183,7 @@ def compare(method: str, options: argparse.Namespace, folder: Path) -> Result:
         name: statistics.median(second for run in some for second in run.seconds[SKIPPED:])
         for name, some in runs.items()
     }
-    batches = _batches(base, data, settings)
+    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
     tokens = statistics.mean(
         int(batch["attention_mask"].sum()) for k in range(options.steps) for batch in batches.step(k)
     )

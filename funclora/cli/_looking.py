@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from funclora.cli._output import print_json
+
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from funclora.io._diff import Difference
+    from funclora.io._inspect import Inspection
+
+Found = TypeVar("Found", "Difference", "Inspection")
 
 Plot = Annotated[Path | None, typer.Option(help="Draw it too, as this PNG file. Needs matplotlib.", show_default=False)]
 
@@ -43,6 +50,22 @@ def bar(words: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("reading", total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total, description=words)
+
+
+def tell(found: Found, plot: Path | None, *, as_json: bool, show: Callable[[Found, Path | None], None]) -> None:
+    """What was found: its notes as warnings, the picture if there is to be one, and JSON or what `show` prints."""
+    import warnings
+
+    from funclora.errors import PeftFormatWarning
+
+    for note in found.notes:
+        warnings.warn(note, PeftFormatWarning, stacklevel=2)
+    if plot is not None:
+        found.plot(plot)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show(found, plot)
 
 
 def weights() -> Table:

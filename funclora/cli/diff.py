@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, short, weights, words
-from funclora.cli._output import AsJson, print_json
+from funclora.cli._looking import Plot, bar, between, check_plot, number, short, tell, weights, words
+from funclora.cli._output import AsJson
 
 if TYPE_CHECKING:
     from funclora.io._diff import Difference
@@ -40,19 +40,7 @@ def diff(
         from funclora.io._diff import diff_folders
 
         found = diff_folders(a, b, base, progress=progress)
-    if found.notes:
-        import warnings
-
-        from funclora.errors import PeftFormatWarning
-
-        for note in found.notes:
-            warnings.warn(note, PeftFormatWarning, stacklevel=1)
-    if plot is not None:
-        found.plot(plot)
-    if json:
-        print_json(found.to_dict())
-    else:
-        _print(found, plot)
+    tell(found, plot, as_json=json, show=_print)
 
 
 def _print(found: Difference, plot: Path | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from funclora.cli._looking import bar
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -44,20 +45,12 @@ def extract(
         funclora extract base tuned -o adapter --rank 16 --targets q_proj --targets v_proj --save-rest
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from funclora.errors import ConfigError
 
     if save_rest and ignore_rest:
         raise ConfigError("--save-rest and --ignore-rest: give one of them.")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description="weights")
-
+    with bar("weights") as progress:
         from funclora.io.extract import extract_adapter
 
         report = extract_adapter(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, same, short, size, weights, words
-from funclora.cli._output import AsJson, print_json
+from funclora.cli._looking import Plot, bar, between, check_plot, number, same, short, size, tell, weights, words
+from funclora.cli._output import AsJson
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,22 +48,7 @@ def inspect(
         from funclora.io._inspect import inspect_folder
 
         found = inspect_folder(path, base, singular=not norms, progress=progress)
-    _warn(found.notes)
-    if plot is not None:
-        found.plot(plot)
-    if json:
-        print_json(found.to_dict())
-    else:
-        _print(found, plot)
-
-
-def _warn(notes: tuple[str, ...]) -> None:
-    import warnings
-
-    from funclora.errors import PeftFormatWarning
-
-    for note in notes:
-        warnings.warn(note, PeftFormatWarning, stacklevel=2)
+    tell(found, plot, as_json=json, show=_print)
 
 
 def _print(found: Inspection, plot: Path | None) -> None:

@@ -13,7 +13,7 @@ from funclora._init import generator_of
 from funclora.errors import ConfigError
 from funclora.pipeline.packing import is_packed, positions
 from funclora.pipeline.rows import IGNORED, Example
-from funclora.pipeline.settings import SEQUENCE
+from funclora.pipeline.settings import SEQUENCE, Settings
 
 
 def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | None = None) -> dict[str, Tensor]:
@@ -93,6 +93,18 @@ class Batches:
         self._examples, self._batch, self._rows = examples, batch, batch * accumulation
         self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples)
         self._order: tuple[int, list[int]] = (-1, [])  # of the epoch that was asked for last
+
+    @classmethod
+    def of(cls, settings: Settings, examples: Sequence[Example], pad: int) -> Batches:
+        """The batches of a run."""
+        return cls(
+            examples,
+            batch=settings.batch,
+            accumulation=settings.accumulation,
+            seed=settings.seed,
+            pad=pad,
+            task=settings.task,
+        )
 
     def step(self, k: int) -> list[dict[str, Tensor]]:
         """The micro-batches of step k, which counts from 0 over all epochs."""

@@ -107,13 +107,6 @@ def _token(tokenizer: Any, i: int) -> str:
 
 def _first_batches(base: Base, data: Data, settings: Settings) -> Iterator[Batch]:
     """The batches of the first steps, made only when they are asked for."""
-    batches = Batches(
-        data.train,
-        batch=settings.batch,
-        accumulation=settings.accumulation,
-        seed=settings.seed,
-        pad=base.tokenizer.pad_token_id,
-        task=settings.task,
-    )
+    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
     for k in range(min(EVA_STEPS, batches.steps_per_epoch)):
         yield from batches.step(k)

@@ -66,14 +66,7 @@ class Steps:
         if not data.train:
             raise ConfigError("data: there is no example to train on.")
         self.base, self.seed = base, settings.seed
-        self.batches = Batches(
-            data.train,
-            batch=settings.batch,
-            accumulation=settings.accumulation,
-            seed=settings.seed,
-            pad=base.tokenizer.pad_token_id,
-            task=base.task,
-        )
+        self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
         self.per_epoch = self.batches.steps_per_epoch
         self.total = total_steps(settings, self.per_epoch)
         self.rate = schedule(settings, self.total)
