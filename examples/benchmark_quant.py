@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import funclora as fl
-from funclora._memory import Peak
+from funclora._torch.memory import Peak
 
 
 class Row(NamedTuple):

@@ -31,12 +31,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.utils import logging
 
 import funclora as fl
-from funclora.pipeline.base import Base, load_base, load_tokenizer
-from funclora.pipeline.batches import Batches, collate
-from funclora.pipeline.examples import Data, prepare
-from funclora.pipeline.journal import Journal
-from funclora.pipeline.loop import train
-from funclora.pipeline.settings import CAUSAL, Settings
+from funclora._apps.train.base import Base, load_base, load_tokenizer
+from funclora._apps.train.batches import Batches, collate
+from funclora._apps.train.examples import Data, prepare
+from funclora._apps.train.journal import Journal
+from funclora._apps.train.loop import train
+from funclora._apps.train.settings import CAUSAL, Settings
 
 SKIPPED = 2  # steps of a run that are not timed: the first ones allocate
 

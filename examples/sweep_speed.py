@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 import funclora as fl
+from funclora._apps.sweep.settings import Settings
+from funclora._apps.sweep.space import Member, Space
+from funclora._apps.sweep.task import Task, demo_task
 from funclora.optim import per_member
-from funclora.sweep.settings import Settings
-from funclora.sweep.space import Member, Space
-from funclora.sweep.task import Task, demo_task
 
 
 @dataclass(frozen=True)

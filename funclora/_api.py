@@ -5,31 +5,31 @@ line starts without torch, and `apply` without the readers and writers of files.
 """
 
 from funclora import algebra, analysis, errors, optim
-from funclora._apply import apply, base_params, bind, trace_targets
-from funclora._cache import AdapterCache, CacheStats
-from funclora._config import LoraConfig
-from funclora._decompose import decompose
-from funclora._eva import init_eva
-from funclora._evaluate import evaluate
-from funclora._init import init
-from funclora._merge import merge
-from funclora._module import AdapterModule, as_module
-from funclora._population import per_example_value_and_grad, population_step
-from funclora._quantize import dequantize, quantize
-from funclora._quantized import Quantized
-from funclora._relative import relative_to_original
-from funclora._route import route
-from funclora._rules import Delta, DoRA, Full, LoRA, Rule
-from funclora._stack import Stack, stack, unstack, vmap
-from funclora._summary import summary
-from funclora._tokens import Tied, TrainableTokens
-from funclora._train import train_step, value_and_grad
-from funclora.io._merge_verify import MergeVerification
-from funclora.io.combine import CombinedFolders, combine_peft
-from funclora.io.extract import ExtractedWeight, ExtractReport, extract_adapter
-from funclora.io.gguf import load_gguf, save_gguf
-from funclora.io.hf import MergedWeight, MergeReport, merge_checkpoint
-from funclora.io.peft import load_peft, save_peft
+from funclora._bind.apply import apply, base_params, bind, trace_targets
+from funclora._bind.merge import merge
+from funclora._bind.summary import summary
+from funclora._config.config import LoraConfig
+from funclora._init.decompose import decompose
+from funclora._init.eva import init_eva
+from funclora._init.fresh import init
+from funclora._init.relative import relative_to_original
+from funclora._many.route import route
+from funclora._many.stack import Stack, stack, unstack, vmap
+from funclora._quant.quantize import dequantize, quantize
+from funclora._quant.tensor import Quantized
+from funclora._train.evaluate import evaluate
+from funclora._train.module import AdapterModule, as_module
+from funclora._train.population import per_example_value_and_grad, population_step
+from funclora._train.step import train_step, value_and_grad
+from funclora.io.gguf.adapter import load_gguf, save_gguf
+from funclora.io.hf.extract import ExtractedWeight, ExtractReport, extract_adapter
+from funclora.io.merge.merge import MergedWeight, MergeReport, merge_checkpoint
+from funclora.io.merge.verify import MergeVerification
+from funclora.io.peft.cache import AdapterCache, CacheStats
+from funclora.io.peft.combine import CombinedFolders, combine_peft
+from funclora.io.peft.folder import load_peft, save_peft
+from funclora.rules.base import Delta, DoRA, Full, LoRA, Rule
+from funclora.rules.tokens import Tied, TrainableTokens
 
 __all__ = [
     "AdapterCache",

@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, base_params
-from funclora._layout import (
+from funclora.rules.base import Rule
+from funclora.rules.layouts import (
     Attention,
     Conv,
     Conv1D,
@@ -30,7 +31,6 @@ from funclora._layout import (
     Parameter,
     Recurrent,
 )
-from funclora._rules import Rule
 
 # LoRA, DoRA with either gradient, Full, and all of them in one adapter.
 KINDS = ("lora", "dora", "dora-exact", "full", "mixed")

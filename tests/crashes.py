@@ -22,7 +22,7 @@ import transformers
 
 import funclora as fl
 from funclora.errors import FuncloraError
-from funclora.io.peft import load_peft, save_peft
+from funclora.io.peft.folder import load_peft, save_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STEPS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA
-from funclora._layout import Conv, ConvTranspose, Layout, Matrices
-from funclora._rules import Rule
+from funclora.rules.base import Rule
+from funclora.rules.layouts import Conv, ConvTranspose, Layout, Matrices
 
 
 def tensors(output: Any) -> list[Tensor]:

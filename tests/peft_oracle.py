@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from funclora import LoraConfig, init
 from funclora.errors import PeftFormatWarning
-from funclora.io.peft import load_peft
+from funclora.io.peft.folder import load_peft
 
 IDS = torch.tensor([[1, 2, 3, 10], [4, 0, 2, 2]])
 

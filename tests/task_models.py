@@ -11,7 +11,7 @@ import text_models
 import torch
 import transformers
 
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

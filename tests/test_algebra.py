@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funclora as fl
 from funclora import algebra
-from funclora._layout import (
+from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
+from funclora.rules.base import Rule
+from funclora.rules.layouts import (
     Attention,
     Conv,
     Conv1D,
@@ -29,8 +31,6 @@ from funclora._layout import (
     Parameter,
     Recurrent,
 )
-from funclora._rules import Rule
-from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 
 # Name of a layout -> the layout and the shape of a weight.
 WEIGHTS: dict[str, tuple[Layout, tuple[int, ...]]] = {

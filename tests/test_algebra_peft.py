@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import funclora as fl
 from funclora import algebra
-from funclora._layout import Conv, Conv1D, Embedding, Linear
-from funclora._rules import Rule
 from funclora.errors import ConfigError, ParamsError, UnsupportedError
+from funclora.rules.base import Rule
+from funclora.rules.layouts import Conv, Conv1D, Embedding, Linear
 
 PRUNING: dict[str, Any] = {"density": 0.6}
 # type -> options

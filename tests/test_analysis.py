@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 import funclora as fl
 from funclora import analysis
-from funclora._layout import Conv, ConvTranspose, Layout, Linear, Matrices, Parameter
 from funclora.analysis import _changes, _spectrum
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
+from funclora.rules.layouts import Conv, ConvTranspose, Layout, Linear, Matrices, Parameter
 
 KINDS = ("lora", "dora", "full")
 # A case of every layout.

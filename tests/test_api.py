@@ -22,9 +22,7 @@ def test_names_load_on_first_use() -> None:
 
 
 def test_a_name_loads_what_it_needs() -> None:
-    code = (
-        "import sys, funclora as fl; fl.apply; print('funclora._apply' in sys.modules, 'funclora.io.hf' in sys.modules)"
-    )
+    code = "import sys, funclora as fl; fl.apply; print(*(f'funclora.{m}' in sys.modules for m in ('_bind.apply', 'io.merge.merge')))"
     assert python(code) == "True False"
 
 

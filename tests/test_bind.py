@@ -17,9 +17,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from funclora import LoRA, Rule, apply, base_params, bind, merge, value_and_grad
-from funclora._apply import trace_targets
-from funclora._layout import Conv1D, Embedding, Linear
+from funclora._bind.apply import trace_targets
 from funclora.errors import ParamsError, PurityError, UnsupportedError
+from funclora.rules.layouts import Conv1D, Embedding, Linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning"),

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import funclora as fl
-from funclora import _cache
 from funclora.errors import ConfigError, FormatError
-from funclora.io.peft import load_peft
+from funclora.io.peft.folder import cache as _cache
+from funclora.io.peft.folder import load_peft
 
 SIZE = (4 * 2 + 2 * 3) * 4  # of one adapter, in bytes
 

@@ -15,7 +15,7 @@ from references import REFERENCES, TARGETS
 from torch import Tensor, nn
 
 from funclora import apply, base_params, bind, merge
-from funclora._layout import Embedding, Linear
+from funclora.rules.layouts import Embedding, Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning")
 

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from funclora import LoraConfig, apply, base_params, init, optim, train_step, value_and_grad
-from funclora._layout import Embedding, Linear
 from funclora.demo.model import ByteLM, ByteLMConfig
+from funclora.rules.layouts import Embedding, Linear
 
 pytestmark = [
     # what tracing and inductor themselves bring up

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from funclora import LoraConfig
-from funclora._config import pattern_matches
+from funclora._config.config import pattern_matches
 from funclora.errors import ConfigError, FuncloraError
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj"]}

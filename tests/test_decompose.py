@@ -19,9 +19,8 @@ from peft.utils import loftq_utils
 from torch import Tensor, nn
 
 import funclora as fl
-from funclora._decompose import nf4
-from funclora._rules import LowRank
-from funclora._svd import randomized_svd
+from funclora._init.decompose import nf4
+from funclora._torch.linalg import randomized_svd
 from funclora.errors import (
     ConfigError,
     FormatError,
@@ -30,6 +29,7 @@ from funclora.errors import (
     TiedWeightsWarning,
     UnsupportedError,
 )
+from funclora.rules.base import LowRank
 
 # Rules of both kinds, whose leaves the type checker knows nothing of.
 decompose: Any = fl.decompose

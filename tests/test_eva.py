@@ -16,8 +16,8 @@ from oracle import close, snapshot
 from torch import Tensor, nn
 
 import funclora as fl
-from funclora._eva import label_mask
-from funclora._pca import IncrementalPca
+from funclora._init.eva import label_mask
+from funclora._torch.pca import IncrementalPca
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 
 # Its rules are LoRA or DoRA, which the type checker does not know.

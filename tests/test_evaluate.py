@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funclora as fl
-from funclora import _evaluate
-from funclora._memory import Peak, is_out_of_memory, nbytes
+from funclora._torch.memory import Peak, is_out_of_memory, nbytes
+from funclora._train.step import evaluate as _evaluate
 from funclora.errors import ConfigError, ParamsError
 
 VOCAB = 11

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, apply, base_params, merge
-from funclora import _rules as rules
-from funclora._layout import Conv1D, Embedding, Layout, Linear
-from funclora._rules import Rule, row_norms
+from funclora.rules import base as rules
+from funclora.rules.base import Rule, row_norms
+from funclora.rules.layouts import Conv1D, Embedding, Layout, Linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning"),

@@ -21,9 +21,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, apply, base_params, bind, merge
-from funclora._apply import trace_targets
-from funclora._layout import Conv, Conv1D, ConvTranspose, Linear
-from funclora._rules import Rule, row_norms
+from funclora._bind.apply import trace_targets
+from funclora.rules.base import Rule, row_norms
+from funclora.rules.layouts import Conv, Conv1D, ConvTranspose, Linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning"),

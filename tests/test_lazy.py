@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funclora import DoRA, LoRA, apply, base_params, bind
-from funclora._apply import trace_targets
-from funclora._layout import Attention, Conv, Conv1D, ConvTranspose, Embedding, Layout, Linear, Parameter
+from funclora._bind.apply import trace_targets
 from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError
+from funclora.rules.layouts import Attention, Conv, Conv1D, ConvTranspose, Embedding, Layout, Linear, Parameter
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, LoraConfig, base_params, init, merge
-from funclora._layout import Conv, Conv1D, Embedding, Linear, Parameter
 from funclora.errors import NonFiniteError, ParamsError, TiedWeightsWarning
+from funclora.rules.layouts import Conv, Conv1D, Embedding, Linear, Parameter
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

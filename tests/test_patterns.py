@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import funclora as fl
-from funclora import _patterns
+from funclora._config.config import regex as _patterns
 from funclora.errors import ConfigError
 
 ATOMS = st.sampled_from(

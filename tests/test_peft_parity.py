@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import Delta, Full, LoRA, LoraConfig, TrainableTokens, apply, base_params, init, merge
-from funclora._targets import select
+from funclora._config.targets import select
 from funclora.errors import PeftFormatWarning, UnsupportedError
-from funclora.io.peft import load_peft, save_peft
+from funclora.io.peft.folder import load_peft, save_peft
 
 # --- models ----------------------------------------------------------------------------------------------------
 

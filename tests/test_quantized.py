@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, L
 
 import funclora as fl
 from funclora import DoRA, Full, LoRA, apply, base_params, bind, dequantize, merge, quantize
-from funclora._layout import Embedding, Linear
-from funclora._memory import Peak, nbytes
-from funclora._quantized import Quantized
+from funclora._quant.tensor import Quantized
+from funclora._torch.memory import Peak, nbytes
 from funclora.errors import (
     ConfigError,
     NonFiniteError,
@@ -37,6 +36,7 @@ from funclora.errors import (
     TargetError,
     UnsupportedError,
 )
+from funclora.rules.layouts import Embedding, Linear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LSTM with projections is not supported with oneDNN",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from funclora import Full, LoraConfig, apply, base_params, bind, init, merge, route, stack
-from funclora._layout import Linear
-from funclora._rules import row_norms_of_many
 from funclora.errors import ConfigError, UnsupportedError
+from funclora.rules.base import row_norms_of_many
+from funclora.rules.layouts import Linear
 
 optree: Any = _optree
 pytestmark = [

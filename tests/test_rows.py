@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from funclora._entrance import with_rows
-from funclora._row_rules import Place, _aligned, constant, number, question, rules
-from funclora._rows import Scope, rows_first, rows_of
+from funclora._tracking.entry import with_rows
+from funclora._tracking.propagation import Place, _aligned, constant, number, question, rules
+from funclora._tracking.tensor import Scope, rows_first, rows_of
 from funclora.errors import UnsupportedError
 
 N = 3

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from funclora import DoRA, Full, LoRA, LoraConfig, base_params, init, summary
-from funclora._layout import Parameter
 from funclora.errors import ParamsError
+from funclora.rules.layouts import Parameter
 
 
 class Model(nn.Module):

@@ -18,9 +18,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from funclora import LoraConfig, init
-from funclora._layout import Attention, Conv, ConvTranspose, Embedding, Layout, Linear, Parameter, Recurrent
-from funclora._targets import select
+from funclora._config.targets import select
 from funclora.errors import TargetError
+from funclora.rules.layouts import Attention, Conv, ConvTranspose, Embedding, Layout, Linear, Parameter, Recurrent
 
 # Full parameter name -> (rank, scaling), or "full" where it is trained as it is.
 Selection = dict[str, Any]

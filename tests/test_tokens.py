@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import funclora as fl
 from funclora import Delta, Full, LoRA, LoraConfig, Tied, TrainableTokens
-from funclora._layout import Embedding, Linear
 from funclora.errors import ConfigError, ParamsError, TargetError, TiedWeightsWarning, UnsupportedError, strict
+from funclora.rules.layouts import Embedding, Linear
 
 IDS = torch.tensor([[1, 2, 6, 2], [4, 0, 5, 2]])
 

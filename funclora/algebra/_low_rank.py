@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from funclora._apply import Adapters
-from funclora._rules import Full, LowRank, Rule
-from funclora._svd import svd
+from funclora._bind.apply import Adapters
+from funclora._torch.linalg import svd
 from funclora.algebra._terms import compute_dtype, made_of, positive, rules
+from funclora.rules.base import Full, LowRank, Rule
 
 
 def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:

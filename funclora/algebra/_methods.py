@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Generator
 
-from funclora._apply import Adapters, Params
-from funclora._rules import Rule
+from funclora._bind.apply import Adapters, Params
 from funclora.algebra._combine import combine
+from funclora.rules.base import Rule
 
 
 def ties(

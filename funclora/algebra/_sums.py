@@ -9,8 +9,7 @@ from typing import cast
 
 import torch
 
-from funclora._apply import Adapters, Params
-from funclora._rules import DoRA, Full, LoRA, Rule
+from funclora._bind.apply import Adapters, Params
 from funclora.algebra._elementwise import Mixing
 from funclora.algebra._terms import (
     Term,
@@ -25,6 +24,7 @@ from funclora.algebra._terms import (
     rules,
 )
 from funclora.errors import ConfigError, UnsupportedError
+from funclora.rules.base import DoRA, Full, LoRA, Rule
 
 _FULL = "Full replaces the weight, and only its difference from the base can be weighted."
 

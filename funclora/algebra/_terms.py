@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funclora._apply import Adapters, Params
-from funclora._layout import Layout, Parameter
-from funclora._rules import DoRA, Full, LoRA, LowRank, Rule
-from funclora._stack import Stack
+from funclora._bind.apply import Adapters, Params
+from funclora._many.stack import Stack
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
+from funclora.rules.base import DoRA, Full, LoRA, LowRank, Rule
+from funclora.rules.layouts import Layout, Parameter
 
 
 class Term(NamedTuple):

@@ -14,13 +14,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from funclora._apply import Params
-from funclora._layout import Conv, Layout, Linear, Parameter
-from funclora._quantized import plain_weight
-from funclora._rules import NORM_BLOCK, Delta, Full, LoRA, LowRank, Rule
-from funclora._targets import weights_of
-from funclora._tokens import Tied, TrainableTokens
+from funclora._bind.apply import Params
+from funclora._config.targets import weights_of
+from funclora._quant.tensor import plain_weight
 from funclora.errors import NonFiniteError, ParamsError, UnsupportedError, near
+from funclora.rules.base import NORM_BLOCK, Delta, Full, LoRA, LowRank, Rule
+from funclora.rules.layouts import Conv, Layout, Linear, Parameter
+from funclora.rules.tokens import Tied, TrainableTokens
 
 Tuned = Mapping[str, Rule] | Mapping[str, Tensor]
 

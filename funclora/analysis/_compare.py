@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funclora._apply import Params
+from funclora._bind.apply import Params
 from funclora.analysis._changes import Change, Tuned, paired
 from funclora.analysis._data import Data
 

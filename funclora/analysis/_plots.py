@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funclora._files.atomic import replace_files
 from funclora.errors import ParamsError, UnsupportedError
-from funclora.io._files import replace_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

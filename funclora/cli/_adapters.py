@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from funclora.errors import ConfigError, FormatError, FuncloraError
-from funclora.io._peft_config import CONFIG_FILE
+from funclora.io.peft.config_file import CONFIG_FILE
 
 
 def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:

@@ -19,7 +19,7 @@ def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
     Raises:
         FuncloraError: there is no such model, it cannot be loaded, or there is no transformers.
     """
-    from funclora.pipeline.folder import empty_model, load_model
+    from funclora._apps.train.folder import empty_model, load_model
 
     try:
         return load_model(folder, None)[0] if weights else empty_model(folder, None)

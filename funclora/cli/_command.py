@@ -203,7 +203,7 @@ def _complaint(error: BaseException) -> str | None:
         file = f"{error.filename}: " if error.filename is not None else ""
         return f"{file}{error.strerror}. {REMEDIES.get(errno.errorcode.get(error.errno or 0, ''), '')}"
     if isinstance(error, MemoryError | RuntimeError) and not isinstance(error, typer.Exit | typer.Abort):
-        from funclora._memory import is_out_of_memory
+        from funclora._torch.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             return f"out of memory: {_first_line(error)} Take less at a time, or another --device."

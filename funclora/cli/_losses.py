@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funclora as fl
+from funclora._apps.train import records
+from funclora._apps.train.base import load_base, load_tokenizer
+from funclora._apps.train.settings import Settings
+from funclora._files.atomic import replace_files
 from funclora.cli._adapters import adapter_folders, for_base
 from funclora.cli._output import json_text
 from funclora.errors import FormatError
-from funclora.io._files import replace_files
-from funclora.pipeline import records
-from funclora.pipeline.base import load_base, load_tokenizer
-from funclora.pipeline.settings import Settings
 
 # Rows that are read at a time; how many of them are computed together is measured.
 BATCH = 64

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from funclora._apps.train.chat import opened
+from funclora._apps.train.records import Record, read
+from funclora._apps.train.tokenizer import begun
 from funclora.errors import ConfigError, FormatError, near
-from funclora.pipeline.chat import opened
-from funclora.pipeline.records import Record, read
-from funclora.pipeline.tokenizer import begun
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import typer
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
-    from funclora.io.combine import CombinedFolders
+    from funclora.io.peft.combine import CombinedFolders
 
 
 class Type(str, Enum):
@@ -126,8 +126,8 @@ def _combined(
 
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
-    from funclora.io._peft_config import CONFIG_FILE
-    from funclora.io.combine import combine_peft
+    from funclora.io.peft.combine import combine_peft
+    from funclora.io.peft.config_file import CONFIG_FILE
 
     if (out / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")
@@ -143,8 +143,8 @@ def _combined(
 
 
 def _report(found: CombinedFolders, adapters: list[Path], weights: list[float], kind: str, out: Path) -> dict[str, Any]:
-    from funclora._apply import Adapters
-    from funclora._rules import LowRank
+    from funclora._bind.apply import Adapters
+    from funclora.rules.base import LowRank
 
     def facts(rules: Adapters) -> dict[str, Any]:
         return {

@@ -67,9 +67,9 @@ def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool
 
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
-    from funclora.io._peft_weights import WEIGHTS_FILE, StoredTensors
-    from funclora.io.gguf import save_gguf
-    from funclora.io.peft import load_peft
+    from funclora.io.gguf.adapter import save_gguf
+    from funclora.io.peft.folder import load_peft
+    from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
 
     if out.exists() and not overwrite:
         raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
@@ -84,9 +84,9 @@ def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool
 def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> dict[str, Any]:
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
-    from funclora.io._peft_config import CONFIG_FILE
-    from funclora.io.gguf import load_gguf
-    from funclora.io.peft import save_peft
+    from funclora.io.gguf.adapter import load_gguf
+    from funclora.io.peft.config_file import CONFIG_FILE
+    from funclora.io.peft.folder import save_peft
 
     if (out / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")

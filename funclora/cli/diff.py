@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, short, tell, weights, words
 from funclora.cli._output import AsJson
+from funclora.cli._report import Plot, bar, between, check_plot, number, short, tell, weights, words
 
 if TYPE_CHECKING:
-    from funclora.io._diff import Difference
+    from funclora.cli._diff import Difference
 
 
 def diff(
@@ -37,7 +37,7 @@ def diff(
     """
     check_plot(plot)
     with bar("weights") as progress:
-        from funclora.io._diff import diff_folders
+        from funclora.cli._diff import diff_folders
 
         found = diff_folders(a, b, base, progress=progress)
     tell(found, plot, as_json=json, show=_print)

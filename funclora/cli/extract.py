@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._looking import bar
 from funclora.cli._output import AsJson, print_json
+from funclora.cli._report import bar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from funclora.io.extract import ExtractReport
+    from funclora.io.hf.extract import ExtractReport
 
 
 def extract(
@@ -51,7 +51,7 @@ def extract(
     if save_rest and ignore_rest:
         raise ConfigError("--save-rest and --ignore-rest: give one of them.")
     with bar("weights") as progress:
-        from funclora.io.extract import extract_adapter
+        from funclora.io.hf.extract import extract_adapter
 
         report = extract_adapter(
             base,

@@ -14,11 +14,11 @@ from funclora.cli._output import AsJson, json_line, print_json
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from funclora._apps.train.base import Base
+    from funclora._apps.train.records import Record
+    from funclora._apps.train.settings import Settings
     from funclora.cli._generate import Answer, Generator, Sampling
     from funclora.cli._prompts import Prompt, Reader
-    from funclora.pipeline.base import Base
-    from funclora.pipeline.records import Record
-    from funclora.pipeline.settings import Settings
 
 BASE = "(base)"
 # Logits over less would be infinite, or as good as that.
@@ -133,7 +133,7 @@ def generate(
             raise ConfigError(f"{file}: no record names one of the adapters that are given: {', '.join(folders)}.")
     elif prompt is not None:
         prompts = [_asked(reader, prompt, default, "--prompt", chat=chat)]
-    from funclora.pipeline.base import load_base
+    from funclora._apps.train.base import load_base
 
     base = load_base(settings, reader.tokenizer)
     generator = Generator(base, folders, sampling)
@@ -153,10 +153,10 @@ def generate(
 
 def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Settings, Reader]:
     """How the model is loaded, and what makes prompts for it."""
+    from funclora._apps.train.base import load_tokenizer, vocabulary
+    from funclora._apps.train.folder import empty_model, load_config, longest_context
+    from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, Settings
     from funclora.cli._prompts import Reader
-    from funclora.pipeline.base import load_tokenizer, vocabulary
-    from funclora.pipeline.folder import empty_model, load_config, longest_context
-    from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, Settings
 
     task = SEQ2SEQ if model is not None and load_config(model).is_encoder_decoder else CAUSAL
     settings = Settings(model=model, task=task, dtype=dtype, quantize=quantize, device=device)
@@ -183,7 +183,7 @@ def _refuse_bytes(text: str, where: str) -> None:
 
 
 def _said(messages: list[dict[str, str]], where: str) -> Record:
-    from funclora.pipeline.records import Record
+    from funclora._apps.train.records import Record
 
     return Record({"messages": messages}, where, where)
 
@@ -242,7 +242,7 @@ def _answer_file(
 
 
 def _save(out: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    from funclora.io._files import replace_files
+    from funclora._files.atomic import replace_files
 
     def write(file: Path) -> None:
         with file.open("w", encoding="utf-8") as stream:

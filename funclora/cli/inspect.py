@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._looking import Plot, bar, between, check_plot, number, same, short, size, tell, weights, words
 from funclora.cli._output import AsJson
+from funclora.cli._report import Plot, bar, between, check_plot, number, same, short, size, tell, weights, words
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from funclora.analysis import Spectrum
-    from funclora.io._inspect import Inspection
+    from funclora.cli._inspect import Inspection
 
 MANY = 8  # names of a field that are shown
 
@@ -45,7 +45,7 @@ def inspect(
     """
     check_plot(plot)
     with bar("weights") as progress:
-        from funclora.io._inspect import inspect_folder
+        from funclora.cli._inspect import inspect_folder
 
         found = inspect_folder(path, base, singular=not norms, progress=progress)
     tell(found, plot, as_json=json, show=_print)

@@ -12,7 +12,7 @@ from funclora.cli._output import AsJson, print_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from funclora.io.hf import MergeReport
+    from funclora.io.merge.merge import MergeReport
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -63,7 +63,7 @@ def merge(
 
         import torch
 
-        from funclora.io.hf import merge_checkpoint
+        from funclora.io.merge.merge import merge_checkpoint
 
         report = merge_checkpoint(
             base,
@@ -119,7 +119,7 @@ def _plain(report: MergeReport, out: Path, *, dry_run: bool) -> dict[str, Any]:
 def _print(report: MergeReport, console: Console, out: Path, *, dry_run: bool) -> None:
     from rich.markup import escape
 
-    from funclora.cli._looking import same, short, size, weights
+    from funclora.cli._report import same, short, size, weights
 
     checked = report.verification
     every = same(w.change for w in report.weights)

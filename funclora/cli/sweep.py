@@ -13,10 +13,10 @@ from funclora.cli._output import AsJson, print_json
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from funclora.sweep.search import Search, Status
-    from funclora.sweep.settings import Settings
-    from funclora.sweep.space import Member
-    from funclora.sweep.task import Task
+    from funclora._apps.sweep.search import Search, Status
+    from funclora._apps.sweep.settings import Settings
+    from funclora._apps.sweep.space import Member
+    from funclora._apps.sweep.task import Task
 
 SHOWN = 10
 OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
@@ -71,13 +71,13 @@ def sweep(
 
     if (model is None) != (data is None):
         raise ConfigError("--model and --data belong together: give both, or neither for the demo's model.")
-    from funclora.sweep.space import Space
+    from funclora._apps.sweep.space import Space
 
     space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
     members = space.draws(random, seed) if random else space.grid()
-    from funclora.sweep.memory import parse_size
-    from funclora.sweep.settings import Settings
-    from funclora.sweep.task import demo_task, folder_task
+    from funclora._apps.sweep.memory import parse_size
+    from funclora._apps.sweep.settings import Settings
+    from funclora._apps.sweep.task import demo_task, folder_task
 
     settings = Settings(
         steps, batch, every, halving, rungs, warmup, clip, weight_decay, parse_size(memory) if memory else None,
@@ -102,9 +102,9 @@ def _run(
     from rich.console import Console
     from rich.live import Live
 
-    from funclora.sweep.report import write
-    from funclora.sweep.search import Search
-    from funclora.sweep.store import NOT_FINITE, Store
+    from funclora._apps.sweep.report import write
+    from funclora._apps.sweep.search import Search
+    from funclora._apps.sweep.store import NOT_FINITE, Store
 
     trained = {k: v for k, v in asdict(settings).items() if k not in ("budget", "population")}
     config = {**source, **trained, "members": [asdict(member) for member in members], **task.digests()}

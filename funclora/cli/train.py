@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._looking import short, size, weights
+from funclora._apps.train.reading import kind_of, option, read
+from funclora._apps.train.settings import RUN_FILE, Settings
 from funclora.cli._output import AsJson, print_json
-from funclora.pipeline.reading import kind_of, option, read
-from funclora.pipeline.settings import RUN_FILE, Settings
+from funclora.cli._report import short, size, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from rich.console import Console
 
-    from funclora._summary import Row
-    from funclora.pipeline.plan import Plan
-    from funclora.pipeline.run import Result
+    from funclora._apps.train.plan import Plan
+    from funclora._apps.train.run import Result
+    from funclora._bind.summary import Row
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     if dry_run:
         _plan(settings, as_json=json)
         return
-    from funclora.pipeline.run import run
+    from funclora._apps.train.run import run
 
     result = run(settings, quiet=json)
     if json:
@@ -151,9 +151,9 @@ def _print(settings: Settings, result: Result) -> None:
 def _plan(settings: Settings, *, as_json: bool) -> None:
     import tempfile
 
-    from funclora.pipeline.finish import rehearse
-    from funclora.pipeline.plan import plan
-    from funclora.pipeline.setup import ready
+    from funclora._apps.train.finish import rehearse
+    from funclora._apps.train.plan import plan
+    from funclora._apps.train.setup import ready
 
     with tempfile.TemporaryDirectory() as folder:
         prepared = ready(settings, Path(folder))

@@ -11,8 +11,8 @@ mpl.use("Agg")  # no window, on any machine
 
 import matplotlib.pyplot as plt
 
+from funclora._files.atomic import replace_files
 from funclora.demo.run import METHODS, Results
-from funclora.io._files import replace_files
 
 # With more rows or columns than that, numbers would not be readable.
 NUMBERS = 40

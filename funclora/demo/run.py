@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import funclora as fl
-from funclora._apply import Params
+from funclora._bind.apply import Params
+from funclora._files.atomic import replace_files
 from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
-from funclora.io._files import replace_files
 from funclora.optim import per_member
 
 METHODS = ("LoRA", "DoRA")

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._stack import Cohort, Specs, Stack, stack, unscaled
+from funclora._many.stack import Cohort, Specs, Stack, stack, unscaled
 from funclora.errors import ConfigError
 from funclora.optim._transforms import GradientTransformation
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 
 import funclora as fl
 from funclora import algebra
-from funclora._rules import Rule
 from funclora.cli._app import app
 from funclora.cli.combine import Type
+from funclora.rules.base import Rule
 
 IDS = torch.arange(12).reshape(2, 6)
 

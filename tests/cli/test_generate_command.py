@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from typer.testing import CliRunner, Result
 
 import funclora as fl
+from funclora._apps.train.base import Base
 from funclora.cli._app import app
 from funclora.cli._generate import Generator, Sampling
 from funclora.demo.model import load_base as load_demo
-from funclora.pipeline.base import Base
 
 WORDS = ["</s>", "<unk>", "<user>", "<assistant>", *(f"w{k}" for k in range(60))]
 TEMPLATE = (
@@ -146,9 +146,9 @@ def test_the_text_streams_as_it_comes(folders: Path) -> None:
 
 
 def test_streamed_pieces_are_several(folders: Path) -> None:
+    from funclora._apps.train.base import load_base, load_tokenizer
+    from funclora._apps.train.settings import Settings
     from funclora.cli._prompts import Reader
-    from funclora.pipeline.base import load_base, load_tokenizer
-    from funclora.pipeline.settings import Settings
 
     settings = Settings(model=folders / "model")
     tokenizer = load_tokenizer(settings)
@@ -306,8 +306,8 @@ def test_the_tokenizers_end_token_ends_an_answer_too(folders: Path, tmp_path: Pa
 
 
 def test_packed_weights(folders: Path) -> None:
-    from funclora.pipeline.base import load_base, load_tokenizer
-    from funclora.pipeline.settings import Settings
+    from funclora._apps.train.base import load_base, load_tokenizer
+    from funclora._apps.train.settings import Settings
 
     pytest.importorskip("bitsandbytes")
     args = (folders / "adapters" / "ad-1", "--model", folders / "model", "-p", PROMPTS[2], "--max-tokens", 12)
@@ -450,7 +450,7 @@ def test_records_that_cannot_be_used(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], message: str
 ) -> None:
     file = jsonl(tmp_path / "p.jsonl", record)
-    monkeypatch.setattr("funclora.pipeline.base.load_base", None)  # said before the weights are loaded
+    monkeypatch.setattr("funclora._apps.train.base.load_base", None)  # said before the weights are loaded
     assert message in complaint(folders / "adapters", "--model", folders / "model", "-f", file)
 
 

@@ -22,17 +22,17 @@ from typer.testing import CliRunner
 
 import funclora
 import funclora as fl
+from funclora._apps.sweep import memory, report
+from funclora._apps.sweep.search import Search
+from funclora._apps.sweep.settings import Settings
+from funclora._apps.sweep.space import Member, Space
+from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, Store
+from funclora._apps.sweep.task import Task, demo_task, folder_task
+from funclora._files import atomic as _files
 from funclora.cli._app import app
 from funclora.demo.corpus import encode, windows
 from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.errors import ConfigError, FormatError
-from funclora.io import _files
-from funclora.sweep import memory, report
-from funclora.sweep.search import Search
-from funclora.sweep.settings import Settings
-from funclora.sweep.space import Member, Space
-from funclora.sweep.store import HALVED, LIVE, NOT_FINITE, Store
-from funclora.sweep.task import Task, demo_task, folder_task
 
 TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
 SETTINGS = Settings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
@@ -365,8 +365,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, write: int, *, before: bool) -> I
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("funclora.sweep.store.replace_files", replace_files)
-        patch.setattr("funclora.sweep.report.replace_files", replace_files)
+        patch.setattr("funclora._apps.sweep.store.replace_files", replace_files)
+        patch.setattr("funclora._apps.sweep.report.replace_files", replace_files)
         yield
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import funclora as fl
+from funclora._apps.train.base import load_base, load_tokenizer
+from funclora._apps.train.reading import option, read
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.cli._app import app
-from funclora.pipeline.base import load_base, load_tokenizer
-from funclora.pipeline.reading import option, read
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 
 SMALL = ("--rank", 4, "--batch", 4, "--steps", 3, "--lr", 0.01)
 
@@ -128,7 +128,7 @@ def test_it_goes_on_by_its_folder_alone(folders: dict[str, Path], tmp_path: Path
 
 def test_without_arguments_the_demo_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("funclora.pipeline.setup.DOMAIN", "concurrent")
+    monkeypatch.setattr("funclora._apps.train.setup.DOMAIN", "concurrent")
     result = json.loads(done("--json", "--steps", 6, "--batch", 4, "--context", 64, "--eval-every", 2).stdout)
     assert result["adapter"] == "funclora-run/adapter"
     assert (result["step"], result["stopped"]) == (6, "finished")

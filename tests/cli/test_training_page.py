@@ -18,9 +18,9 @@ import torch
 from pages import DOCS, blocks
 from typer.testing import CliRunner
 
+from funclora._apps.train.records import READERS
+from funclora._apps.train.settings import TASKS, Settings
 from funclora.cli._app import app
-from funclora.pipeline.records import READERS
-from funclora.pipeline.settings import TASKS, Settings
 
 PAGE = DOCS / "training.md"
 TEXT = PAGE.read_text(encoding="utf-8")

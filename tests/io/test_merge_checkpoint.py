@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import funclora as fl
-from funclora._layout import Embedding
+from funclora._files import safetensors as _safetensors
 from funclora.errors import (
     ConfigError,
     FormatError,
@@ -29,7 +29,8 @@ from funclora.errors import (
     TargetError,
     UnsupportedError,
 )
-from funclora.io import _merge_write, _safetensors
+from funclora.io.merge import write as _merge_write
+from funclora.rules.layouts import Embedding
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -23,7 +23,7 @@ import itertools, os, resource, signal, sys
 from pathlib import Path
 import torch
 import funclora as fl
-from funclora.io import _merge_write
+from funclora.io.merge import write as _merge_write
 base, adapter, out = map(Path, sys.argv[1:])
 
 def state(folder):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import LoraConfig, init
-from funclora._rules import Rule
 from funclora.errors import (
     FormatError,
     FuncloraError,
@@ -26,7 +25,8 @@ from funclora.errors import (
     TargetError,
     UnsupportedError,
 )
-from funclora.io.peft import load_peft, save_peft
+from funclora.io.peft.folder import load_peft, save_peft
+from funclora.rules.base import Rule
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

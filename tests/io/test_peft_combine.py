@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 import funclora as fl
 from funclora import algebra
-from funclora._rules import Rule
 from funclora.errors import ConfigError, FormatError, FuncloraError, NonFiniteError, PeftFormatWarning, UnsupportedError
+from funclora.rules.base import Rule
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

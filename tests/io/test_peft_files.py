@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, LoraConfig, init
-from funclora._layout import Attention, Conv, ConvTranspose, Embedding, Layout, Linear, Parameter, Recurrent
-from funclora._rules import Rule
+from funclora._files import atomic as _files
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
-from funclora.io import _files
-from funclora.io.peft import load_peft, save_peft
+from funclora.io.peft.folder import load_peft, save_peft
+from funclora.rules.base import Rule
+from funclora.rules.layouts import Attention, Conv, ConvTranspose, Embedding, Layout, Linear, Parameter, Recurrent
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -16,9 +16,9 @@ from checkpoints import contents, save_adapter, save_base
 from typer.testing import CliRunner
 
 import funclora as fl
+from funclora._files.atomic import alone, replace_files
 from funclora.cli._app import app
 from funclora.errors import ConfigError, FormatError
-from funclora.io._files import alone, replace_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tiny_runs import run, settings
 
-from funclora.pipeline._sinks import Metrics
+from funclora._apps.train._sinks import Metrics
 
 
 class Moments:

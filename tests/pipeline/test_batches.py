@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from funclora._apps.train.batches import Batches, collate, evaluation
+from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
 from funclora.errors import ConfigError
-from funclora.pipeline.batches import Batches, collate, evaluation
-from funclora.pipeline.rows import IGNORED, Example
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
 
 PAD = 99
 

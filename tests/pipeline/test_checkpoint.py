@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import byte_base, data, run, same, settings
 
 import funclora as fl
+from funclora._apps.train import checkpoint
+from funclora._apps.train.base import Base
+from funclora._apps.train.checkpoint import CHECKPOINTS, RUN, Progress, Run, fingerprint, opened
+from funclora._apps.train.settings import Settings
 from funclora.errors import ConfigError, FormatError, FuncloraError
-from funclora.pipeline import checkpoint
-from funclora.pipeline.base import Base
-from funclora.pipeline.checkpoint import CHECKPOINTS, RUN, Progress, Run, fingerprint, opened
-from funclora.pipeline.settings import Settings
 
 
 def steps(out: Path) -> list[int]:

@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import funclora as fl
+from funclora._apps.train.adapters import Start
+from funclora._apps.train.examples import Data, prepare
+from funclora._apps.train.finish import card, check_results, finish, rehearse
+from funclora._apps.train.loop import Outcome
+from funclora._apps.train.run import run
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
+from funclora._apps.train.setup import ready
 from funclora.errors import ConfigError
-from funclora.pipeline.adapters import Start
-from funclora.pipeline.examples import Data, prepare
-from funclora.pipeline.finish import card, check_results, finish, rehearse
-from funclora.pipeline.loop import Outcome
-from funclora.pipeline.run import run
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
-from funclora.pipeline.setup import ready
 
 CLASSES = {SEQUENCE: 3, TOKEN: 2}
 
@@ -282,7 +282,7 @@ def test_what_could_not_be_written_is_not_trained(
     def refuse(*_: object) -> None:
         raise fl.errors.UnsupportedError("PEFT has no such thing.")
 
-    monkeypatch.setattr("funclora.pipeline.finish.save_peft", refuse)
+    monkeypatch.setattr("funclora._apps.train.finish.save_peft", refuse)
     with pytest.raises(fl.errors.UnsupportedError, match="PEFT has no such thing"):
         run(settings, quiet=True)
     assert not settings.out.exists()

@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from tiny_runs import byte_base, data, fresh, run, settings
 
+from funclora._apps.train._sinks import Terminal
+from funclora._apps.train.checkpoint import CHECKPOINTS, RUN
+from funclora._apps.train.journal import Journal
+from funclora._apps.train.loop import train
 from funclora.errors import ConfigError
-from funclora.pipeline._sinks import Terminal
-from funclora.pipeline.checkpoint import CHECKPOINTS, RUN
-from funclora.pipeline.journal import Journal
-from funclora.pipeline.loop import train
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from tiny_runs import run, same, settings
 
-from funclora.pipeline import loop
-from funclora.pipeline.checkpoint import CHECKPOINTS, RUN
+from funclora._apps.train import loop
+from funclora._apps.train.checkpoint import CHECKPOINTS, RUN
 
 HERE = Path(__file__).parent
 

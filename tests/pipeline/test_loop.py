@@ -23,13 +23,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 import funclora as fl
+from funclora._apps.train.base import Base
+from funclora._apps.train.batches import Batches, collate
+from funclora._apps.train.checkpoint import CHECKPOINTS
+from funclora._apps.train.loop import FINISHED, PATIENCE
+from funclora._apps.train.optimizer import Vectors, schedule, total_steps, warmup_steps
+from funclora._apps.train.settings import CAUSAL, Settings
 from funclora.errors import ConfigError, NonFiniteError, UnsupportedError
-from funclora.pipeline.base import Base
-from funclora.pipeline.batches import Batches, collate
-from funclora.pipeline.checkpoint import CHECKPOINTS
-from funclora.pipeline.loop import FINISHED, PATIENCE
-from funclora.pipeline.optimizer import Vectors, schedule, total_steps, warmup_steps
-from funclora.pipeline.settings import CAUSAL, Settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from text_models import tokenizer
 from torch import Tensor
 
+from funclora._apps.train.base import load_base, load_tokenizer
+from funclora._apps.train.batches import collate, evaluation
+from funclora._apps.train.examples import prepare
+from funclora._apps.train.packing import check_packing, is_packed, pack, positions
+from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import Settings
+from funclora._apps.train.setup import ready
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.pipeline.base import load_base, load_tokenizer
-from funclora.pipeline.batches import collate, evaluation
-from funclora.pipeline.examples import prepare
-from funclora.pipeline.packing import check_packing, is_packed, pack, positions
-from funclora.pipeline.rows import IGNORED, Example
-from funclora.pipeline.settings import Settings
-from funclora.pipeline.setup import ready
 
 VOCAB = 37
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

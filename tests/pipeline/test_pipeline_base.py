@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import funclora as fl
+from funclora._apps.train.base import Base, ByteTokenizer, context_limit, load_base, load_tokenizer
+from funclora._apps.train.batches import collate
+from funclora._apps.train.rows import Example
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
 from funclora.errors import ConfigError, FormatError, UnsupportedError
-from funclora.pipeline.base import Base, ByteTokenizer, context_limit, load_base, load_tokenizer
-from funclora.pipeline.batches import collate
-from funclora.pipeline.rows import Example
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
 
 COLOURS = ("red", "green", "blue")
 

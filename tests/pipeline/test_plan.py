@@ -10,14 +10,14 @@ import pytest
 import task_models
 import torch
 
-from funclora._memory import Peak
-from funclora.pipeline.adapters import Start
-from funclora.pipeline.examples import Data
-from funclora.pipeline.journal import Journal
-from funclora.pipeline.loop import train
-from funclora.pipeline.plan import memory, plan, shown
-from funclora.pipeline.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
-from funclora.pipeline.setup import ready
+from funclora._apps.train.adapters import Start
+from funclora._apps.train.examples import Data
+from funclora._apps.train.journal import Journal
+from funclora._apps.train.loop import train
+from funclora._apps.train.plan import memory, plan, shown
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
+from funclora._apps.train.setup import ready
+from funclora._torch.memory import Peak
 
 WITHIN = 1.25  # the estimate's factor, either way
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from funclora._apps.train import utf8
+from funclora._apps.train.records import is_text, read, texts
 from funclora.errors import FormatError
-from funclora.pipeline import utf8
-from funclora.pipeline.records import is_text, read, texts
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [

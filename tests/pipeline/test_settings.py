@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from funclora._apps.train.reading import as_toml, kind_of, option, read, write
+from funclora._apps.train.settings import SEQ2SEQ, TASKS, TOKEN, Settings
 from funclora.errors import ConfigError, FormatError, FuncloraError
-from funclora.pipeline.reading import as_toml, kind_of, option, read, write
-from funclora.pipeline.settings import SEQ2SEQ, TASKS, TOKEN, Settings
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 VALID: dict[str, st.SearchStrategy[Any]] = {

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_models import BRACKETS, FORGETS, MARKED, PLAIN, said, tokenizer
 
+from funclora._apps.train.examples import IGNORED, Data, Example, prepare
+from funclora._apps.train.settings import SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.tokenizer import ByteTokenizer
 from funclora.errors import ConfigError, FormatError, UnsupportedError
-from funclora.pipeline.examples import IGNORED, Data, Example, prepare
-from funclora.pipeline.settings import SEQ2SEQ, SEQUENCE, TOKEN, Settings
-from funclora.pipeline.tokenizer import ByteTokenizer
 
 Rows = list[dict[str, Any]]
 MODEL = Path("model")  # settings name one; nothing here opens it

@@ -12,13 +12,13 @@ import torch
 from cases import llama
 
 import funclora as fl
+from funclora._apps.train.base import Base
+from funclora._apps.train.examples import IGNORED, Data, Example
+from funclora._apps.train.journal import Journal
+from funclora._apps.train.loop import train
+from funclora._apps.train.settings import CAUSAL, Settings
+from funclora._apps.train.tokenizer import ByteTokenizer
 from funclora.demo.model import ByteLM, ByteLMConfig
-from funclora.pipeline.base import Base
-from funclora.pipeline.examples import IGNORED, Data, Example
-from funclora.pipeline.journal import Journal
-from funclora.pipeline.loop import train
-from funclora.pipeline.settings import CAUSAL, Settings
-from funclora.pipeline.tokenizer import ByteTokenizer
 
 
 class Rows(Data):

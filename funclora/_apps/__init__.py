@@ -1,0 +1,1 @@
+"""What the long-running commands do: training runs and sweeps."""

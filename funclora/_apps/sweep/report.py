@@ -1,0 +1,172 @@
+"""What is left of a search: the leaderboard, two pictures, and the best adapters as PEFT folders."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # no window, on any machine
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+
+from funclora._apps.sweep.search import Search
+from funclora._files.atomic import replace_files
+from funclora.io.peft.folder import save_peft
+
+COLORS = mpl.colormaps["viridis"]  # the darker, the lower the loss
+SPREAD = 0.05
+AXES = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
+
+
+def write(search: Search, save: int) -> None:
+    """Write all of it into the search's folder, and mark the search as done.
+
+    Args:
+        search: one that has been run.
+        save: how many of the best adapters to write.
+    """
+    store = search.store
+    board = search.leaderboard()
+    for row in board[:save]:
+        member = search.members[row["member"]]
+        if search.progress[member.id].file is not None:
+            folder = store.folder / "adapters" / f"{row['place']:02d}-member-{member.id:03d}"
+            save_peft(folder, search.adapters(member.id), member.config(**search.task.lora))
+    writers = {
+        "learning_curves.png": partial(learning_curves, store.state.records),
+        "parallel_coordinates.png": partial(parallel_coordinates, board),
+        "leaderboard.json": partial(_write_json, board),
+    }
+    replace_files(store.folder, writers)
+    for progress in search.progress.values():
+        progress.file = None
+    store.state.done = True
+    store.commit()
+
+
+def _write_json(value: Any, file: Path) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def learning_curves(records: list[dict[str, Any]], file: Path) -> None:
+    """Draw held-out loss by step, one line for each member, the best ones with names."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for record in records:
+        if record["heldout_loss"] is not None:
+            curves.setdefault(record["member"], []).append((record["step"], record["heldout_loss"]))
+    order = sorted(curves, key=lambda i: (-curves[i][-1][0], curves[i][-1][1]))
+    norm = _norm([curve[-1][1] for curve in curves.values()])
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for place, i in reversed([*enumerate(order)]):
+        steps, losses = zip(*curves[i], strict=True)
+        label = f"member {i}: {losses[-1]:.3f}" if place < 5 else None
+        axes.plot(
+            steps, losses, marker="o", markersize=3, linewidth=1.8 if label else 0.8, alpha=1 if label else 0.55,
+            color=COLORS(norm(losses[-1])), label=label,
+        )  # fmt: skip
+    if curves:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], title="best", fontsize=8)
+        figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label="last held-out loss")
+        axes.set_ylim(*_sensible([loss for curve in curves.values() for _, loss in curve]))
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss, nats per token")
+    figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _sensible(losses: list[float]) -> tuple[float, float]:
+    """Limits of an axis. A member that diverges must not press all the others into one line."""
+    losses = sorted(losses)
+    low, middle = losses[0], losses[len(losses) * 3 // 4]
+    high = min(losses[-1], middle + 2 * (middle - low)) + 1e-3
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
+    """Draw one vertical axis for each option that was varied and one for the loss, and a line for each member."""
+    rows = [row for row in board if row["heldout_loss"] is not None]
+    varied = [name for name in AXES if len({row[name] for row in board}) > 1]
+    names = [*varied, "heldout_loss"]
+    places = {name: _places([row[name] for row in rows], name) for name in names}
+    norm = _norm([row["heldout_loss"] for row in rows])
+    figure, axes = plt.subplots(figsize=(2 + 1.7 * len(names), 5), layout="constrained")
+    last = max((row["step"] for row in rows), default=0)
+    for k, row in reversed([*enumerate(rows)]):
+        # Lines through one value lie side by side, the best one lowest.
+        aside = SPREAD * (k / max(1, len(rows) - 1) - 0.5)
+        heights = [places[name][0][row[name]] + (aside if name != "heldout_loss" else 0) for name in names]
+        finished = row["step"] == last
+        axes.plot(
+            *_curve(heights), color=COLORS(norm(row["heldout_loss"])), linewidth=1.8 if finished else 0.9,
+            alpha=0.95 if finished else 0.5,
+        )  # fmt: skip
+    for x, name in enumerate(names):
+        _axis(axes, x, places[name][1])
+    axes.set_xticks(range(len(names)), [name.replace("heldout_loss", "held-out loss") for name in names])
+    axes.set_yticks([])
+    axes.set_xlim(-0.3, len(names) - 0.4)
+    axes.set_ylim(-0.04, 1.04)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title("Thick lines: trained to the end; thin lines: dropped on the way")
+    if rows:
+        figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label="held-out loss, nats per token")
+    figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _curve(heights: list[float]) -> tuple[list[float], list[float]]:
+    """A smooth line through a height on each axis: level where it crosses one, so that it can be followed."""
+    xs, ys = [0.0], heights[:1]
+    for x, (here, there) in enumerate(itertools.pairwise(heights)):
+        for k in range(1, 21):
+            u = k / 20
+            xs.append(x + u)
+            ys.append(here + (there - here) * (3 - 2 * u) * u * u)
+    return xs, ys
+
+
+def _axis(axes: Axes, x: int, ticks: list[tuple[float, str]]) -> None:
+    axes.axvline(x, color="0.35", linewidth=0.9, zorder=3)
+    for height, text in ticks:
+        axes.plot([x - 0.02, x + 0.02], [height, height], color="0.35", linewidth=0.9, zorder=3)
+        axes.text(
+            x + 0.04, height, text, fontsize=8, va="center", zorder=4,
+            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+
+
+def _places(values: list[Any], name: str) -> tuple[dict[Any, float], list[tuple[float, str]]]:
+    """The height in [0, 1] of every value on its axis, and the axis's ticks."""
+    distinct = sorted(set(values))
+    if not distinct:
+        return {}, []
+    if name == "heldout_loss":
+        norm = _norm(values)
+        heights = {v: float(norm(v)) for v in distinct}
+        ticks = [(k / 4, f"{norm.inverse(k / 4):.4g}") for k in range(5)]
+        more = bool(distinct[-1] > norm.inverse(1.0))
+        return heights, [*ticks[:-1], (1.0, ticks[-1][1] + " and more" * more)]
+    if name != "seed" and len(distinct) > 8 and not isinstance(distinct[0], str):
+        low, high = math.log(distinct[0]), math.log(distinct[-1])
+        heights = {v: (math.log(v) - low) / (high - low) for v in distinct}
+        return heights, [(k / 4, f"{math.exp(low + (high - low) * k / 4):.4g}") for k in range(5)]
+    heights = {v: k / max(1, len(distinct) - 1) for k, v in enumerate(distinct)}
+    return heights, [(height, v if isinstance(v, str) else f"{v:g}") for v, height in heights.items()]
+
+
+def _norm(losses: list[float]) -> Normalize:
+    """Colours from the best loss to one that a few bad members cannot push away."""
+    losses = sorted(losses) or [0.0]
+    low, middle = losses[0], losses[len(losses) * 3 // 4]
+    return Normalize(low, middle if middle > low else low + 1e-3, clip=True)

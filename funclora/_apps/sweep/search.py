@@ -1,0 +1,331 @@
+"""The search: populations trained from evaluation to evaluation, the field cut at every rung.
+
+A member's trajectory is its own: its data, initial values and schedule are functions of its seed, its options and
+the step. Who else is in its population changes it by rounding at most.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+import funclora as fl
+from funclora._apps.sweep import memory
+from funclora._apps.sweep.settings import Settings
+from funclora._apps.sweep.space import Member
+from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, Progress, Store
+from funclora._apps.sweep.task import Task
+from funclora._many.stack import Stack
+from funclora._torch.pytree import keyed_copies, leaf_keys
+from funclora._train.population import Population
+from funclora.errors import ConfigError
+from funclora.optim import per_member
+from funclora.optim._members import MemberTransformation
+
+
+@dataclass
+class Status:
+    """What a search tells while it runs.
+
+    Attributes:
+        doing: in words.
+        done: member-steps behind us, those of earlier runs included.
+        total: member-steps of the whole search, as planned now.
+        fresh: member-steps of this process.
+        seconds: how long they took.
+        size: members trained together.
+        step: of the population at work.
+        ranking: the leaderboard.
+        notes: members that were dropped, budgets that were halved.
+    """
+
+    doing: str = "loading"
+    done: int = 0
+    total: int = 0
+    fresh: int = 0
+    seconds: float = 0.0
+    size: int = 0
+    step: int = 0
+    ranking: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, at the pace of this process."""
+        return (self.total - self.done) * self.seconds / self.fresh if self.fresh else None
+
+
+class Search:
+    """A search in a folder; `run` begins it or goes on with it."""
+
+    def __init__(
+        self,
+        task: Task,
+        members: Sequence[Member],
+        settings: Settings,
+        store: Store,
+        observe: Callable[[Status], None] = lambda status: None,
+    ) -> None:
+        self.task = task
+        self.members = {member.id: member for member in members}
+        self.settings = settings
+        self.store = store
+        self.observe = observe
+        self.status = Status()
+        self.step = fl.population_step(task.model, task.loss, per_member(settings.optimizer(), lr=[]))
+        self._specs: dict[int, Any] = {}
+
+    @property
+    def progress(self) -> dict[int, Progress]:
+        """How far each member is."""
+        return self.store.state.members
+
+    @property
+    def live(self) -> list[int]:
+        """The members still in the race; those of one structure together, so that populations hold few kinds."""
+        alive = [i for i, p in self.progress.items() if p.status == LIVE]
+        return sorted(alive, key=lambda i: (*self._kind(i), i))
+
+    def _kind(self, i: int) -> tuple[Any, ...]:
+        member = self.members[i]
+        return member.method, member.targets, member.rank
+
+    def run(self) -> None:
+        """Train, evaluate and cut until the end."""
+        state = self.store.state
+        n = len(self.members)
+        cuts = self.settings.cuts(n)
+        self._size()
+        self._tell("training")
+        for point in self.settings.points(n):
+            while pending := [i for i in self.live if self.progress[i].step < point]:
+                size = state.size or 1
+                parts = math.ceil(len(pending) / size)
+                group = pending[: math.ceil(len(pending) / parts)]
+                try:
+                    self._advance(group, point)
+                except Exception as error:
+                    if not memory.is_out_of_memory(error):
+                        raise
+                    self._halve_population(len(group), error)
+            if point in cuts and state.rung <= cuts.index(point):
+                self._cut(cuts.index(point))
+        self._tell("done")
+
+    def ranking(self) -> list[int]:
+        """All members, best first: those that came further before the others, then by held-out loss."""
+
+        def key(i: int) -> tuple[Any, ...]:
+            p = self.progress[i]
+            return p.status == NOT_FINITE, -p.step, math.inf if p.loss is None else p.loss, i
+
+        return sorted(self.progress, key=key)
+
+    def leaderboard(self) -> list[dict[str, Any]]:
+        """The ranking with what is known of each member."""
+        return [
+            {
+                "place": place,
+                "member": i,
+                "heldout_loss": self.progress[i].loss,
+                "step": self.progress[i].step,
+                "status": self.progress[i].status,
+                **self.members[i].values,
+            }
+            for place, i in enumerate(self.ranking(), start=1)
+        ]
+
+    def adapters(self, i: int) -> dict[str, fl.Rule]:
+        """The adapters of a member whose tensors were kept."""
+        adapters: dict[str, fl.Rule] = self._loaded(i)["adapters"]
+        return adapters
+
+    # Populations
+
+    def _size(self) -> None:
+        state, settings = self.store.state, self.settings
+        if not self.live:
+            return
+        limit = min(len(self.live), settings.population or len(self.members))
+        if state.size is None or state.budget != settings.budget:
+            self._tell("measuring memory")
+            budget = settings.budget or memory.available(self.task.device)
+            state.size, used = memory.fitting(self._probe, limit, budget)
+            state.budget = settings.budget
+            self._note(f"{state.size} members together: {memory.readable(used)} of {memory.readable(budget)}")
+            self.store.commit()
+        state.size = min(state.size, settings.population or state.size)
+        self.status.size = state.size
+
+    def _probe(self, n: int) -> int:
+        """The peak of a step with n members, the largest ones."""
+        largest = sorted(self.live, key=lambda i: -self._weight(i))[:n]
+        device = self.task.device
+        memory.reset_peak(device)
+        members, state = self._begun([self._fresh(i) for i in largest], largest)
+        self.step(self.task.params, members, state, self._batch(largest, 0))
+        return memory.peak(device)
+
+    def _weight(self, i: int) -> float:
+        member = self.members[i]
+        targets = 10 if member.targets == "all-linear" else len(member.targets.split("+"))
+        return member.rank * targets * (1.5 if member.method == "dora" else 1)
+
+    def _halve_population(self, n: int, error: BaseException) -> None:
+        if n == 1:
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"memory ran out with a single member: {said}. Lower --batch, --context or --rank."
+            ) from error
+        self.store.state.size = self.status.size = n // 2
+        self._note(f"memory ran out with {n} members together, going on with {n // 2}")
+        self.store.commit()
+        if self.task.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Training
+
+    def _advance(self, group: list[int], point: int) -> None:
+        """Train some members to a step, evaluate them, and commit both."""
+        started = time.perf_counter()
+        start = self.progress[group[0]].step
+        members, state = self._restored(group)
+        sums = dict.fromkeys(group, 0.0)
+        lost: dict[int, int] = {}
+        for step in range(start, point):
+            if not group:
+                break
+            before = time.perf_counter()
+            members, state, metrics = self.step(self.task.params, members, state, self._batch(group, step))
+            losses, finite = metrics["loss"].tolist(), metrics["finite"].tolist()
+            if not all(finite):
+                kept = [k for k, fine in enumerate(finite) if fine]
+                lost |= {i: step + 1 for i, fine in zip(group, finite, strict=True) if not fine}
+                group, losses = [group[k] for k in kept], [losses[k] for k in kept]
+                members, state = (members[kept], state[kept]) if kept else (members, state)
+            for i, loss in zip(group, losses, strict=True):
+                sums[i] += loss
+            self._tick(len(finite), step + 1, time.perf_counter() - before)
+        heldout = dict(zip(group, self._heldout(members), strict=True)) if group else {}
+        lost |= {i: point for i, loss in heldout.items() if not math.isfinite(loss)}
+        seconds = time.perf_counter() - started
+        trees = {i: {"adapters": m, "state": s} for i, m, s in zip(group, members, state, strict=True)} if group else {}
+        for i, step in lost.items():
+            self._record(i, step, None, None, seconds)
+        for i in group:
+            if i not in lost:
+                self._record(i, point, sums[i] / (point - start), heldout[i], seconds)
+        self.store.commit({i: keyed_copies(tree) for i, tree in trees.items() if i not in lost})
+        self._tell("training")
+
+    def _record(self, i: int, step: int, train: float | None, heldout: float | None, seconds: float) -> None:
+        p = self.progress[i]
+        p.step, p.loss = step, heldout
+        if heldout is None:
+            p.status, p.file = NOT_FINITE, None
+            self._note(f"member {i} dropped at step {step}: its loss is not finite")
+        self.store.state.records.append({
+            "member": i,
+            "step": step,
+            "heldout_loss": heldout,
+            "train_loss": train,
+            "status": p.status,
+            **self.members[i].values,
+            "seconds": round(seconds, 3),
+        })  # fmt: skip
+
+    def _batch(self, group: list[int], step: int) -> Tensor:
+        by_seed = {s: self.task.batch(s, step, self.settings.batch) for s in {self.members[i].seed for i in group}}
+        return torch.stack([by_seed[self.members[i].seed] for i in group])
+
+    @torch.no_grad()
+    def _heldout(self, members: Population) -> list[float]:
+        """Held-out loss of each member."""
+        n, windows = len(members), self.task.heldout
+        sums = torch.zeros(n, device=windows.device)
+        bound: dict[int, Any] = {}
+        for part in windows.split(max(self.settings.batch, 1)):
+            if len(part) not in bound:
+                ids = [k for k in range(n) for _ in part]
+                bound[len(part)] = fl.bind(self.task.model, self.task.params, fl.route(members, ids))
+            losses = self.task.row_losses(bound[len(part)], part.repeat(n, 1))
+            sums += losses.unflatten(0, (n, len(part))).sum(1)
+        found: list[float] = (sums / len(windows)).tolist()
+        return found
+
+    def _cut(self, rung: int) -> None:
+        """Keep the best at a rung. The tensors of the others stay, they may be saved at the end."""
+        field_ = [i for i in self.ranking() if self.progress[i].status == LIVE]
+        keep = math.ceil(len(field_) / self.settings.halving)
+        for i in field_[keep:]:
+            self.progress[i].status = HALVED
+        self.store.state.rung = rung + 1
+        self._note(f"rung {rung + 1}: the best {keep} of {len(field_)} go on")
+        self.store.commit()
+        self._tell("training")
+
+    # Values
+
+    def _fresh(self, i: int) -> dict[str, fl.Rule]:
+        member = self.members[i]
+        generator = torch.Generator().manual_seed(member.seed)
+        return fl.init(self.task.model, member.config(**self.task.lora), generator=generator, params=self.task.params)
+
+    def _begun(self, adapters: list[dict[str, fl.Rule]], ids: list[int]) -> tuple[Population, Stack[Any]]:
+        members = fl.stack(adapters)
+        return members, self._optimizer(ids).init(members)
+
+    def _optimizer(self, ids: list[int]) -> MemberTransformation:
+        return per_member(self.settings.optimizer(), lr=[self.members[i].lr for i in ids])
+
+    def _restored(self, group: list[int]) -> tuple[Population, Stack[Any]]:
+        if self.progress[group[0]].file is None:
+            return self._begun([self._fresh(i) for i in group], group)
+        trees = [self._loaded(i) for i in group]
+        return fl.stack([tree["adapters"] for tree in trees]), fl.stack([tree["state"] for tree in trees])
+
+    def _loaded(self, i: int) -> dict[str, Any]:
+        if i not in self._specs:
+            members, state = self._begun([self._fresh(i)], [i])
+            like: Any = {"adapters": members[0], "state": state[0]}
+            self._specs[i] = optree.tree_structure(like)
+        spec, stored = self._specs[i], self.store.load(i)
+        tree: dict[str, Any] = spec.unflatten([stored[key].to(self.task.device) for key in leaf_keys(spec)])
+        return tree
+
+    # Telling
+
+    def _tick(self, n: int, step: int, seconds: float) -> None:
+        self.status.fresh += n
+        self.status.done += n
+        self.status.seconds += seconds
+        self.status.step = step
+        self.observe(self.status)
+
+    def _note(self, text: str) -> None:
+        self.status.notes.append(text)
+        self.observe(self.status)
+
+    def _tell(self, doing: str) -> None:
+        self.status.doing = doing
+        self.status.ranking = self.leaderboard()
+        self.status.done = sum(p.step for p in self.progress.values())
+        self.status.total = self.status.done + self._planned()
+        self.observe(self.status)
+
+    def _planned(self) -> int:
+        """Member-steps to come, if nobody else is dropped for a loss that is not finite."""
+        n, total = len(self.live), 0
+        steps = [self.progress[i].step for i in self.live]
+        for cut in [*self.settings.cuts(len(self.members))[self.store.state.rung :], self.settings.steps]:
+            total += sum(max(0, cut - step) for step in steps)
+            n = math.ceil(n / self.settings.halving) if self.settings.halving > 1 else n
+            steps = [cut] * n
+        return total

@@ -1,0 +1,178 @@
+"""A search on disk. Killed at any moment, the folder holds the last state that was committed as a whole.
+
+sweep.json        the configuration, which later runs in the folder must agree with
+state.json        how far each member is; names the files with its tensors. Its renaming is the commit
+state/*.safetensors
+results.jsonl     one line for each member and evaluation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from funclora._files.atomic import alone, replace_files
+from funclora.errors import ConfigError, FormatError
+
+CONFIG, STATE, RESULTS = "sweep.json", "state.json", "results.jsonl"
+LIVE, HALVED, NOT_FINITE = "live", "halved", "not finite"
+
+
+@dataclass
+class Progress:
+    """How far a member is.
+
+    Attributes:
+        step: steps taken.
+        status: of `LIVE`, `HALVED` (dropped at a rung) and `NOT_FINITE`.
+        loss: held-out loss at the last evaluation.
+        file: the file with its tensors, if they are still needed.
+    """
+
+    step: int = 0
+    status: str = LIVE
+    loss: float | None = None
+    file: str | None = None
+
+
+@dataclass
+class State:
+    """All that a search must remember between two commits, but for tensors.
+
+    Attributes:
+        members: by id.
+        size: members in a population; None before it was measured.
+        budget: the `--memory` that the size was measured for.
+        rung: how often the field was cut.
+        files: tensor files written so far.
+        lines: results written so far.
+        done: whether everything is written.
+    """
+
+    members: dict[int, Progress]
+    size: int | None = None
+    budget: int | None = None
+    rung: int = 0
+    files: int = 0
+    lines: int = 0
+    done: bool = False
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Store:
+    """The folder of one search."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], n: int) -> None:
+        """Open a folder: begin a search, or go on with the one that is there.
+
+        Raises:
+            ConfigError: the folder has a search with another configuration.
+            FormatError: its files are broken.
+        """
+        self.folder = folder
+        self.tensors = folder / "state"
+        given: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read back
+        if (folder / CONFIG).exists():
+            _agree(folder, _read(folder / CONFIG), given)
+        else:
+            replace_files(folder, {CONFIG: _writer(_json(given))})
+        self.state = State({i: Progress() for i in range(n)})
+        if (folder / STATE).exists():
+            self.state = self._load()
+        self._sweep_up()
+
+    def _load(self) -> State:
+        raw = _read(self.folder / STATE)
+        try:
+            members = {int(i): Progress(**each) for i, each in raw.pop("members").items()}
+            state = State(members, **raw)
+            with (self.folder / RESULTS).open(encoding="utf-8") as file:
+                state.records = [json.loads(line) for line, _ in zip(file, range(state.lines), strict=False)]
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            raise FormatError(f"{self.folder / STATE} is broken: {error}. Use another --out.") from error
+        if len(state.records) != state.lines:
+            raise FormatError(f"{self.folder / RESULTS} has lost lines. Use another --out.")
+        return state
+
+    def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
+        """Make the state, and new tensors of some members, what a later run goes on from."""
+        state = self.state
+        if tensors:
+            name = f"{state.files:06d}.safetensors"
+            flat = {f"{i}/{key}": tensor for i, own in tensors.items() for key, tensor in own.items()}
+            replace_files(self.tensors, {name: _writer(save(flat))})
+            for i in tensors:
+                state.members[i].file = name
+            state.files += 1
+        state.lines = len(state.records)
+        lines = "".join(json.dumps(record) + "\n" for record in state.records)
+        raw = asdict(state)
+        del raw["records"]
+        # Results first: lines beyond those that the state counts are cut off by the next run.
+        replace_files(self.folder, {RESULTS: _writer(lines), STATE: _writer(_json(raw))})
+        self._sweep_up()
+
+    def load(self, i: int) -> dict[str, Tensor]:
+        """The tensors of a member."""
+        name = self.state.members[i].file
+        assert name is not None
+        with safe_open(str(self.tensors / name), framework="pt") as file:
+            prefix = f"{i}/"
+            return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes out of the folder."""
+        busy = ConfigError(f"--out: another process is at work in {self.folder}. Use another folder.")
+        return alone(self.folder / CONFIG, busy)
+
+    def _sweep_up(self) -> None:
+        """Remove what no commit refers to: tensors of before, and drafts of a process that was killed."""
+        used = {member.file for member in self.state.members.values()}
+        for file in [*self.tensors.glob("*.safetensors"), *self.tensors.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
+            if file.name not in used:
+                file.unlink(missing_ok=True)
+
+
+def _agree(folder: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:
+    for key in [*stored, *(key for key in config if key not in stored)]:
+        if stored.get(key) != config.get(key):
+            raise ConfigError(
+                f"--out: {folder} has a search with {key} = {_short(stored.get(key))}, this one has "
+                f"{_short(config.get(key))}. Give the same options to go on with it, or another folder."
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{file} is not JSON: {error}. Use another --out.") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: expected an object. Use another --out.")
+    return content
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _writer(content: str | bytes) -> Any:
+    return partial(_write, content=content.encode() if isinstance(content, str) else content)
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)

@@ -1,0 +1,132 @@
+"""The adapters that a run starts from, and the form in which they leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from funclora._apps.train.base import Base, Batch
+from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
+from funclora._apps.train.settings import Settings
+from funclora._bind.apply import Adapters
+from funclora._config.config import LoraConfig
+from funclora._init.decompose import decompose
+from funclora._init.eva import init_eva
+from funclora._init.fresh import init
+from funclora._init.relative import relative_to_original
+from funclora.errors import ConfigError
+from funclora.rules.base import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Fresh adapters and the base that they belong to.
+
+    Attributes:
+        base: the run's, with the weights that `init` left where it splits them.
+        adapters: full parameter name -> rule.
+        config: theirs.
+    """
+
+    base: Base
+    adapters: dict[str, Rule]
+    config: LoraConfig
+
+    def exported(self, trained: Adapters) -> tuple[dict[str, Rule], LoraConfig]:
+        """The trained adapters and their configuration, for the base as it was loaded.
+
+        With "pissa" and "olora" their rank is twice that of the settings.
+        """
+        if self.config.decomposition is None:
+            return dict(trained), self.config
+        if self.config.decomposition == "loftq":
+            # The base was packed as any 4-bit copy of it is, and the adapter makes up for that.
+            return dict(trained), self.config.replace(init_lora_weights=True)
+        return relative_to_original(trained, self.adapters, self.config)
+
+
+def configuration(base: Base, settings: Settings) -> LoraConfig:
+    """What the settings and the base's new modules say, in PEFT's terms.
+
+    Raises:
+        ConfigError: a value is invalid, or values contradict each other.
+    """
+    words = {"true": True, "false": False}
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear" if settings.targets == ("all-linear",) else settings.targets,
+        use_rslora=settings.rslora,
+        use_dora=settings.method == "dora",
+        modules_to_save=trained_whole(base.model, settings, base.new) or None,
+        init_lora_weights=words.get(settings.init, settings.init),
+        # PEFT's classes for a task are of transformers' models.
+        task_type=None if settings.model is None else task_type(base.model, settings),
+        base_model_name_or_path=None if settings.model is None else str(settings.model),
+    )
+
+
+def begin(base: Base, settings: Settings, batches: Iterable[Batch] = ()) -> Start:
+    """Fresh adapters, a function of base, settings and seed (and of the batches, for "eva").
+
+    Where `init` splits the weights ("pissa", "olora", "loftq") this is done in full precision, before they are packed.
+
+    Args:
+        base: from `load_base`.
+        settings: the run's.
+        batches: training batches for "eva", gone through again and again.
+
+    Raises:
+        ConfigError: a value is invalid, or the initialisation does not fit the weights.
+        TargetError: a target matches nothing, or cannot be adapted.
+        ParamsError: a weight is of too low a rank for "pissa", or "eva" sees too few inputs.
+
+    Examples:
+        >>> from funclora._apps.train.base import load_base, load_tokenizer
+        >>> settings = Settings(targets=("q_proj",), rank=4)
+        >>> start = begin(load_base(settings, load_tokenizer(settings)), settings)
+        >>> len(start.adapters), start.config.r
+        (4, 4)
+    """
+    config = configuration(base, settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    if settings.targets != ("all-linear",) and "all-linear" in settings.targets:
+        raise ConfigError("targets: all-linear already has all linear layers. Name it alone, or name modules.")
+    if config.init_lora_weights == "eva":
+        inputs = [{key: value.to(base.device) for key, value in batch.items()} for batch in batches]
+        adapters, config = init_eva(
+            base.model,
+            config,
+            inputs,
+            generator=generator,
+            params=base.params,
+            forward=base.logits,
+        )
+        return Start(base, adapters, config)
+    if config.decomposition is None:
+        return Start(base, init(base.model, config, generator=generator, params=base.params), config)
+    if config.decomposition == "loftq":
+        params, adapters = decompose(
+            base.model,
+            config,
+            generator=generator,
+            params=base.params,
+            quantize=lambda weight: pack({"w": weight}, ["w"], settings, weight.device)["w"],
+        )
+    else:
+        params, adapters = decompose(base.model, config, generator=generator, params=base.params)
+    if settings.quantize != "none" and splits_weights(settings):
+        rest = [name for name in packed_names(base.model, settings, base.new) if not is_packed(params[name])]
+        params = params | pack(params, rest, settings, base.device)
+        forget(base.model, [name for name in params if is_packed(params[name])])
+    return Start(replace(base, params=params), adapters, config)
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight is a quantised one."""
+    from funclora._quant.tensor import Quantized
+
+    return isinstance(weight, Quantized)

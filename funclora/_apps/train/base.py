@@ -1,0 +1,335 @@
+"""The frozen model of a run: loaded, quantised, and asked for its loss, its scores and its continuations."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funclora._apps.train.folder import CLASSES, empty_model, load_config, load_model, longest_context
+from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights
+from funclora._apps.train.rows import IGNORED
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.tokenizer import ByteTokenizer as ByteTokenizer
+from funclora._apps.train.tokenizer import begun, first_line
+from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
+from funclora._bind.apply import Params, base_params, bind
+from funclora.errors import ConfigError, UnsupportedError
+
+DEMO = "the demo's base"
+CPU = torch.device("cpu")
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen model, its weights and its tokens.
+
+    Attributes:
+        name: for people: the folder, or `DEMO`.
+        model: in evaluation mode; only its structure is used where `params` are given. Never changed.
+        params: its weights on the device of the run, quantised if that was asked for.
+        tokenizer: as `load_tokenizer` gives it.
+        task: one of `settings.TASKS`.
+        limit: longest context in tokens; None if nothing bounds it.
+        classes: names of the classes, by number; empty for tasks without.
+        new: full names of modules whose weights the folder did not have, such as a fresh head.
+        device: where the run computes.
+
+    Examples:
+        >>> import funclora as fl
+        >>> base = load_base(Settings(), ByteTokenizer())
+        >>> ids = torch.tensor([list(b"import os")])
+        >>> bound = fl.bind(base.model, base.params, {})
+        >>> batch = {"input_ids": ids, "labels": ids}
+        >>> base.count(batch), bool(base.loss(bound, batch) > 0)
+        (8, True)
+    """
+
+    name: str
+    model: nn.Module
+    params: Params
+    tokenizer: Any
+    task: str
+    limit: int | None
+    classes: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    device: torch.device = CPU
+
+    def loss(self, bound: Any, batch: Batch) -> Tensor:
+        """The SUM of the losses of all positions with a label, in nats, float32; divide by `count`.
+
+        Args:
+            bound: the model under some adapters, as `funclora.bind` gives it.
+            batch: as `batches.collate` makes it, on any device.
+
+        Returns:
+            A scalar.
+        """
+        return self._loss(self.logits(bound, batch), self._labels(batch).to(self.device))
+
+    def count(self, batch: Batch) -> int:
+        """How many positions `loss` sums over; counted where the batch is, so that no device is waited for."""
+        return int((self._labels(batch) != IGNORED).sum())
+
+    def score(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the positions with a label: "loss", and for classification "correct". No gradient."""
+        with torch.no_grad():
+            logits, labels = self.logits(bound, batch), self._labels(batch).to(self.device)
+            sums = {"loss": self._loss(logits, labels)}
+            if self.task in (SEQUENCE, TOKEN):
+                sums["correct"] = ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
+        return sums
+
+    @torch.no_grad()
+    def generate(self, bound: Any, prompt: str, tokens: int) -> str:
+        """What the model says to a prompt: its greedy continuation, without the prompt; the class if it names classes.
+
+        Args:
+            bound: as for `loss`.
+            prompt: a text. Of one that leaves no room in the model's context, a causal model reads the end, and others
+                what they read of such a text in training: the beginning.
+            tokens: the most that are generated.
+
+        Raises:
+            ConfigError: the prompt has no tokens.
+            UnsupportedError: the task has a class for each token.
+        """
+        if self.task == TOKEN:
+            raise UnsupportedError("sample: token-classification continues no prompt. Leave it out.")
+        cut = {} if self.limit is None else {"truncation": True, "max_length": self.limit}
+        ids = begun(self.tokenizer, prompt) if self.task == CAUSAL else self.tokenizer(prompt, **cut)["input_ids"]
+        if not ids:
+            raise ConfigError("sample: an empty prompt has no token to go on from. Give at least a word.")
+        if isinstance(self.tokenizer, ByteTokenizer):
+            said: bytes = bound.generate(bytes(ids), tokens, temperature=0.0)
+            return self.tokenizer.decode(said[len(ids) :])
+        if self.limit is not None and self.task == CAUSAL:
+            tokens = min(tokens, self.limit - 1)
+            ids = ids[-(self.limit - tokens) :]
+        read = torch.tensor([ids], device=self.device)
+        given = {"input_ids": read, "attention_mask": torch.ones_like(read)}
+        if self.task == SEQUENCE:
+            return self.classes[int(bound(**given).logits.argmax())]
+        out = bound.generate(
+            **given, max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=self.tokenizer.pad_token_id
+        )[0]
+        text: str = self.tokenizer.decode(out[len(ids) :] if self.task == CAUSAL else out, skip_special_tokens=True)
+        return text
+
+    def logits(self, bound: Any, batch: Batch) -> Tensor:
+        """What the model says of a batch: `[batch, seq, vocabulary]`, or `[batch, classes]`.
+
+        Args:
+            bound: as for `loss`.
+            batch: as for `loss`. For seq2seq the labels are what the decoder reads.
+
+        Raises:
+            UnsupportedError: rows are packed, which the demo's base cannot keep apart.
+        """
+        given = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+        if isinstance(self.tokenizer, ByteTokenizer):
+            if "position_ids" in given:
+                raise UnsupportedError(f"packing: {DEMO} cannot keep the examples of a row apart. Leave it out.")
+            return bound(given["input_ids"])  # type: ignore[no-any-return]
+        if self.task == SEQ2SEQ:
+            given["decoder_input_ids"] = self._shifted(bound, batch["labels"].to(self.device))
+        if takes(type(self.model).forward, "use_cache"):
+            return bound(**given, use_cache=False).logits  # type: ignore[no-any-return]
+        return bound(**given).logits  # type: ignore[no-any-return]
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """The label of each position of the logits."""
+        labels = batch["labels"]
+        # The labels move and not the logits, of which a slice would be a copy.
+        return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.task == CAUSAL else labels
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        flat = logits.float().flatten(0, -2)
+        return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _shifted(self, bound: Any, labels: Tensor) -> Tensor:
+        """What the decoder reads: the labels, one later."""
+        if hasattr(bound, "prepare_decoder_input_ids_from_labels"):
+            return bound.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[no-any-return]
+        config: Any = self.model.config
+        start = config.decoder_start_token_id
+        return F.pad(labels.masked_fill(labels == IGNORED, self.tokenizer.pad_token_id), (1, 0), value=start)[:, :-1]
+
+
+@functools.cache
+def takes(forward: Any, argument: str) -> bool:
+    """Whether a function has an argument of that name."""
+    return argument in inspect.signature(forward).parameters
+
+
+def context_limit(settings: Settings) -> int | None:
+    """The longest context of the model, from its configuration alone.
+
+    Raises:
+        FormatError: the folder is no model.
+        ConfigError: the model has no form for the task.
+    """
+    if settings.model is None:
+        _refuse_demo(settings)
+        from funclora.demo.model import ByteLMConfig
+
+        return ByteLMConfig().context
+    return longest_context(empty_model(settings.model, settings.task))
+
+
+def known_classes(settings: Settings) -> tuple[str, ...]:
+    """The classes that the model's folder has a head for, in the order of its outputs; empty if they have no names.
+
+    Raises:
+        FormatError: the folder is no model.
+    """
+    if settings.model is None or settings.task not in (SEQUENCE, TOKEN):
+        return ()
+    config = load_config(settings.model)
+    head = CLASSES[settings.task].removeprefix("AutoModel")
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    has = any(name.endswith(head) for name in config.architectures or ())
+    return names if has and names != tuple(f"LABEL_{i}" for i in range(len(names))) else ()
+
+
+def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -> Base:
+    """The model of a run, on its device.
+
+    `quantize` packs all linear layers but the output layer and those trained in full, whether or not they are targets,
+    as QLoRA does, and gives the memory of their dense weights back. Where `init` splits the weights first, packing is
+    left to `adapters.begin`.
+
+    Args:
+        settings: `model`, `task`, `dtype`, `quantize`, `double_quant`, `device`, `init`, `modules_to_save` and `seed`
+            are looked at.
+        tokenizer: from `load_tokenizer`.
+        classes: for classification; those of the folder's configuration if empty.
+
+    Raises:
+        FormatError: the folder is no model, or is broken.
+        ConfigError: the model has no form for the task, or sees what it is to predict; or the device cannot be used.
+        UnsupportedError: bitsandbytes or transformers is missing.
+
+    Examples:
+        >>> load_base(Settings(), ByteTokenizer()).limit
+        256
+    """
+    device = _device(settings.device)
+    model: nn.Module
+    new: tuple[str, ...] = ()
+    limit: int | None
+    if settings.model is None:
+        _refuse_demo(settings)
+        from funclora.demo.model import load_base as load_demo
+
+        demo = load_demo()
+        demo = demo if settings.dtype == "auto" else demo.to(getattr(torch, settings.dtype))
+        model, name, limit = demo, DEMO, demo.config.context
+    else:
+        model, new = load_model(
+            settings.model, settings.task, dtype=settings.dtype, classes=classes, seed=settings.seed
+        )
+        name, limit = str(settings.model), longest_context(model)
+        _set_padding(model, tokenizer, name)
+        if settings.task == SEQ2SEQ and getattr(model.config, "decoder_start_token_id", None) is None:
+            raise ConfigError(
+                f"model: the config.json of {name} has no decoder_start_token_id, the token that a decoder begins "
+                "with. Add it; for T5 it is the padding id."
+            )
+        if settings.task in (SEQUENCE, TOKEN) and not classes:
+            config: Any = model.config
+            classes = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    packed: dict[str, Tensor] = {}
+    if settings.quantize != "none" and not splits_weights(settings):
+        packed = pack(base_params(model), packed_names(model, settings, new), settings, device)
+        forget(model, packed)
+    _move(model, device)
+    params = base_params(model) | packed
+    base = Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device)
+    if settings.task == CAUSAL:
+        _check_causal(base)
+    return base
+
+
+def _check_causal(base: Base) -> None:
+    """Raise `ConfigError` if the logits of a position depend on what comes after it, by trying it out.
+
+    transformers makes a causal model of an encoder too, and leaves its attention as it is: BERT without `is_decoder`
+    would learn to copy the next token from its input.
+    """
+    rows, half = vocabulary(base.model), min(8, base.limit or 8) // 2
+    first = torch.arange(2 * half).remainder(rows)[None]
+    other = torch.cat([first[:, :half], (first[:, half:] + 1 + rows // 2).remainder(rows)], 1)
+    bound = bind(base.model, base.params, {})
+    with torch.no_grad():
+        one, two = (
+            base.logits(bound, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, :half]
+            for ids in (first, other)
+        )
+    # Not bit for bit: experts are given other batches by the tokens that follow.
+    scale = one.float().abs().max().item() * torch.finfo(one.dtype).eps ** 0.5
+    if not torch.allclose(one.float(), two.float(), rtol=0, atol=scale, equal_nan=True):
+        raise ConfigError(
+            f"task: {base.name} ({type(base.model).__name__}) sees the tokens that it is to predict, so it is no "
+            'causal language model. Give a decoder, or one with "is_decoder": true in its config.json.'
+        )
+
+
+def _refuse_demo(settings: Settings) -> None:
+    if settings.task != CAUSAL:
+        raise ConfigError(
+            f"task: {DEMO} is a causal language model, and {settings.task} needs another. Name one with --model."
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ConfigError(f"device: {name!r} cannot be used here: {first_line(error)}. cpu is always there.") from error
+    return device
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """As `model.to(device)`, past parameters on the meta device."""
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+
+
+def _set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """See to it that the model takes the token that fills rows up, and knows it.
+
+    Models that classify by a row's last token look for it by the padding id.
+    """
+    rows = vocabulary(model)
+    if tokenizer.pad_token_id >= rows:
+        end = tokenizer.eos_token_id
+        if end is None or end >= rows:
+            raise ConfigError(
+                f"model: the padding token {tokenizer.pad_token!r} is number {tokenizer.pad_token_id}, and the "
+                f"embedding of {name} has {rows} rows. Set another: tokenizer.pad_token = ... and "
+                "tokenizer.save_pretrained(folder)."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    config: Any = model.config
+    config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many token ids a model's embedding has."""
+    table: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.embed  # type: ignore[operator]
+    return int(table.num_embeddings)

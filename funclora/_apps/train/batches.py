@@ -1,0 +1,138 @@
+"""Examples as tensors: rows that are padded, and the batches of each step as a pure function of seed and step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from funclora._apps.train.packing import is_packed, positions
+from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import SEQUENCE, Settings
+from funclora._init.fresh import generator_of
+from funclora.errors import ConfigError
+
+
+def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | None = None) -> dict[str, Tensor]:
+    """Rows as tensors on the CPU, int64, padded on the right.
+
+    Args:
+        examples: the rows.
+        pad: token id that fills up.
+        task: one of `settings.TASKS`.
+        packed: give `position_ids`; None: if a row has several examples.
+
+    Returns:
+        `input_ids: [batch, seq]`; `labels`: `[batch, seq]` (seq2seq: the decoder's `[batch, seq']`) padded with
+        `IGNORED`, or `[batch]` for sequence-classification; and either `attention_mask: [batch, seq]` or, if packed,
+        `position_ids: [batch, seq]`, which restart at 0 with each example. Call the model with just what is there
+        (but labels): transformers takes restarting positions without an `attention_mask` for examples that do not
+        see each other. Padding is then one more such example.
+
+    Examples:
+        >>> rows = [Example([5, 6, 7], [-100, 6, 7], (3,), "a"), Example([8], [8], (1,), "b")]
+        >>> {name: tensor.tolist() for name, tensor in collate(rows, pad=0, task="causal-lm").items()}
+        {'input_ids': [[5, 6, 7], [8, 0, 0]], 'labels': [[-100, 6, 7], [8, -100, -100]],
+         'attention_mask': [[1, 1, 1], [1, 0, 0]]}
+    """
+    batch = {"input_ids": _padded([row.ids for row in examples], pad)}
+    if task == SEQUENCE:
+        batch["labels"] = torch.tensor([row.labels[0] for row in examples])
+    else:
+        batch["labels"] = _padded([row.labels for row in examples], IGNORED)
+    longest = batch["input_ids"].shape[1]
+    if is_packed(examples) if packed is None else packed:
+        rests = [longest - len(row.ids) for row in examples]
+        rows = [positions((*row.lengths, rest)) for row, rest in zip(examples, rests, strict=True)]
+        batch["position_ids"] = torch.tensor(rows)
+    else:
+        batch["attention_mask"] = _padded([[1] * len(row.ids) for row in examples], 0)
+    return batch
+
+
+def _padded(rows: list[list[int]], fill: int) -> Tensor:
+    return torch.tensor(list(itertools.zip_longest(*rows, fillvalue=fill)), dtype=torch.int64).T.contiguous()
+
+
+class Batches:
+    """The batches of each optimizer step: a pure function of data, seed and step.
+
+    Args:
+        examples: the rows.
+        batch: rows of a micro-batch.
+        accumulation: micro-batches of a step.
+        seed: of the order; each epoch has its own permutation.
+        pad: token id that fills up.
+        task: one of `settings.TASKS`.
+
+    Attributes:
+        steps_per_epoch: `ceil(len(examples) / (batch * accumulation))`; the last step of an epoch may be smaller.
+
+    Raises:
+        ConfigError: there are no rows, or `batch` or `accumulation` is not positive.
+
+    Examples:
+        >>> rows = [Example([i, i], [i, i], (2,), f"t.jsonl:{i}") for i in range(3)]
+        >>> batches = Batches(rows, batch=2, accumulation=1, seed=0, pad=0, task="causal-lm")
+        >>> batches.steps_per_epoch, sorted(batches.sources(0) + batches.sources(1))
+        (2, ['t.jsonl:0', 't.jsonl:1', 't.jsonl:2'])
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], *, batch: int, accumulation: int, seed: int, pad: int, task: str
+    ) -> None:
+        for name, value in (("batch", batch), ("accumulation", accumulation)):
+            if value < 1:
+                raise ConfigError(f"{name}: expected 1 or more, got {value}.")
+        if not examples:
+            raise ConfigError("examples: there are none to train on.")
+        self.steps_per_epoch = math.ceil(len(examples) / (batch * accumulation))
+        self._examples, self._batch, self._rows = examples, batch, batch * accumulation
+        self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples)
+        self._order: tuple[int, list[int]] = (-1, [])  # of the epoch that was asked for last
+
+    @classmethod
+    def of(cls, settings: Settings, examples: Sequence[Example], pad: int) -> Batches:
+        """The batches of a run."""
+        return cls(
+            examples,
+            batch=settings.batch,
+            accumulation=settings.accumulation,
+            seed=settings.seed,
+            pad=pad,
+            task=settings.task,
+        )
+
+    def step(self, k: int) -> list[dict[str, Tensor]]:
+        """The micro-batches of step k, which counts from 0 over all epochs."""
+        rows = self.rows(k)
+        return [
+            collate(rows[start : start + self._batch], pad=self._pad, task=self._task, packed=self._packed)
+            for start in range(0, len(rows), self._batch)
+        ]
+
+    def sources(self, k: int) -> list[str]:
+        """Where the rows of step k are from."""
+        return [row.source for row in self.rows(k)]
+
+    def rows(self, k: int) -> list[Example]:
+        """The rows of step k."""
+        if k < 0:
+            raise ConfigError(f"step: expected 0 or more, got {k}.")
+        epoch, i = divmod(k, self.steps_per_epoch)
+        order = self._order  # one read: another thread may ask for another epoch
+        if order[0] != epoch:
+            generator = generator_of(self._seed, f"order of epoch {epoch}")
+            self._order = order = epoch, torch.randperm(len(self._examples), generator=generator).tolist()
+        return [self._examples[j] for j in order[1][i * self._rows : (i + 1) * self._rows]]
+
+
+def evaluation(examples: Sequence[Example], *, batch: int, pad: int, task: str) -> Iterator[dict[str, Tensor]]:
+    """Every row once, in batches of similar lengths, the longest first, so that memory runs out at once or never."""
+    packed = is_packed(examples)
+    rows = sorted(examples, key=lambda row: (len(row.ids), len(row.labels)), reverse=True)
+    for start in range(0, len(rows), batch):
+        yield collate(rows[start : start + batch], pad=pad, task=task, packed=packed)

@@ -1,0 +1,164 @@
+"""Chats as token ids: the tokenizer's chat template, and which tokens of its text are the assistant's."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from dataclasses import dataclass
+from typing import Any
+
+from funclora._apps.train.records import Record
+from funclora.errors import ConfigError, FormatError, UnsupportedError
+
+MARKER = re.compile(r"\{%[-+]?\s*generation\b")
+NO_TEMPLATE = (
+    "data: has chats (messages), but the tokenizer has no chat template. Put one into the model's folder as "
+    "chat_template.jinja, such as that of the model's instruct version, or give the data as prompt and completion."
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat as the model reads it.
+
+    Attributes:
+        ids: of all of it.
+        said: which of them the assistant says.
+        whole: is every message's text in it?
+    """
+
+    ids: list[int]
+    said: list[bool]
+    whole: bool
+
+
+def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
+    """What the chat template makes of a record's messages, and which tokens the assistant says.
+
+    With `{% generation %}` markers in the template these are the tokens between them. Without, they are the tokens of
+    the text by which a turn of the assistant makes the template's text longer: all after the generation prompt,
+    with what ends the turn.
+
+    Args:
+        record: with `messages`, and what else the template takes: `tools` and `chat_template_kwargs`.
+        tokenizer: transformers'.
+        mask: find the assistant's tokens; else all are taken.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        FormatError: the messages are not as they should be, or the template refuses them.
+        UnsupportedError: the template changes earlier text when a turn is added, or the tokenizer cannot tell where its
+            tokens are from.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(NO_TEMPLATE)
+    if mask and not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedError(
+            "data: this tokenizer does not tell where its tokens are from (it is no fast one), so the assistant's "
+            "are unknown. train_on all has the loss on whole chats."
+        )
+    messages, more = _messages(record), _more(record)
+    text: str = _apply(record, tokenizer, messages, tokenize=False, **more)
+    # Templates for images and texts leave out a text that is not in a list; others leave out what was thought.
+    whole = all((message.get("content") or "").strip() in text for message in messages)
+    if not mask:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return Chat(ids, [True] * len(ids), whole)
+    if MARKER.search(tokenizer.get_chat_template(tools=more.get("tools"))):
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, **more}
+        out = _apply(record, tokenizer, messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options)
+        said = [bool(bit) for bit in out["assistant_masks"]]
+        offsets = out["offset_mapping"]
+        for i in range(1, len(said)):
+            # Of a last character that is several tokens transformers marks the first only.
+            said[i] |= said[i - 1] and offsets[i] == offsets[i - 1] and offsets[i][0] < offsets[i][1]
+        return Chat(out["input_ids"], said, whole)
+    spans = _spans(record, tokenizer, messages, text, more)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    inside = [any(a < end and b > start for start, end in spans) for a, b in out["offset_mapping"]]
+    return Chat(out["input_ids"], inside, whole)
+
+
+def opened(record: Record, tokenizer: Any) -> list[int]:
+    """The ids of a chat up to where the assistant is to speak.
+
+    Args:
+        record: as for `chat`.
+        tokenizer: transformers', with a chat template.
+
+    Raises:
+        FormatError: the messages are not as they should be, or the template refuses them.
+    """
+    messages, more = _messages(record), _more(record)
+    text = _apply(record, tokenizer, messages, tokenize=False, add_generation_prompt=True, **more)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
+    return ids
+
+
+def _spans(
+    record: Record, tokenizer: Any, messages: list[dict[str, Any]], text: str, more: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """Where the assistant's turns are in the text."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise FormatError(f"{record.where}: messages[0] is the assistant's, expected a prompt before it.")
+        options = {"tokenize": False, **more}
+        before = _apply(record, tokenizer, messages[:i], add_generation_prompt=True, **options)
+        after = _apply(record, tokenizer, messages[: i + 1], **options)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise UnsupportedError(
+                f"{record.where}: with messages[{i}] the chat template also changes the text before or after it, so "
+                "which tokens are the assistant's cannot be told. Put {% generation %} and {% endgeneration %} around "
+                "its text in the template, or set train_on to all."
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _apply(record: Record, tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise ConfigError("chat templates need jinja2. Type: pip install 'funclora[train]'") from error
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{record.where}: the chat template refuses these messages: {reason}") from error
+
+
+def _messages(record: Record) -> list[dict[str, Any]]:
+    messages = record.fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise FormatError(f"{record.where}: messages: expected a list of objects, got {reprlib.repr(messages)}.")
+    for i, message in enumerate(messages):
+        at = f"{record.where}: messages[{i}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise FormatError(
+                f'{at}: expected {{"role": "user", "content": "..."}} or the like, got {reprlib.repr(message)}.'
+            )
+        if not isinstance(message.get("content"), str) and not (
+            message.get("content") is None and message.get("tool_calls")
+        ):
+            raise FormatError(f"{at}: content: expected a text, got {reprlib.repr(message.get('content'))}.")
+    return messages
+
+
+def _more(record: Record) -> dict[str, Any]:
+    """What else the template is given, as TRL gives it."""
+    tools = record.fields.get("tools")
+    options = record.fields.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise FormatError(f"{record.where}: tools: expected JSON in this text: {error}.") from error
+    if tools is not None and not isinstance(tools, list):
+        raise FormatError(f"{record.where}: tools: expected a list, got {reprlib.repr(tools)}.")
+    if not isinstance(options, dict):
+        raise FormatError(f"{record.where}: chat_template_kwargs: expected an object, got {reprlib.repr(options)}.")
+    return {"tools": tools or None, **options}

@@ -1,0 +1,294 @@
+"""A run on disk. Killed at any moment, its folder holds the last checkpoint as a whole.
+
+run.json                            what the run is: settings, digests of data and base. With it the folder holds a run
+checkpoints/00000040.safetensors    after step 40: adapters, optimizer, generators; the progress in its metadata
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from funclora._apps.train.settings import Settings
+from funclora._files.atomic import alone, read_json, replace_files
+from funclora.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
+
+# What may differ when a run goes on. Not the paths: what lies there is compared, wherever it lies.
+_FREE = {field.name for field in fields(Settings) if field.metadata["group"] == "Output"} | {
+    "model",
+    "data",
+    "validation",
+    "sample",
+    "sample_tokens",
+}
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that it must remember, but for tensors.
+
+    Attributes:
+        step: optimizer steps behind it.
+        evaluated: the last step that was evaluated; -1 before the first.
+        best: step and loss of the best evaluation.
+        waited: evaluations since then.
+        pending: loss and gradient norm of each step since the last line of metrics.jsonl.
+        metrics: size of metrics.jsonl in bytes.
+        tokens: tokens that were trained on.
+        seconds: how long the steps took.
+        stopped: why it ended; empty while it has not.
+    """
+
+    step: int = 0
+    evaluated: int = -1
+    best: tuple[int, float] | None = None
+    waited: int = 0
+    pending: list[tuple[float, float]] = field(default_factory=list)
+    metrics: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: str = ""
+
+
+class Run:
+    """The folder of one run, from `opened`.
+
+    Attributes:
+        folder: where it is.
+        id: a name that no other run has.
+        last: the step of the last checkpoint; None before the first.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.out
+        self.id = uuid.uuid4().hex
+        steps = self._steps()
+        self.last = steps[-1] if steps else None
+
+    def file(self, step: int) -> Path:
+        """The checkpoint after a step."""
+        return self.folder / CHECKPOINTS / f"{step:08d}.safetensors"
+
+    def begin(self, digests: Mapping[str, str]) -> None:
+        """Say what the run is, or see that it is what it was.
+
+        Args:
+            digests: by name that of everything else that decides the outcome.
+
+        Raises:
+            ConfigError: the run in the folder has other settings or digests.
+            FormatError: run.json is broken.
+        """
+        given = {"settings": {k: v for k, v in plain(self.settings).items() if k not in _FREE}, "digests": {**digests}}
+        file = self.folder / RUN
+        if not file.exists():
+            replace_files(self.folder, {RUN: _writer(json.dumps({"id": self.id, **given}, indent=1) + "\n")})
+            return
+        stored = read_json(file)
+        try:
+            self.id, settings, known = stored["id"], dict(stored["settings"]), dict(stored["digests"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{file}: expected id, settings and digests, found {sorted(stored)}.") from error
+        differ = [
+            f"{key} = {settings.get(key)!r} there and {given['settings'].get(key)!r} here"
+            for key in {**settings, **given["settings"]}
+            if settings.get(key) != given["settings"].get(key)
+        ] + [f"other {key} than there" for key in {**known, **digests} if known.get(key) != digests.get(key)]
+        if differ:
+            raise ConfigError(
+                f"resume: the run in {self.folder} is another one: {'; '.join(differ)}. Give what it was begun with, "
+                "or another --out."
+            )
+
+    def save(self, progress: Progress, tree: Any) -> None:
+        """Write a checkpoint, which takes effect as a whole, and remove those that are no longer kept.
+
+        Args:
+            progress: how far the run is.
+            tree: tensors by any structure.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints from before are as they were.
+        """
+        from safetensors.torch import save
+
+        from funclora._torch.pytree import keyed_copies
+
+        file = self.file(progress.step)
+        content = save(keyed_copies(tree), {"progress": json.dumps(asdict(progress))})
+        try:
+            replace_files(file.parent, {file.name: _writer(content)})
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}: the checkpoint of step {progress.step} cannot be written; "
+                f"{self.state()}, and --resume goes on",
+                str(file),
+            ) from error
+        self.last = progress.step
+        self.prune(progress)
+
+    def prune(self, progress: Progress) -> None:
+        """Remove the checkpoints that are no longer kept."""
+        kept = {*self._steps()[-self.settings.keep :], progress.best[0] if progress.best else progress.step}
+        for step in self._steps():
+            if step not in kept:
+                self.file(step).unlink(missing_ok=True)
+
+    def load(self, step: int, like: Any) -> tuple[Progress, Any]:
+        """The progress and the tree of a checkpoint.
+
+        Args:
+            step: which.
+            like: a tree of the same structure, shapes, dtypes and devices.
+
+        Raises:
+            FormatError: the file is not a checkpoint of such a tree.
+        """
+        import optree
+        from safetensors import SafetensorError, safe_open
+
+        from funclora._torch.pytree import leaf_keys
+
+        file = self.file(step)
+        hint = "Remove it to go on from the checkpoint before it, if there is one"
+        leaves: list[Tensor]
+        leaves, spec = optree.tree_flatten(like)
+        try:
+            with safe_open(file, framework="pt") as stored:
+                progress = _progress((stored.metadata() or {})["progress"], step)
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 -- no dict
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FormatError(f"{file}: this is not a checkpoint, or it is broken: {error}. {hint}.") from error
+        keys = leaf_keys(spec)
+        if {*keys} != {*tensors}:
+            odd = sorted({*keys} ^ {*tensors})
+            raise FormatError(f"{file}: expected other tensors than are there: {', '.join(odd[:5])}. {hint}.")
+        for key, leaf in zip(keys, leaves, strict=True):
+            got = tensors[key]
+            if got.shape != leaf.shape or got.dtype != leaf.dtype:
+                raise FormatError(
+                    f"{file}: {key}: expected {leaf.dtype} {list(leaf.shape)}, got {got.dtype} {list(got.shape)}. "
+                    f"{hint}."
+                )
+        return progress, spec.unflatten([tensors[key].to(leaf.device) for key, leaf in zip(keys, leaves, strict=True)])
+
+    def state(self) -> str:
+        """The last good checkpoint, in words."""
+        if self.last is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.file(self.last)}"
+
+    def _steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, in order."""
+        files = (self.folder / CHECKPOINTS).glob("*.safetensors")
+        return sorted(int(file.stem) for file in files if file.stem.isdecimal())
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Run]:
+    """The folder of a run, with other processes kept out of it.
+
+    To be entered before anything is loaded or written: most of what can be wrong with the folder shows at once.
+
+    Raises:
+        ConfigError: `settings.out` cannot be written to; another process is at work in it; it holds a run and
+            `resume` is not set; `resume` is set and it holds none.
+    """
+    folder = settings.out
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"out: {folder} cannot be written to: {error.strerror or error}. Give another folder with --out."
+        ) from error
+    busy = ConfigError(f"out: another process is at work in {folder}. Wait for its end, or use another folder.")
+    try:
+        with alone(folder, busy):
+            _check(settings)
+            for parent in (folder, folder / CHECKPOINTS):
+                for draft in parent.glob(".*.tmp"):  # of a process that was killed
+                    draft.unlink(missing_ok=True)
+            yield Run(settings)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: the run has begun
+                folder.rmdir()
+
+
+def _check(settings: Settings) -> None:
+    """Raise `ConfigError` unless what the folder holds and `resume` fit each other."""
+    folder = settings.out
+    there = (folder / RUN).exists()
+    if there and not settings.resume:
+        raise ConfigError(f"out: {folder} holds a run. Go on with it by --resume, or use another folder.")
+    if not there:
+        for own in (CHECKPOINTS, METRICS):
+            if (folder / own).exists():
+                raise ConfigError(f"out: {folder} holds {own}, but no {RUN} that says of what run. Use another folder.")
+    if not there and settings.resume:
+        raise ConfigError(f"resume: {folder} holds no run to go on with. Start one without --resume, or look at --out.")
+
+
+def fingerprint(params: Mapping[str, Tensor]) -> str:
+    """A digest of weights that is cheap: names, shapes, dtypes and a sample of the values of each tensor."""
+    import torch
+
+    from funclora._quant.tensor import Quantized
+
+    digest = hashlib.sha256()
+    for name, weight in params.items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        for tensor in weight.parts if isinstance(weight, Quantized) else (weight,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                flat = tensor.detach().reshape(-1)
+                sample = flat[:: max(1, len(flat) // 256)].cpu().contiguous()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    raw: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    return raw
+
+
+def _progress(text: str, step: int) -> Progress:
+    """The progress in a checkpoint of a step; `ValueError`, `TypeError` or `KeyError` if there is none."""
+    raw = json.loads(text)
+    default = Progress()
+    values = {key: raw.pop(key) for key in asdict(default)}
+    if raw or values["step"] != step:
+        raise ValueError(f"it is of step {values['step']!r}, with unknown {sorted(raw)}")
+    best, pending = values.pop("best"), values.pop("pending")
+    for key, value in values.items():
+        wanted = type(getattr(default, key))
+        if type(value) is not wanted:
+            raise TypeError(f"{key}: expected {wanted.__name__}, got {value!r}")
+    pairs = [(float(loss), float(norm)) for loss, norm in pending]
+    return Progress(**values, pending=pairs, best=None if best is None else (int(best[0]), float(best[1])))
+
+
+def _writer(content: str | bytes) -> Any:
+    return partial(_write, content=content.encode() if isinstance(content, str) else content)
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)

@@ -1,0 +1,74 @@
+"""How good adapters are: the losses of the validation data, and what the model says to some prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from funclora._apps.train.batches import evaluation
+from funclora._apps.train.settings import Settings
+from funclora._apps.train.step import autocast, moved
+from funclora._bind.apply import Adapters, bind
+from funclora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from funclora._apps.train.base import Base
+    from funclora._apps.train.examples import Example
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds.
+
+    Attributes:
+        means: "loss" in nats for each label, and for classification "correct", the share of labels; empty without data.
+        samples: prompts and their continuations.
+    """
+
+    means: dict[str, float]
+    samples: list[tuple[str, str]]
+
+
+@torch.no_grad()
+def evaluate(
+    base: Base,
+    adapters: Adapters,
+    examples: Sequence[Example],
+    settings: Settings,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Losses of examples, and the continuations of `settings.sample`.
+
+    Args:
+        base: the frozen model, in evaluation mode.
+        adapters: what it is evaluated under.
+        examples: may be empty.
+        settings: the run.
+        interrupted: asked before each batch.
+
+    Returns:
+        None if it was interrupted.
+
+    Raises:
+        ConfigError: there are examples, and no position of them has a label.
+    """
+    bound = bind(base.model, base.params, adapters)
+    sums: dict[str, Any] = {}
+    labels = 0
+    for batch in evaluation(examples, batch=settings.batch, pad=base.tokenizer.pad_token_id, task=base.task):
+        if interrupted():
+            return None
+        labels += base.count(batch)
+        with autocast(settings, base.device):
+            scores = base.score(bound, moved(batch, base.device))
+        sums = {key: sums.get(key, 0) + value.double() for key, value in scores.items()}
+    if examples and not labels:
+        raise ConfigError("validation: no position of the validation data has a label. Give other data.")
+    samples = []
+    for prompt in settings.sample:
+        if interrupted():
+            return None
+        with autocast(settings, base.device):
+            samples.append((prompt, base.generate(bound, prompt, settings.sample_tokens)))
+    return Evaluation({key: float(value) / labels for key, value in sums.items()}, samples)

@@ -1,0 +1,258 @@
+"""What a run leaves: the adapter as PEFT's folder, with a model card and the tokenizer, and the merged model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from funclora._apps.train.adapters import Start
+from funclora._apps.train.base import Base
+from funclora._apps.train.examples import Data
+from funclora._apps.train.folder import CLASSES, load_model, positions_after_padding
+from funclora._apps.train.loop import Outcome
+from funclora._apps.train.reading import as_toml
+from funclora._apps.train.rows import Example
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.tokenizer import transformers
+from funclora._bind.apply import base_params
+from funclora._bind.merge import merge
+from funclora._bind.summary import summary
+from funclora._files.staging import check_out, staged_folder
+from funclora._quant.quantize import dequantize
+from funclora.errors import ConfigError
+from funclora.io.hf.quiet import quiet
+from funclora.io.merge.merge import merge_checkpoint
+from funclora.io.peft.folder import save_peft
+from funclora.rules.base import Rule
+
+ADAPTER, MERGED, CARD, CLASSES_FILE = "adapter", "merged", "README.md", "classes.json"
+PIPELINES = {
+    CAUSAL: "text-generation",
+    SEQUENCE: "text-classification",
+    TOKEN: "token-classification",
+    SEQ2SEQ: "text-generation",
+}
+
+
+def check_results(settings: Settings) -> None:
+    """Raise `ConfigError` if the results cannot be put where they belong: something else lies there.
+
+    A run that goes on replaces its own.
+    """
+    if settings.resume:
+        return
+    read = [path for path in (settings.model, settings.data, settings.validation) if path is not None]
+    for path in read:
+        if path.is_dir() and path.resolve() in (settings.out.resolve(), *settings.out.resolve().parents):
+            raise ConfigError(f"out: {settings.out} lies in {path}, which is read. Give another folder with --out.")
+    for name in (ADAPTER, *([MERGED] if settings.merge else [])):
+        check_out(settings.out / name, read)
+
+
+def rehearse(start: Start, settings: Settings) -> None:
+    """Raise, before the training and not after it, if the results could not be written as PEFT or merged.
+
+    Raises:
+        UnsupportedError: PEFT cannot hold such an adapter, or the folder of the model cannot be merged into.
+        FormatError: the folder of the model cannot be merged into.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tree: Any = start.adapters
+        moved: Any = optree.tree_map(lambda x: x + 1e-3, tree)  # B is zero as yet, and such an update merges nothing
+        save_peft(Path(folder, ADAPTER), *start.exported(moved))
+        if settings.merge and settings.model is not None and _fits_folder(start):
+            merge_checkpoint(settings.model, Path(folder, ADAPTER), Path(folder, MERGED), dry_run=True)
+
+
+def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> list[Path]:
+    """Write the results of a run, each folder as a whole or not at all.
+
+    Args:
+        start: what the run started from.
+        outcome: what it came to.
+        data: what it was trained on, for the model card.
+        settings: the run's.
+
+    Returns:
+        The folders: `adapter`, relative to the base as it was loaded, and with `merge` `merged`.
+
+    Raises:
+        UnsupportedError: PEFT cannot hold the adapter, or a merged model cannot be written.
+        NonFiniteError: an adapter or a merged weight is not finite.
+        OSError: something cannot be written.
+    """
+    adapters, config = start.exported(outcome.adapters)
+    folders = [settings.out / ADAPTER]
+    _clear(folders[0])
+    with staged_folder(folders[0]) as draft:
+        save_peft(draft, adapters, config)
+        if hasattr(start.base.tokenizer, "save_pretrained"):
+            start.base.tokenizer.save_pretrained(str(draft))
+        if start.base.classes:
+            _write(draft / CLASSES_FILE, json.dumps(start.base.classes, ensure_ascii=False) + "\n")
+        _write(draft / CARD, card(start, outcome, data, settings))
+    if settings.merge:
+        folders.append(settings.out / MERGED)
+        _clear(folders[1])
+        _merge(start, adapters, settings, folders[1])
+    return folders
+
+
+def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
+    """The model card: what the adapter is of, what it was trained on and how, and how to load it."""
+    base = start.base
+    head = ["---"]
+    if settings.model is not None:
+        head.append(f"base_model: {json.dumps(str(settings.model))}")
+    head += [
+        "library_name: peft",
+        f"pipeline_tag: {PIPELINES[settings.task]}",
+        f"tags: [{settings.method}, funclora]",
+        "---",
+    ]
+    trained = summary(base.params, start.adapters)
+    facts = {
+        "base": base.name + (f", packed to {settings.quantize}" if settings.quantize != "none" else ""),
+        "task": settings.task,
+        "data": f"{settings.data}: {_examples(data.train)}",
+        "validation": f"{settings.validation or 'held out'}: {_examples(data.validation)}"
+        if data.validation
+        else "none",
+        **({"classes": ", ".join(base.classes)} if base.classes else {}),
+        "trained": f"{trained.trainable:,} of {trained.total:,} values ({trained.percent:.2f} %)",
+        "steps": f"{outcome.step:,} ({outcome.stopped})",
+        **_losses(outcome),
+    }
+    sections = [
+        "\n".join(head),
+        f"# {'DoRA' if settings.method == 'dora' else 'LoRA'} adapter of {base.name}",
+        "Trained by `funclora train`.",
+        _table(facts),
+        "## How to load it",
+        _usage(base, settings),
+    ]
+    if settings.quantize != "none":
+        sections.append(
+            "It was trained on packed weights. On the dense ones outputs differ a little."
+            if start.config.decomposition != "loftq"
+            else "It makes up for what packing took from the weights, so load it on weights that are packed alike: "
+            f"{settings.quantize}, blocks of 64."
+        )
+    if data.notes:
+        sections += ["## Data", "\n".join(f"- {note}" for note in data.notes)]
+    sections += ["## Settings", f"```toml\n{as_toml(settings).partition('# Output')[0].strip()}\n```"]
+    return "\n\n".join(sections) + "\n"
+
+
+def _examples(rows: Sequence[Example]) -> str:
+    n = sum(len(row.lengths) for row in rows)
+    return f"{n:,} example{'s' * (n != 1)}"
+
+
+def _losses(outcome: Outcome) -> dict[str, str]:
+    found = {}
+    train, validation = outcome.losses["train"], outcome.losses["validation"]
+    if train:
+        found["training loss"] = f"{train[0][1]:.4f} at step {train[0][0]}, {train[-1][1]:.4f} at step {train[-1][0]}"
+    if validation:
+        found["validation loss"] = f"{validation[-1][1]:.4f} at step {validation[-1][0]}"
+    if outcome.best is not None:
+        found["best validation loss"] = f"{outcome.best[1]:.4f} at step {outcome.best[0]}"
+    return {key: f"{value} (nats)" for key, value in found.items()}
+
+
+def _usage(base: Base, settings: Settings) -> str:
+    if settings.model is None:
+        code = [
+            "import funclora as fl",
+            "from funclora.demo.model import load_base",
+            "",
+            "model = load_base()",
+            'adapters, config = fl.load_peft("adapter", model)',
+            "bound = fl.bind(model, fl.base_params(model), adapters)",
+        ]
+    else:
+        # A head of the folder's that is of another size makes way for the adapter's.
+        mismatched = ", ignore_mismatched_sizes=True" if base.new else ""
+        labels = f", num_labels={len(base.classes)}{mismatched}" if base.classes else ""
+        code = [
+            "from peft import PeftModel",
+            f"from transformers import {CLASSES[settings.task]}, AutoTokenizer",
+            "",
+            f"base = {CLASSES[settings.task]}.from_pretrained({json.dumps(str(settings.model))}{labels})",
+            'model = PeftModel.from_pretrained(base, "adapter").eval()',
+            'tokenizer = AutoTokenizer.from_pretrained("adapter")',
+        ]
+        if settings.task == SEQUENCE:  # decoders classify by the last token that is no padding
+            code += ["model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
+        if base.classes:
+            code = ["import json", "from pathlib import Path", "", *code]
+            code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text())']
+    return "\n".join(["```python", *code, "```"])
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {cell(value)} |" for key, value in rows.items())])
+
+
+def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: Path) -> None:
+    """The merged model, as a folder that `from_pretrained` takes; of the demo's base, a file that it is loaded from."""
+    base = start.base
+    packed = start.config.decomposition == "loftq"  # the adapter belongs to the packed weights
+    if settings.model is None:
+        from dataclasses import asdict
+
+        from safetensors.torch import save_file
+
+        from funclora.demo.model import load_base
+
+        model: Any = load_base()
+        weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
+        with staged_folder(out) as draft:
+            metadata = {"config": json.dumps(asdict(model.config))}
+            save_file({name: _own(tensor) for name, tensor in weights.items()}, draft / "model.safetensors", metadata)
+        return
+    config: Any = base.model.config
+    if _fits_folder(start):
+        merge_checkpoint(settings.model, settings.out / ADAPTER, out)
+        return
+    # The folder is not of that model: its head is new, or of another kind.
+    model, _ = load_model(settings.model, settings.task, classes=base.classes, seed=settings.seed)
+    weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
+    model.load_state_dict(weights)
+    if not positions_after_padding(model):  # of which it would move the positions
+        model.config.pad_token_id = config.pad_token_id
+    with staged_folder(out) as draft, quiet(transformers()):
+        model.save_pretrained(str(draft))
+        base.tokenizer.save_pretrained(str(draft))
+
+
+def _fits_folder(start: Start) -> bool:
+    """Whether the merged model is the folder's with other values: then it need not be in memory."""
+    model: Any = start.base.model
+    same = (model.config.architectures or ["?"])[0] == type(model).__name__
+    return same and not start.base.new and start.config.decomposition != "loftq"
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier process of the same run has written: its checkpoints hold all that it was made of."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,163 @@
+"""The transformers model of a folder, with the head that a task needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
+from funclora._apps.train.tokenizer import LOADING, first_line, model_folder, transformers
+from funclora.errors import ConfigError, FormatError
+from funclora.io.hf.quiet import quiet
+from funclora.io.hf.structure import named_class, without_weights
+
+CLASSES = {
+    CAUSAL: "AutoModelForCausalLM",
+    SEQUENCE: "AutoModelForSequenceClassification",
+    TOKEN: "AutoModelForTokenClassification",
+    SEQ2SEQ: "AutoModelForSeq2SeqLM",
+}
+
+
+def load_model(
+    folder: Path, task: str | None, *, dtype: str = "auto", classes: Sequence[str] = (), seed: int = 0
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model on the CPU, in evaluation mode, frozen.
+
+    Only safetensors are read. For classification, the head and the pooler may be missing or of another size: they are
+    then new, and drawn from the seed.
+
+    Args:
+        folder: of a transformers model.
+        task: one of `settings.TASKS`; None for the class of model that the folder's configuration names.
+        dtype: "auto" for the folder's, or a name.
+        classes: names of the classes; those of the folder's configuration if empty.
+        seed: of new weights.
+
+    Returns:
+        The model, and the full names of the modules whose weights are new.
+
+    Raises:
+        FormatError: the folder is no model, is broken, or lacks weights that nothing can stand in for.
+        ConfigError: transformers has no model for that task of this architecture.
+    """
+    config = load_config(folder)
+    if classes and task in (SEQUENCE, TOKEN):
+        config.num_labels = len(classes)
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
+    cls = _class(folder, config, task)
+    library = transformers()
+    with torch.random.fork_rng(devices=[]), quiet(library):
+        torch.default_generator.manual_seed(seed)
+        try:
+            model, report = cls.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=task in (SEQUENCE, TOKEN),
+            )
+        except (*LOADING, SafetensorError) as error:
+            raise FormatError(
+                f"model: transformers cannot load {folder}: {first_line(error)}. Give a folder with config.json and "
+                "whole .safetensors files."
+            ) from error
+    missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    new = tuple(dict.fromkeys(_new_module(folder, model, key, task) for key in sorted(missing)))
+    return model.eval().requires_grad_(False), new
+
+
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of a folder.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    model_folder(folder)
+    library = transformers()
+    try:
+        return library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except LOADING as error:
+        raise FormatError(f"model: {folder / 'config.json'} cannot be read: {first_line(error)}") from error
+
+
+def empty_model(folder: Path, task: str | None) -> nn.Module:
+    """The model's structure, on the meta device.
+
+    Args:
+        folder: of a transformers model.
+        task: as for `load_model`.
+
+    Raises:
+        FormatError: the folder is no model.
+        ConfigError: transformers has no model for that task of this architecture.
+    """
+    config = load_config(folder)
+    cls = _class(folder, config, task)
+    try:
+        if task is None:
+            return without_weights(cls, config)
+        with torch.device("meta"), quiet(transformers()):
+            model: nn.Module = cls.from_config(config)
+    except LOADING as error:
+        raise FormatError(f"model: {folder} has a config.json that makes no model: {first_line(error)}") from error
+    return model
+
+
+def longest_context(model: nn.Module) -> int | None:
+    """The tokens that a model's positions reach; None if nothing bounds them.
+
+    Args:
+        model: a transformers model, which may be on the meta device.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for table in positions_after_padding(model):
+        limit = min(limit or table.num_embeddings, table.num_embeddings - int(table.padding_idx or 0) - 1)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def positions_after_padding(model: nn.Module) -> list[nn.Embedding]:
+    """The position embeddings of RoBERTa and its kin, which count from the configuration's padding id on."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+
+
+def _class(folder: Path, config: Any, task: str | None) -> Any:
+    """What loads the model: the class that the configuration names, or transformers' own choice for the task."""
+    library = transformers()
+    if task is None:
+        return named_class(folder, config.architectures)
+    if type(config) not in getattr(library, CLASSES[task])._model_mapping:
+        fitting = [t for t, name in CLASSES.items() if type(config) in getattr(library, name)._model_mapping]
+        raise ConfigError(
+            f"task: a model of type {config.model_type!r} ({folder}) has no form for {task}. It has one for "
+            f"{', '.join(fitting) or 'no task of this command'}."
+        )
+    return getattr(library, CLASSES[task])
+
+
+def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> str:
+    """The module of a weight that the folder lacks, which must be one that a task may begin anew."""
+    body: str = getattr(model, "base_model_prefix", "")
+    module = key.rpartition(".")[0]
+    inside = bool(body) and key.startswith(f"{body}.")
+    if task in (SEQUENCE, TOKEN) and not inside and module:
+        return key.split(".")[0]
+    if task in (SEQUENCE, TOKEN) and inside and key.split(".")[1] == "pooler":
+        return f"{body}.pooler"
+    raise FormatError(
+        f"model: the files in {folder} lack {key!r}, or have it in another shape, so that it would be random. Give the "
+        f"folder of a whole model of this kind, {type(model).__name__}."
+    )

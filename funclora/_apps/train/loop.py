@@ -1,0 +1,314 @@
+"""Training: from adapters and data to trained adapters, step by step, resumable at every step.
+
+Batches, dropout and learning rate of a step are functions of the seed and the step's number. All that a step needs from
+the one before it are the adapters and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funclora._apps.train.checkpoint import Progress, Run, fingerprint, opened
+from funclora._apps.train.evaluate import evaluate
+from funclora._apps.train.settings import Settings
+from funclora._apps.train.step import Steps
+from funclora._bind.apply import Adapters
+from funclora.errors import ConfigError, NonFiniteError
+from funclora.rules.base import Rule
+
+if TYPE_CHECKING:
+    from funclora._apps.train.base import Base
+    from funclora._apps.train.examples import Data
+    from funclora._apps.train.journal import Journal
+
+CHECKPOINTS_OF_A_RUN = 10  # where nothing else is said
+# Why a run stopped.
+FINISHED, PATIENCE = "finished", "patience"
+# Steps after which the losses are looked at, if no line is written before: until then a device is not waited for.
+UNSEEN = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What training gives.
+
+    Attributes:
+        adapters: the result: those of the last step; with `patience`, those of the best evaluation.
+        step: the step that they are of.
+        losses: `{"train": [(step, loss)], "validation": [(step, loss)]}`, nats per label, as in metrics.jsonl.
+        best: step and loss of the best evaluation; None without validation data.
+        stopped: `FINISHED` or `PATIENCE`.
+    """
+
+    adapters: dict[str, Rule]
+    step: int
+    losses: dict[str, list[tuple[int, float]]]
+    best: tuple[int, float] | None
+    stopped: str
+
+
+def train(
+    base: Base, adapters: Adapters, data: Data, settings: Settings, journal: Journal, run: Run | None = None
+) -> Outcome:
+    """Train adapters on data, or go on with the run in `settings.out` (`settings.resume`).
+
+    Args:
+        base: the frozen model; not changed.
+        adapters: fresh adapters. On resume they give the structure, the checkpoint the values.
+        data: what to train and evaluate on.
+        settings: the run.
+        journal: where it is told.
+        run: the folder, from `checkpoint.opened`, for a caller that keeps other processes out while it loads the model
+            and writes the result; by default it is opened here.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ConfigError: the folder is in use, holds another run, or holds a run and `resume` is not set.
+        NonFiniteError: a loss or gradient is not finite.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to go on. Exit code 130.
+        OSError: something cannot be written; the last checkpoint is intact.
+    """
+    with contextlib.ExitStack() as stack:
+        if run is None:
+            run = stack.enter_context(opened(settings))
+        interrupted = stack.enter_context(interruptible())
+        return _Training(base, adapters, data, settings, journal, run, interrupted).outcome()
+
+
+class _Training:
+    """A run at work."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Adapters,
+        data: Data,
+        settings: Settings,
+        journal: Journal,
+        run: Run,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self.base, self.data, self.settings, self.journal, self.run = base, data, settings, journal, run
+        self.interrupted = interrupted
+        if settings.patience and not (settings.eval_every and data.validation):
+            raise ConfigError(
+                f"patience={settings.patience}: it counts evaluations, and there are none to count. Set --eval-every "
+                "and give --validation or --validation-split."
+            )
+        if settings.eval_every and not (data.validation or settings.sample):
+            raise ConfigError(
+                f"eval_every={settings.eval_every}: there is nothing to evaluate on. Give --validation, a larger "
+                "--validation-split or --sample; or leave --eval-every out."
+            )
+        self.steps = Steps(base, adapters, data, settings)
+        self.total = self.steps.total
+        self.values = self.steps.vectors.of(adapters)
+        self.state = self.steps.init(self.values)
+        self.unseen: list[Tensor] = []  # numbers of steps that were not looked at yet
+        self.progress = Progress()
+        run.begin({"data": data.digest(), "base model": fingerprint(base.params)})
+        if run.last is not None:
+            self.progress = self._restore(run.last)
+            run.prune(self.progress)  # what a process that was killed had no time for
+        self.saved = (run.last, self.progress.evaluated)
+        self.before = (self.progress.tokens, self.progress.seconds)
+        journal.begin(self.progress.step, self.total, run.id, self.progress.metrics)
+        if settings.resume:
+            journal.note(f"Going on after step {self.progress.step} of {self.total}.")
+
+    def outcome(self) -> Outcome:
+        """Train to the end."""
+        progress = self.progress
+        while True:
+            evaluated = self._evaluate() if self._is_evaluated_here() else False
+            if not progress.stopped and progress.step >= self.total:
+                progress.stopped = FINISHED
+            if self._is_saved_here(evaluated) or self.interrupted():
+                self._save()
+            if self.interrupted():
+                raise KeyboardInterrupt(
+                    f"Step {progress.step} of {self.total} is done and saved. The same command with --resume goes on."
+                )
+            if progress.stopped:
+                break
+            self._step()
+        best = progress.best
+        step = best[0] if progress.stopped == PATIENCE and best is not None else progress.step
+        if step != progress.step:
+            self._restore(step)
+        # Of their own: views of one vector are no leaves that can be saved.
+        tree: Any = self.steps.vectors.tree(self.values)
+        adapters: Any = optree.tree_map(torch.Tensor.clone, tree)
+        return Outcome(adapters, step, self.journal.losses, best, progress.stopped)
+
+    # Steps
+
+    def _step(self) -> None:
+        progress, started = self.progress, time.perf_counter()
+        self.values, self.state, numbers, tokens = self.steps(progress.step, self.values, self.state)
+        self.unseen.append(numbers)
+        progress.step += 1
+        progress.tokens += tokens
+        line = progress.step % self.settings.log_every == 0 or progress.step == self.total
+        if line or len(self.unseen) >= UNSEEN or not numbers.is_cuda:
+            self._look()
+        progress.seconds += time.perf_counter() - started
+        self.journal.tick(progress.step)
+        if line:
+            self._line()
+
+    def _look(self) -> None:
+        """Fetch the losses and norms that were not looked at yet.
+
+        Raises:
+            NonFiniteError: one of them is not finite.
+        """
+        if not self.unseen:
+            return
+        first = self.progress.step - len(self.unseen)
+        for step, (loss, norm) in enumerate(torch.stack(self.unseen).tolist(), start=first):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+                raise NonFiniteError(
+                    f"step {step + 1} of {self.total}: {what}. Its examples: {self.steps.sources(step)}; "
+                    f"{self.run.state()}. Look at the examples, or train anew with a lower --lr or without --bf16."
+                )
+            self.progress.pending.append((loss, norm))
+        self.unseen.clear()
+
+    def _line(self) -> None:
+        progress = self.progress
+        losses = [loss for loss, _ in progress.pending]
+        tokens, seconds = progress.tokens - self.before[0], progress.seconds - self.before[1]
+        self.journal.line({
+            "step": progress.step,
+            "epoch": self._epoch(),
+            "loss": math.fsum(losses) / len(losses),
+            "grad_norm": progress.pending[-1][1],
+            "lr": self.steps.rate(torch.tensor(progress.step - 1)).item(),
+            "tokens": progress.tokens,
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "seconds": round(progress.seconds, 3),
+        })  # fmt: skip
+        progress.pending.clear()
+
+    def _epoch(self) -> float:
+        return round(self.progress.step / self.steps.per_epoch, 4)
+
+    # Evaluations
+
+    def _is_evaluated_here(self) -> bool:
+        progress, every = self.progress, self.settings.eval_every
+        if not (self.data.validation or self.settings.sample) or progress.evaluated >= progress.step:
+            return False
+        return progress.step == self.total or bool(every and progress.step and progress.step % every == 0)
+
+    def _evaluate(self) -> bool:
+        """Evaluate, unless Ctrl-C comes in between."""
+        progress = self.progress
+        adapters = self.steps.vectors.tree(self.values)
+        found = evaluate(self.base, adapters, self.data.validation, self.settings, self.interrupted)
+        if found is None:
+            return False
+        if found.means:
+            self._judge(found.means["loss"])
+            names = {"loss": "validation_loss", "correct": "validation_accuracy"}
+            line = {names[key]: value for key, value in found.means.items()}
+            self.journal.line({"step": progress.step, "epoch": self._epoch(), **line})
+        if found.samples:
+            self.journal.samples(progress.step, found.samples)
+        progress.evaluated = progress.step
+        return True
+
+    def _judge(self, loss: float) -> None:
+        """Remember the best evaluation, and stop after too many without a better one."""
+        progress = self.progress
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {progress.step} of {self.total}: the validation loss is {loss}; {self.run.state()}. Look at the "
+                "validation data, or train anew with a lower --lr or without --bf16."
+            )
+        if progress.best is None or loss < progress.best[1]:
+            progress.best, progress.waited = (progress.step, loss), 0
+        else:
+            progress.waited += 1
+        if self.settings.patience and progress.waited >= self.settings.patience:
+            progress.stopped = PATIENCE
+            self.journal.note(
+                f"Stopped after step {progress.step}: {progress.waited} evaluations without a better one than after "
+                f"step {progress.best[0]}."
+            )
+
+    # Checkpoints
+
+    def _is_saved_here(self, evaluated: bool) -> bool:
+        progress, every = self.progress, self.settings.save_every
+        if not (every or self.settings.eval_every):
+            every = math.ceil(self.total / CHECKPOINTS_OF_A_RUN)
+        if progress.stopped:
+            return True
+        if every and progress.step and progress.step % every == 0:
+            return True
+        is_best = progress.best is not None and progress.best[0] == progress.step
+        return evaluated and (is_best or not every)
+
+    def _save(self) -> None:
+        progress = self.progress
+        if self.saved == (progress.step, progress.evaluated):
+            return
+        self._look()
+        progress.metrics = self.journal.mark()
+        self.run.save(progress, self._tree())
+        self.saved = (progress.step, progress.evaluated)
+
+    def _restore(self, step: int) -> Progress:
+        progress, tree = self.run.load(step, self._tree())
+        self.values, self.state = self.steps.vectors.of(tree["adapters"]), tree["optimizer"]
+        torch.set_rng_state(tree["generators"]["cpu"])
+        if "cuda" in tree["generators"]:
+            torch.cuda.set_rng_state(tree["generators"]["cuda"].cpu(), self.base.device)
+        return progress
+
+    def _tree(self) -> dict[str, Any]:
+        """All tensors of a checkpoint: also the states of torch's global generators, which no step draws from."""
+        device = self.base.device
+        cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        return {
+            "adapters": self.steps.vectors.tree(self.values),
+            "optimizer": self.state,
+            "generators": {"cpu": torch.get_rng_state(), **cuda},
+        }
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed in the block; pressed again, it interrupts as always."""
+    pressed = False
+
+    def press(signum: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt("The same command with --resume goes on from the last checkpoint.")
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,119 @@
+"""Several examples in one row, each of which sees itself only.
+
+transformers makes the attention of such rows itself: positions that restart, without an `attention_mask`, are examples
+that do not see each other (`transformers.masking_utils.find_packed_sequence_indices`), with every kind of attention
+and with sliding windows. But a model must hand its positions to the mask, and not all do: OPT embeds them and attends
+across the borders all the same, and a state space model carries its state over them. So the model is tried out.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from funclora._apps.train.rows import IGNORED, Example
+from funclora.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def pack(examples: Sequence[Example], context: int) -> list[Example]:
+    """Rows of at most `context` tokens: the longest example first, each into the fullest row that it fits in.
+
+    An example's first token has no loss in its row, as it has none alone: nothing comes before it.
+
+    Args:
+        examples: of one example each; not changed.
+        context: longest row in tokens.
+
+    Raises:
+        ConfigError: an example is longer than a row.
+
+    Examples:
+        >>> texts = [Example([i] * n, [i] * n, (n,), f"t:{i}") for i, n in enumerate([3, 5, 2, 4])]
+        >>> [(row.ids, row.lengths) for row in pack(texts, context=7)]
+        [([1, 1, 1, 1, 1, 2, 2], (5, 2)), ([3, 3, 3, 3, 0, 0, 0], (4, 3))]
+    """
+    rows: list[list[Example]] = []
+    open_: dict[int, deque[int]] = {}  # rows by the room that they have left
+    rooms: list[int] = []  # these, sorted
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        length = len(example.ids)
+        if length > context:
+            raise ConfigError(f"{example.source}: has {length} tokens, a row takes {context}.")
+        at = bisect.bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = open_[room].popleft()
+            if not open_[room]:
+                del open_[room], rooms[at]
+            rows[row].append(example)
+        else:
+            room, row = context, len(rows)
+            rows.append([example])
+        left = room - length
+        if left not in open_:
+            open_[left] = deque()
+            bisect.insort(rooms, left)
+        open_[left].append(row)
+    return [_joined(row) for row in rows]
+
+
+def _joined(row: list[Example]) -> Example:
+    if len(row) == 1:
+        return row[0]
+    return Example(
+        ids=[i for example in row for i in example.ids],
+        labels=[i for example in row for i in (IGNORED, *example.labels[1:])],
+        lengths=tuple(length for example in row for length in example.lengths),
+        source=", ".join(dict.fromkeys(example.source for example in row)),
+    )
+
+
+def is_packed(examples: Iterable[Example]) -> bool:
+    """Does a row hold several examples?"""
+    return any(len(row.lengths) > 1 for row in examples)
+
+
+def positions(lengths: Iterable[int]) -> list[int]:
+    """Position of each token in its example.
+
+    Examples:
+        >>> positions((2, 3))
+        [0, 1, 0, 1, 2]
+    """
+    return [i for length in lengths for i in range(length)]
+
+
+def check_packing(logits: Callable[[dict[str, Tensor]], Tensor], vocab: int, what: str) -> None:
+    """Refuse a model that does not give packed examples the logits that they have alone, by trying it out.
+
+    Args:
+        logits: a batch of `collate` without labels -> `[batch, seq, vocab]`; the model under test, without dropout.
+        vocab: how many token ids it knows.
+        what: names the model in the error.
+
+    Raises:
+        UnsupportedError: examples in a row see each other, or positions do not restart.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = (torch.randint(vocab, (1, n), generator=generator) for n in (5, 5, 7))
+    at = {"position_ids": torch.tensor([positions((5, 7))])}
+    remedy = f"{what}: this model cannot train on packed rows"
+    try:
+        with torch.no_grad():
+            row, changed = (logits({"input_ids": torch.cat([x, second], 1), **at})[:, 5:] for x in (first, other))
+            alone = logits({"input_ids": second, "attention_mask": torch.ones_like(second)})
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UnsupportedError(f"{remedy}: {' '.join(str(error).split())} Turn packing off.") from error
+    if not torch.equal(row, changed):
+        raise UnsupportedError(f"{remedy}: an example's logits depend on the one before it. Turn packing off.")
+    # To the rounding of the dtype: rows of other lengths are computed in another order.
+    scale = alone.float().abs().max().item() * torch.finfo(alone.dtype).eps ** 0.5
+    if not torch.allclose(row.float(), alone.float(), rtol=0, atol=scale):
+        raise UnsupportedError(f"{remedy}: its positions do not restart with each example. Turn packing off.")

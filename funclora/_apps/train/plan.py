@@ -1,0 +1,201 @@
+"""What a run would do: its targets, the memory that it needs, and its first examples with the loss mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from funclora._apps.train.adapters import Start
+from funclora._apps.train.base import Base
+from funclora._apps.train.examples import Data
+from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.setup import Ready
+from funclora._apps.train.step import Steps
+from funclora._bind.summary import Summary, summary
+from funclora._torch.memory import Peak, nbytes
+
+SHOWN = 2  # examples
+CHARACTERS = 1200  # of each
+WHOLE = 1024  # tokens of a batch that is run as it is
+PROBE = 256  # tokens of the longest row of a part of a larger batch
+_ONE_STEP: dict[str, Any] = {"steps": 1, "warmup": 0.0}  # the run's warm-up may be longer than what is tried here
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step needs at its worst moment.
+
+    Attributes:
+        base: of the frozen weights.
+        adapters: of the adapters and the optimizer's state.
+        step: of what a step makes: activations, gradients, the optimizer's work.
+    """
+
+    base: int
+    adapters: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.base + self.adapters + self.step
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example for people.
+
+    Attributes:
+        source: where it is from.
+        parts: its text in pieces, each with whether there is loss on it.
+        answer: what is to be said where that is no part of the text: the class, or the classes.
+    """
+
+    source: str
+    parts: tuple[tuple[str, bool], ...]
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        summary: the table of what is trained.
+        memory: what a step needs.
+        steps: optimizer steps.
+        rows: training and validation examples.
+        longest: tokens of the longest training example.
+        examples: the first ones.
+        notes: what was done to the data.
+    """
+
+    summary: Summary
+    memory: Memory
+    steps: int
+    rows: tuple[int, int]
+    longest: int
+    examples: tuple[Shown, ...]
+    notes: tuple[str, ...]
+
+
+def plan(ready: Ready) -> Plan:
+    """Look at a run without running it, but for three small steps that memory is measured on."""
+    settings, data, start = ready.settings, ready.data, ready.start
+    base = start.base
+    return Plan(
+        summary(base.params, start.adapters),
+        memory(start, data.train, settings),
+        Steps(base, start.adapters, data, settings).total,
+        (len(data.train), len(data.validation)),
+        max(len(example.ids) for example in data.train),
+        tuple(shown(base, example) for example in data.train[:SHOWN]),
+        tuple(data.notes),
+    )
+
+
+def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
+    """The memory of the largest step. A small one is run and measured; of a larger one, parts.
+
+    What a step takes beyond the weights is c + rows·(a·n + b·n²) for rows of n tokens: the constant is what does not
+    depend on the batch, the square what attention may keep. Runs with one and two shorter rows say what they are.
+    Workspaces inside of kernels and the allocator's rounding are not seen.
+
+    Args:
+        start: the base and fresh adapters; nothing of it is changed.
+        examples: training examples, of which the longest counts.
+        settings: the run's.
+    """
+    base = start.base
+    longest = max(examples, key=lambda example: len(example.ids) + len(example.labels))
+    n = len(longest.ids)
+    rows = min(settings.batch, len(examples))
+    step = _step_of(start, settings)
+    if n * rows <= WHOLE:
+        used = step(_row(longest, n), rows)
+    else:
+        short = min(n, PROBE) // 2 * 2
+        half, one, two = (step(_row(longest, k), r) for k, r in ((short // 2, 1), (short, 1), (short, 2)))
+        whole = two - one
+        constant = max(0, one - whole)
+        b = max(0.0, (whole - 2 * (half - constant)) / (short**2 / 2))
+        a = whole / short - b * short
+        used = round(constant + rows * (a * n + b * n**2))
+    steps = Steps(base, start.adapters, Data([longest], []), replace(settings, **_ONE_STEP))
+    values = steps.vectors.of(start.adapters)
+    # The values twice: as they are now, and as they were at the start.
+    return Memory(nbytes(list(base.params.values())), 2 * nbytes(values) + nbytes(steps.init(values)), used)
+
+
+def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
+    """A function from a row, and how often it is there, to the most bytes that a step on it makes."""
+    micro = min(settings.accumulation, 2)  # with a second one there are sums
+
+    def run(row: Example, rows: int) -> int:
+        small = replace(settings, batch=rows, accumulation=micro, compile=False, **_ONE_STEP)
+        steps = Steps(start.base, start.adapters, Data([row] * rows * micro, []), small)
+        values = steps.vectors.of(start.adapters)
+        state = steps.init(values)
+        with Peak() as used:
+            made = steps(0, values, state)
+        del made
+        return int(used.peak)
+
+    return run
+
+
+def _row(example: Example, n: int) -> Example:
+    """The first n tokens of an example."""
+    labels = example.labels
+    if len(labels) == len(example.ids):
+        labels = labels[:n]
+    elif len(labels) > 1:
+        labels = labels[: max(1, len(labels) * n // len(example.ids))]
+    if all(label == IGNORED for label in labels):
+        labels = [*labels[:-1], example.ids[n - 1]] if len(labels) == n else labels
+    return Example(example.ids[:n], labels, (n,), example.source)
+
+
+def shown(base: Base, example: Example) -> Shown:
+    """An example as text, with what it has loss on."""
+    if base.task == SEQUENCE:
+        return Shown(example.source, ((_text(base, example.ids), False),), base.classes[example.labels[0]])
+    if base.task == SEQ2SEQ:
+        parts = ((_text(base, example.ids), False), (_text(base, example.labels), True))
+        return Shown(example.source, parts)
+    if base.task == TOKEN:
+        words: list[tuple[list[int], int]] = []
+        for i, label in zip(example.ids, example.labels, strict=True):
+            if label != IGNORED:
+                words.append(([i], label))
+            elif words:  # the rest of a word
+                words[-1][0].append(i)
+        answer = " ".join(
+            f"{base.tokenizer.decode(ids, skip_special_tokens=True).strip()}/{base.classes[label]}"
+            for ids, label in words[:50]
+        )
+        return Shown(example.source, _runs(base, example), answer)
+    assert base.task == CAUSAL
+    return Shown(example.source, _runs(base, example))
+
+
+def _runs(base: Base, example: Example) -> tuple[tuple[str, bool], ...]:
+    """Stretches of tokens with loss and without."""
+    losses = [label != IGNORED for label in example.labels]
+    # Nothing comes before the first token that could foretell it. A part of a letter cannot be shown apart.
+    if base.task == CAUSAL and "\N{REPLACEMENT CHARACTER}" not in _text(base, example.ids[:1]):
+        losses[0] = False
+    runs: list[tuple[list[int], bool]] = []
+    for i, loss in zip(example.ids, losses, strict=True):
+        if not runs or runs[-1][1] != loss:
+            runs.append(([], loss))
+        runs[-1][0].append(i)
+    return tuple((_text(base, ids), loss) for ids, loss in runs)
+
+
+def _text(base: Base, ids: list[int]) -> str:
+    kept = [i for i in ids if i != IGNORED]
+    text: str = base.tokenizer.decode(kept)
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ..."

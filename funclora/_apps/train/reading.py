@@ -1,0 +1,264 @@
+"""Settings on disk and from a command line: read, checked, written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from funclora._apps.train.config_file import table
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._config.config import INITIALISERS, is_initialiser
+from funclora._files.atomic import replace_files
+from funclora.errors import ConfigError, near
+
+# Where both are given, one has no effect.
+EXCLUSIVE = (("steps", "epochs"), ("validation", "validation_split"))
+# Keys that only these tasks look at.
+ONLY = {"train_on": (CAUSAL,), "text_field": (CAUSAL, SEQUENCE), "label_field": (SEQUENCE, TOKEN), "packing": (CAUSAL,)}
+
+
+def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
+    """The settings of a run.
+
+    Paths are relative to the working directory, in a file too.
+
+    Args:
+        file: TOML or YAML, by its suffix; None for the defaults.
+        overrides: key -> value, for what the file says otherwise. Values may be texts, as on a command line.
+
+    Returns:
+        All keys, checked.
+
+    Raises:
+        FormatError: the file cannot be read, or is neither.
+        ConfigError: a key is unknown, or a value is of the wrong type, out of its limits, or without effect.
+        UnsupportedError: a YAML file, and PyYAML is not installed.
+
+    Examples:
+        >>> read(None, {"lr": "1e-3"}).lr
+        0.001
+        >>> read(None, {"rnak": 8})
+        Traceback (most recent call last):
+        funclora.errors.ConfigError: --rnak: there is no such option. Near names: --rank.
+    """
+    keys = {f.name: f for f in fields(Settings)}
+    given: dict[str, Any] = {}
+    for key, value in (table(file) if file is not None else {}).items():
+        if key not in keys:
+            raise ConfigError(f"{file}: {key!r} is no key of a run.{near(key, keys, 1)}")
+        given[key] = _value(f"{file}: {key}", keys[key], value, from_text=False)
+    where = dict.fromkeys(given, f"{file}: ")
+    for key, value in overrides.items():
+        if key not in keys:
+            raise ConfigError(f"{option(key)}: there is no such option.{near(option(key), map(option, keys), 1)}")
+        given[key] = _value(option(key), keys[key], value, from_text=True)
+        where[key] = ""
+
+    def called(key: str) -> str:
+        return f"{where[key]}{key}" if where.get(key) else option(key)
+
+    for pair in EXCLUSIVE:
+        both = [key for key in pair if key in given]
+        chosen = [key for key in both if not where[key]]
+        if len(both) == 2 and len(chosen) != 1:
+            raise ConfigError(f"{called(both[0])} and {called(both[1])} exclude each other. Give one of them.")
+        for key in both:
+            if chosen and key not in chosen:  # the command line chose the other one than the file
+                del given[key]
+    if "double_quant" in given and given.get("quantize") not in ("nf4", "fp4") and given.pop("double_quant"):
+        raise ConfigError(
+            f"{called('double_quant')}: only nf4 and fp4 have scales to pack. Set quantize to one of them."
+        )
+    settings = Settings(**given)
+    _check_together(settings, called)
+    return settings
+
+
+def write(settings: Settings, file: Path) -> None:
+    """Write all keys as TOML, from which `read` makes the same settings. The file is replaced as a whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = as_toml(settings)
+
+    def fill(draft: Path) -> None:
+        draft.write_text(text, encoding="utf-8")
+
+    replace_files(file.parent, {file.name: fill})
+
+
+def as_toml(settings: Settings) -> str:
+    """All keys that have a value, by group.
+
+    Examples:
+        >>> print(as_toml(Settings(rank=4)).splitlines()[0])
+        # Model
+    """
+    lines: list[str] = []
+    group = None
+    for f in fields(settings):
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", f"# {group}"] if lines else [f"# {group}"]
+        value = getattr(settings, f.name)
+        if value is not None and not _implied(settings, f.name):
+            lines.append(f"{f.name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def option(key: str) -> str:
+    """A key as an option of the command.
+
+    Examples:
+        >>> option("lora_plus")
+        '--lora-plus'
+    """
+    return "--" + key.replace("_", "-")
+
+
+@functools.cache
+def kind_of(key: str) -> tuple[type, bool]:
+    """A key's type (`str`, `bool`, `int`, `float`, `Path` or `tuple`, of texts), and whether it may be missing."""
+    hint = _hints()[key]
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None)), True
+    return typing.get_origin(hint) or hint, False
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Settings)
+
+
+def _value(where: str, f: Field[Any], value: object, *, from_text: bool) -> Any:
+    """A value of the key's type, within its limits."""
+    kind, optional = kind_of(f.name)
+    if value is None and optional:
+        return None
+    if f.name == "init" and isinstance(value, bool):  # true and false are two of its names
+        value = str(value).lower()
+    made = _typed(where, kind, value, from_text)
+    limits = f.metadata
+    if "choices" in limits and made not in limits["choices"]:
+        raise ConfigError(
+            f"{where}: expected one of {', '.join(limits['choices'])}, got {reprlib.repr(made)}."
+            f"{near(made, limits['choices'], 1)}"
+        )
+    bounds: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+        ("least", "at least", lambda limit: made >= limit),
+        ("most", "at most", lambda limit: made <= limit),
+        ("above", "more than", lambda limit: made > limit),
+        ("below", "less than", lambda limit: made < limit),
+    )
+    for name, words, fits in bounds:
+        if name in limits and not fits(limits[name]):
+            raise ConfigError(f"{where}: expected {words} {limits[name]}, got {reprlib.repr(made)}.")
+    return made
+
+
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    tuple: "a list of texts",
+}
+
+
+def _typed(where: str, kind: type, value: object, from_text: bool) -> Any:
+    wrong = ConfigError(f"{where}: expected {_WORDS[kind]}, got {reprlib.repr(value)}.")
+    if kind in (int, float):
+        number = _number(kind, value) if from_text and isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, (int, float) if kind is float else int):
+            raise wrong
+        try:
+            if kind is float and not math.isfinite(float(number)):
+                raise wrong
+        except OverflowError:
+            raise wrong from None
+        return kind(number)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if kind is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise wrong
+        return tuple(_text(where, part) for part in value)
+    if kind is Path:
+        return Path(_text(where, str(value) if isinstance(value, Path) else value))
+    return _text(where, value)
+
+
+def _number(kind: type, text: str) -> int | float | None:
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError:
+        return None
+
+
+def _text(where: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: expected a text, got {reprlib.repr(value)}.")
+    if not value:
+        raise ConfigError(f"{where}: expected a text, got an empty one. Leave the key out for its default.")
+    if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise ConfigError(f"{where}: {value!r} holds what is no character of a text.")
+    return value
+
+
+def _check_together(settings: Settings, called: Any) -> None:
+    """Raise `ConfigError` for values that contradict each other, or that would have no effect."""
+    if not is_initialiser(settings.init) and settings.init not in ("true", "false"):
+        names = ["true", "false", *(name for name in INITIALISERS if isinstance(name, str)), "pissa_niter_4"]
+        raise ConfigError(
+            f"{called('init')}: expected one of {', '.join(names)}, got {settings.init!r}."
+            f"{near(settings.init, names, 1)}"
+        )
+    if settings.init == "loftq" and settings.quantize not in ("nf4", "fp4"):
+        raise ConfigError(f"{called('init')}: loftq makes up for 4-bit weights. Set quantize to nf4 or fp4.")
+    if settings.init == "eva" and settings.task == SEQ2SEQ:
+        raise ConfigError(f"{called('init')}: eva looks at one text per example, and {SEQ2SEQ} has two. Use another.")
+    for key, tasks in ONLY.items():
+        if settings.task not in tasks and getattr(settings, key) != getattr(Settings, key):
+            raise ConfigError(
+                f"{called(key)}: only {' and '.join(tasks)} look{'s' * (len(tasks) == 1)} at it, and the task is "
+                f"{settings.task}. Leave it out."
+            )
+    if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
+        raise ConfigError(f"{called('sample_tokens')}: there is no prompt to continue. Give {called('sample')} too.")
+    if settings.sample and settings.task == TOKEN:
+        raise ConfigError(f"{called('sample')}: {TOKEN} continues no prompt. Leave it out.")
+    if settings.patience and not settings.eval_every:
+        raise ConfigError(f"{called('patience')}: needs evaluations to wait for. Set {called('eval_every')} too.")
+    if settings.model is not None and settings.data is None:
+        raise ConfigError(f"{called('data')}: there is nothing to train {settings.model} on. Give a file or a folder.")
+
+
+def _implied(settings: Settings, key: str) -> bool:
+    """Whether a key says nothing, because another one is in its place."""
+    return (
+        (key == "epochs" and settings.steps is not None)
+        or (key == "validation_split" and settings.validation is not None)
+        or (key == "double_quant" and settings.quantize not in ("nf4", "fp4"))
+    )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,261 @@
+"""Data files: JSONL, JSON, CSV, Parquet and texts as records, each of which knows where it is from.
+
+What a file says is taken as it is or refused with file and line: nothing is guessed, repaired or skipped but blank
+lines and, in folders, hidden files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from funclora._apps.train import utf8
+from funclora._apps.train.strict_json import parse
+from funclora.errors import FormatError
+
+TEXT = "text"  # the kind of every file with another suffix than those of READERS
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """An object of a file.
+
+    Attributes:
+        fields: its values by name.
+        source: the file's name and the place in it, such as "train.jsonl:17" (a line) or "train.parquet[16]" (a row,
+            from 0); of a file in a folder, its path in the folder.
+        where: the same with the whole path, for messages.
+    """
+
+    fields: dict[str, Any]
+    source: str
+    where: str
+
+
+def read(path: Path, text_field: str = "text") -> Iterator[Record]:
+    r"""The records of a file, or of all files of a folder.
+
+    The suffix says what a file is: `.jsonl` (or `.ndjson`) has an object in each line, `.json` is an array of
+    objects, `.csv` and `.tsv` begin with a row of names, `.parquet` is a table. Any other file is one text. A folder
+    is read in the order of the paths in it, and holds files of one kind; what begins with a dot is left out.
+
+    Args:
+        path: the file or folder.
+        text_field: under which name a text is given.
+
+    Raises:
+        FormatError: there is nothing at `path`, it cannot be read, or it is empty, broken or of another format.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "train.jsonl")
+        ...     _ = file.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+        ...     [(record.fields, record.source) for record in read(file)]
+        [({'text': 'a'}, 'train.jsonl:1'), ({'text': 'b'}, 'train.jsonl:3')]
+    """
+    files = _files(path) if path.is_dir() else {path.name: path}
+    kinds = {_kind(file): file for file in files.values()}
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise FormatError(f"{path}: holds files of several kinds, such as {one.name} and {other.name}. Give one file.")
+    for name, file in files.items():
+        found = False
+        for fields, place in _open(file, text_field):
+            found = True
+            yield Record(fields, name + place, f"{file}{place}")
+        if not found:
+            raise FormatError(f"{file}: holds no records.")
+
+
+def texts(path: Path, field: str, remedy: str = "") -> list[str]:
+    """The text under `field` of every record.
+
+    Args:
+        path: as for `read`.
+        field: of the texts.
+        remedy: what to do if a record has none, as the end of the message.
+
+    Raises:
+        FormatError: as for `read`, or a record has no text there.
+    """
+    found = []
+    for record in read(path, field):
+        text = record.fields.get(field)
+        if not isinstance(text, str):
+            there = f"it has {', '.join(map(_short, record.fields))}." if record.fields else "it has nothing."
+            raise FormatError(f"{record.where}: expected a text under {field!r}; {there}{remedy}")
+        found.append(text)
+    return found
+
+
+def is_text(file: Path) -> bool:
+    """Is a file one text, by its suffix, and not a file of records?"""
+    return _kind(file) == TEXT
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All files in a folder by their path in it, sorted."""
+    found: dict[str, Path] = {}
+    seen = set()
+    for at, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        here = os.path.realpath(at)
+        if here in seen:
+            raise FormatError(f"{at}: this link leads back to a folder that is read already. Take it out.")
+        seen.add(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                file = Path(at, name)
+                found[file.relative_to(folder).as_posix()] = file
+    if not found:
+        raise FormatError(f"{folder}: there is no file in this folder.")
+    return dict(sorted(found.items()))
+
+
+def _refuse(error: OSError) -> None:
+    raise FormatError(f"{error.filename}: cannot be read: {error.strerror}.") from error
+
+
+def _kind(file: Path) -> str:
+    suffix = file.suffix.lower()
+    if suffix == ".ndjson":
+        return ".jsonl"
+    return suffix if suffix in READERS else TEXT
+
+
+def _open(file: Path, text_field: str) -> Iterator[tuple[dict[str, Any], str]]:
+    if not file.exists():
+        raise FormatError(f"{file}: there is no such file.")
+    if not file.is_file():
+        raise FormatError(f"{file}: this is no regular file.")
+    try:
+        if not file.stat().st_size:
+            raise FormatError(f"{file}: this file is empty.")
+        reader = READERS.get(_kind(file))
+        yield from reader(file) if reader else [({text_field: utf8.text(file)}, "")]
+    except OSError as error:
+        raise FormatError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+
+def _jsonl(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, line in utf8.lines(file):
+        if line.strip(" \t\r\n"):
+            where = f"{file}:{number}"
+            try:
+                value = parse(line, where, "JSON in each line")
+            except FormatError as error:
+                if not line.endswith("\n") and isinstance(error.__cause__, ValueError) and _cut_off(error.__cause__):
+                    raise FormatError(f"{error} The file ends in this line: is it cut off?") from error.__cause__
+                raise
+            yield _object(value, where), f":{number}"
+
+
+def _cut_off(error: ValueError) -> bool:
+    return isinstance(error, json.JSONDecodeError) and (
+        error.msg.startswith("Unterminated string") or not error.doc[error.pos :].strip()
+    )
+
+
+def _json(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    value = parse(utf8.whole(file), str(file))
+    if not isinstance(value, list):
+        raise FormatError(
+            f"{file}: expected an array of objects, got {_short(value)}. A file with one object in each line is named "
+            ".jsonl."
+        )
+    for i, item in enumerate(value):
+        yield _object(item, f"{file}[{i}]"), f"[{i}]"
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(f'{where}: expected an object such as {{"text": "..."}}, got {_short(value)}.')
+    return value
+
+
+def _csv(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    # Every value is the text that stands there: what looks like a number or a missing value may be meant as text.
+    at = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        for at, line in utf8.lines(file):
+            if "\0" in line:
+                raise FormatError(f"{file}:{at}: holds a zero byte, so this is no text.")
+            yield line
+
+    rows = _rows(lines(), SEPARATORS[file.suffix.lower()], lambda: f"{file}:{at}")
+    names: list[str] = []
+    begin = 1
+    for row in rows:
+        if row and not names:
+            names = row
+            for i, name in enumerate(names):
+                if not name.strip() or name in names[:i]:
+                    problem = "is there twice" if name.strip() else "is blank"
+                    raise FormatError(f"{file}:{begin}: column {i + 1}: the name {_short(name)} {problem}.")
+        elif row:
+            if len(row) != len(names):
+                raise FormatError(
+                    f"{file}:{begin}: expected {len(names)} values, as there are names in the first row, got "
+                    f"{len(row)}. Values with separators or line ends stand in double quotes."
+                )
+            yield dict(zip(names, row, strict=True)), f":{begin}"
+        begin = at + 1
+
+
+def _rows(lines: Iterable[str], separator: str, where: Callable[[], str]) -> Iterator[list[str]]:
+    """The rows, with longer values than the csv module takes by default; that limit is the process's."""
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    while True:
+        limit = csv.field_size_limit(utf8.LONGEST_LINE)
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise FormatError(f"{where()}: expected a row of values: {error}.") from error
+        finally:
+            csv.field_size_limit(limit)
+        yield row
+
+
+def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise FormatError(f"{file}: Parquet is read by pyarrow. Type: pip install 'funclora[train]'") from error
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise FormatError(f"{file}: a column's name is there twice: {', '.join(names)}.")
+            i = 0
+            for part in table.iter_batches(batch_size=1024):
+                for fields in part.to_pylist():
+                    yield fields, f"[{i}]"
+                    i += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{file}: this is not a whole Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[dict[str, Any], str]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,58 @@
+"""A run as a whole: from settings to a folder with a tuned adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from funclora._apps.train.checkpoint import opened
+from funclora._apps.train.finish import check_results, finish, rehearse
+from funclora._apps.train.journal import Journal
+from funclora._apps.train.loop import Outcome, train
+from funclora._apps.train.reading import write
+from funclora._apps.train.settings import RUN_FILE, Settings
+from funclora._apps.train.setup import ready
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        outcome: of the training.
+        folders: the adapter's, and the merged model's if there is one.
+        notes: what was said on the way.
+    """
+
+    outcome: Outcome
+    folders: list[Path]
+    notes: list[str]
+
+
+def run(settings: Settings, *, quiet: bool = False) -> Result:
+    """Train an adapter, or go on with that (`settings.resume`), and write it.
+
+    `settings.out` gets `run.toml` (all settings), `metrics.jsonl`, `checkpoints`, `adapter` (a PEFT folder) and, with
+    `merge`, `merged`. No other process can run in it meanwhile.
+
+    Args:
+        settings: from `reading.read`.
+        quiet: say nothing in the terminal.
+
+    Raises:
+        FuncloraError: something is wrong with the settings, the model, the data or the folder, or a loss is not finite.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        OSError: something cannot be written.
+    """
+    with opened(settings) as folder:
+        check_results(settings)
+        with Journal(settings, quiet=quiet) as journal:
+            prepared = ready(settings, settings.out)
+            settings, data, start = prepared.settings, prepared.data, prepared.start
+            rehearse(start, settings)
+            for note in data.notes:
+                journal.note(note)
+            if not settings.resume:
+                write(settings, settings.out / RUN_FILE)
+            outcome = train(start.base, start.adapters, data, settings, journal, folder)
+        return Result(outcome, finish(start, outcome, data, settings), journal.notes)

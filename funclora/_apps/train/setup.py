@@ -1,0 +1,112 @@
+"""All that a run needs before its first step: tokenizer, data, base and adapters that fit each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from funclora._apps.train.adapters import Start, begin
+from funclora._apps.train.base import Base, Batch, context_limit, known_classes, load_base, load_tokenizer, vocabulary
+from funclora._apps.train.batches import Batches
+from funclora._apps.train.examples import Data, prepare
+from funclora._apps.train.packing import check_packing
+from funclora._apps.train.rows import Example
+from funclora._apps.train.settings import SEQ2SEQ, Settings
+from funclora._bind.apply import bind
+from funclora._files.atomic import replace_files
+from funclora.errors import ConfigError
+
+DOMAIN = "urllib"  # of a size that takes half a minute
+DATA_FILE = "data.jsonl"
+EVA_STEPS = 64  # at most; components stand still long before
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A run that can begin.
+
+    Attributes:
+        settings: with the data that is meant where none was given.
+        data: tokenised.
+        start: the base and its fresh adapters.
+    """
+
+    settings: Settings
+    data: Data
+    start: Start
+
+
+def ready(settings: Settings, folder: Path) -> Ready:
+    """Load and check everything: the data first, which is the most likely to be wrong, the weights last.
+
+    Args:
+        settings: the run's.
+        folder: where the demo's data are written, for a run that names none.
+
+    Raises:
+        FuncloraError: something is missing, broken, or does not fit the rest.
+    """
+    if settings.data is None:
+        settings = replace(settings, data=demo_data(folder))
+    tokenizer = load_tokenizer(settings)
+    data = prepare(settings, tokenizer, context_limit(settings), known_classes(settings))
+    base = load_base(settings, tokenizer, data.classes)
+    check_vocabulary(base, data)
+    if settings.packing:
+        bound = bind(base.model, base.params, {})
+        check_packing(lambda batch: base.logits(bound, batch), vocabulary(base.model), base.name)
+    return Ready(settings, data, begin(base, settings, _first_batches(base, data, settings)))
+
+
+def demo_data(folder: Path) -> Path:
+    """The sources of a package of Python's standard library as JSONL, a text for each file; the demo's base knows none.
+
+    Raises:
+        ConfigError: this Python comes without them.
+        OSError: the file cannot be written.
+    """
+    from funclora.demo.corpus import domain_files
+
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in domain_files(DOMAIN)]
+    except FileNotFoundError as error:
+        raise ConfigError(f"data: none is given, and {error}. Give --data.") from error
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts if text.strip())
+
+    def fill(draft: Path) -> None:
+        draft.write_text(lines, encoding="utf-8")
+
+    replace_files(folder, {DATA_FILE: fill})
+    return folder / DATA_FILE
+
+
+def check_vocabulary(base: Base, data: Data) -> None:
+    """Raise `ConfigError` if an example has a token that the model's embedding does not."""
+    rows = vocabulary(base.model)
+    for part in (data.train, data.validation):
+        for example in part:
+            for i in _ids(example, base.task):
+                if i >= rows:
+                    raise ConfigError(
+                        f"{example.source}: token {_token(base.tokenizer, i)} has the number {i}, and the embedding "
+                        f"of {base.name} has {rows} rows, from 0 on. Use the tokenizer that the model was trained "
+                        "with, or a model whose embedding was resized to the tokenizer."
+                    )
+
+
+def _ids(example: Example, task: str) -> Iterable[int]:
+    return [*example.ids, *example.labels] if task == SEQ2SEQ else example.ids
+
+
+def _token(tokenizer: Any, i: int) -> str:
+    return repr(tokenizer.convert_ids_to_tokens(i)) if hasattr(tokenizer, "convert_ids_to_tokens") else str(i)
+
+
+def _first_batches(base: Base, data: Data, settings: Settings) -> Iterator[Batch]:
+    """The batches of the first steps, made only when they are asked for."""
+    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
+    for k in range(min(EVA_STEPS, batches.steps_per_epoch)):
+        yield from batches.step(k)

@@ -1,0 +1,168 @@
+"""One optimizer step: micro-batches, the gradient of their sum, the update."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funclora._apps.train.batches import Batches
+from funclora._apps.train.optimizer import Vectors, optimizer, schedule, total_steps
+from funclora._apps.train.settings import Settings
+from funclora._bind.apply import Adapters, bind
+from funclora._train.step import autograd, seeded, value_and_grad
+from funclora.errors import ConfigError, UnsupportedError
+from funclora.optim import apply_updates, global_norm
+from funclora.rules.base import Rule
+
+if TYPE_CHECKING:
+    from funclora._apps.train.base import Base
+    from funclora._apps.train.examples import Data
+
+
+class Stepped(NamedTuple):
+    """What a step gives.
+
+    Attributes:
+        values: the adapters, as `Vectors` has them.
+        state: the optimizer's.
+        numbers: `[2]`, the loss for each label and the norm of the gradient before clipping.
+        tokens: how many were read.
+    """
+
+    values: Any
+    state: Any
+    numbers: Tensor
+    tokens: int
+
+
+class Steps:
+    """The steps of a run, each a pure function of adapters, optimizer state and its number.
+
+    Args:
+        base: the frozen model; not changed.
+        adapters: whose structure is trained.
+        data: what to train on.
+        settings: the run.
+
+    Attributes:
+        per_epoch: steps in an epoch.
+        total: steps of the run.
+        rate: the learning rate as a function of the steps taken.
+        vectors: the form in which adapters are trained.
+        init: `values -> state` of the optimizer.
+
+    Raises:
+        ConfigError: there is no example, or settings contradict each other.
+        UnsupportedError: the model cannot recompute its activations.
+    """
+
+    def __init__(self, base: Base, adapters: Adapters, data: Data, settings: Settings) -> None:
+        if not data.train:
+            raise ConfigError("data: there is no example to train on.")
+        self.base, self.seed = base, settings.seed
+        self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
+        self.per_epoch = self.batches.steps_per_epoch
+        self.total = total_steps(settings, self.per_epoch)
+        self.rate = schedule(settings, self.total)
+        self.vectors = Vectors(adapters)
+        self.init, self._update = optimizer(settings, self.total)
+        self._gradient = _gradient(base, settings)
+
+    def __call__(self, k: int, values: Any, state: Any) -> Stepped:
+        """Step k, which counts from 0.
+
+        Raises:
+            ConfigError: none of its positions has a label.
+        """
+        batches = self.batches.step(k)
+        labels = sum(self.base.count(batch) for batch in batches)
+        if not labels:
+            raise ConfigError(f"data: no position of step {k + 1} has a label. Its examples: {self.sources(k)}.")
+        adapters = self.vectors.tree(values)
+        losses: list[Tensor] = []
+        sums: Any = None
+        with seeded(_seed(self.seed, k), adapters):
+            for batch in batches:
+                loss, grads = self._gradient(adapters, moved(batch, self.base.device))
+                losses.append(loss)
+                vectors: Any = self.vectors.of(grads)
+                sums = vectors if sums is None else optree.tree_map(torch.Tensor.add_, sums, vectors)
+        with torch.no_grad():
+            # Divided once, and not each loss: the count is that of all micro-batches.
+            means = optree.tree_map(lambda vector: vector.mul_(1 / labels), sums)
+            numbers = torch.stack([torch.stack(losses).sum() / labels, global_norm(means)])
+            updates, state = self._update(means, state, params=values)
+            values = apply_updates(values, updates)
+        return Stepped(values, state, numbers, sum(map(_tokens, batches)))
+
+    def sources(self, k: int) -> str:
+        """Where the examples of step k are from, the first ones by name."""
+        sources = self.batches.sources(k)
+        return ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+
+
+def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
+    """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
+    if settings.checkpointing and settings.compile:
+        raise ConfigError("checkpointing and compile: torch.compile recomputes what it wants to. Choose one of them.")
+    # A copy of the module tree over the same weights: its flags are its own.
+    model: Any = bind(base.model, base.params, {}).train()
+    if settings.checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise UnsupportedError(
+                f"checkpointing: {base.name} ({type(model).__name__}) cannot recompute its activations. Leave it out."
+            )
+        # The second name is the old one, which newer transformers warn of.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def loss(bound: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        with autocast(settings, base.device):
+            return base.loss(bound, batch)
+
+    if not settings.compile:
+        eager = value_and_grad(loss)
+        return lambda adapters, batch: eager(model, base.params, adapters, batch)
+
+    @torch.compile
+    def compiled(params: Mapping[str, Tensor], adapters: Adapters, batch: Mapping[str, Tensor]) -> Tensor:
+        return loss(bind(model, params, adapters), batch)
+
+    def gradient(adapters: Adapters, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Rule]]:
+        for tensor in batch.values():
+            for dim in range(tensor.dim()):  # or there would be a graph for each length
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        # Not a compiled torch.func.grad: dropout in one knows no sizes that vary.
+        value, _, grads = autograd(lambda tree: (compiled(base.params, tree, batch), ()), dict(adapters))
+        return value, grads
+
+    return gradient
+
+
+def autocast(settings: Settings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The block computes in the precision of the run."""
+    return torch.autocast(device.type, torch.bfloat16) if settings.bf16 else contextlib.nullcontext()
+
+
+def moved(batch: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """The batch on a device."""
+    if device.type == "cpu":
+        return batch
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens that are read, without padding where a mask says what that is."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def _seed(seed: int, step: int) -> int:
+    """Of the randomness in a step."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little")

@@ -1,0 +1,141 @@
+"""From text to token ids: transformers' tokenizer of a folder, or bytes for the demo's base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from funclora._apps.train.settings import Settings
+from funclora.errors import ConfigError, FormatError, UnsupportedError
+
+
+class ByteTokenizer:
+    """The demo's tokens: the bytes of a text in UTF-8. There are no others, so a text has no end mark.
+
+    Examples:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer("é!")["input_ids"], tokenizer.decode([195, 169, 33])
+        ([195, 169, 33], 'é!')
+    """
+
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int = 0  # what fills a row up is looked at by nobody
+    chat_template: str | None = None
+
+    def __len__(self) -> int:
+        return 256
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """`{"input_ids": bytes}`; there are no special tokens to add."""
+        return {"input_ids": list(text.encode("utf-8", "surrogateescape"))}
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """The tokenizer of the model's folder, with a padding token; `ByteTokenizer` for the demo's base.
+
+    A tokenizer without a padding token fills up with its end token, or its unknown token: what fills up has neither
+    attention nor loss.
+
+    Args:
+        settings: `model` is looked at.
+
+    Raises:
+        FormatError: there is no such folder, or no tokenizer in it that transformers can load.
+        ConfigError: it has no token to fill rows up with.
+        UnsupportedError: transformers is not installed.
+
+    Examples:
+        >>> type(load_tokenizer(Settings())).__name__
+        'ByteTokenizer'
+    """
+    if settings.model is None:
+        return ByteTokenizer()
+    folder = model_folder(settings.model)
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except LOADING as error:
+        raise FormatError(
+            f"model: transformers finds no tokenizer in {folder} ({first_line(error)}). Put the tokenizer's files next "
+            "to the model's, as tokenizer.save_pretrained(folder) does."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        token = tokenizer.eos_token or tokenizer.unk_token
+        if token is None:
+            raise ConfigError(
+                f"model: the tokenizer in {folder} has no padding token, and neither an end nor an unknown token to "
+                "use in its place. Set one: tokenizer.pad_token = ... and tokenizer.save_pretrained(folder)."
+            )
+        tokenizer.pad_token = token
+    # As the positions that a model counts, examples begin at the left.
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def ends_texts(tokenizer: Any) -> bool:
+    """Whether a tokenizer ends every text with its end token itself, as T5's does.
+
+    Examples:
+        >>> ends_texts(ByteTokenizer())
+        False
+    """
+    return tokenizer.eos_token_id is not None and tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+
+def begun(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The ids of a text that goes on: without the end token of a tokenizer that ends every text.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        text: the beginning.
+        **options: of the tokenizer.
+
+    Examples:
+        >>> begun(ByteTokenizer(), "ab")
+        [97, 98]
+    """
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
+    return ids[:-1] if ends_texts(tokenizer) else ids
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder, if it looks like a transformers model's.
+
+    Raises:
+        FormatError: it does not.
+    """
+    if not folder.is_dir():
+        raise FormatError(f"model: {folder} is no folder. Give the folder of a transformers model.")
+    if not (folder / "config.json").is_file():
+        raise FormatError(
+            f"model: {folder} holds no config.json. Give the folder of a transformers model, as save_pretrained "
+            "writes it."
+        )
+    return folder
+
+
+def transformers() -> Any:
+    """The library.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        import transformers as library
+    except ModuleNotFoundError as error:
+        raise UnsupportedError("model: a folder needs transformers. Type: pip install 'funclora[train]'") from error
+    return library
+
+
+# What reading a broken or foreign folder raises: transformers has no error of its own for it.
+LOADING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,272 @@
+"""From a record to examples: which fields are read, how they become token ids, and where the loss is."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from funclora._apps.train.chat import chat
+from funclora._apps.train.notes import Notes
+from funclora._apps.train.records import Record
+from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.tokenizer import begun, ends_texts
+from funclora.errors import FormatError, UnsupportedError, near
+
+WORDS = "tokens"
+# What a chat template is given besides the messages.
+CHAT = ("messages", "tools", "chat_template_kwargs")
+PAIR = ("prompt", "completion")
+
+
+def schema(record: Record, settings: Settings) -> tuple[str, ...]:
+    """The fields that are read from a record: what is there says what the data is.
+
+    Raises:
+        FormatError: it has none of what the task needs, or fields of several kinds of data.
+    """
+    there = {name for name, value in record.fields.items() if value is not None}
+    if settings.task == SEQUENCE:
+        return _all(record, settings.text_field, settings.label_field)
+    if settings.task == TOKEN:
+        return _all(record, WORDS, settings.label_field)
+    if settings.task == SEQ2SEQ:
+        return _all(record, *PAIR)
+    name = settings.text_field
+    kinds = {CHAT: "messages" in there, PAIR: bool({*PAIR} & there), (name,): name in there}
+    if name in (CHAT[0], *PAIR):
+        kinds = {(name,): name in there}  # so it is plain text that is asked for
+    found = [kind for kind, has in kinds.items() if has]
+    if len(found) > 1:
+        names = ", ".join(next(name for name in kind if name in there) for kind in found)
+        raise FormatError(f"{record.where}: has {names}, each of which is data by itself. Keep one of them.")
+    if not found:
+        raise FormatError(
+            f"{record.where}: expected a text under {name!r}, prompt and completion, or messages; {_has(record)} "
+            "text_field names another field of text."
+        )
+    return _all(record, *PAIR) if found == [PAIR] else found[0]
+
+
+def _all(record: Record, *names: str) -> tuple[str, ...]:
+    for name in names:
+        if record.fields.get(name) is None:
+            remedy = "" if name in (*PAIR, WORDS) else " text_field and label_field name others."
+            raise FormatError(
+                f"{record.where}: expected a value under {name!r}; {_has(record)}{near(name, record.fields, 1)}{remedy}"
+            )
+    return names
+
+
+def _has(record: Record) -> str:
+    names = [name for name, value in record.fields.items() if value is not None]
+    return f"it has {', '.join(map(reprlib.repr, names))}." if names else "it has nothing."
+
+
+def text(record: Record, name: str) -> str:
+    """A field's text.
+
+    Raises:
+        FormatError: it holds something else.
+    """
+    value = record.fields[name]
+    if not isinstance(value, str):
+        raise FormatError(f"{record.where}: {name}: expected a text, got {reprlib.repr(value)}.")
+    return value
+
+
+def reader(
+    settings: Settings, tokenizer: Any, context: int, classes: Sequence[str], notes: Notes
+) -> Callable[[Record], list[Example]]:
+    """The function that makes a record's examples.
+
+    Args:
+        settings: the run's.
+        tokenizer: transformers' tokenizer, or one that is called like it.
+        context: longest example.
+        classes: names of the classes, for classification.
+        notes: takes down what was cut.
+    """
+    tokens = _Tokens(settings, tokenizer, context, classes, notes)
+    if tokens.end is None and settings.task in (CAUSAL, SEQ2SEQ) and settings.model is not None:
+        notes.say("The tokenizer has no end token, so nothing teaches the model to stop.")
+    return {SEQUENCE: tokens.sequence, TOKEN: tokens.words, SEQ2SEQ: tokens.translation}.get(
+        settings.task, tokens.causal
+    )
+
+
+class _Tokens:
+    def __init__(self, settings: Settings, tokenizer: Any, context: int, classes: Sequence[str], notes: Notes) -> None:
+        self.settings, self.tokenizer, self.context, self.notes = settings, tokenizer, context, notes
+        self.classes = {name: i for i, name in enumerate(classes)}
+        self.end: int | None = tokenizer.eos_token_id
+        # The demo's tokenizer takes a text and nothing else.
+        self.options = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
+        self.ends = ends_texts(tokenizer)
+
+    def ids(self, text: str, **options: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(text, **self.options, **options)["input_ids"]
+        return ids
+
+    def ended(self, text: str) -> str:
+        """A text with the end token, as TRL's SFTTrainer gives it to the tokenizer."""
+        mark: str | None = getattr(self.tokenizer, "eos_token", None)
+        return text if mark is None or self.ends or text.endswith(mark) else text + mark
+
+    def causal(self, record: Record) -> list[Example]:
+        kind = schema(record, self.settings)
+        if kind == CHAT:
+            found = chat(record, self.tokenizer, self.settings.train_on == "completions")
+            ids, said = found.ids, found.said
+            if not found.whole:
+                self.notes.count("of whose messages the chat template leaves out or changes some", record.source)
+        elif kind == PAIR:
+            ids, said = self.pair(record)
+        else:
+            ids = self.ids(self.ended(text(record, self.settings.text_field)))
+            return self.pieces(ids, record)
+        labels = [i if bit else IGNORED for i, bit in zip(ids, said, strict=True)]
+        return self.kept(ids[: self.context], labels[: self.context], record, len(ids) - self.context)
+
+    def pair(self, record: Record) -> tuple[list[int], list[bool]]:
+        """A prompt with its completion, and which ids are the completion's: all but those that the prompt alone has."""
+        prompt = text(record, "prompt")
+        both = self.ids(prompt + self.ended(text(record, "completion")))
+        if self.settings.train_on == "all":
+            return both, [True] * len(both)
+        alone = begun(self.tokenizer, prompt, **self.options)
+        start = common(alone, both)
+        if start < len(alone):
+            self.notes.count("whose prompt's end merges into the completion's first token", record.source)
+        return both, [i >= start for i in range(len(both))]
+
+    def pieces(self, ids: list[int], record: Record) -> list[Example]:
+        """Cut into pieces of at most a context, so that every token but the first is predicted once.
+
+        A piece begins with the last token of the one before.
+        """
+        found = []
+        for start in range(0, max(len(ids) - 1, 1), self.context - 1):
+            piece = ids[start : start + self.context]
+            found += self.kept(piece, piece, record, 0)
+        if len(found) > 1:
+            self.notes.count(f"of more than {self.context} tokens cut into several", record.source)
+        return found
+
+    def kept(self, ids: list[int], labels: list[int], record: Record, over: int) -> list[Example]:
+        """The example, if anything in it has loss; a causal model predicts nothing at the first position."""
+        if not ids:
+            self.notes.count("without tokens left out", record.source)
+            return []
+        seen = labels[1:] if self.settings.task == CAUSAL else labels
+        if all(label == IGNORED for label in seen):
+            cut = f" in the first {self.context} tokens" if over > 0 else ""
+            self.notes.count(f"without a token that has loss{cut} left out", record.source)
+            return []
+        begin: int | None = self.tokenizer.bos_token_id
+        if begin is not None and ids[:2] == [begin, begin]:
+            self.notes.count("that begin with the start token twice: the text's and the tokenizer's", record.where)
+        if self.end is not None and ids[-2:] == [self.end, self.end]:
+            self.notes.count("that end with the end token twice: the text's and the tokenizer's", record.where)
+        if over > 0:
+            self.notes.count(f"cut off after {self.context} tokens", record.source)
+        return [Example(list(ids), list(labels), (len(ids),), record.source)]
+
+    def shortened(self, over: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, int]:
+        """What the tokenizer makes of a text, cut off with its special tokens kept, and how many ids are lost."""
+        whole = over(*args, **self.options, **options)
+        lost = len(whole["input_ids"]) - self.context
+        if lost <= 0:
+            return whole, 0
+        return over(*args, **self.options, **options, truncation=True, max_length=self.context), lost
+
+    @functools.cached_property
+    def glues(self) -> bool:
+        """Whether words become a text without spaces, as by the byte-level tokenizers of GPT-2, Llama 3 and Qwen."""
+        ids = self.tokenizer(["a", "b"], is_split_into_words=True)["input_ids"]
+        return " " not in self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def sequence(self, record: Record) -> list[Example]:
+        out, lost = self.shortened(self.tokenizer, text(record, self.settings.text_field))
+        label = self.classes[class_name(record.fields[self.settings.label_field], record, self.settings.label_field)]
+        return self.kept(out["input_ids"], [label], record, lost)
+
+    def words(self, record: Record) -> list[Example]:
+        """A word's class is that of its first token; the others have no loss."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise UnsupportedError(
+                "task: token-classification needs a fast tokenizer, which tells the words of its tokens."
+            )
+        words, names = word_classes(record, self.settings.label_field)
+        if not words:
+            return self.kept([], [], record, 0)
+        try:
+            if self.glues:
+                words = [f" {word}" if i and word else word for i, word in enumerate(words)]
+            out, lost = self.shortened(self.tokenizer, words, is_split_into_words=True)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise UnsupportedError(
+                f"{record.where}: the tokenizer does not take words: {' '.join(str(error).split())}"
+            ) from error
+        labels, seen = [], set()
+        for word in out.word_ids():
+            labels.append(IGNORED if word is None or word in seen else self.classes[names[word]])
+            seen.add(word)
+        if not lost and len(seen - {None}) < len(words):
+            self.notes.count("with words that have no token, whose classes are lost", record.source)
+        return self.kept(out["input_ids"], labels, record, lost)
+
+    def translation(self, record: Record) -> list[Example]:
+        read, lost = self.shortened(self.tokenizer, text(record, "prompt"))
+        said, more = self.shortened(self.tokenizer, text_target=text(record, "completion"))
+        labels: list[int] = said["input_ids"]
+        if self.end is not None and labels[-1:] != [self.end]:
+            labels = [*labels[: self.context - 1], self.end]  # else nothing teaches the decoder to end
+        return self.kept(read["input_ids"], labels, record, max(lost, more))
+
+
+def word_classes(record: Record, label_field: str) -> tuple[list[str], list[str]]:
+    """The words of a record and their classes' names.
+
+    Raises:
+        FormatError: they are not two lists of one length, of texts and of classes.
+    """
+    words, labels = record.fields[WORDS], record.fields[label_field]
+    for name, value in ((WORDS, words), (label_field, labels)):
+        if not isinstance(value, list):
+            raise FormatError(f"{record.where}: {name}: expected a list, got {reprlib.repr(value)}.")
+    wrong = next((word for word in words if not isinstance(word, str)), None)
+    if wrong is not None:
+        raise FormatError(f"{record.where}: {WORDS}: expected words, got {reprlib.repr(wrong)}.")
+    if len(words) != len(labels):
+        raise FormatError(
+            f"{record.where}: {label_field}: expected a class for each of {len(words)} words, got {len(labels)}."
+        )
+    return words, [class_name(label, record, label_field) for label in labels]
+
+
+def class_name(label: Any, record: Record, label_field: str) -> str:
+    """A class's name: texts as they are; numbers and truth values by their digits.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    if isinstance(label, (str, int)) and label != "":
+        return str(label)
+    raise FormatError(
+        f"{record.where}: {label_field}: expected a class as a text or a whole number, got {reprlib.repr(label)}."
+    )
+
+
+def common(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two lists begin with alike.
+
+    Examples:
+        >>> common([1, 2, 3], [1, 2, 4, 5])
+        2
+    """
+    pairs = zip(ids, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

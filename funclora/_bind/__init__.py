@@ -1,0 +1,1 @@
+"""A model under rewritten weights: `bind`, `apply`, `merge`."""

@@ -1,0 +1,100 @@
+"""Merging adapters into base weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from funclora._bind.apply import Adapters, Params, check_adapters
+from funclora._quant.tensor import Quantized
+from funclora._torch.memory import place_of
+from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
+from funclora.rules.tokens import Tied, untied
+
+
+def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
+    """The rewritten weights, as a new dict.
+
+    Each target is computed in float32 (float64 if either side is) and rounded once to its base dtype. Keys,
+    dtypes and devices are those of `params`; entries without an adapter are shared, not copied.
+
+    An adapter on one of several tied parameters changes that one only: the result holds them as different
+    tensors, and a `TiedWeightsWarning` names them. Parameters that adapters tie (`Tied`) stay one tensor.
+
+    Args:
+        params: full name -> tensor, as from `base_params` or a state dict.
+        adapters: full name of a parameter -> rule.
+
+    Returns:
+        Full name -> tensor; `model.load_state_dict(merged)` takes it.
+
+    Raises:
+        ParamsError: an adapter's parameter is missing, or a rule does not fit its weight.
+        NonFiniteError: a rewritten weight holds NaN or infinity, or overflows its dtype.
+        UnsupportedError: an adapter's weight is quantised; merge into `dequantize(params)` or into the original.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> params = {"weight": torch.zeros(1, 2, dtype=torch.float16), "bias": torch.zeros(1)}
+        >>> merged = merge(params, {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1), scaling=0.5)})
+        >>> merged["weight"]
+        tensor([[0.5000, 0.5000]], dtype=torch.float16)
+        >>> merged["bias"] is params["bias"]
+        True
+    """
+    check_adapters(params, adapters)
+    _report_ties(params, adapters)
+    merged = dict(params)
+    for name, rule in untied(adapters).items():
+        weight, tie = params[name], adapters[name]
+        if isinstance(tie, Tied) and place_of(weight) == place_of(params[tie.to]) is not None:
+            continue
+        if isinstance(weight, Quantized):
+            raise UnsupportedError(
+                f"merge: {name!r} is quantised, and a merged weight is dense. Say which base to merge into: "
+                "merge(dequantize(params), adapters) keeps the weights that were trained with, "
+                "merge(original_params, adapters) takes those from before quantize."
+            )
+        dense = rule.dense(weight)
+        # Also away from an adapter's own leaf: the result of a Full rule must not alias it.
+        # In the base's order in memory: safetensors takes no transposed view.
+        order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
+        merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
+        # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
+        if not torch._C._functorch.is_functorch_wrapped_tensor(dense):
+            refuse_nonfinite(name, dense, merged[name])
+    for name, tie in adapters.items():
+        if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:
+            merged[name] = merged[tie.to]
+    return merged
+
+
+def refuse_nonfinite(name: str, dense: Tensor, result: Tensor) -> None:
+    """Raise `NonFiniteError` if a rewritten weight, rounded to its dtype, holds NaN or infinity."""
+    if not torch.isfinite(result).all():
+        cause = "" if torch.isfinite(dense).all() else " before rounding"
+        raise NonFiniteError(
+            f"merging {name!r} gives NaN or infinity{cause} in {result.dtype}. Check the adapter's training, or merge "
+            "into a wider dtype."
+        )
+
+
+def _report_ties(params: Params, adapters: Adapters) -> None:
+    """Warn of adapted parameters that share their memory with another one, which is not rewritten with them."""
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in params.items():
+        if (place := place_of(tensor)) is not None:
+            names.setdefault(place, []).append(name)
+    rules = untied(adapters)
+    for tied in names.values():
+        adapted = [name for name in tied if name in rules]
+        if adapted and len(tied) > 1 and any(rules.get(name) is not rules[adapted[0]] for name in tied):
+            warnings.warn(
+                f"{', '.join(map(repr, tied))} are one tied parameter; {', '.join(map(repr, adapted))} is rewritten "
+                "on its own. The merged dict holds them as different tensors: a model that ties them again on load "
+                "needs its tie removed (for transformers: config.tie_word_embeddings = False).",
+                TiedWeightsWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,1 @@
+"""From a configuration and a model to the parameters that are adapted."""

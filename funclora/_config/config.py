@@ -1,0 +1,360 @@
+"""`LoraConfig`: which parameters an adapter rewrites, and how. Names, meanings and defaults are PEFT's."""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from typing import Any, Literal, cast
+
+from funclora._config.regex import matches, refuse_slow
+from funclora.errors import ConfigError, near
+
+# PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
+_ENDS = r"(.*\.)?({})"
+# And of finding the index behind an entry of layers_pattern.
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_DEEPEST = 50
+_LARGEST = 2**31 - 1
+
+DECOMPOSITIONS = ("pissa", "olora", "loftq")
+INITIALISERS = (True, False, "gaussian", "orthogonal", *DECOMPOSITIONS, "eva")
+BIASES = ("none", "all", "lora_only")
+TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What to adapt and how. Checked when it is made; never changed afterwards.
+
+    Lists are kept as tuples, a single `layers_to_transform` as a tuple of one.
+
+    Module names match as in PEFT: an entry of a list matches the module of that full name and every module whose
+    name ends in `.entry`; a string is a regular expression that must match the full name.
+
+    Attributes:
+        r: rank of every update that `rank_pattern` does not cover.
+        lora_alpha: α. The update is scaled by α/r.
+        lora_dropout: probability of dropping inputs of the low-rank path, in training mode.
+        target_modules: list of module names or suffixes, a regular expression, or "all-linear".
+        exclude_modules: list of names or suffixes, or a regular expression; wins over targets.
+        use_rslora: scale by α/√r instead (arXiv 2312.03732).
+        use_dora: weight-decomposed updates (arXiv 2402.09353).
+        bias: train the biases of no module ("none"), of every module ("all"), or of the targets ("lora_only").
+        modules_to_save: modules whose parameters are trained in full.
+        layers_to_transform: layer index or indices to which targets named by suffix are restricted.
+        layers_pattern: name of the module list that holds the layers, where it is not the first one.
+        rank_pattern: regular expression of a module name -> rank; the first that matches wins.
+        alpha_pattern: regular expression of a module name -> α; the first that matches wins.
+        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too), by
+            `init`; "pissa", "pissa_niter_[k]" with a number for [k], "olora" or "loftq", by `decompose`; "eva", by
+            `init_eva`.
+        target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that are
+            not those of a supported module. Three and more dimensions get one update per leading index.
+        task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head
+            (`classifier` or `score`, `qa_outputs`) in full, as if it were in `modules_to_save`.
+        base_model_name_or_path: kept for PEFT's files.
+        trainable_token_indices: rows of tables that are trained in full: ids for the input embeddings, or a dict from
+            the name of a module to its ids. Where transformers ties the output layer to the table, it follows.
+        lora_bias: give B a bias, which is scaled as B is. The targets need a bias of their own to hold it.
+        ensure_weight_tying: of weights that transformers ties, an adapter of one is the adapter of all.
+
+    Raises:
+        ConfigError: a value is invalid, or values contradict each other.
+
+    Examples:
+        >>> LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8)
+        2.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: Collection[str] | None = None
+    exclude_modules: Collection[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: Collection[str] | None = None
+    layers_to_transform: Collection[int] | int | None = None
+    layers_pattern: Collection[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+    target_parameters: Collection[str] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            put(name, _pattern(name, value) if isinstance(value, str) else _names(name, value))
+        for name in ("modules_to_save", "target_parameters"):
+            put(name, _names(name, getattr(self, name)))
+        layers_pattern: Any = self.layers_pattern or ()
+        listed = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
+        put("layers_pattern", _names("layers_pattern", listed) or None)
+        for pattern in self.layers_pattern or ():
+            refuse_slow(LAYER.format(_pattern("layers_pattern", pattern, LAYER)))
+        if isinstance(self.task_type, str):
+            put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration
+        put("layers_to_transform", _indices(self.layers_to_transform))
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name) or {}
+            if not isinstance(patterns, Mapping):
+                raise ConfigError(f"{name}: expected a dict from pattern to number, got {patterns!r}.")
+            put(name, {_pattern(name, k, _ENDS): v for k, v in patterns.items()})
+        put("trainable_token_indices", _tokens(self.trainable_token_indices))
+        self._check_values()
+        self._check_together()
+
+    def _check_values(self) -> None:
+        for where, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()),
+        ]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ConfigError(f"{where}: expected a positive integer, got {rank!r}.")
+            if rank > _LARGEST:
+                raise ConfigError(f"{where}: expected a rank up to {_LARGEST}, got one of {rank.bit_length()} bits.")
+        alphas = [("lora_alpha", self.lora_alpha)]
+        alphas += [(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()]
+        for where, alpha in alphas:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
+                raise ConfigError(f"{where}: expected a finite number, got {alpha!r}.")
+            if alpha == 0:
+                raise ConfigError(f"{where}: 0 would make the adapter have no effect; give a number other than 0.")
+            if self.scaling(max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r, alpha) == 0:
+                raise ConfigError(f"{where}: {alpha!r} divided by the rank is 0, so that the adapter has no effect.")
+        if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
+            raise ConfigError(f"lora_dropout: expected a number, got {self.lora_dropout!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout!r}.")
+        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
+        initialisers = INITIALISERS if self.niter is None else (self.init_lora_weights,)
+        allowed = (("bias", BIASES), ("init_lora_weights", initialisers), ("task_type", TASK_TYPES))
+        for name, choices in allowed:
+            value = getattr(self, name)
+            if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+                hint = near(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+                if isinstance(value, str) and value.startswith("pissa"):
+                    hint = " The fast variant is 'pissa_niter_[k]' with a number for [k]."
+                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")
+
+    def _check_together(self) -> None:
+        if not self.target_modules and not self.target_parameters:
+            raise ConfigError(
+                "name what to adapt: target_modules (a list of names, a regular expression or 'all-linear') or "
+                "target_parameters; both are empty."
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                "layers_to_transform restricts a list of target_modules, got the string "
+                f"{self.target_modules!r}. Write the layers into the expression, or give a list."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform, which is None.")
+        ranks = (self.r, *self.rank_pattern.values())
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
+            raise ConfigError(f"init_lora_weights='orthogonal' needs even ranks, got {', '.join(map(str, ranks))}.")
+        if self.lora_bias:
+            self._check_lora_bias()
+
+    def _check_lora_bias(self) -> None:
+        if self.use_dora:
+            raise ConfigError("lora_bias and use_dora: DoRA has no bias of B. Set one of them to False.")
+        if self.target_parameters:
+            raise ConfigError("lora_bias and target_parameters: a parameter on its own has no bias. Leave one of them.")
+        if self.bias != "none":
+            raise ConfigError(
+                f"lora_bias and bias={self.bias!r} would train the biases of the targets twice. Set bias='none', or "
+                "lora_bias=False."
+            )
+        if not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"lora_bias needs init_lora_weights=True or False, got {self.init_lora_weights!r}. For an adapter that "
+                "is already trained the field changes nothing: set it to True."
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The indices of `layers_to_transform`."""
+        return cast("tuple[int, ...] | None", self.layers_to_transform)
+
+    @property
+    def all_linear(self) -> bool:
+        """True if the targets are "all-linear"."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    @property
+    def niter(self) -> int | None:
+        """The iterations of the fast decomposition that "pissa_niter_[k]" asks for; None for all else."""
+        return _niter(self.init_lora_weights)
+
+    @property
+    def decomposition(self) -> str | None:
+        """How the initialisation splits base weights, of `DECOMPOSITIONS`; None if it leaves them as they are."""
+        kind = "pissa" if self.niter is not None else self.init_lora_weights
+        return kind if isinstance(kind, str) and kind in DECOMPOSITIONS else None
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module (or `target_parameters` entry) of that full name."""
+        rank: int = _first_match(self.rank_pattern, name, self.r)
+        return rank
+
+    def alpha_of(self, name: str) -> float:
+        """α for the module (or `target_parameters` entry) of that full name."""
+        alpha: float = _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return alpha
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """s = α/r, or α/√r with `use_rslora`."""
+        return lora_alpha / math.sqrt(r) if self.use_rslora else lora_alpha / r
+
+    @property
+    def tokens(self) -> Mapping[str | None, tuple[int, ...]]:
+        """The ids of `trainable_token_indices` by the name of the module; None stands for the input embeddings."""
+        tokens: Any = self.trainable_token_indices
+        if tokens is None or isinstance(tokens, Mapping):
+            return tokens or {}
+        return {None: tokens}
+
+    def replace(self, **changes: Any) -> LoraConfig:
+        """A copy with some fields changed, checked anew."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    @classmethod
+    def from_peft(cls, config: Any) -> LoraConfig:
+        """The configuration that a `peft.LoraConfig` is.
+
+        Args:
+            config: a `peft.LoraConfig`, or a dict as in `adapter_config.json`.
+
+        Returns:
+            The configuration. Fields that change nothing of the result (`inference_mode`, `fan_in_fan_out`, ...)
+            are dropped.
+
+        Raises:
+            ConfigError: a field has an invalid value, or asks for something that is not supported.
+
+        Examples:
+            >>> LoraConfig.from_peft({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}).r
+            4
+        """
+        from funclora.io.peft.config_file import from_peft  # io is built on this module
+
+        return from_peft(config)
+
+    def to_peft(self) -> Any:
+        """The `peft.LoraConfig` that means the same.
+
+        Raises:
+            ConfigError: PEFT is not installed.
+
+        Examples:
+            >>> LoraConfig(r=4, target_modules=["q_proj"]).to_peft().r
+            4
+        """
+        from funclora.io.peft.config_file import to_peft
+
+        return to_peft(self)
+
+
+def is_initialiser(value: str) -> bool:
+    """Whether `init_lora_weights` may have that value."""
+    return value in INITIALISERS or _niter(value) is not None
+
+
+def _niter(value: object) -> int | None:
+    found = re.fullmatch(r"pissa_niter_([0-9]+)", value) if isinstance(value, str) else None
+    return int(found[1]) if found else None
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """True if a key of `rank_pattern` or `alpha_pattern` covers the module of that name (PEFT's rule)."""
+    return matches(_ENDS.format(pattern), name)
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+
+
+def _pattern(where: str, pattern: object, around: str = "{}") -> str:
+    """The pattern, if it can be compiled, also inside of what is put around it."""
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{where}: expected a non-empty string, got {reprlib.repr(pattern)}.")
+    try:
+        if _depth(pattern) > _DEEPEST:  # how many compile depends on how deep the stack is already
+            raise re.error("too many parentheses in each other")
+        re.compile(pattern)
+        re.compile(around.format(pattern))
+    except (re.error, OverflowError) as error:
+        raise ConfigError(f"{where}: {reprlib.repr(pattern)} is not a regular expression: {error}.") from error
+    return pattern
+
+
+def _depth(pattern: str) -> int:
+    """How many parentheses are open at most, escaped ones included."""
+    return max(accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in pattern))
+
+
+def _names(where: str, names: object) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"{where}: expected a list of names, got {names!r}.")
+    result = tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+    for name in result:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{where}: expected non-empty strings, got {name!r}.")
+    return result
+
+
+def _indices(indices: object) -> tuple[int, ...] | None:
+    if indices is None:
+        return None
+    listed = (indices,) if isinstance(indices, int) else indices
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        raise ConfigError(f"layers_to_transform: expected an index or a list of them, got {indices!r}.")
+    result = tuple(sorted(listed) if isinstance(listed, (set, frozenset)) else listed)
+    for index in result:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ConfigError(f"layers_to_transform: expected indices from 0 up, got {index!r}.")
+    return result or None
+
+
+def _tokens(tokens: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    where = "trainable_token_indices"
+    if isinstance(tokens, Mapping):
+        for name in tokens:
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"{where}: expected names of modules, got {name!r}.")
+        return {name: _ids(f"{where}[{name!r}]", ids) for name, ids in tokens.items()} or None
+    return None if tokens is None or tokens in ([], ()) else _ids(where, tokens)
+
+
+def _ids(where: str, ids: object) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ConfigError(f"{where}: expected a list of token ids, got {ids!r}.")
+    result = tuple(sorted(ids) if isinstance(ids, (set, frozenset)) else ids)
+    for i in result:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise ConfigError(f"{where}: expected token ids from 0 up, got {i!r}.")
+    if not result:
+        raise ConfigError(f"{where}: expected at least one token id, got none.")
+    if len(set(result)) < len(result):
+        twice = next(i for i in result if result.count(i) > 1)
+        raise ConfigError(f"{where}: {twice} is there twice. Name every token once.")
+    return result

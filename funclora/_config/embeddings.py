@@ -1,0 +1,161 @@
+"""The tables of tokens of a model: the input embeddings, what is tied to them, and whose rows are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from funclora._bind.apply import named_tensors
+from funclora._config.config import LoraConfig
+from funclora._config.target import Target
+from funclora.errors import TargetError, near
+from funclora.rules.base import DoRA, Full
+from funclora.rules.tokens import Tied, TrainableTokens
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The input embeddings of a model, and the modules that share their weight.
+
+    Attributes:
+        input: the full name of the module that turns ids into vectors; "" if the model does not say.
+        tied: the full names of the modules that transformers ties to it.
+    """
+
+    input: str
+    tied: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Tables:
+        """Those of a model.
+
+        Weights that are shared without `config.tie_word_embeddings` do not count as tied: to PEFT they are not.
+        """
+        ask = getattr(model, "get_input_embeddings", None)
+        try:
+            module = ask() if callable(ask) else None
+        except NotImplementedError:  # transformers, for models without a table
+            module = None
+        modules = dict(model.named_modules())  # each module once, as PEFT lists them
+        name = next((name for name, other in modules.items() if other is module), "")
+        if not name or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            return cls(name, ())
+        tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        table = tensors.get(f"{name}.weight")
+        tied = [n for n in modules if n != name and table is not None and tensors.get(f"{n}.weight") is table]
+        return cls(name, tuple(tied))
+
+    def named(self, modules: Iterable[str]) -> bool:
+        """Whether some of these modules have the weight."""
+        return any(name in (self.input, *self.tied) for name in modules if name)
+
+
+def tied_targets(
+    config: LoraConfig, tables: Tables, found: Mapping[str, Target], parameters: Mapping[str, Sequence[str]]
+) -> dict[str, Target]:
+    """What `ensure_weight_tying` lets follow the rule of the input embeddings.
+
+    Args:
+        config: the configuration.
+        tables: the tables of the model.
+        found: the targets, the input embeddings among them.
+        parameters: the parameters of each tied module.
+
+    Raises:
+        TargetError: one rule cannot be that of both.
+    """
+    to = f"{tables.input}.weight"
+    if found[to].rule is DoRA:
+        raise TargetError(
+            "ensure_weight_tying and use_dora: the magnitudes of a table and of an output layer are those of "
+            "different units, and cannot be tied. Set one of them to False, or train the table by modules_to_save."
+        )
+    for module in tables.tied:
+        same = config.rank_of(module) == found[to].r and config.alpha_of(module) == config.alpha_of(tables.input)
+        if found[to].layout is not None and not same:
+            raise TargetError(
+                f"ensure_weight_tying: rank_pattern or alpha_pattern give {module!r} another rank or α than "
+                f"{tables.input!r}, to which it is tied. Give them the same."
+            )
+        others = [name for name in parameters[module] if name != f"{module}.weight"]
+        if others and found[to].rule is Full:
+            raise TargetError(
+                f"ensure_weight_tying: {others[0]!r} lies in {module!r}, which modules_to_save would tie to "
+                f"{tables.input!r}, and PEFT would drop it. Leave ensure_weight_tying at False."
+            )
+    return {f"{module}.weight": Target(module, None, rule=Tied, to=to) for module in tables.tied}
+
+
+def token_targets(
+    config: LoraConfig, tables: Tables, modules: Mapping[str, nn.Module], found: Mapping[str, Target]
+) -> dict[str, Target]:
+    """The rows of `trainable_token_indices`, and what follows them: all that the model ties to the table.
+
+    Args:
+        config: the configuration.
+        tables: the tables of the model.
+        modules: the modules of the model, by full name.
+        found: the other targets.
+
+    Raises:
+        TargetError: an entry matches no table, a token is not in it, or the table has another rule.
+    """
+    rows = _rows(config, tables, modules)
+    tied = dict.fromkeys(tables.tied, tables.input) if tables.input in rows else {}
+    if any(rows.get(module, rows[tables.input]) != rows[tables.input] for module in tied):
+        if config.ensure_weight_tying:
+            raise TargetError(
+                "ensure_weight_tying: trainable_token_indices names different tokens for tied modules: "
+                f"{', '.join(f'{name!r}: {list(ids)}' for name, ids in rows.items())}. Name the same ones."
+            )
+        tied = {}  # as in PEFT, each is then on its own
+    targets = {f"{m}.weight": Target(m, None, rule=TrainableTokens, tokens=ids) for m, ids in rows.items()}
+    targets |= {f"{m}.weight": Target(m, None, rule=Tied, to=f"{to}.weight") for m, to in tied.items()}
+    for name in targets:
+        if name in found:
+            where = "modules_to_save" if found[name].rule is Full else "target_modules"
+            raise TargetError(
+                f"trainable_token_indices: {name!r} is adapted by {where} too. A table has rows that are trained, "
+                "or a rule for all of it: name it in one of them."
+            )
+    return targets
+
+
+def _rows(config: LoraConfig, tables: Tables, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The tokens of `trainable_token_indices` by the full names of the modules that hold them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, ids in config.tokens.items():
+        entry = key or tables.input or "embed_tokens"
+        names = [name for name in modules if name.endswith(entry)]  # so PEFT compares, without regard to dots
+        if not names:
+            hint = "" if key else " A list is meant for the input embeddings; give a dict from the table's name."
+            raise TargetError(f"trainable_token_indices: {entry!r} matches no module.{hint}{near(entry, modules)}")
+        for name in names:
+            if name != entry and not name.endswith(f".{entry}"):
+                raise TargetError(
+                    f"trainable_token_indices: {entry!r} names {names[0]!r}, but PEFT would also take {name!r}, whose "
+                    "name ends alike. Give the full name of the module."
+                )
+            if name in found:
+                raise TargetError(f"trainable_token_indices: {name!r} is named twice.")
+            found[name] = _in_table(name, modules[name], ids)
+    return found
+
+
+def _in_table(name: str, module: nn.Module, ids: tuple[int, ...]) -> tuple[int, ...]:
+    where = f"trainable_token_indices: {name!r}"
+    if isinstance(module, nn.Embedding):
+        n = module.num_embeddings
+    elif isinstance(module, nn.Linear):
+        if module._parameters.get("bias") is not None:
+            raise TargetError(f"{where} has a bias, which PEFT would leave out. Name the input embeddings only.")
+        n = module.out_features
+    else:
+        raise TargetError(
+            f"{where} is a {type(module).__name__}; expected an nn.Embedding, or an nn.Linear over tokens."
+        )
+    if max(ids) >= n:
+        raise TargetError(f"{where} has {n} rows, and no token {max(ids)}.")
+    return ids

@@ -1,0 +1,139 @@
+"""The configuration of adapters that were calculated from others, and not made with one."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from funclora._bind.apply import Adapters
+from funclora._config.config import LoraConfig
+from funclora._config.targets import named
+from funclora.errors import ConfigError, PeftFormatWarning
+from funclora.io.peft.consistency import covers
+from funclora.rules.base import DoRA, LowRank, Rule
+from funclora.rules.layouts import Conv1D, Linear
+
+# The fields that decide on modules.
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[str, Rule], LoraConfig]:
+    """The configuration with which PEFT computes the same from adapters.
+
+    Args:
+        adapters: full parameter name -> rule.
+        sources: the configurations of the adapters that these come from, which have the same targets together.
+
+    Returns:
+        The adapters, without dropout if they do not agree on it, for a configuration has but one; and the
+        configuration. Ranks and alphas are the most common ones, with exact patterns for the rest.
+
+    Raises:
+        ConfigError: no configuration says what the sources say together.
+    """
+    parameters = _union(config.target_parameters for config in sources)
+    low_rank = {name: rule for name, rule in adapters.items() if isinstance(rule, LowRank)}
+    if not low_rank:
+        raise ConfigError("there is no low-rank adapter to save; PEFT needs at least one.")
+    dropouts = {rule.dropout for rule in low_rank.values()}
+    dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
+    modules = {name: name.rpartition(".")[0] for name in low_rank if not _is_in(parameters, name)}
+    keys = {name: modules.get(name, name) for name in low_rank}
+    ranks = {keys[name]: rule.r for name, rule in low_rank.items()}
+    alphas = {keys[name]: _number(float(rule.scaling) * rule.r) for name, rule in low_rank.items()}
+    r, rank_pattern = _most_common(ranks)
+    alpha, alpha_pattern = _most_common(alphas)
+    linear = {module: isinstance(low_rank[name].layout, (Linear, Conv1D)) for name, module in modules.items()}
+    config = replace(
+        sources[0],
+        **_targets(linear, sources),
+        r=int(r),
+        lora_alpha=alpha,
+        rank_pattern={pattern: int(rank) for pattern, rank in rank_pattern.items()},
+        alpha_pattern=alpha_pattern,
+        lora_dropout=dropout,
+        use_rslora=False,
+        use_dora=all(isinstance(rule, DoRA) for rule in low_rank.values()),
+        bias=_only("bias", [config.bias for config in sources]),
+        modules_to_save=_union(config.modules_to_save for config in sources) or None,
+        init_lora_weights=True,
+        target_parameters=tuple(e for e in parameters if any(named(name, e) for name in low_rank)) or None,
+        task_type=_only("task_type", [config.task_type for config in sources if config.task_type]),
+        base_model_name_or_path=_base(sources),
+    )
+    found = {
+        name: replace(rule, dropout=dropout) if isinstance(rule, LowRank) else rule for name, rule in adapters.items()
+    }
+    return found, config
+
+
+def _targets(modules: Mapping[str, bool], sources: Sequence[LoraConfig]) -> dict[str, Any]:
+    """The fields that target exactly these modules, name -> it is a linear layer; few words where they will do."""
+    nothing = dict.fromkeys(_SELECTION)
+    if not modules:
+        return nothing
+    covered = [{module for module, linear in modules.items() if covers(c, module, linear=linear)} for c in sources]
+    fields = [{name: getattr(config, name) for name in _SELECTION} for config in sources]
+    if all(each == modules.keys() for each in covered) and all(_same(each, fields[0]) for each in fields):
+        return fields[0]
+    lists = all(not isinstance(config.target_modules, str) for config in sources)
+    plain = all(not config.exclude_modules and config.layers_to_transform is None for config in sources)
+    if lists and plain and set().union(*covered) == modules.keys():
+        # Each entry of a list names modules by itself, so that the union of lists targets the union of modules.
+        return nothing | {"target_modules": _union(config.target_modules for config in sources)}
+    return nothing | {"target_modules": "|".join(map(re.escape, modules))}
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the fields select the same modules, whatever the order of names."""
+    return all(_unordered(one[name]) == _unordered(other[name]) for name in _SELECTION)
+
+
+def _unordered(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, tuple) else value
+
+
+def _most_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and exact patterns for the others."""
+    common, _ = Counter(values.values()).most_common(1)[0]
+    # PEFT puts "anything and a dot" before a pattern; "^" keeps it from matching the end of a longer name.
+    return common, {f"^{re.escape(key)}": value for key, value in values.items() if value != common}
+
+
+def _number(alpha: float) -> float:
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _union(several: Iterable[Collection[str] | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry for entries in several for entry in entries or ()))
+
+
+def _is_in(entries: Collection[str], name: str) -> bool:
+    return any(named(name, entry) for entry in entries)
+
+
+def _only(field: str, values: Iterable[Any]) -> Any:
+    """The one value that a field has in all adapters; None if there is none."""
+    found = list(dict.fromkeys(values))
+    if len(found) > 1:
+        raise ConfigError(
+            f"{field}: the adapters have {' and '.join(map(repr, found))}, and one configuration cannot say both. "
+            "Combine them in Python (funclora.algebra), and merge the result into the base."
+        )
+    return found[0] if found else None
+
+
+def _base(sources: Sequence[LoraConfig]) -> str | None:
+    paths = list(dict.fromkeys(c.base_model_name_or_path for c in sources if c.base_model_name_or_path))
+    if len(paths) > 1:
+        warnings.warn(
+            f"base_model_name_or_path: the adapters name {' and '.join(map(repr, paths))}; a combination means nothing "
+            f"unless these are one model. {paths[0]!r} is written.",
+            PeftFormatWarning,
+            stacklevel=4,
+        )
+    return paths[0] if paths else None

@@ -1,0 +1,31 @@
+"""What an adapter does to one parameter, as the selection of targets says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from funclora.rules.base import Full, Rule
+from funclora.rules.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that an adapter rewrites.
+
+    Attributes:
+        module: full name of the module that was matched (for `target_parameters`, of the owner).
+        layout: where the low-rank update lies, or None for the other rules.
+        r: the rank.
+        scaling: s.
+        rule: the rule that it gets.
+        tokens: the rows of a `TrainableTokens`.
+        to: the parameter that a `Tied` one follows.
+    """
+
+    module: str
+    layout: Layout | None
+    r: int = 0
+    scaling: float = 1.0
+    rule: type[Rule] = Full
+    tokens: tuple[int, ...] = ()
+    to: str = ""

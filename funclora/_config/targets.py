@@ -1,0 +1,362 @@
+"""Selecting targets: from a model and a `LoraConfig` to full parameter names, once and exactly."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from funclora._bind.apply import named_tensors
+from funclora._config.config import LAYER, LoraConfig, pattern_matches
+from funclora._config.embeddings import Tables, tied_targets, token_targets
+from funclora._config.regex import matches
+from funclora._config.target import Target
+from funclora.errors import ParamsError, TargetError, near
+from funclora.rules import layouts as _layout
+from funclora.rules.base import Delta, DoRA, LoRA, refuse_low_rank
+from funclora.rules.layouts import Layout
+from funclora.rules.tokens import Tied
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUPPORTED = (
+    "nn.Linear, nn.Embedding, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, "
+    "nn.RNN/LSTM/GRU, transformers' Conv1D"
+)
+# The heads that PEFT trains in full for a task type, where the model has them.
+_HEADS = {
+    "SEQ_CLS": ("score", "classifier"),
+    "TOKEN_CLS": ("score", "classifier"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def weights_of(module: nn.Module) -> dict[str, Layout] | None:
+    """The weights of a module that can carry a low-rank update, name -> layout; None for unsupported kinds."""
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights: dict[str, Layout] = {
+            name: _layout.Attention() for name in names if module._parameters.get(name) is not None
+        }
+        return weights | {"out_proj.weight": _layout.Attention()}
+    if isinstance(module, nn.RNNBase):
+        return {name: _layout.Recurrent() for name in module._parameters if name.startswith("weight")}
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return {"weight": _layout.Attention()}  # the output projection of nn.MultiheadAttention
+    if isinstance(module, nn.Linear):
+        return {"weight": _layout.Linear()}
+    if isinstance(module, nn.Embedding):
+        return {"weight": _layout.Embedding(max_norm=module.max_norm is not None)}
+    if isinstance(module, _CONVS):
+        dilated = any(d != 1 for d in module.dilation)
+        return {"weight": _layout.Conv(module.groups, dilated, module.padding_mode)}
+    if isinstance(module, _CONV_TRANSPOSES):
+        return {"weight": _layout.ConvTranspose(module.groups)}
+    if is_hf_conv1d(module):
+        return {"weight": _layout.Conv1D()}
+    return None
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """True for transformers' `Conv1D`, without importing transformers."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def select(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
+    """The parameters that the configuration names, in the order of the model.
+
+    Args:
+        model: any module; only its structure is read.
+        config: what to adapt.
+
+    Returns:
+        Full parameter name -> target.
+
+    Raises:
+        TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
+    """
+    return _Selection(model, config).targets()
+
+
+class _Selection:
+    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+        self.config = config
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        self.parameters = {name for name in self.tensors if self._is_parameter(name)}
+        self.tables = Tables.of(model)
+        if config.ensure_weight_tying and not self.tables.tied:
+            raise TargetError(
+                f"ensure_weight_tying: {type(model).__name__} ties no weight to its input embeddings, or its "
+                "config.tie_word_embeddings is not set. Leave the field at False."
+            )
+        self.saved = self._saved_modules()
+
+    def _is_parameter(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf in self.modules[path]._parameters
+
+    def targets(self) -> dict[str, Target]:
+        config = self.config
+        matched = self._target_modules() if config.target_modules else {}
+        tables = self.tables
+        tied = config.ensure_weight_tying and (tables.input in self.saved or tables.input in matched)
+        of_modules, of_parameters = self._low_rank(matched), self._target_parameters()
+        for name in of_parameters:
+            if name in of_modules:
+                raise TargetError(
+                    f"target_parameters: {name!r} is a target of target_modules too, through the module "
+                    f"{of_modules[name].module!r}. Name it in one of them."
+                )
+        found = of_modules | of_parameters
+        if not found:
+            raise TargetError(
+                f"nothing is left to adapt: target_modules={config.target_modules!r} and exclude_modules="
+                f"{config.exclude_modules!r} leave no parameter of {type(self.model).__name__}."
+            )
+        for where, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        ):
+            keys = [*matched, *of_parameters, *(tables.tied if tied else ())]
+            for pattern in patterns:
+                if not any(pattern_matches(pattern, key) for key in keys):
+                    raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
+        for name in self.saved:
+            for parameter in self._parameters_under(name):
+                if parameter in of_parameters:
+                    raise TargetError(
+                        f"target_parameters: {parameter!r} lies in {name!r}, which modules_to_save trains in full. "
+                        "Name it in one of them."
+                    )
+                found[parameter] = Target(name, None)
+        if tied:
+            others = {module: [*self._parameters_under(module)] for module in tables.tied}
+            found |= tied_targets(config, tables, found, others)
+        for name in self._biases(found, matched):
+            found.setdefault(name, Target(name.rpartition(".")[0], None))
+        found |= self._lora_biases(of_modules) if config.lora_bias else {}
+        found |= token_targets(config, tables, self.modules, found)
+        if config.ensure_weight_tying and not any(target.rule is Tied for target in found.values()):
+            raise TargetError(
+                f"ensure_weight_tying: the adapter has nothing to tie. Name {tables.input!r} in target_modules, "
+                "modules_to_save or trainable_token_indices, or leave the field at False."
+            )
+        return {name: found[name] for name in self.tensors if name in found}
+
+    # Matching, by PEFT's rules but never silently.
+
+    def _target_modules(self) -> dict[str, nn.Module]:
+        """The modules that `target_modules` names, without the excluded ones."""
+        config = self.config
+        if config.all_linear:
+            matched = {n: m for n, m in self.modules.items() if isinstance(m, nn.Linear) or is_hf_conv1d(m)}
+            for head in self._heads():
+                matched = {n: m for n, m in matched.items() if m is not head}
+            if not matched:
+                raise TargetError(f"target_modules='all-linear': {type(self.model).__name__} has no linear layer.")
+        else:
+            matched = self._matching("target_modules", config.target_modules or ())
+            matched = self._in_layers(matched)
+        if config.exclude_modules:
+            excluded = self._matching("exclude_modules", config.exclude_modules)
+            matched = {n: m for n, m in matched.items() if n not in excluded}
+            self._check_tie(matched, excluded)
+        if config.ensure_weight_tying and self.tables.named(matched):
+            of = {*matched, self.tables.input} - {*self.tables.tied}
+            matched = {n: m for n, m in self.modules.items() if n in of}
+        return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
+
+    def _check_tie(self, matched: Collection[str], excluded: Collection[str]) -> None:
+        if self.config.ensure_weight_tying and self.tables.named(matched) and self.tables.named(excluded):
+            raise TargetError(
+                "ensure_weight_tying: exclude_modules leaves out one of the modules that are tied, and target_modules "
+                f"names another one ({', '.join(map(repr, (self.tables.input, *self.tables.tied)))}). Name or leave "
+                "out all of them."
+            )
+
+    def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
+        if isinstance(wanted, str):
+            matched = {n: m for n, m in self.modules.items() if matches(wanted, n)}
+            if "" in matched and weights_of(self.model) is None:
+                del matched[""]  # as in PEFT, an expression like ".*" does not mean the model as a whole
+            if not matched:
+                hint = near(wanted, _suffixes(self.modules))
+                raise TargetError(
+                    f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
+                )
+            return matched
+        for entry in wanted:
+            if not any(named(n, entry) for n in self.modules):
+                raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}")
+        return {n: m for n, m in self.modules.items() if any(named(n, entry) for entry in wanted)}
+
+    def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Restrict modules matched by suffix to `layers_to_transform`; full names are exempt, as in PEFT."""
+        config = self.config
+        if config.layers is None:
+            return matched
+        index = {name: i for name in matched if (i := layer_of(config, name)) is not None}
+        for wanted in config.layers:
+            if wanted not in index.values():
+                have = ", ".join(map(str, sorted(set(index.values())))) or "none"
+                raise TargetError(
+                    f"layers_to_transform: no target lies in layer {wanted}. Layers with targets: {have}"
+                    f"{f' (layers_pattern={list(config.layers_pattern)})' if config.layers_pattern else ''}."
+                )
+        full_names = config.target_modules or ()
+        return {n: m for n, m in matched.items() if n in full_names or index.get(n) in config.layers}
+
+    def _heads(self) -> list[nn.Module]:
+        """The output layers of a transformers model, which "all-linear" leaves out."""
+        library = sys.modules.get("transformers.modeling_utils")
+        if library is None or not isinstance(self.model, library.PreTrainedModel):
+            return []
+        head = self.model.get_output_embeddings()
+        if head is None and self.config.task_type == "SEQ_CLS":
+            head = next((h for h in (getattr(self.model, n, None) for n in _HEADS["SEQ_CLS"]) if h is not None), None)
+        return [] if head is None else [head]
+
+    def _saved_modules(self) -> list[str]:
+        """The full names of the modules that `modules_to_save` names, and of the heads that the task type implies."""
+        saved: list[str] = []
+        implied = _HEADS.get(self.config.task_type or "", ())
+        entries = list(dict.fromkeys([*(self.config.modules_to_save or ()), *implied]))
+        by_name = {n for n in self.modules if any(named(n, entry) for entry in entries)}
+        for entry in entries:
+            matched = [n for n in self.modules if named(n, entry)]
+            if not matched and entry not in implied:
+                raise TargetError(
+                    f"modules_to_save: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}"
+                )
+            loose = [n for n in self.modules if n.endswith(entry) and n not in by_name]
+            if loose:
+                found = repr(matched[0]) if matched else "no module"
+                raise TargetError(
+                    f"modules_to_save: {entry!r} names {found}, but PEFT would also save {loose[0]!r}, whose name ends "
+                    "alike. Give the full name of the module."
+                )
+            saved += [n for n in matched if n not in saved]
+        if self.config.ensure_weight_tying and self.tables.named(saved):
+            saved = [self.tables.input, *(n for n in saved if n not in (self.tables.input, *self.tables.tied))]
+        for name in saved:
+            if not any(True for _ in self._parameters_under(name)):
+                raise TargetError(f"modules_to_save: {name!r} has no parameters.")
+            buffers = [n for n in self.tensors if inside(n, name) and n not in self.parameters]
+            if any(n in self.model.state_dict() for n in buffers):
+                raise TargetError(
+                    f"modules_to_save: {name!r} has the buffer {buffers[0]!r}, which training by gradients cannot "
+                    "update. Name its submodules without buffers instead."
+                )
+        return saved
+
+    def _parameters_under(self, module: str) -> Iterable[str]:
+        return (name for name in self.tensors if name in self.parameters and inside(name, module))
+
+    # From modules to parameters.
+
+    def _low_rank(self, matched: dict[str, nn.Module]) -> dict[str, Target]:
+        found: dict[str, Target] = {}
+        for name, module in matched.items():
+            weights = weights_of(module)
+            if weights is None:
+                raise TargetError(
+                    f"target_modules matches {name!r}, a {type(module).__name__}, which is not supported. Supported "
+                    f"modules: {SUPPORTED}. Exclude it, or name its parameter in target_parameters."
+                )
+            for weight, layout in weights.items():
+                found[f"{name}.{weight}" if name else weight] = self._target(name, name, layout)
+        for name in found:
+            self._check_low_rank(name)
+        return found
+
+    def _target(self, key: str, module: str, layout: Layout) -> Target:
+        r = self.config.rank_of(key)
+        rule = DoRA if self.config.use_dora else LoRA
+        return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)), rule)
+
+    def _target_parameters(self) -> dict[str, Target]:
+        names: list[str] = []
+        for entry in self.config.target_parameters or ():
+            matched = [n for n in self.tensors if n in self.parameters and named(n, entry)]
+            if not matched:
+                hint = near(entry, _suffixes(self.parameters))
+                raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
+            names += matched
+        found: dict[str, Target] = {}
+        for name in [n for n in self.tensors if n in names]:
+            self._check_low_rank(name)
+            path, _, leaf = name.rpartition(".")
+            owner = self.modules[path]
+            layout = (weights_of(owner) or {}).get(leaf)
+            if layout is None:
+                siblings = [p for p in owner._parameters if f"{path}.{p}".lstrip(".") in names]
+                layout = _layout.Parameter(
+                    bool(getattr(owner, "is_transposed", False)), siblings.index(leaf), len(siblings)
+                )
+            found[name] = self._target(name, path, layout)
+        return found
+
+    def _check_low_rank(self, name: str) -> None:
+        try:
+            refuse_low_rank(name, self.tensors[name])
+        except ParamsError as error:
+            raise TargetError(f"cannot adapt {error}") from error
+
+    def _biases(self, found: dict[str, Target], matched: dict[str, nn.Module]) -> list[str]:
+        """The parameters that `bias` trains. As in PEFT, a bias is what is called "bias", and not "in_proj_bias"."""
+        if self.config.bias == "none":
+            return []
+        if self.config.bias == "all":
+            owners = set(self.modules)
+        else:
+            owners = {*matched, *(name.rpartition(".")[0] for name in found)}
+        split = ((name, *name.rpartition(".")) for name in self.parameters)
+        biases = [name for name, owner, _, leaf in split if leaf == "bias" and owner in owners]
+        if not biases:
+            raise TargetError(f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'.")
+        return biases
+
+    def _lora_biases(self, low_rank: dict[str, Target]) -> dict[str, Target]:
+        """The biases of the targets of `lora_bias`: to add to them is what a bias of B does."""
+        found = {}
+        for name, target in low_rank.items():
+            owner = name.rpartition(".")[0]
+            bias = f"{owner}.bias" if owner else "bias"
+            if not isinstance(target.layout, (_layout.Linear, _layout.Conv1D, _layout.Conv, _layout.ConvTranspose)):
+                kind = type(self.modules[target.module]).__name__
+                raise TargetError(f"lora_bias: {name!r} is a weight of {kind}, whose update has no bias. Exclude it.")
+            if bias not in self.parameters:
+                raise TargetError(
+                    f"lora_bias: {owner!r} has no bias that could hold the one of B, and so could never be merged. "
+                    "Exclude it, or give the layer a bias of zeros."
+                )
+            found[bias] = Target(owner, None, target.r, target.scaling, Delta)
+        return found
+
+
+def layer_of(config: LoraConfig, name: str) -> int | None:
+    """The index of the layer that a module lies in, as `layers_to_transform` counts them."""
+    patterns = [LAYER.format(p) for p in config.layers_pattern or ()]
+    patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
+    return int(found["idx"]) if found else None
+
+
+def named(name: str, entry: str) -> bool:
+    """PEFT's rule for entries of lists: the full name, or its last components."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    """Last components first, then full names: what a user is likely to have meant."""
+    listed = [n for n in names if n]
+    return [*dict.fromkeys(n.rpartition(".")[2] for n in listed), *listed]

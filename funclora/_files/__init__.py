@@ -1,0 +1,1 @@
+"""Files: atomic writes, folders written as a whole, and the safetensors format."""

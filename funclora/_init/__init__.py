@@ -1,0 +1,1 @@
+"""New adapters: fresh, from a decomposition of the weights, or from data."""

@@ -1,0 +1,158 @@
+"""Making fresh adapters: `init` and the initialisers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from funclora._bind.apply import Params, base_params
+from funclora._config.config import LoraConfig
+from funclora._config.target import Target
+from funclora._config.targets import select
+from funclora.errors import ConfigError, ParamsError, near
+from funclora.rules.base import Delta, DoRA, Full, LoRA, Rule, refuse_full, weight_norms
+from funclora.rules.layouts import Embedding
+from funclora.rules.tokens import Tied, TrainableTokens
+
+
+def init(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    generator: torch.Generator | None = None,
+    params: Params | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Rule]:
+    """Fresh adapters for the targets of a configuration. The model is only read.
+
+    Each target draws from its own generator, derived from one number of `generator` and the target's name: the
+    order of layers and the other targets change nothing. Numbers are drawn on the CPU, so they are the same on
+    every device.
+
+    Args:
+        model: the module whose structure the targets are looked up in.
+        config: what to adapt and how.
+        generator: source of randomness; torch's default generator if None. One number is drawn from it.
+        params: the base weights (for shapes, dtypes, DoRA's magnitudes and fully trained parameters), if they are
+            not the model's own.
+        dtype: dtype of the adapters' factors and magnitudes. By default that of the weight, but at least float32.
+
+    Returns:
+        Full parameter name -> rule. With zero B (the default) they leave the model's output unchanged.
+
+    Raises:
+        ConfigError: `init_lora_weights` is for `decompose` or `init_eva`.
+        TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
+        ParamsError: `params` lack a target, or its weight is on the meta device and its values are needed.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> adapters = init(model, LoraConfig(r=2, target_modules=["0"]), generator=torch.Generator().manual_seed(0))
+        >>> {name: (rule.a.shape, rule.b.shape) for name, rule in adapters.items()}
+        {'0.weight': (torch.Size([2, 4]), torch.Size([3, 2]))}
+    """
+    _refuse_elsewhere(config)
+    if params is None:
+        params = base_params(model)
+    root = draw_root(generator)
+    adapters = {}
+    for name, target in select(model, config).items():
+        if name not in params:
+            raise ParamsError(f"params lack {name!r}, which the configuration targets.{near(name, params)}")
+        adapters[name] = _fresh(name, target, params[name].detach(), config, generator_of(root, name), dtype)
+    return adapters
+
+
+def _refuse_elsewhere(config: LoraConfig) -> None:
+    """Raise `ConfigError` for initialisations that need more than a generator."""
+    if config.decomposition:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} moves a part of the base weights into the adapter, and "
+            "init leaves them as they are. Use params, adapters = decompose(model, config)."
+        )
+    if config.init_lora_weights == "eva":
+        raise ConfigError(
+            "init_lora_weights='eva' needs data. Use adapters, config = init_eva(model, config, batches)."
+        )
+
+
+def draw_root(generator: torch.Generator | None) -> int:
+    """The one number of a generator that all targets' generators are derived from."""
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
+
+
+def generator_of(root: int, name: str) -> torch.Generator:
+    """A target's own generator."""
+    digest = hashlib.blake2b(f"{root}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _fresh(
+    name: str,
+    target: Target,
+    weight: Tensor,
+    config: LoraConfig,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> Rule:
+    if target.rule is Tied:
+        return Tied(target.to)
+    if weight.is_meta and (config.use_dora or target.layout is None):
+        raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
+    if target.rule is Full:
+        refuse_full(name, weight)
+        return Full(weight.clone())
+    dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+    if target.rule is TrainableTokens:
+        return TrainableTokens(weight[list(target.tokens)].to(dtype), token_indices=target.tokens)
+    if target.rule is Delta:
+        bound = 0.0 if config.init_lora_weights else 1 / math.sqrt(target.r)  # torch's own for a layer with r inputs
+        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return Delta((drawn * bound).to(device=weight.device, dtype=dtype), scaling=target.scaling)
+    assert target.layout is not None
+    a, b = (
+        factor.to(device="cpu" if weight.is_meta else weight.device, dtype=dtype)
+        for factor in _factors(target, weight, config, generator)
+    )
+    static = {"scaling": target.scaling, "dropout": float(config.lora_dropout), "layout": target.layout}
+    if not config.use_dora:
+        return LoRA(a, b, **static)  # type: ignore[arg-type]
+    magnitude = weight_norms(target.layout, weight, a, b, target.scaling).to(dtype)
+    return DoRA(a, b, magnitude, **static)  # type: ignore[arg-type]
+
+
+def _factors(target: Target, weight: Tensor, config: LoraConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """a and b in float32 (float64 for a float64 weight), by PEFT's initialisers."""
+    assert target.layout is not None
+    a_shape, b_shape = target.layout.factor_shapes(weight.shape, target.r)
+    kind, r = config.init_lora_weights, target.r
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype) * std
+
+    def uniform(*shape: int, bound: float) -> Tensor:
+        return (torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound
+
+    if kind == "orthogonal":  # both factors from disjoint halves of one orthogonal basis: B·A = 0
+        lead = target.layout.lead(weight.shape)
+        batch = a_shape[:lead]
+        n_in, n_out = math.prod(a_shape) // (math.prod(batch) * r), b_shape[lead]
+        q = torch.linalg.qr(normal(*batch, r, r)).Q
+        a = (normal(*batch, n_in, r // 2) @ q[..., 0::2, :]).mT / 10
+        b = (normal(*batch, n_out, r // 2) @ q[..., 1::2, :]) / 10
+        return a.reshape(a_shape), b.reshape(b_shape)
+    if isinstance(target.layout, Embedding):  # PEFT starts the table at zero, not the projection
+        return (torch.zeros(a_shape, dtype=dtype) if kind else normal(*a_shape)), normal(*b_shape)
+    if kind == "gaussian":
+        a = normal(*a_shape, std=1 / r)
+    else:  # Kaiming-uniform with a=√5: the bound is 1/√(fan in)
+        fan_in = math.prod(a_shape[target.layout.lead(weight.shape) + 1 :])
+        a = uniform(*a_shape, bound=1 / math.sqrt(fan_in))
+    if kind:
+        return a, torch.zeros(b_shape, dtype=dtype)
+    n_in = r * math.prod(b_shape[: target.layout.lead(weight.shape)])  # to PEFT, experts are one layer with E·r inputs
+    return a, uniform(*b_shape, bound=1 / math.sqrt(n_in))

@@ -1,0 +1,1 @@
+"""Stand-ins for rewritten weights that answer operations without the dense weight."""

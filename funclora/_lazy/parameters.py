@@ -1,0 +1,167 @@
+"""Operations on parameters that differ by row and are no linear maps: biases, norms, weights replaced as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funclora._tracking.propagation import Place, is_elementwise
+from funclora._tracking.routed import ALONE, Prepared, Routed, lost, member, spread
+from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
+from funclora.errors import UnsupportedError
+from funclora.rules.linear_ops import linear_maps
+
+
+def differs_by_row(x: Any) -> bool:
+    """True for a lazy weight that is another one for every row."""
+    return isinstance(getattr(x, "rule", None), (Routed, Prepared))
+
+
+def operate_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation that is no linear map, on parameters that differ by row: biases, the scale and shift of norms.
+
+    Returns:
+        The result; NotImplemented if the operation has no such form, or is none on such parameters.
+    """
+    if not any(map(differs_by_row, (*args, *kwargs.values()))):
+        return NotImplemented
+    if func is torch.addmm and differs_by_row(args[0]) and not kwargs:
+        return _fitted(args[1] @ args[2], args[0], False, torch.add)
+    if func in _AFFINE:
+        given = dict(zip(_AFFINE[func].names, args, strict=False)) | kwargs
+        scale, shift = (given.get(name) for name in _AFFINE[func].affine)
+        if differs_by_row(scale) or differs_by_row(shift):
+            names = _AFFINE[func].affine if differs_by_row(scale) else _AFFINE[func].affine[1:]
+            given |= {name: None for name in names if name in given}
+            positional = [given.pop(name) for name in _AFFINE[func].names[: len(args)]]
+            y = func(*positional, **given)
+            if differs_by_row(scale):
+                y = _fitted(y, scale, _AFFINE[func].channels_first, torch.mul)
+            return y if shift is None else _fitted(y, shift, _AFFINE[func].channels_first, torch.add)
+    for x in (*args, *kwargs.values()):
+        if differs_by_row(x) and x.rule.layout is None and func in linear_maps:
+            return _replaced(func, args, kwargs, x)
+    like = next((x for x in args if isinstance(x, RowTensor)), None)
+    if like is None or not is_elementwise(func) or (differs_by_row(args[0]) and func.__name__.endswith("_")):
+        return NotImplemented
+    return func(*(_by_row(x, like, False) if differs_by_row(x) else x for x in args), **kwargs)
+
+
+def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], lazy: Any) -> Tensor:
+    """An operation linear in a weight that some members replace: their rows are computed apart."""
+
+    def operation(weight: Any, rows: Tensor | None = None) -> Any:
+        def given(x: Any) -> Any:
+            return weight if x is lazy else x if rows is None else _only(x, rows, rule.n)
+
+        return func(*map(given, args), **{name: given(x) for name, x in kwargs.items()})
+
+    lazy.used("fast")
+    rule, base = lazy.rule, lazy.base
+    if func is F.embedding and (kwargs.get("max_norm") is not None or args[3:4] not in ((), (None,))):
+        base = base.clone()  # torch writes to it
+    updating = rule.updating()
+    y: Tensor = operation(base if updating is None else lazy.like(base, updating))
+    out, place = rows_of(y)
+    if rule.n == 1:
+        place = ALONE
+    if not isinstance(place, Place):
+        raise lost(place, f"{lazy.target!r} differs by row and is read")
+    rows = rows_first(out, place, rule.n)
+    if any(part.present is not None for _, part in rule.replacing()):
+        raise UnsupportedError(
+            f"{lazy.target!r} is replaced as a whole by some members. Give route the ids as a list, not as a tensor."
+        )
+    for several, part in rule.replacing():
+        for j in range(len(getattr(several, several.leaves[0]))):
+            one = member(several, j)
+            value = lazy.like(base, one)
+            if one.dense_is_free:
+                value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
+            if part.rows is None:
+                change = operation(value) - operation(base)
+                change = rows_first(rows_of(change)[0], place, rule.n)
+                rows = rows + change * spread(part.weights[:, j].to(change.dtype), change, ())
+                continue
+            chosen = part.rows.of_member(j, out.device)
+            rows = rows.index_copy(0, chosen, rows_first(operation(value, chosen), place, len(chosen)))
+    out = rows_back(rows, place)
+    return y.scope.enter(out, place) if isinstance(y, RowTensor) else out
+
+
+def _only(x: Any, chosen: Tensor, n: int) -> Any:
+    """Some rows of an argument, as a plain tensor."""
+    if not isinstance(x, RowTensor):
+        return x
+    plain, place = rows_of(x)
+    if not isinstance(place, Place):
+        raise lost(place, "a weight that differs by row is read")
+    return rows_back(rows_first(plain, place, n).index_select(0, chosen), place)
+
+
+class _Affine(NamedTuple):
+    names: tuple[str, ...]  # of the arguments, in their order
+    affine: tuple[str, str]  # those that scale and shift the result
+    channels_first: bool
+
+
+_AFFINE: dict[Callable[..., Any], _Affine] = {
+    F.linear: _Affine(("input", "weight", "bias"), ("", "bias"), False),
+    F.layer_norm: _Affine(("input", "normalized_shape", "weight", "bias", "eps"), ("weight", "bias"), False),
+    F.rms_norm: _Affine(("input", "normalized_shape", "weight", "eps"), ("weight", ""), False),
+    F.group_norm: _Affine(("input", "num_groups", "weight", "bias", "eps"), ("weight", "bias"), True),
+    F.batch_norm: _Affine(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+                          ("weight", "bias"), True),
+}  # fmt: skip
+_conv: Callable[..., Any]
+for _conv in (F.conv1d, F.conv2d, F.conv3d):
+    _AFFINE[_conv] = _Affine(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), ("", "bias"), True)
+for _conv in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
+    _AFFINE[_conv] = _Affine(
+        ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"), ("", "bias"), True
+    )
+
+
+def _fitted(y: Tensor, value: Any, channels_first: bool, combine: Callable[..., Tensor]) -> Tensor:
+    """y scaled or shifted by a parameter, which may differ by row, in y's dtype."""
+    if differs_by_row(value):
+        value = _by_row(value, y, channels_first)
+    elif channels_first:
+        value = value.reshape(-1, *[1] * (y.dim() - 2))
+    out: Tensor = combine(y, value).to(y.dtype)
+    return out
+
+
+def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
+    """The values of a parameter, each in the place of its row, to broadcast over `like`."""
+    rule, base = lazy.rule, lazy.base
+    if rule.updating() is not None:
+        raise UnsupportedError(f"{lazy.target!r} has low-rank updates that differ by row, and is read as a whole.")
+    lazy.used("fast")
+    values = base.expand(rule.n, *base.shape)
+    for several, part in zip(rule.rules, rule.parts, strict=True):
+        value = torch.func.vmap(lambda one: one.dense(base))(several).to(base.dtype)
+        if part.present is not None:
+            present = part.present.reshape(-1, *[1] * base.dim())
+            values = torch.where(present, value, values)
+        elif part.rows is not None:
+            each = value.unsqueeze(1)
+            values = part.rows.put(values, each.expand(-1, part.rows.count, *base.shape))
+        else:
+            change = value - base
+            values = values + (part.weights.to(base.dtype) @ change.flatten(1)).unflatten(1, base.shape)
+    shape = [*base.shape, *[1] * (like.dim() - 2)] if channels_first else list(base.shape)
+    if rule.n == 1:
+        return cast(Tensor, values.reshape(shape))
+    _, place = rows_of(like)
+    if not isinstance(place, Place) or place.dim >= like.dim() - len(shape):
+        raise lost(str(place), f"{lazy.target!r} differs by row and is read")
+    if place.inner > 1:
+        values = values.repeat_interleave(place.inner, 0)
+    before, between = [1] * place.dim, [1] * (like.dim() - len(shape) - place.dim - 1)
+    out: Tensor = values.reshape(*before, len(values), *between, *shape)
+    return out

@@ -1,0 +1,195 @@
+"""The lazy weight: a stand-in for a rewritten weight that is computed only if nothing better can be done.
+
+`LazyWeight` sits where a module keeps its parameter. It knows the base weight and a rule. An operation that is
+linear in the weight (`F.linear`, convolutions, embedding lookups, matrix products) is handed to the rule as a
+`LinearMap`; any other operation gets the dense rewritten weight, so that every module stays correct.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from funclora._lazy.parameters import differs_by_row, operate_by_row
+from funclora._lazy.views import inlined, views
+from funclora._quant.tensor import held
+from funclora._torch.functions import LIKE, METADATA, carrier
+from funclora._tracking.tensor import written
+from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
+from funclora.rules.base import Rule
+from funclora.rules.linear_ops import UnmappedError, linear_maps
+
+Carriers = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
+
+
+class LazyWeight(torch.Tensor):
+    """A tensor of the weight's shape, dtype and device that stands for `rule.dense(base)`.
+
+    Its own storage is one NaN, expanded: whatever slips past `__torch_function__` is loud, never silently the
+    base weight.
+
+    Attributes:
+        base: the base weight.
+        rule: the rule that rewrites it.
+        target: the full name of the parameter, for messages.
+        owner: the module that holds it; its training mode switches the rule's dropout.
+        uses: where to record how the weight is used, if anyone wants to know.
+    """
+
+    base: Tensor
+    rule: Rule
+    target: str
+    owner: nn.Module
+    uses: dict[str, str] | None
+    _training: bool
+
+    @staticmethod
+    def of(
+        name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None, carriers: Carriers
+    ) -> LazyWeight:
+        """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`.
+
+        Those of one call that look alike share what carries them, in `carriers`.
+        """
+        kind = (base.shape, base.dtype, base.device)
+        if kind not in carriers:
+            carriers[kind] = carrier(*kind)
+        lazy = carriers[kind].as_subclass(LazyWeight)
+        lazy.base = base
+        lazy.rule = rule
+        lazy.target = name
+        lazy.owner = owner
+        lazy.uses = uses
+        return lazy
+
+    def like(self, base: Tensor, rule: Rule) -> LazyWeight:
+        """A lazy weight for a view of this one's parameter."""
+        return LazyWeight.of(self.target, base, rule, self.owner, self.uses, {})
+
+    def used(self, how: str) -> None:
+        """Record a use; one dense use counts more than any fast ones."""
+        if self.uses is not None and self.uses[self.target] != "dense":
+            self.uses[self.target] = how
+
+    def dense(self) -> Tensor:
+        """The rewritten weight in the base's dtype, nobody else's tensor."""
+        if self.rule.dropout_p and self.training():
+            raise UnsupportedError(f"{self.target!r}: dropout {self.rule.dropout_p} cannot act on the dense weight.")
+        return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.dense_is_free)
+
+    def training(self) -> bool:
+        """Whether the owner is in training mode, or was when this was last asked, should it be gone by now."""
+        try:
+            self._training = training = self.owner.training
+        except ReferenceError:
+            return self._training
+        return training
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LazyWeight({self.target!r}, {type(self.rule).__name__}, {list(self.base.shape)}, {self.base.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in LIKE:
+            return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
+        if func == _REQUIRES_GRAD:
+            return requires_grad(args[0].base) or requires_grad(args[0].rule)
+        mapped = None
+        try:
+            if func in linear_maps:
+                mapped = linear_maps[func](*args, **kwargs)
+            elif func in views:
+                return views[func](*args, **kwargs)
+        except (UnmappedError, TypeError):  # no fast form, or arguments that it does not know: torch shall say
+            mapped = None
+        if mapped is not None:
+            lazy, op = mapped
+            lazy.used("fast")
+            dropout = lazy.rule.dropout_p if lazy.training() else 0.0
+            return op.finish(lazy.rule.read(op, held(lazy.base), dropout))
+        by_row = operate_by_row(func, args, kwargs)
+        if by_row is not NotImplemented:
+            return by_row
+        _refuse_writes(func, args, kwargs)
+        if torch.compiler.is_compiling():  # the tracer follows neither the copies in `inlined` nor names of functions
+            return func(*_dense(args), **_dense(kwargs))
+        if func in inlined:
+            return inlined[func](*args, **kwargs)
+        return _dense_fallback(func, args, kwargs)
+
+
+def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
+    """Whether autograd follows a weight, or a tensor of a rule. Asked at each bind: no pytree is walked for it."""
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    if isinstance(x, Rule):
+        return any(requires_grad(getattr(x, leaf)) for leaf in x.leaves)
+    return x is not None and any(map(requires_grad, x))
+
+
+def _refuse_writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for x in pytree.tree_leaves(written(func, args, kwargs)):
+        if isinstance(x, LazyWeight):
+            raise PurityError(
+                f"{x.target!r}: the model calls {_operation(func)}, which would write to a rewritten weight. "
+                "Compute the new value out of place, or leave this parameter out of the adapter's targets."
+            )
+
+
+def _operation(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the dense weights, with one warning per parameter and operation."""
+    operation = _operation(func)
+    for x in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(x, LazyWeight):
+            continue
+        if differs_by_row(x):
+            raise UnsupportedError(
+                f"{x.target!r} is another weight for every row of the batch, and {operation} has no such form. Leave "
+                "the target out, use funclora.vmap over the stack, or call the model once for each member."
+            )
+        x.used("fast" if x.rule.dense_is_free else "dense")
+        if x.rule.dropout_p and x.training():
+            raise UnsupportedError(
+                f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
+                "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
+            )
+        if not x.rule.dense_is_free:
+            message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
+            if is_strict():
+                raise DenseFallbackError(message)
+            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+    return func(*_dense(args), **_dense(kwargs))
+
+
+def _dense(tree: Any) -> Any:
+    """The tree with dense weights in place of lazy ones."""
+    return pytree.tree_map(lambda x: x.dense() if isinstance(x, LazyWeight) else x, tree)
+
+
+def _base(x: Any) -> Any:
+    return x.base if isinstance(x, LazyWeight) else x
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Many adapters as one value: stacks, and a different adapter for each row."""

@@ -1,0 +1,236 @@
+"""`route`: which rows of a batch use which members of a stack, planned for few and large products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funclora._many.stack import Cohort, Stack
+from funclora._tracking.routed import Part, Parts, Routed, Rows
+from funclora.errors import ConfigError
+from funclora.rules.base import LowRank, Rule
+from funclora.rules.layouts import padded
+from funclora.rules.tokens import untied
+
+# Members whose numbers of rows, or ranks, differ by no more than this factor are padded to the larger.
+PADDED = 2
+
+
+def route(
+    stack: Stack[dict[str, Rule]],
+    ids: Sequence[int] | Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    repeats: int = 1,
+) -> dict[str, Rule]:
+    """An adapter for each row of a batch, as one value for `apply` and `bind`.
+
+    Row i of the batch (the first dimension of the model's inputs) is computed with member `ids[i]`, as if it were
+    alone with that adapter. The base weights are used once for all rows. With `weights`, row i uses the base weight
+    plus the weighted sum of what the members change in it.
+
+    A list of ids is planned for: rows of one member are computed together. With a tensor of ids every row gets a copy
+    of its adapter, and no shape depends on the values of the ids: a compiled `apply` then takes the adapters of any
+    choice with one graph. `route` itself is called outside of the compiled function.
+
+    Which row a tensor's part belongs to is followed through the model. Where a model mixes or regroups rows before
+    a target (experts, batch statistics), the call raises `UnsupportedError`.
+
+    Args:
+        stack: the adapters, `stack([...])`.
+        ids: `[n_rows]`, the member of each row; -1 for the base model.
+        weights: `[n_rows, n_members]`, instead of ids. Gradients reach them.
+        repeats: the model may also be given each row this many times in succession, as transformers' `generate` does
+            with `num_beams` and `num_return_sequences`: pass their product.
+
+    Returns:
+        Adapters for a batch of that many rows.
+
+    Raises:
+        ConfigError: an id is out of range, or shapes do not fit the stack.
+
+    Examples:
+        >>> import funclora as fl
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> params = {"weight": torch.zeros(1, 2)}
+        >>> members = fl.stack([{"weight": fl.LoRA(torch.ones(1, 2), torch.full((1, 1), k))} for k in (1.0, 2.0)])
+        >>> fl.apply(model, params, route(members, [1, -1, 0]), torch.ones(3, 2)).flatten().tolist()
+        [4.0, 0.0, 2.0]
+    """
+    if not isinstance(stack, Stack):
+        raise ConfigError(
+            f"route: expected a stack of adapters, got a {type(stack).__name__}; make one by stack([...])."
+        )
+    if (ids is None) == (weights is None):
+        raise ConfigError("route: expected either ids or weights.")
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        raise ConfigError(f"route: repeats: expected a positive integer, got {repeats!r}.")
+    if weights is not None:
+        return _weighted(stack, weights, repeats)
+    members = _checked(ids, len(stack))
+    if isinstance(ids, Tensor):
+        return _copied(stack, ids, repeats)
+    if len(members) == 1:  # one row needs no telling apart
+        return {} if members[0] < 0 else dict(stack[members[0]])
+    found: dict[str, list[tuple[Rule, list[float], list[list[int]]]]] = {}
+    for cohort in stack.cohorts:
+        place = {member: k for k, member in enumerate(cohort.members)}
+        rows: dict[int, list[int]] = {}
+        for row, member in enumerate(members):
+            if member in place:
+                rows.setdefault(place[member], []).append(row)
+        for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=lambda k: rows[k])]):
+            for name, rule in untied(_members(cohort, ks)).items():
+                scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
+                found.setdefault(name, []).append((rule, [scalings[k] for k in ks], [rows[k] for k in ks]))
+    known: dict[Any, Any] = {}
+    return {name: _routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
+
+
+def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
+    """The members in an order in which those that `route` computes together follow each other."""
+
+    def kind(cohort: Cohort[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        rules = sorted(cohort.tree().items())
+        return [(type(rule).__name__, name, getattr(rule, rule.leaves[0]).shape[1:]) for name, rule in rules]
+
+    return [member for cohort in sorted(stack.cohorts, key=kind) for member in cohort.members]
+
+
+def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[str, Rule]:
+    """A copy of its adapter for every row."""
+    n = ids.shape[0]
+    rows = Rows(n, 1, None, None)
+    found: dict[str, list[tuple[Rule, Part]]] = {}
+    for cohort in stack.cohorts:
+        device = cohort.values[0].device
+        place = torch.full((len(stack) + 1,), len(cohort.members), device=device)  # the last entry is that of -1
+        place[torch.tensor(cohort.members, device=device)] = torch.arange(len(cohort.members), device=device)
+        index = place[ids.to(device)]
+        present = index < len(cohort.members)
+        values = tuple(torch.cat([x, torch.zeros_like(x[:1])])[index] for x in cohort.values)
+        tree = replace(cohort, values=values).tree()
+        for name, rule in untied(tree).items():
+            leaf = getattr(rule, rule.leaves[0])
+            scalings = _numbers([*(cohort.scalings().get(name) or [1.0] * len(cohort.members)), 1.0], leaf)[index]
+            found.setdefault(name, []).append((rule, Part(scalings, rows, None, present)))
+    return {
+        name: Routed(tuple(rule for rule, _ in some), Parts(part for _, part in some), n, repeats)
+        for name, some in found.items()
+    }
+
+
+def _checked(ids: Any, n_members: int) -> list[int]:
+    members = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if not members or not all(isinstance(i, int) and not isinstance(i, bool) for i in members):
+        raise ConfigError(f"route: ids: expected one int for each row, got {members!r:.200}.")
+    for row, member in enumerate(members):
+        if not -1 <= member < n_members:
+            raise ConfigError(
+                f"route: ids[{row}] is {member}; the stack has {n_members} members (0 to {n_members - 1}), and -1 is "
+                "the base model."
+            )
+    return members
+
+
+def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
+    """Keys in groups whose sizes differ by no more than the factor `PADDED`."""
+    groups: list[list[int]] = []
+    smallest = 0
+    by_size = sorted(sizes, key=lambda each: each[1])
+    for key, size in by_size:
+        if groups and size <= PADDED * smallest:
+            groups[-1].append(key)
+        else:
+            groups.append([key])
+            smallest = size
+    order = {key: i for i, (key, _) in enumerate(sizes)}
+    return [sorted(group, key=order.__getitem__) for group in groups]
+
+
+def _members(cohort: Cohort[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
+    """Some members of a cohort as one tree."""
+    if ks == list(range(len(cohort.members))):
+        return cohort.tree()
+    index = torch.tensor(ks)
+    values = tuple(value.index_select(0, index.to(value.device)) for value in cohort.values)
+    return replace(cohort, values=values).tree()
+
+
+Found = tuple[Rule, list[float], list[list[int]]]
+
+
+def _merged(parts: list[Found]) -> list[Found]:
+    """Parts that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
+    kinds: dict[Any, list[Found]] = {}
+    for part in parts:
+        rule = part[0]
+        key: Any = (type(rule), getattr(rule, rule.leaves[0]).dtype, getattr(rule, rule.leaves[0]).device)
+        if isinstance(rule, LowRank):
+            key = (*key, rule.layout, rule.dropout, getattr(rule, "exact_norm_grad", None))
+        kinds.setdefault(key, []).append(part)
+    merged: list[Found] = []
+    for alike in kinds.values():
+        if len(alike) == 1 or not isinstance(alike[0][0], LowRank):
+            merged += alike
+            continue
+        for by_count in _alike([(i, max(map(len, rows))) for i, (_, _, rows) in enumerate(alike)]):
+            for by_rank in _alike([(i, alike[i][0].a.shape[1]) for i in by_count]):  # type: ignore[attr-defined]
+                merged.append(_joined([alike[i] for i in by_rank]))
+    return merged
+
+
+def _joined(parts: list[Found]) -> Found:
+    if len(parts) == 1:
+        return parts[0]
+    rules: list[Any] = [rule for rule, _, _ in parts]
+    rank = max(rule.a.shape[1] for rule in rules)
+    leaves = {}
+    dims = {"a": 1, "b": 2}  # that count ranks, behind that of members
+    for leaf in rules[0].leaves:
+        given = [getattr(rule, leaf) for rule in rules]
+        leaves[leaf] = torch.cat([padded(x, dims[leaf], rank) for x in given] if leaf in dims else given)
+    scalings = [s for _, some, _ in parts for s in some]
+    rows = [each for _, _, some in parts for each in some]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    if order != list(range(len(rows))):
+        index = torch.tensor(order, device=leaves["a"].device)
+        leaves = {leaf: value.index_select(0, index) for leaf, value in leaves.items()}
+    return replace(rules[0], **leaves), [scalings[i] for i in order], [rows[i] for i in order]
+
+
+def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> Routed:
+    """The parts of one weight as a rule; `known` holds what other weights have worked out."""
+    described = []
+    for rule, scalings, rows in parts:
+        leaf = getattr(rule, rule.leaves[0])
+        key = tuple(map(tuple, rows)), leaf.device
+        if key not in known:
+            known[key] = Rows.of(rows, n, leaf.device)
+        described.append(Part(_numbers(scalings, leaf), known[key]))
+    return Routed(tuple(rule for rule, _, _ in parts), Parts(described), n, repeats)
+
+
+def _numbers(scalings: list[float], leaf: Tensor) -> Tensor:
+    return torch.tensor(scalings, dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device)
+
+
+def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> dict[str, Rule]:
+    if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[1] != len(stack):
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ConfigError(f"route: weights: expected a tensor [n_rows, {len(stack)}], one column a member, got {got}.")
+    found: dict[str, list[tuple[Rule, Part]]] = {}
+    for cohort in stack.cohorts:
+        some = weights[:, torch.tensor(cohort.members, device=weights.device)]
+        for name, rule in untied(cohort.tree()).items():
+            scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
+            part = Part(_numbers(scalings, getattr(rule, rule.leaves[0])), None, some)
+            found.setdefault(name, []).append((rule, part))
+    return {
+        name: Routed(tuple(rule for rule, _ in some), Parts(part for _, part in some), len(weights), repeats)
+        for name, some in found.items()
+    }

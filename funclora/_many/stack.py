@@ -1,0 +1,295 @@
+"""Many values as one: `stack`, and functions mapped over the members.
+
+The members of a stack may differ in everything: ranks, scalings, targets, methods. Those of one structure form a
+`Cohort`, whose leaves have a leading dimension of members; nothing is padded, so a member that is taken out again is
+the one that went in. A stack is a pytree of those leaves: optimizers and gradients take it as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, TypeVar, cast, overload
+
+import optree
+import torch
+from torch import Tensor
+
+from funclora._torch.pytree import pytree_node
+from funclora.errors import ConfigError, ParamsError
+from funclora.rules.base import LowRank, Rule
+from funclora.rules.tokens import untied
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Specs:
+    """The members' own trees, with all that is no tensor."""
+
+    each: tuple[Any, ...]
+
+    @functools.cached_property
+    def scalings(self) -> dict[str, list[float]]:
+        trees: list[Any] = [optree.tree_unflatten(spec, [None] * spec.num_leaves) for spec in self.each]
+        if not isinstance(trees[0], dict):
+            return {}
+        trees = [untied(tree) for tree in trees]
+        first = trees[0].items()
+        return {name: [tree[name].scaling for tree in trees] for name, rule in first if isinstance(rule, LowRank)}
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Cohort(Generic[T]):
+    """Members of one structure.
+
+    Attributes:
+        values: the leaves of their trees, `[n_members, *]` each.
+        specs: their trees.
+        members: their positions in the stack.
+    """
+
+    values: tuple[Tensor, ...]
+    specs: Specs
+    members: tuple[int, ...]
+
+    leaves: ClassVar[tuple[str, ...]] = ("values",)
+
+    def member(self, k: int) -> T:
+        """The k-th member as it was."""
+        tree: Any = optree.tree_unflatten(self.specs.each[k], [value[k] for value in self.values])
+        return cast(T, tree)
+
+    def tree(self) -> T:
+        """All members as one tree with leaves `[n_members, *]`. What is no tensor is the first member's."""
+        tree: Any = optree.tree_unflatten(self.specs.each[0], self.values)
+        return cast(T, tree)
+
+    def scalings(self) -> dict[str, list[float]]:
+        """The members' scalings, for each rule of a low-rank update."""
+        return self.specs.scalings
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Stack(Generic[T]):
+    """Values of one kind, adapters for example, as one value. Made by `stack`.
+
+    `len(stack)` is the number of members, `stack[i]` one of them, `stack[2:5]` and `stack[[4, 0]]` are stacks of
+    some, in that order; iteration gives the members.
+
+    Attributes:
+        cohorts: the members, by structure.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> members = [{"weight": LoRA(torch.full((r, 3), float(r)), torch.ones(2, r))} for r in (1, 2, 1)]
+        >>> several = stack(members)
+        >>> len(several), several[1]["weight"].r, several[2:]
+        (3, 2, Stack of 1)
+    """
+
+    cohorts: tuple[Cohort[T], ...]
+
+    leaves: ClassVar[tuple[str, ...]] = ("cohorts",)
+
+    def __len__(self) -> int:
+        return sum(len(cohort.members) for cohort in self.cohorts)
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Stack[T]: ...
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> T | Stack[T]:
+        if isinstance(index, slice):
+            return self._some(range(len(self))[index])
+        if isinstance(index, Tensor):
+            index = index.tolist()
+        if isinstance(index, Sequence):
+            return self._some(index)
+        cohort, k = self._place(index)
+        return cohort.member(k)
+
+    def _place(self, index: int) -> tuple[Cohort[T], int]:
+        n = len(self)
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"stack[...]: expected an int, a slice or a list of ints, got {index!r}.")
+        if not -n <= index < n:
+            raise IndexError(f"stack[{index}]: there are {n} members.")
+        return self._places[index % n]
+
+    @functools.cached_property
+    def _places(self) -> dict[int, tuple[Cohort[T], int]]:
+        """Each member's cohort, and its position there."""
+        return {member: (cohort, k) for cohort in self.cohorts for k, member in enumerate(cohort.members)}
+
+    def _some(self, indices: Iterable[int]) -> Stack[T]:
+        chosen: dict[int, tuple[Cohort[T], list[int], list[int]]] = {}
+        for position, index in enumerate(indices):
+            cohort, k = self._place(index)
+            _, inside, positions = chosen.setdefault(id(cohort), (cohort, [], []))
+            inside.append(k)
+            positions.append(position)
+        return Stack(tuple(_selected(*each) for each in chosen.values()))
+
+    def in_order(self, by_cohort: Tensor) -> Tensor:
+        """Values of the members `[n_members, *]`, given cohort by cohort, in the members' own order."""
+        order = torch.tensor([i for cohort in self.cohorts for i in cohort.members]).argsort()
+        return by_cohort[order.to(by_cohort.device)]
+
+    def __repr__(self) -> str:
+        return f"Stack of {len(self)}"
+
+
+def _selected(cohort: Cohort[T], inside: list[int], positions: list[int]) -> Cohort[T]:
+    values = cohort.values
+    if inside != list(range(len(cohort.members))):
+        values = tuple(value[torch.tensor(inside, device=value.device)] for value in values)
+    return Cohort(values, Specs(tuple(cohort.specs.each[k] for k in inside)), tuple(positions))
+
+
+def stack(members: Iterable[T]) -> Stack[T]:
+    """Many values of one kind as one.
+
+    Args:
+        members: adapters (dicts of rules), or other pytrees of tensors, such as optimizer states. They may differ
+            in targets, methods, ranks, scalings, dtypes. A stack is an iterable of members too: several are joined
+            by `stack([*first, *second])`.
+
+    Returns:
+        The stack. `stack(members)[i]` equals `members[i]` bit for bit.
+
+    Raises:
+        ConfigError: there are no members.
+        ParamsError: a leaf is not a tensor.
+
+    Examples:
+        >>> from funclora import LoRA, DoRA
+        >>> one = {"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)}
+        >>> other = {"weight": DoRA(torch.ones(4, 3), torch.ones(2, 4), torch.ones(2))}
+        >>> both = stack([one, other])
+        >>> both[0]["weight"].scaling, both[1]["weight"].r
+        (2.0, 4)
+    """
+    cohorts: dict[Any, tuple[list[list[Tensor]], list[Any], list[int]]] = {}
+    for i, member in enumerate(members):
+        tree: Any = member
+        leaves, spec = optree.tree_flatten(tree)
+        for path, leaf in zip(spec.paths(), leaves, strict=True):
+            if not isinstance(leaf, Tensor):
+                where = ".".join(map(str, path)) or "the member itself"
+                raise ParamsError(f"stack: member {i}: {where}: expected a tensor, got {type(leaf).__name__}.")
+        key = (_structure(member), tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
+        values, specs, positions = cohorts.setdefault(key, ([], [], []))
+        values.append(leaves)
+        specs.append(spec)
+        positions.append(i)
+    if not cohorts:
+        raise ConfigError("stack: expected at least one member, got none.")
+    return Stack(tuple(
+        Cohort(tuple(map(torch.stack, zip(*values, strict=True))), Specs(tuple(specs)), tuple(positions))
+        for values, specs, positions in cohorts.values()
+    ))  # fmt: skip
+
+
+def unstack(stack: Stack[T]) -> list[T]:
+    """The members of a stack, as they were.
+
+    Examples:
+        >>> unstack(stack([{"x": torch.zeros(2)}, {"x": torch.ones(2)}]))[1]
+        {'x': tensor([1., 1.])}
+    """
+    return list(stack)
+
+
+def _structure(member: Any) -> Any:
+    """The tree of a member without the scalings: members of a cohort may differ in them."""
+    return optree.tree_structure(unscaled(member))
+
+
+def unscaled(tree: Any) -> Any:
+    """The tree with the scaling 1 in all of its rules."""
+    return optree.tree_map(
+        lambda rule: replace(rule, scaling=1.0) if isinstance(rule, LowRank) else rule, tree, is_leaf=_is_rule
+    )
+
+
+def _is_rule(x: Any) -> bool:
+    return isinstance(x, Rule)
+
+
+def vmap(function: Callable[..., Any], in_dims: Any = None, randomness: str = "error") -> Callable[..., Any]:
+    """`torch.func.vmap` over the members of a stack.
+
+    General but slower than `route`: any model, any loss, members of any structure. Each cohort is mapped at once.
+
+    Args:
+        function: `function(adapters, *args)`, called with one member (its tensors are batched by `vmap`).
+        in_dims: for each further argument the dimension of members, or None for what all share (the default).
+        randomness: as in `torch.func.vmap`: "different", "same" or "error".
+
+    Returns:
+        A function `(stack, *args)` that returns what `function` does, each tensor with a leading `[n_members]`.
+
+    Raises:
+        ConfigError: when called, if the results of members differ in shape or structure.
+
+    Examples:
+        >>> import funclora as fl
+        >>> model = torch.nn.Linear(3, 2)
+        >>> params = fl.base_params(model)
+        >>> members = fl.stack([{"weight": fl.LoRA(torch.ones(r, 3), torch.ones(2, r))} for r in (1, 2)])
+        >>> vmap(lambda adapters, x: fl.apply(model, params, adapters, x))(members, torch.ones(5, 3)).shape
+        torch.Size([2, 5, 2])
+    """
+
+    def mapped(stack: Stack[Any], *args: Any) -> Any:
+        dims = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
+        results = []
+        for cohort in stack.cohorts:
+            index = torch.tensor(cohort.members)
+            some = [_at(arg, dim, index, len(stack)) for arg, dim in zip(args, dims, strict=True)]
+            scalings = _scalings(cohort)
+
+            def call(tree: Any, scalings: dict[str, Tensor], *args: Any) -> Any:
+                for name, scaling in scalings.items():
+                    tree = {**tree, name: replace(tree[name], scaling=scaling)}
+                return function(tree, *args)
+
+            by_member = torch.func.vmap(call, (0, 0, *dims), randomness=randomness)
+            results.append(by_member(cohort.tree(), scalings, *some))
+        try:
+            return optree.tree_map(lambda *parts: stack.in_order(torch.cat(parts)), *results)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"vmap: the members' results cannot be joined: {error} Return tensors whose shapes depend on no "
+                "member's own rank or targets, or map over stack[i : i + 1]."
+            ) from error
+
+    return mapped
+
+
+def _at(arg: Any, dim: int | None, index: Tensor, n: int) -> Any:
+    def some(x: Tensor) -> Tensor:
+        if x.shape[dim] != n:  # type: ignore[index]
+            raise ConfigError(f"vmap: an argument of shape {list(x.shape)} has no {n} members along dimension {dim}.")
+        return x.index_select(dim, index.to(x.device))  # type: ignore[arg-type]
+
+    return arg if dim is None else optree.tree_map(some, arg)
+
+
+def _scalings(cohort: Cohort[Any]) -> dict[str, Tensor]:
+    """The scalings `[n_members]` of the rules in which members of a cohort differ."""
+    tree: Any = cohort.tree()
+    return {
+        name: torch.tensor(scalings, device=tree[name].a.device, dtype=tree[name].a.dtype)
+        for name, scalings in cohort.scalings().items()
+        if len(set(scalings)) > 1 and isinstance(tree[name], LowRank)  # and not tied to one
+    }

@@ -1,0 +1,1 @@
+"""Weights stored in few bits that pass for dense ones."""

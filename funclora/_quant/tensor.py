@@ -1,0 +1,457 @@
+"""A weight of few bits that passes for the dense one.
+
+`Quantized` sits in a params dict where a dense weight would. An operation that is linear in its other input (a linear
+layer, a matrix product, a convolution) unpacks the weight, uses it and forgets it, and does so again in backward: a
+dense weight exists for one layer at a time. An embedding unpacks the rows that it reads. Any other operation gets the
+dense weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.nn.functional as F
+from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from funclora._quant.packing import Packing, Parts
+from funclora._torch.functions import LIKE, METADATA, carrier
+from funclora._tracking.tensor import RowTensor, placed, rows_of, written
+from funclora.errors import PurityError, UnsupportedError
+from funclora.rules.linear_ops import table
+
+Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
+# An operation linear in its first argument, the input; the second is the dense weight.
+Op = Callable[[Tensor, Tensor], Tensor]
+# What bitsandbytes unpacks to.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Source(NamedTuple):
+    """All about a quantised weight but its tensors: how to unpack it, and which view of it is meant."""
+
+    packing: Packing
+    stored: torch.Size
+    dtype: torch.dtype
+    steps: tuple[Step, ...] = ()
+
+    def dense(self, parts: Parts) -> Tensor:
+        """The dense weight."""
+        dtype = self.dtype if self.dtype in DTYPES else torch.float32
+        return self.viewed(self.packing.unpack(parts, self.stored, dtype).to(self.dtype))
+
+    def viewed(self, weight: Tensor) -> Tensor:
+        """The view of the stored weight that is meant."""
+        for view, args in self.steps:
+            weight = view(weight, *args)
+        return weight
+
+
+class Quantized(torch.Tensor):
+    """A weight stored in few bits, a constant. Made by `quantize`, and by `base_params` of a quantised model.
+
+    Its shape, dtype and device are those of the dense weight; the dtype is the one that it is unpacked to and computed
+    in. Inputs of another dtype are cast to it, and the result back, as the modules of bitsandbytes do. `nbytes` is
+    what it really takes.
+
+    Attributes:
+        source: how it is unpacked.
+        parts: the tensors that it is unpacked from.
+
+    Examples:
+        >>> import funclora as fl
+        >>> params = fl.quantize({"weight": torch.ones(64, 128)}, ["weight"], "nf4")
+        >>> params["weight"], params["weight"].nbytes
+        (Quantized([64, 128], torch.float32, nf4), 4672)
+        >>> params["weight"].dequantize()[0, :3]
+        tensor([1., 1., 1.])
+    """
+
+    source: Source
+    parts: Parts
+    _held: list[Tensor] | None = None  # the dense weight, where `held` keeps it
+
+    @staticmethod
+    def of(source: Source, parts: Parts) -> Quantized:
+        """The weight that `source` unpacks from `parts`."""
+        device = getattr(parts[0], "device", torch.device("cpu"))  # transforms fill trees with what are no tensors
+        weight = source.viewed(carrier(source.stored, source.dtype, device)).as_subclass(Quantized)
+        weight.source = source
+        weight.parts = parts
+        return weight
+
+    def dequantize(self) -> Tensor:
+        """The dense weight."""
+        return self.source.dense(self.parts)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes that the packed weight takes."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        packing = self.source.packing
+        kind = getattr(packing, "kind", type(packing).__name__.lower())
+        return f"Quantized({list(self.shape)}, {self.source.dtype}, {kind})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
+        return _clone(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Quantized.of, (self.source, self.parts)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_cast = func in _CASTS and not (func is Tensor.type and len(args) == 1 and not kwargs)
+        if (is_cast or func in _VIEWS) and torch.compiler.is_compiling():  # the tracer knows none that is made inside
+            return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
+        if is_cast:
+            return _cast(func, *args, **kwargs)
+        if func in METADATA or func in LIKE or func == _REQUIRES_GRAD:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if any(hasattr(x, "rule") for x in (*args, *kwargs.values()) if isinstance(x, Tensor)):
+            return NotImplemented  # it is a lazy weight's turn
+        if func in _OWN:
+            return _OWN[func](*args, **kwargs)
+        if func in _VIEWS and not kwargs and _is_static(args[1:]):
+            return _viewed(func, *args)
+        if func in _operations:
+            plain, by_row = _without_rows(args, kwargs)
+            with contextlib.suppress(_NoFormError):
+                out = _operations[func](*plain[0], **plain[1])
+                return placed(func, args, kwargs, out) if by_row else out
+        if any(isinstance(x, Quantized) for x in written(func, args, kwargs)):
+            raise PurityError(
+                f"{getattr(func, '__name__', func)} would write to a quantised weight, which is a constant. Compute "
+                "the new value from its dequantize(), or leave it out of the targets of quantize."
+            )
+        return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
+
+
+def plain_weight(x: Any) -> Any:
+    """The dense weight of a quantised one; anything else as it is."""
+    if not isinstance(x, Quantized):
+        return x
+    if x._held is None:
+        return x.dequantize()
+    if not x._held:
+        x._held.append(x.dequantize())
+    return x._held[0]
+
+
+def held(x: Any) -> Any:
+    """The weight for several uses in a row, of which the second and later ones find it unpacked; not to be kept."""
+    if not isinstance(x, Quantized):
+        return x
+    weight = Quantized.of(x.source, x.parts)
+    weight._held = []
+    return weight
+
+
+def _mapped_tree(function: Callable[[Any], Any], tree: Any) -> Any:
+    return pytree.tree_map(function, tree, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+# A quantised weight is a node, so that transforms (torch.func.grad over params, for example) reach its parts: they
+# would wrap the carrier.
+def _flatten(weight: Quantized) -> tuple[list[Any], Source]:
+    return list(weight.parts), weight.source
+
+
+def _unflatten(source: Source, parts: Iterable[Any]) -> Quantized:
+    return Quantized.of(source, tuple(parts))
+
+
+pytree.register_pytree_node(
+    Quantized,
+    _flatten,
+    lambda parts, source: _unflatten(source, parts),
+    serialized_type_name="funclora.Quantized",
+    flatten_with_keys_fn=lambda weight: (
+        [(pytree.SequenceKey(i), part) for i, part in enumerate(weight.parts)],
+        weight.source,
+    ),
+)
+optree.register_pytree_node(Quantized, _flatten, _unflatten, namespace=GLOBAL_NAMESPACE)  # type: ignore[arg-type]
+
+
+class _Through(torch.autograd.Function):
+    """`op(x, W)` with W unpacked for this product alone, and again for its transpose in backward.
+
+    Where W is at hand already, forward uses it; what backward keeps are the packed parts in any case.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, op: Op, source: Source, dense: Tensor | None, *parts: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if dense is not None:
+                return op(x, dense)
+            if op is F.linear and not source.steps and source.dtype in DTYPES:
+                return source.packing.linear(x, parts, source.stored)
+            return op(x, source.dense(parts))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.op, ctx.source, _, *parts = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(*parts)
+        ctx.save_for_forward(*parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors
+        back = _through(grad, _adjoint(ctx.op, ctx.shape, ctx.source), ctx.source, None, *parts)
+        return back, None, None, None, *(None for _ in parts)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _through(tangent, ctx.op, ctx.source, None, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        op: Op,
+        source: Source,
+        dense: Tensor | None,
+        *parts: Tensor,
+    ) -> tuple[Tensor, int]:
+        # The weight is a constant, so it is the input that is batched.
+        mapped = op if _is_product(op, source) else functools.partial(_mapped, op)
+        return _through(x.movedim(in_dims[0] or 0, 0), mapped, source, dense, *parts), 0
+
+
+_through: Callable[..., Tensor] = _Through.apply
+
+
+def _adjoint(op: Op, shape: torch.Size, source: Source) -> Op:
+    """The transpose of `op` in its input of that shape."""
+    if _is_product(op, source):
+        return _PRODUCTS[op]
+    if isinstance(op, functools.partial) and op.func is _transpose:
+        return op.args[0]  # type: ignore[no-any-return]
+    return functools.partial(_transpose, op, shape)
+
+
+def _transpose(op: Op, shape: torch.Size, grad: Tensor, weight: Tensor) -> Tensor:
+    back: Tensor = torch.func.vjp(lambda x: op(x, weight), grad.new_zeros(shape))[1](grad)[0]
+    return back
+
+
+def _mapped(op: Op, x: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = torch.func.vmap(op, (0, None))(x, weight)
+    return out
+
+
+def _left(x: Tensor, weight: Tensor) -> Tensor:
+    return weight @ x
+
+
+# Products with a matrix, whose inputs may have any number of leading dimensions, and their transposes.
+_PRODUCTS: dict[Op, Op] = {F.linear: torch.matmul, torch.matmul: F.linear}
+
+
+def _is_product(op: Op, source: Source) -> bool:
+    return (
+        op in _PRODUCTS and len(source.stored) == 2 and all(view is not Tensor.__getitem__ for view, _ in source.steps)
+    )
+
+
+class _NoFormError(Exception):
+    """This call of the operation needs the dense weight."""
+
+
+def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """`op(x, weight) + bias` in the weight's dtype, or in that of autocast; the result as x, or as autocast."""
+    if not isinstance(weight, Quantized) or not isinstance(x, Tensor) or isinstance(x, Quantized) or hasattr(x, "rule"):
+        raise _NoFormError
+    kind, source = weight.device.type, weight.source
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    if autocast:
+        source = source._replace(dtype=torch.get_autocast_dtype(kind))
+    x_ = x.to(source.dtype)
+    if torch.compiler.is_compiling():  # the tracer takes no such function, and decides itself what to keep
+        y: Tensor = op(x_, source.dense(weight.parts))
+    else:
+        dense = weight._held[0].to(source.dtype) if weight._held else None
+        y = _through(x_, op, source, dense, *weight.parts)
+    if bias is not None:
+        y = y + bias.to(source.dtype)
+    return y if autocast else y.to(x.dtype)
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    return _product(F.linear, input, weight, bias)
+
+
+def _matmul(input: Any, other: Any) -> Tensor:
+    if isinstance(input, Quantized):
+        return _product(_left, other, input)
+    return _product(torch.matmul, input, other)
+
+
+def _mm(input: Any, mat2: Any) -> Tensor:
+    return _matmul(input, mat2)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if (beta, alpha) != (1, 1) or input.dim() != 1:
+        raise _NoFormError
+    return _product(torch.matmul, mat1, mat2, input)
+
+
+def _conv(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Tensor]:
+    def convolved(input: Tensor, weight: Any, bias: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+        def op(x: Tensor, weight: Tensor) -> Tensor:
+            return conv(x, weight, None, *args, **options)
+
+        return _product(op, input, weight, None if bias is None else bias.reshape(-1, *(1 for _ in range(spatial))))
+
+    return convolved
+
+
+def _grouped_mm(grouped: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def multiplied(mat_a: Tensor, mat_b: Any, *, offs: Tensor | None = None, bias: None = None,
+                   out_dtype: None = None) -> Tensor:  # fmt: skip
+        if (bias, out_dtype) != (None, None):
+            raise _NoFormError
+        return _product(lambda x, weight: grouped(x, weight, offs=offs), mat_a, mat_b)
+
+    return multiplied
+
+
+def _embedding(
+    input: Tensor,
+    weight: Quantized,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    source = weight.source
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None  # it may map over the ids
+    if max_norm is not None or source.steps or in_transform or source.dtype not in DTYPES:
+        raise _NoFormError
+    rows = source.packing.rows(weight.parts, source.stored, input, source.dtype)
+    if rows is None:
+        raise _NoFormError
+    return rows
+
+
+_operations: dict[Callable[..., Any], Callable[..., Tensor]] = table(
+    linear=_linear,
+    matmul=_matmul,
+    mm=_mm,
+    addmm=_addmm,
+    embedding=_embedding,
+    conv=_conv,
+    conv_transpose=_conv,
+    grouped_mm=_grouped_mm,
+)
+
+
+def _viewed(view: Callable[..., Tensor], weight: Quantized, *args: Any) -> Quantized:
+    """A view of the dense weight that is taken when that is unpacked; of rows, just those are, if they lie apart."""
+    source, index = weight.source, args[0] if args else None
+    if not source.steps and source.stored and (view is Tensor.__getitem__ or (view in _NARROWS and index == 0)):
+        start, length = (index, 1) if view is Tensor.__getitem__ else args[1:]
+        n = source.stored[0]
+        if isinstance(start, int) and -n <= start < n:
+            found = source.packing.narrowed(weight.parts, source.stored, start % n, length)
+            if found is not None:
+                rest = source.stored[1:] if view is Tensor.__getitem__ else (length, *source.stored[1:])
+                return Quantized.of(Source(found[0], torch.Size(rest), source.dtype), found[1])
+    return Quantized.of(source._replace(steps=(*source.steps, (view, args))), weight.parts)
+
+
+def _is_static(args: Any) -> bool:
+    """Whether arguments of a view are numbers, not tensors."""
+    parts = args if isinstance(args, (tuple, list)) else (args,)
+    return all(_is_static(x) if isinstance(x, (tuple, list)) else x is None or isinstance(x, (int, slice)) or x is ...
+               for x in parts)  # fmt: skip
+
+
+def _cast(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A cast of a quantised weight to another dtype or device, or of a tensor to those of one."""
+    args, kwargs = _mapped_tree(_empty, args), _mapped_tree(_empty, kwargs)
+    if not isinstance(x, Quantized):
+        return func(x, *args, **kwargs)
+    like = func(_empty(x), *args, **kwargs)
+    if not like.is_floating_point():
+        return func(x.dequantize(), *args, **kwargs)
+    if (like.dtype, like.device) == (x.source.dtype, x.parts[0].device):
+        return x
+    return Quantized.of(x.source._replace(dtype=like.dtype), tuple(part.to(like.device) for part in x.parts))
+
+
+def _empty(x: Any) -> Any:
+    return torch.empty(0, dtype=x.source.dtype, device=x.parts[0].device) if isinstance(x, Quantized) else x
+
+
+def _clone(x: Quantized, *, memory_format: torch.memory_format = torch.preserve_format) -> Quantized:
+    return Quantized.of(x.source, tuple(part.clone() for part in x.parts))
+
+
+def _same(x: Quantized, *args: Any, **kwargs: Any) -> Quantized:
+    return x
+
+
+def _requires_grad_(x: Quantized, requires_grad: bool = True) -> Quantized:
+    if requires_grad:
+        raise UnsupportedError("a quantised weight is a constant and cannot require a gradient.")
+    return x
+
+
+def _without_rows(args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """The arguments with plain tensors in place of those that know their rows, and whether there were any."""
+    given = (*args, *kwargs.values())
+    if not any(isinstance(x, RowTensor) for x in given):
+        return (args, kwargs), False
+
+    def plain(x: Any) -> Any:
+        return rows_of(x)[0] if isinstance(x, RowTensor) else x
+
+    return (tuple(map(plain, args)), {name: plain(x) for name, x in kwargs.items()}), True
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_CASTS = frozenset((
+    Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16,
+    Tensor.double,
+))  # fmt: skip
+_OWN: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.detach: _same,
+    torch.detach: _same,
+    Tensor.contiguous: _same,
+    Tensor.data.__get__: _same,  # type: ignore[attr-defined]
+    Tensor.clone: _clone,
+    torch.clone: _clone,
+    Tensor.requires_grad_: _requires_grad_,
+    Tensor.data_ptr: lambda x: x.parts[0].data_ptr(),
+    Tensor.untyped_storage: lambda x: x.parts[0].untyped_storage(),
+}
+_NARROWS = frozenset((Tensor.narrow, torch.narrow))
+_VIEWS = _NARROWS | {
+    Tensor.T.__get__,  # type: ignore[attr-defined]
+    Tensor.mT.__get__,  # type: ignore[attr-defined]
+    Tensor.t,
+    torch.t,
+    Tensor.transpose,
+    torch.transpose,
+    Tensor.swapaxes,
+    Tensor.permute,
+    torch.permute,
+    Tensor.__getitem__,
+}

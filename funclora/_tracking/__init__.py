@@ -1,0 +1,1 @@
+"""Which member of the batch each position of a tensor belongs to."""

@@ -1,0 +1,408 @@
+"""A different adapter for every row of the batch, in one ordinary forward pass.
+
+The operation on the base weight runs once, on all rows. What differs by row is small: the low-rank path runs as one
+batched product over the members (rows of one member together), and a DoRA member's gain is a vector per row.
+For a row with member j, s its scaling and g its gain (m/‖V‖ for DoRA, else 1):
+
+    y = g_j ∘ (x·Wᵀ) + (x·A_jᵀ)·(s·g_j ∘ B_j)ᵀ + bias
+
+With weights w over the members it is the base's weight plus the weighted sum of the members' changes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from funclora._quant.tensor import plain_weight
+from funclora._torch.pytree import pytree_node
+from funclora._tracking.propagation import Place
+from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
+from funclora.errors import UnsupportedError
+from funclora.rules.base import DoRA, Gained, LowRank, Rule, constant, row_norms_of_many
+from funclora.rules.layouts import ConvTranspose, Layout
+from funclora.rules.linear_ops import ConvMap, LeftMatmulMap, LinearMap
+
+# The place of the rows where there is one: the whole tensor is that row, and gets a dimension in front.
+ALONE = Place(0, 0)
+# How many members' DoRA norms to compute together.
+CHUNK = 16
+# How many rows of a member are few, so that the order of its factors in memory counts.
+FEW = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows use which member, for m members with up to `count` rows each.
+
+    Attributes:
+        n: the number of rows in all.
+        count: the largest number of rows of a member.
+        table: `[m·count]`, the rows of the members one after the other; None if that is all rows in order. Members
+            with fewer rows repeat one of them.
+        kept: the positions in the table that are no repetition; None if there is none.
+        span: the first row and the one after the last, if the table is all rows between them in order.
+    """
+
+    n: int
+    count: int
+    table: Tensor | None
+    kept: Tensor | None
+    span: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, rows: list[list[int]], n: int, device: torch.device) -> Rows:
+        count = max(map(len, rows))
+        table = [row for each in rows for row in (*each, *each[:1] * (count - len(each)))]
+        span = (table[0], table[0] + len(table))
+        if table == list(range(n)):
+            return cls(n, count, None, None, span)
+        if table == list(range(*span)):
+            return cls(n, count, torch.tensor(table, device=device), None, span)
+        kept = None
+        if any(len(each) < count for each in rows):
+            kept = torch.tensor([i * count + j for i, each in enumerate(rows) for j in range(len(each))], device=device)
+        return cls(n, count, torch.tensor(table, device=device), kept)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """`[n, *]` -> `[m, count, *]`."""
+        if self.table is not None:
+            x = x[slice(*self.span)] if self.span is not None else x.index_select(0, self.table)
+        return x.reshape(-1, self.count, *x.shape[1:])
+
+    def added(self, y: Tensor, u: Tensor) -> Tensor:
+        """y `[n, *]` with u `[m, count, *]` added to the rows."""
+        rows, u = self._rows_of(u.flatten(0, 1))
+        if rows is None:
+            return y + u
+        return y.to(torch.promote_types(y.dtype, u.dtype)).index_add(0, rows, u)
+
+    def put(self, y: Tensor, u: Tensor) -> Tensor:
+        """y `[n, *]` with the rows replaced by u `[m, count, *]`."""
+        rows, u = self._rows_of(u.flatten(0, 1))
+        return u if rows is None else y.index_copy(0, rows, u.to(y.dtype))
+
+    def first(self) -> list[int]:
+        """The first row of each member."""
+        if self.table is None:
+            return list(range(0, self.n, self.count))
+        firsts: list[int] = self.table[:: self.count].tolist()
+        return firsts
+
+    def of_member(self, j: int, device: torch.device) -> Tensor:
+        """The rows of the j-th member."""
+        positions = torch.arange(j * self.count, (j + 1) * self.count, device=device)
+        if self.kept is not None:
+            positions = self.kept[(self.kept >= j * self.count) & (self.kept < (j + 1) * self.count)]
+        return positions if self.table is None else self.table[positions]
+
+    def _rows_of(self, u: Tensor) -> tuple[Tensor | None, Tensor]:
+        if self.table is None or self.kept is None:
+            return self.table, u
+        return self.table[self.kept], u[self.kept]
+
+
+class Part(NamedTuple):
+    """Members of one kind at one weight, `m` of them: how the batch uses the rule with leaves `[m, *]`.
+
+    Attributes:
+        scalings: `[m]`.
+        rows: which rows use which member; None where `weights` are given.
+        weights: `[n, m]`, each row's weights of the members.
+        present: `[n]`, where m is the number of rows: whether the row has a member at all.
+    """
+
+    scalings: Tensor
+    rows: Rows | None
+    weights: Tensor | None = None
+    present: Tensor | None = None
+
+
+class Parts(tuple[Part, ...]):
+    """The parts of a rule as static data of a tree: two are equal if they are the same."""
+
+    __slots__ = ()
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Routed(Rule):
+    """Another member of a stack for every row of the batch. Made by `route`.
+
+    Attributes:
+        rules: for each part the members' rule, its leaves `[m, *]`.
+        parts: for each rule the rows that use its members.
+        n: the number of rows.
+        repeats: how many times in succession the model may be given each of them.
+    """
+
+    rules: tuple[Rule, ...]
+    parts: Parts
+    n: int
+    repeats: int
+
+    leaves: ClassVar[tuple[str, ...]] = ("rules",)
+
+    @property
+    def dropout_p(self) -> float:
+        return max(rule.dropout_p for rule in self.rules)
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
+        return None if self.replacing() else self.rules[0].layout  # type: ignore[attr-defined]
+
+    def replacing(self) -> list[tuple[Rule, Part]]:
+        """The members whose weight is no low-rank update of the base's."""
+        return [(r, part) for r, part in zip(self.rules, self.parts, strict=True) if not isinstance(r, LowRank)]
+
+    def updating(self) -> Routed | None:
+        """The rule of the other members, if there are any."""
+        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, LowRank)]
+        return replace(self, rules=tuple(r for r, _ in kept), parts=Parts(p for _, p in kept)) if kept else None
+
+    def dense(self, weight: Tensor) -> Tensor:
+        raise UnsupportedError(
+            "every row of the batch has a weight of its own here, and there is no such form of this operation. Leave "
+            "the target out, use funclora.vmap over the stack, or call the model once for each member."
+        )
+
+    def check(self, name: str, weight: Tensor) -> None:
+        for rule in self.rules:
+            member(rule, 0).check(name, weight)
+            if isinstance(rule, LowRank) and rule.layout.lead(weight.shape):
+                raise UnsupportedError(
+                    f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
+                    "token belongs to is not known there. Call the model once for each member, or leave the target out."
+                )
+
+    def prepared(self, weight: Tensor) -> Rule:
+        if self.replacing():
+            return self
+        gained = (_gained(rule, part, weight) for rule, part in zip(self.rules, self.parts, strict=True))
+        return Prepared(tuple(gained), self.parts, self.n, _in_succession(self.parts, self.n), Seconds())
+
+    def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+        return self.prepared(weight).read(op, weight, dropout)
+
+    def flipped(self) -> Routed:
+        """The rule of the transposed weight."""
+        return replace(self, rules=tuple(rule.flipped() for rule in self.rules))  # type: ignore[attr-defined]
+
+    def rows(self, start: int, length: int) -> Routed:
+        """The rule of the output units from `start` on."""
+        return replace(self, rules=tuple(rule.rows(start, length) for rule in self.rules))  # type: ignore[attr-defined]
+
+
+def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
+    """The rule of the members of a part, DoRA's norms worked out."""
+    assert isinstance(rule, LowRank)
+    if not isinstance(rule, DoRA):
+        return rule
+    wide = torch.promote_types(weight.dtype, rule.a.dtype) == torch.float64
+    if wide or rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
+        by_member = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).prepared(weight).gain, chunk_size=CHUNK)
+        return Gained(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
+    with constant():
+        a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
+        norms = row_norms_of_many(rule.layout.matrix(plain_weight(weight)), a, b, part.scalings).detach()
+    return rule.gained(norms)
+
+
+def member(rule: Rule, j: int) -> Rule:
+    """The rule of the j-th of some members, whose rule has leaves `[m, *]`."""
+    one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaves})
+    return one
+
+
+class Seconds:
+    """The factors B of a weight that is read again and again: for few rows, in the order of the second product.
+
+    Batches of small products are up to three times as fast with `[m, r, out]` in memory. To reorder B costs as much
+    as some products, so it is done where there was one already.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[int, Tensor] = {}
+
+    def of(self, part: int, b: Tensor, rows: int) -> Tensor:
+        """B, `[m, out, r]`, of that part of the rule, for products with that many rows."""
+        if rows > FEW or b.dim() != 3 or torch.compiler.is_compiling():
+            return b
+        if part in self.known:
+            if self.known[part] is b:
+                self.known[part] = b.mT.contiguous().mT
+            return self.known[part]
+        self.known[part] = b
+        return b
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Prepared(Rule):
+    """A `Routed` rule of low-rank updates whose norms are worked out.
+
+    Attributes:
+        rules: as in `Routed`.
+        parts: as in `Routed`.
+        n: the number of rows.
+        succession: the parts in the order of their rows, if these follow each other and are all there are.
+        seconds: the factors B, in the order in which they are read.
+    """
+
+    rules: tuple[LowRank, ...]
+    parts: Parts
+    n: int
+    succession: tuple[int, ...]
+    seconds: Seconds
+
+    leaves: ClassVar[tuple[str, ...]] = ("rules",)
+    dense = Routed.dense
+    check = Routed.check
+    dropout_p = Routed.dropout_p
+
+    @property
+    def layout(self) -> Layout:
+        """Where the matrix lies in the weight."""
+        return self.rules[0].layout
+
+    def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+        x, place = rows_of(op.x)
+        if self.n == 1:
+            place = ALONE
+        if not isinstance(place, Place):
+            raise lost(place, "a weight with an adapter for each row is read")
+        if isinstance(op, LeftMatmulMap) and place.dim >= x.dim() - 2:
+            raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
+        if self.n > 1 and not _keeps(op, x, place):
+            raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
+        rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
+        gains = any(isinstance(rule, Gained) for rule in self.rules)
+        inputs = rows
+        if gains and op.backwards:
+            inputs = _scaled(op, rows, self._gain()).to(x.dtype)
+            op = op.on(rows_back(inputs, place))
+        y = op.dense(weight, bias=not gains)
+        dtype, out = y.dtype, rows_first(y, place, self.n)
+        if self.parts[0].weights is not None:
+            out = self._mixed(op, rows, out, dropout)
+        elif self.succession:
+            out = self._by_part(op, inputs, out, dropout)
+        else:
+            out = self._gathered(op, inputs, out, dropout)
+        if gains and op.bias is not None:
+            bias = op.per_output(op.bias)
+            out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
+        out = rows_back(out.to(dtype), place)
+        return out if self.n == 1 else track.scope.enter(out, place)
+
+    def _by_part(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The rows of a result, rewritten part by part; x is the operation's input by rows."""
+        sizes = [end - start for start, end in (self.parts[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]
+        # One split has one gradient; each slice would have one of the size of all rows.
+        pieces = zip(*([z] if len(sizes) == 1 else z.split(sizes) for z in (x, y)), strict=True)
+        outs = []
+        for i, (inputs, base) in zip(self.succession, pieces, strict=True):
+            rule, rows = self.rules[i], self.parts[i].rows
+            assert rows is not None
+            u = self._grouped(i, op, inputs.reshape(-1, rows.count, *inputs.shape[1:]), dropout)
+            out = base.reshape(u.shape) + u
+            if isinstance(rule, Gained) and not op.backwards:
+                out = _scaled(op, out, rule.gain)
+            outs.append(out.flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _gathered(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The same, where the rows of the parts lie among each other, or some have no member."""
+        for i, part in enumerate(self.parts):
+            assert part.rows is not None
+            y = part.rows.added(y, self._grouped(i, op, part.rows.gathered(x), dropout))
+        return y if op.backwards else _scaled(op, y, self._gain())
+
+    def _grouped(self, i: int, op: Any, inputs: Tensor, dropout: float) -> Tensor:
+        """The low-rank updates of the i-th part's rows `[m, count, *]`, of that shape."""
+        rule, part = self.rules[i], self.parts[i]
+        assert part.rows is not None
+        if dropout and rule.dropout and op.drops:
+            inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, part.rows.first(), part.rows.n)
+        b = rule.b if op.backwards else self.seconds.of(i, rule.b, inputs.shape[1:-1].numel())
+        updates: Tensor = op.grouped(inputs, rule.a, b, part.scalings, 0.0)
+        return updates
+
+    def _mixed(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        """The rows of a result under weighted sums of all members: gains are summed, updates keep their own."""
+        if not op.backwards:
+            y = _scaled(op, y, self._gain())
+        for rule, part in zip(self.rules, self.parts, strict=True):
+            assert part.weights is not None
+            weights = part.weights * part.scalings.to(part.weights.dtype)
+            for j, w in enumerate(weights.unbind(1)):
+                a, b, inputs = rule.a[j : j + 1], rule.b[j : j + 1], x
+                gain = op.per_output(rule.gain[j]) if isinstance(rule, Gained) else None
+                if gain is not None and op.backwards:
+                    inputs = (x * gain).to(x.dtype)
+                u = op.grouped(inputs.unsqueeze(0), a, b, None, rule.dropout if dropout else 0.0)[0]
+                if gain is not None and not op.backwards:
+                    u = u * gain
+                y = y + u * spread(w.to(u.dtype), u, ())
+        return y
+
+    def _gain(self) -> Tensor | None:
+        """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
+        gain: Tensor | None = None
+        for rule, part in zip(self.rules, self.parts, strict=True):
+            if not isinstance(rule, Gained):
+                continue
+            own = rule.gain
+            if gain is None:
+                gain = own.new_ones(self.n, own.shape[-1])
+            if part.present is not None:
+                gain = torch.where(part.present.unsqueeze(-1), own, gain)
+            elif part.rows is not None:
+                gain = part.rows.put(gain, own.unsqueeze(1).expand(-1, part.rows.count, -1))
+            else:
+                gain = gain + part.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
+        return gain
+
+
+def _in_succession(parts: Parts, n: int) -> tuple[int, ...]:
+    """The order in which the rows of the parts follow each other and are all there are; empty if they do not."""
+    spans = [part.rows.span if part.rows is not None else None for part in parts]
+    found = sorted((span, i) for i, span in enumerate(spans) if span is not None)
+    ends = [0, *(end for (_, end), _ in found)]
+    follow = (
+        len(found) == len(spans) and ends[-1] == n and all(a == b for ((a, _), _), b in zip(found, ends, strict=False))
+    )
+    return tuple(i for _, i in found) if follow else ()
+
+
+def _scaled(op: Any, rows: Tensor, gain: Tensor | None) -> Tensor:
+    """Rows `[n, *]` times the gains of their output units, `[n, out]`."""
+    return rows if gain is None else rows * spread(gain, rows, op.per_output(gain[0]).shape)
+
+
+def _keeps(op: Any, x: Tensor, place: Place) -> bool:
+    """Whether an operation on a weight leaves rows that lie there alone."""
+    if isinstance(op, ConvMap):
+        return place.dim == 0 and x.dim() == op.spatial + 2
+    return not isinstance(op, LinearMap) or place.dim < x.dim() - 1
+
+
+def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A value `[n, *]` for each row, of that shape for one row, to broadcast over rows `[n, *]`."""
+    return v.reshape(v.shape[0], *[1] * (like.dim() - 1 - len(shape)), *shape)
+
+
+def lost(operation: str, doing: str) -> UnsupportedError:
+    """The error for rows that cannot be told apart."""
+    cause = f"{operation} mixed or reordered the rows before" if operation else "its input does not come from the batch"
+    return UnsupportedError(
+        f"{doing}, but which row of the batch an input belongs to is not known: {cause}. Use funclora.vmap over the "
+        "stack, call the model once for each member, or leave the targets behind that operation out."
+    )

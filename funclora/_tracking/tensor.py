@@ -1,0 +1,392 @@
+"""Rows with an identity: which part of a tensor belongs to which row of the batch.
+
+With another adapter for every row, a layer must know which rows it was given. A shape does not prove that: an expert
+may be given as many tokens as there are rows. So the inputs of the model are `RowTensor`s, which remember along which
+dimension the rows lie. An operation that is known to keep rows apart says where they lie in its result; the result of
+any other is *lost*: the model may use it, but no adapter that differs by row can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funclora._tracking.propagation import (
+    Call,
+    LostError,
+    Place,
+    Places,
+    RowRule,
+    batch_norm,
+    constant,
+    number,
+    question,
+    rules,
+)  # fmt: skip
+from funclora.errors import UnsupportedError
+
+
+@dataclass(eq=False)
+class Scope:
+    """One call of a model.
+
+    Attributes:
+        n: the number of rows.
+        active: false when the call is over; its tensors are then like any other.
+        known: what earlier operations found, by the operation and all that its rule looks at.
+        spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
+        taken: the tensors that `take` took.
+        read: the operation by which Python learnt values of rows, "" if none did: numbers cannot be followed.
+    """
+
+    n: int
+    known: dict[Any, Place]
+    active: bool = True
+    spoilt: dict[int, Any] = field(default_factory=dict)
+    read: str = ""
+    taken: list[RowTensor] = field(default_factory=list)
+
+    def lost(self, *tensors: Tensor) -> str:
+        """What lost the rows of these tensors other than the operations that made them; "" if nothing did."""
+        if self.read:
+            return self.read
+        spoilt = self.spoilt and any(x.untyped_storage()._cdata in self.spoilt for x in tensors)
+        return "a write in place" if spoilt else ""
+
+    def take(self, x: Tensor | None) -> None:
+        """Make a plain tensor that rows were written to one of this call, so that what is made of it is lost too."""
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            x.__class__ = RowTensor
+            self.enter_as(x, "a write in place")  # type: ignore[arg-type]
+            self.taken.append(x)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """End the call, and give back the tensors that were taken."""
+        self.active = False
+        for x in self.taken:
+            del x.scope, x.place
+            x.__class__ = Tensor  # type: ignore[assignment]
+        self.taken.clear()
+
+    def enter_as(self, rows: RowTensor, place: Place | str) -> RowTensor:
+        rows.scope = self
+        rows.place = place
+        return rows
+
+    def enter(self, x: Tensor, place: Place | str) -> RowTensor:
+        """The tensor with the place of its rows, or with the name of the operation that lost them."""
+        return self.enter_as(x.as_subclass(RowTensor), place)
+
+
+_streams: ContextVar[list[torch.Generator] | None] = ContextVar("funclora.streams", default=None)
+
+
+@contextlib.contextmanager
+def streams(generators: list[torch.Generator] | None) -> Iterator[None]:
+    """Draw dropout from one generator for each member of a population, whose rows lie one after the other."""
+    token = _streams.set(generators)
+    try:
+        yield
+    finally:
+        _streams.reset(token)
+
+
+def dropped(x: Tensor, p: float, first_rows: Sequence[int], n: int) -> Tensor:
+    """Dropout on `[members, *]`, of members whose rows begin at `first_rows` of n: the draws of a run alone."""
+    generators = _streams.get()
+    if generators is None:
+        return F.dropout(x, p)
+    keep = 1 - p
+    by_member = n // len(generators)
+    masks = [
+        torch.empty_like(x[i]).bernoulli_(keep, generator=generators[row // by_member]).div_(keep)
+        for i, row in enumerate(first_rows)
+    ]
+    return x * torch.stack(masks)
+
+
+class RowTensor(torch.Tensor):
+    """A tensor that knows where the rows of the batch lie in it.
+
+    Attributes:
+        scope: the call that it belongs to.
+        place: where the rows lie, or the name of the operation that lost them.
+    """
+
+    scope: Scope
+    place: Place | str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for kind in kinds:
+            if kind is not RowTensor and kind not in _PLAIN and not issubclass(kind, RowTensor):
+                return NotImplemented  # it is a lazy weight's turn
+        kwargs = kwargs or {}
+        rule = rules.get(func)
+        if rule is question:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.dropout and _streams.get() is not None:
+            return _dropout(*args, **kwargs)
+        if rule is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
+            return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            if rule is None or torch.compiler.is_compiling():
+                return _placed(func, rule, args, kwargs, out)
+            if type(out) is not Tensor:
+                if func in _MAY_RETURN_SELF and out is args[0]:
+                    return out
+                return _placed(func, rule, args, kwargs, out)
+            # The layers of a model ask the same questions again and again.
+            key, scope = _looks(func, args, kwargs)
+            if scope is None:
+                return _placed(func, rule, args, kwargs, out)
+            place = scope.known.get(key)
+            if place is not None and not (scope.spoilt or scope.read):
+                if any(x is out for x in args):
+                    return scope.enter(out, place)
+                out.__class__ = RowTensor  # nobody knows it yet: no alias is needed
+                return scope.enter_as(cast(RowTensor, out), place)
+            placed = _placed(func, rule, args, kwargs, out)
+            if type(placed) is RowTensor and isinstance(placed.place, Place):
+                scope.known[key] = placed.place
+            return placed
+
+
+_MAY_RETURN_SELF = frozenset((Tensor.to, Tensor.contiguous, Tensor.float, Tensor.type_as))
+_NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, type(...)))
+
+
+def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Scope | None]:
+    """All of an operation's arguments that its rule may look at, to be compared, and the call whose rows they hold.
+
+    None in place of the call, if there are several or the arguments cannot be compared.
+    """
+    key: list[Any] = [func]
+    scopes: list[Scope] = []
+    for value in args:
+        _look(value, key, scopes)
+    for name, value in kwargs.items():
+        key.append(name)
+        _look(value, key, scopes)
+    looks = tuple(key)
+    try:
+        hash(looks)
+    except TypeError:  # an array among the arguments, for example
+        return looks, None
+    return looks, scopes[0] if len(scopes) == 1 else None
+
+
+def _look(value: Any, key: list[Any], scopes: list[Scope]) -> None:
+    kind = type(value)
+    if kind is RowTensor and value.scope.active:
+        if not scopes or scopes[0] is not value.scope:
+            scopes.append(value.scope)
+        key += (value.place, value.shape, value.dtype)
+    elif kind in _NUMBERS:
+        key += (kind, value)
+    elif kind is tuple or kind is list:
+        key += (kind, len(value))
+        for part in value:
+            _look(part, key, scopes)
+    elif kind is slice:
+        key.append(kind)
+        for part in (value.start, value.stop, value.step):
+            _look(part, key, scopes)
+    elif isinstance(value, Tensor):
+        key += (Tensor, value.shape, value.dtype)
+    else:
+        key += (kind, value)
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, Place | str]:
+    """The plain tensor, and the place of its rows, or the operation that lost them; "" if it never had any."""
+    if not isinstance(x, RowTensor):
+        return x, ""
+    with torch._C.DisableTorchFunctionSubclass():  # not as_subclass, which cannot be traced back
+        return x.view_as(x), (x.scope.lost(x) or x.place) if x.scope.active else ""
+
+
+def rows_first(x: Tensor, place: Place, n: int) -> Tensor:
+    """A plain tensor with n rows as `[n, *]`: the positions of one row stay in the rows' place."""
+    if place.inner == 0:  # one row, which is the whole tensor
+        return x.unsqueeze(0)
+    if place.inner != 1:
+        x = x.unflatten(place.dim, (n, place.inner))
+    return x.movedim(place.dim, 0) if place.dim else x
+
+
+def rows_back(x: Tensor, place: Place) -> Tensor:
+    """The inverse of `rows_first`."""
+    if place.inner == 0:
+        return x.squeeze(0)
+    if place.dim:
+        x = x.movedim(0, place.dim)
+    return x if place.inner == 1 else x.flatten(place.dim, place.dim + 1)
+
+
+def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`F.dropout` with draws of its own for each member of a population."""
+    generators, x = _streams.get(), input
+    if not training or p == 0 or generators is None or not input.scope.active:
+        return input
+    plain, place = rows_of(x)
+    if not isinstance(place, Place):
+        raise UnsupportedError(f"dropout with a seed for each member, on rows that {place} mixed.")
+    n = input.scope.n
+    rows = rows_first(plain, place, n).unflatten(0, (len(generators), -1))
+    out = dropped(rows, p, range(0, n, n // len(generators)), n).flatten(0, 1)
+    return input.scope.enter(rows_back(out, place), place)
+
+
+@functools.cache
+def undispatched(function: types.FunctionType) -> types.FunctionType:
+    """A copy of a function of torch that does not hand itself to its arguments' subclass, but runs its body."""
+    names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
+    copy = types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    found = [kwargs.get("out")]
+    writes = _writers.get(func, False) if torch.compiler.is_compiling() else _writes(getattr(func, "__name__", ""))
+    if writes or kwargs.get("inplace"):
+        found += [*args, *kwargs.values()][:1]
+    elif isinstance(func, _OPS) and _is_mutable(func):
+        found += [*args, *kwargs.values()]
+    each = (x for some in found for x in (some if isinstance(some, (list, tuple)) else (some,)))
+    return [x for x in each if isinstance(x, Tensor)]
+
+
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def _is_mutable(op: Any) -> bool:
+    """Whether an operation of `torch.ops` may write to its arguments."""
+    if isinstance(op, torch._ops.OpOverload):
+        return bool(op._schema.is_mutable)
+    return any(_is_mutable(getattr(op, name)) for name in op.overloads() if "out" not in name)
+
+
+def _writes(name: str) -> bool:
+    """Whether torch's function of that name writes to its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    return in_place or dunder or name in ("__setitem__", "__set__")
+
+
+# For the compiler, which cannot look at the names of functions.
+_writers = {
+    function: True
+    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F))
+    for name, function in space.items()
+    if callable(function) and _writes(name) and not name.startswith(("_foreach", "__init"))
+}
+
+
+def placed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """The result that an operation gave on the plain tensors, with the place of the rows in it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return _placed(func, rules.get(func), args, kwargs, out)
+
+
+def _placed(
+    func: Callable[..., Any], rule: RowRule | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> Any:
+    """The result of an operation, with the place of the rows in it. Torch functions of subclasses are off here."""
+    writes = written(func, args, kwargs)
+    if not (writes or rule is number or isinstance(out, (Tensor, tuple, list))):
+        return out
+    call = Call(args, kwargs, out)
+    scope = call.scope
+    if scope is None:
+        return _kept(func, args, out)
+    if rule is number:
+        scope.read = func.__name__
+        return out
+    if rule is constant and not any(isinstance(x, RowTensor) for x in call.tensors if x is not call.x):
+        return out
+    places = _places(func, rule, call)
+    if rule is batch_norm and isinstance(places, str):  # in training mode the statistics of all rows are kept
+        writes = [x for x in call.tensors if x is call.arg(1, "running_mean") or x is call.arg(2, "running_var")]
+        for x in writes:
+            _note_write(scope, x, places)
+    elif writes:
+        for x in call.tensors:
+            if any(x is target for target in writes):
+                _note_write(scope, x, places)
+        if not isinstance(out, Tensor) or any(out is target for target in writes):
+            return out
+    if isinstance(out, Tensor):
+        return scope.enter(out, places)
+    each = places if isinstance(places, tuple) and not isinstance(places, Place) else (places,) * len(out)
+    parts = [scope.enter(x, place) if isinstance(x, Tensor) else x for x, place in zip(out, each, strict=True)]
+    return parts if isinstance(out, list) else tuple(parts) if type(out) is tuple else type(out)(parts)
+
+
+def _places(func: Callable[..., Any], rule: RowRule | None, call: Call) -> Places:
+    name = getattr(func, "__name__", str(func))
+    cause: str = call.scope.lost(*call.tensors) if call.scope else ""
+    if cause:
+        return cause
+    for x in call.tensors:
+        if isinstance(x, RowTensor) and x.scope is call.scope and isinstance(x.place, str):
+            return x.place  # lost before
+        if isinstance(x, RowTensor) and x.scope is not call.scope and x.scope.active:
+            return f"{name} of two models' rows"
+    try:
+        return name if rule is None else _proven(rule(call), call, name)
+    except LostError:
+        return name
+
+
+def _proven(places: Places, call: Call, name: str) -> Places:
+    """The places that a rule gives, those that do not fit the results' shapes replaced by the operation's name."""
+
+    def checked(place: Place | str | None, out: Any) -> Place | str | None:
+        if isinstance(place, Place) and isinstance(out, Tensor):
+            n = call.scope.n  # type: ignore[union-attr]
+            fits = 0 <= place.dim < out.dim() and out.shape[place.dim] == n * place.inner
+            return place if fits and place.inner else name
+        return place
+
+    if isinstance(places, tuple) and not isinstance(places, Place):
+        return tuple(map(checked, places, call.out))
+    if isinstance(call.out, (tuple, list)) and isinstance(places, Place):
+        return tuple(checked(places, out) for out in call.out)
+    return checked(places, call.out)
+
+
+def _kept(func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
+    """A tensor detached when its call is over, as recomputation in backward does, remembers its place."""
+    if func in (Tensor.detach, torch.detach) and isinstance(args[0], RowTensor):
+        return args[0].scope.enter(out, args[0].place)
+    return out
+
+
+def _note_write(scope: Scope, x: Tensor, places: Places) -> None:
+    """Whatever shares memory with x is lost from now on, unless x held rows in that very place."""
+    if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
+        scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again
+        for plain in (x, x._base):
+            scope.take(plain)

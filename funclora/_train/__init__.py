@@ -1,0 +1,1 @@
+"""Training steps, populations, evaluation, and the module that trainers take."""

@@ -1,0 +1,376 @@
+"""A model under an adapter as an `nn.Module` that trainers can train: `as_module`.
+
+The module owns one bound copy of the model. Its lazy weights refer to the module's own parameters, so that they see
+what an optimizer writes; a trainer sets training flags, checkpointing and hooks on the copy, never on the model.
+Whenever the copy might not be what `bind` would give now, it is bound anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple, cast
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funclora._bind.apply import Adapters, Params, bind, check_adapters, named_tensors, unwritten, versions
+from funclora._bind.clone import clone_module
+from funclora._config.config import LoraConfig
+from funclora._many.stack import Stack
+from funclora._torch.memory import place_of
+from funclora._tracking.routed import Routed
+from funclora._train.module_hf import overrides, own_configs
+from funclora.errors import ConfigError, FuncloraWarning, ParamsError, UnsupportedError, near
+from funclora.io.peft.consistency import as_wrapped
+from funclora.io.peft.folder import save_peft
+from funclora.rules.base import Rule
+
+# How the leaves of a rule are called among the parameters: as PEFT calls them. What replaces a parameter has its name.
+_LEAVES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector", "value": ""}
+
+
+def as_module(model: nn.Module, params: Params, adapters: Adapters, config: LoraConfig | None = None) -> AdapterModule:
+    """The model under an adapter as a module whose only parameters are the adapter's leaves.
+
+    For code that trains modules: PyTorch loops, transformers' `Trainer`, TRL's `SFTTrainer`, accelerate,
+    `DistributedDataParallel`, Lightning. Its forward is `apply`. What else it is asked for (`config`, `generate`,
+    `get_input_embeddings`, `gradient_checkpointing_enable`) it looks up in a bound copy of the model, which is its
+    own: neither the model nor `params` nor `adapters` is ever changed, and later changes of them do not reach it.
+
+    Args:
+        model: the module that defines the computation.
+        params: full name -> tensor for every parameter and persistent buffer, as from `base_params`. The tensors are
+            shared; moving the module to another device or dtype gives it tensors of its own.
+        adapters: full name of a parameter -> rule: where training starts. The leaves are copied.
+        config: the configuration that the adapters were made with. `save_pretrained` needs it.
+
+    Returns:
+        The module; see `AdapterModule`.
+
+    Raises:
+        ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
+        ConfigError: there is nothing to train, or adapters and configuration do not agree.
+        UnsupportedError: the model cannot be bound, or PEFT cannot hold the adapters (with a configuration);
+            the adapters are a stack, or were routed.
+
+    Examples:
+        >>> import funclora as fl
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> config = fl.LoraConfig(r=2, target_modules=["2"])
+        >>> module = fl.as_module(model, fl.base_params(model), fl.init(model, config), config)
+        >>> [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+        [('adapter.2.weight.lora_A', (2, 3)), ('adapter.2.weight.lora_B', (2, 2))]
+        >>> optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        >>> module(torch.ones(5, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> trained = module.adapters  # {"2.weight": LoRA(...)}, as apply, merge and save_peft take it
+    """
+    given: Any = adapters
+    if isinstance(given, Stack) or any(isinstance(rule, Routed) for rule in adapters.values()):
+        raise UnsupportedError(
+            "as_module takes one adapter, got a stack or routed adapters. Pass one member, stack[i]; population_step "
+            "trains all members of a stack."
+        )
+    if isinstance(model, AdapterModule):
+        raise UnsupportedError("as_module: the model was itself made by as_module. Pass the model that it was made of.")
+    if not adapters:
+        raise ConfigError("as_module: there is nothing to train, adapters hold no rule.")
+    check_adapters(params, adapters)
+    if config is not None:
+        as_wrapped(adapters, config)  # what cannot be saved is refused before it is trained
+    kind: Any = type(model)
+    return _class_for(kind)(model, params, adapters, config)
+
+
+class _Live(NamedTuple):
+    """A bound copy, and what it was bound to."""
+
+    bound: nn.Module
+    leaves: list[Tensor] | None  # None: to be bound anew before it is used
+    buffers: list[tuple[dict[str, Tensor | None], str, Tensor]]  # where they lie, and as they were
+    versions: list[int | None]
+
+
+class AdapterModule(nn.Module):
+    """What `as_module` returns: for each class of models a subclass with that class's signature of `forward`.
+
+    Its parameters lie under `adapter`, by the full name of the parameter that they rewrite:
+    `adapter.layers.0.q_proj.weight.lora_A`; those of a `Full` rule have just that name. They are all that
+    `parameters()`, `state_dict()` and optimizers see. Attributes and methods that it does not have itself are those of
+    its bound copy of the model, so that everything that runs runs under the adapter.
+
+    As in `apply`, every call starts from the buffers in `params`: running statistics of BatchNorm stay what they are.
+
+    `copy.deepcopy` copies the parameters and shares the frozen weights. A pickle holds both.
+
+    Examples:
+        >>> import funclora as fl
+        >>> model = nn.Linear(2, 1)
+        >>> params = fl.base_params(model)
+        >>> module = fl.as_module(model, params, {"weight": fl.LoRA(torch.ones(1, 2), torch.ones(1, 1))})
+        >>> x = torch.ones(3, 2)
+        >>> torch.equal(module(x), fl.apply(model, params, module.adapters, x))
+        True
+        >>> module.out_features, module.weight.shape, [name for name, _ in module.named_parameters()]
+        (1, torch.Size([1, 2]), ['adapter.weight.lora_A', 'adapter.weight.lora_B'])
+    """
+
+    # Trainer asks for it when a checkpoint lacks keys.
+    _keys_to_ignore_on_save: ClassVar[None] = None
+    _kind: ClassVar[type[nn.Module]] = nn.Module
+
+    adapter: nn.Module
+
+    def __init__(self, model: nn.Module, params: Params, adapters: Adapters, config: LoraConfig | None) -> None:
+        super().__init__()
+        self.adapter = nn.Module()
+        blank = torch.empty(0, device="meta")
+        self._rules: dict[str, Rule] = {  # without their tensors
+            name: replace(cast(Any, rule), **dict.fromkeys(rule.leaves, blank)) for name, rule in adapters.items()
+        }
+        self._slots: list[tuple[str, str, nn.Module, str]] = []  # each leaf's rule, name there, owner and name here
+        for name, rule in sorted(adapters.items()):  # optimizers know parameters by their order
+            for leaf in rule.leaves:
+                path = ".".join(filter(None, (name, _LEAVES.get(leaf, leaf))))
+                self._slots.append((name, leaf, *_register(self.adapter, path, getattr(rule, leaf))))
+        self._adapter_config = config
+        self._names = list(params)
+        self._params = {name: tensor.detach() for name, tensor in params.items()}
+        bound = bind(model, params, adapters)
+        own_configs(bound)
+        # Buffers that are not saved belong to the frozen weights too.
+        self._params |= {
+            name: tensor for name, tensor, _, transient in named_tensors(bound) if transient and name not in params
+        }
+        self.training = model.training
+        self._live = _Live(bound, None, [], [])
+        self._current()
+
+    @property
+    def adapters(self) -> dict[str, Rule]:
+        """The adapters as they are now. Their leaves are the module's parameters: later steps change them."""
+        leaves: dict[str, dict[str, Tensor]] = {name: {} for name in self._rules}
+        for name, leaf, owner, key in self._slots:
+            leaves[name][leaf] = getattr(owner, key)
+        return {name: replace(cast(Any, rule), **leaves[name]) for name, rule in self._rules.items()}
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The frozen weights: those that were given, or what became of them when the module was moved."""
+        return {name: self._params[name] for name in self._names}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`apply(model, params, adapters, *args, **kwargs)`."""
+        if torch.compiler.is_compiling():
+            # The tracer follows no weights that are lazy when it comes.
+            return torch.compiler.disable(_uncompiled)(self, *args, **kwargs)
+        with unwritten(self._params, self.adapters):
+            return self._current()(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write the adapter as a folder that PEFT loads, by `save_peft`.
+
+        It comes back by `as_module(model, params, *load_peft(save_directory, model))`.
+
+        Args:
+            save_directory: the folder; made if it does not exist.
+            is_main_process: nothing is written if False.
+            state_dict: this module's state dict, to be written instead of its parameters.
+            save_function: not used; accelerate's users pass one.
+            safe_serialization: True; nothing is ever pickled.
+            push_to_hub: False; nothing is ever uploaded.
+
+        Raises:
+            ConfigError: the module was made without a configuration, or the adapters do not agree with it.
+            ParamsError: the state dict is not one of this module.
+            UnsupportedError: PEFT cannot hold the adapters, or an option asks for what is not done.
+            NonFiniteError: an adapter holds NaN or infinity.
+            OSError: the folder cannot be written.
+        """
+        if push_to_hub:
+            self.push_to_hub()
+        if not safe_serialization:
+            raise UnsupportedError("save_pretrained: safe_serialization=False would pickle. Leave it at True.")
+        config = self._adapter_config
+        if config is None:
+            raise ConfigError(
+                "save_pretrained needs the configuration of the adapters, which as_module was not given. Pass it: "
+                "as_module(model, params, adapters, config)."
+            )
+        if not is_main_process:
+            return
+        adapters: Any = self.adapters
+        if state_dict is not None:
+            names = [name for name, _ in self.named_parameters()]
+            missing = [name for name in names if name not in state_dict]
+            if missing:
+                raise ParamsError(f"save_pretrained: state_dict lacks {missing[0]!r}.{near(missing[0], state_dict)}")
+            places = {id(parameter): name for name, parameter in self.named_parameters()}
+            adapters = optree.tree_map(lambda leaf: state_dict[places[id(leaf)]], adapters)
+        base = getattr(self._live.bound, "name_or_path", None)
+        if isinstance(base, str) and base and config.base_model_name_or_path is None:
+            config = config.replace(base_model_name_or_path=base)
+        save_peft(save_directory, adapters, config)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: nothing here uploads anything."""
+        raise UnsupportedError(
+            "push_to_hub: nothing is uploaded from here. Write a folder with save_pretrained(folder) and upload that: "
+            "huggingface_hub.upload_folder(repo_id=..., folder_path=folder)."
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in `nn.Module`, but a state dict that has nothing of this adapter is an error even if not `strict`."""
+        own = self.state_dict()
+        if not any(name in own for name in state_dict):
+            name = next(iter(own))
+            raise ParamsError(
+                f"load_state_dict: the state dict has {len(state_dict)} entries, none of which belongs to this "
+                f"adapter, whose first is {name!r}.{near(name, state_dict)} For a PEFT folder use load_peft."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_live" not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
+                raise
+        return getattr(self._current(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        live = self.__dict__.get("_live")
+        if live is not None and not hasattr(type(self), name):
+            if name == "training":  # not in train(): Lightning sets the attribute
+                live.bound.train(value)
+            elif name in vars(live.bound) and name not in vars(self):
+                setattr(live.bound, name, value)
+                return
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"as_module({self._get_name()}, {len(self.adapters)} rules, {sum(p.numel() for p in self.parameters())})"
+
+    def _get_name(self) -> str:
+        # Trainer asks for it to know which loss shifts the labels.
+        return self._kind.__name__
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        places = {name: place_of(tensor) or id(tensor) for name, tensor in self._params.items()}  # tied ones stay tied
+        tensors = {place: self._params[name] for name, place in places.items()}
+        with torch.no_grad():
+            moved = {place: fn(tensor) for place, tensor in tensors.items()}
+        self._params = {name: moved[place] for name, place in places.items()}
+        self._live = self._live._replace(leaves=None)
+        return self
+
+    def _replicate_for_data_parallel(self) -> AdapterModule:
+        raise UnsupportedError(
+            "nn.DataParallel cannot replicate what as_module returns: its frozen weights lie on one device. Use "
+            "DistributedDataParallel, one process for each device (torchrun, accelerate launch)."
+        )
+
+    def _current(self) -> nn.Module:
+        """The bound copy: the one from before if nothing can have changed that it does not see, else a new one."""
+        live = self._live
+        leaves = [getattr(owner, key) for _, _, owner, key in self._slots]
+        if (
+            live.leaves is not None
+            and all(now is then for now, then in zip(leaves, live.leaves, strict=True))
+            and all(owner.get(name) is buffer for owner, name, buffer in live.buffers)
+            and versions([buffer for _, _, buffer in live.buffers]) == live.versions
+        ):
+            return live.bound
+        adapters = self.adapters
+        # A copy that was made in inference mode could not be trained later.
+        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with outside:
+            bound = bind(live.bound, self._params, adapters)
+        owners = [module._buffers for module in bound.modules()]
+        buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner.items() if buffer is not None]
+        # Of what is not trained, bind may have computed with the values (DoRA's norm), and so it does in a cast.
+        sees = all(leaf.requires_grad for leaf in leaves) and not any(
+            rule.dense_is_free and rule.dense(self._params[name]).dtype != self._params[name].dtype
+            for name, rule in adapters.items()
+        )
+        self._live = _Live(bound, leaves if sees else None, buffers, versions([buffer for _, _, buffer in buffers]))
+        return bound
+
+    # --- copies and pickles ------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        def tensor(name: str, original: Tensor, owner: nn.Module, is_buffer: bool) -> Tensor:
+            return self._params[name]
+
+        plain = clone_module(self._live.bound, tensor)  # no lazy weight in it
+        return self.__dict__ | {"_live": _Live(plain, None, [], [])}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (self._kind,), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
+        new = memo[id(self)] = _blank(self._kind)
+        memo.update({id(tensor): tensor for tensor in self._params.values()})  # nobody writes to them
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return new
+
+
+def _uncompiled(module: AdapterModule, *args: Any, **kwargs: Any) -> Any:
+    warnings.warn(
+        "torch.compile has no effect on what as_module returns: it runs as it is. Compile apply, or a train_step.",
+        FuncloraWarning,
+        stacklevel=2,
+    )
+    return AdapterModule.forward(module, *args, **kwargs)
+
+
+def _register(root: nn.Module, path: str, value: Tensor) -> tuple[nn.Module, str]:
+    """Make a copy of the value a parameter with that dotted name. Returns the module that holds it, and its last name.
+
+    Not through `add_module`, which refuses names that the model's own modules may have.
+    """
+    *parents, last = path.split(".")
+    owner = root
+    for name in parents:
+        owner = cast(nn.Module, owner._modules.setdefault(name, nn.Module()))
+    owner._parameters[last] = nn.Parameter(value.detach().clone())
+    return owner, last
+
+
+@functools.cache
+def _class_for(kind: type[nn.Module]) -> type[AdapterModule]:
+    """The subclass for models of a class: with its signature of forward, which trainers read off the class."""
+
+    def forward(self: AdapterModule, *args: Any, **kwargs: Any) -> Any:
+        return AdapterModule.forward(self, *args, **kwargs)
+
+    # Not by functools.wraps: accelerate calls what a forward says it wraps.
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = kind.forward.__doc__
+    members = {"forward": forward, "_kind": kind, "__module__": __name__, "__doc__": AdapterModule.__doc__}
+    return type(f"Adapted{kind.__name__}", (AdapterModule,), members | overrides(kind))
+
+
+def _blank(kind: type[nn.Module]) -> AdapterModule:
+    """A module without state, for `copy` and `pickle`."""
+    hashable: Any = kind
+    made = _class_for(hashable)
+    return made.__new__(made)

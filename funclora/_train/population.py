@@ -1,0 +1,339 @@
+"""Training many adapters at once: one forward and one backward pass for a whole stack.
+
+A loss is written for one adapter. It runs under `torch.func.vmap` over the members, and wherever it calls the model,
+the inputs of all members become the rows of one ordinary batch, routed to their adapters. So the base weights are used
+once for all, attention kernels and activation checkpointing work as ever, and the loss needs no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from funclora._bind.apply import Adapters, Params, bind, unwritten
+from funclora._many.route import in_groups, route
+from funclora._many.stack import Cohort, Specs, Stack
+from funclora._tracking.tensor import streams
+from funclora._train.step import LossFn, autograd, checked_loss, mean, micro_batches
+from funclora.errors import ConfigError, ParamsError, UnsupportedError
+from funclora.optim import apply_updates, global_norm, per_member
+from funclora.optim._members import MemberTransformation, Optimizer
+from funclora.rules.base import Rule
+
+Population = Stack[dict[str, Rule]]
+
+
+def population_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    *,
+    has_aux: bool = False,
+    accumulate: int = 1,
+    shared: bool = False,
+) -> Callable[..., tuple[Population, Any, dict[str, Any]]]:
+    """One step of training for every member of a stack, as a pure function: `train_step` for populations.
+
+    Each member goes the way it would go alone, within rounding: its loss, gradient norm, clipping and optimizer see
+    nothing of the others. A loss that is NaN or infinite changes no other member.
+
+    Args:
+        model: the module that defines the computation; never changed.
+        loss_fn: `loss_fn(bound, batch)` for one member, as for `train_step`. It runs under `torch.func.vmap`; calls of
+            the bound model inside run on the rows of all members together. The first dimension of their tensors must
+            count examples, and the loss must be computed outside of the model.
+        optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`, used for each member
+            on its own; `optim.per_member` gives the members hyperparameters of their own.
+        has_aux: whether `loss_fn` returns anything besides the loss.
+        accumulate: number of micro-batches, as for `train_step`.
+        shared: all members see the same batch, of tensors `[n_rows, *]`.
+
+    Returns:
+        `step(params, stack, state, batch, *, seeds=None) -> (stack, state, metrics)`, where `state` starts as
+        `per_member(...).init(stack)`, and the tensors of the batch are `[n_members, n_rows, *]` unless `shared`. With
+        `seeds`, one int for each member, its dropout is that of `train_step` with that seed. Metrics: "loss",
+        "grad_norm" and "finite" (whether both are), `[n_members]` each, and "aux" with `has_aux`. The state is a
+        stack: `stack[kept], state[kept]` go on with some of the members, in that order.
+
+    Raises:
+        ConfigError: the batch or the seeds do not fit the stack, or the loss is not a scalar.
+        UnsupportedError: the model mixes rows, so that members cannot be told apart.
+
+    Examples:
+        >>> import funclora as fl
+        >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
+        >>> members = fl.stack([{"weight": fl.LoRA(torch.ones(r, 2), torch.zeros(1, r))} for r in (1, 2)])
+        >>> sgd = fl.optim.per_member(lambda lr: fl.optim.sgd(lr), lr=[0.1, 0.2])
+        >>> step = population_step(model, lambda bound, x: ((bound(x) - 1) ** 2).mean(), sgd)
+        >>> members, state, metrics = step(params, members, sgd.init(members), torch.ones(2, 3, 2))
+        >>> metrics["loss"].tolist(), [round(m["weight"].b[0, 0].item(), 3) for m in members]
+        ([1.0, 1.0], [0.4, 0.8])
+    """
+    by_member = optimizer if isinstance(optimizer, MemberTransformation) else per_member(lambda: optimizer)
+    loss_fn = checked_loss(loss_fn, has_aux)
+
+    def step(
+        params: Params, members: Population, state: Any, batch: Any, *, seeds: Sequence[int] | None = None
+    ) -> tuple[Population, Any, dict[str, Any]]:
+        check_members("population_step", members, batch, None if shared else 0)
+        generators = _generators(seeds, members)
+        members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
+        dim = None if shared else 0
+        parts = [
+            _value_and_grad(loss_fn, model, params, members, part, dim, generators)
+            for part in micro_batches(batch, accumulate, dim=0 if shared else 1)
+        ]
+        grads = mean([grads for *_, grads in parts])
+        loss, aux = mean([loss for loss, *_ in parts]), [aux for _, aux, _ in parts]
+        del parts
+        with torch.no_grad():
+            norm = grads.in_order(torch.cat([torch.func.vmap(global_norm)(c.values) for c in grads.cohorts]))
+            updates, state = by_member.update(grads, state, params=members)
+            del grads  # as large as the weights, which are made anew now
+            members = apply_updates(members, updates)
+        metrics = {"loss": loss, "grad_norm": norm, "finite": loss.isfinite() & norm.isfinite()}
+        if has_aux:
+            metrics["aux"] = aux if accumulate > 1 else aux[0]
+        return members, state, metrics
+
+    return step
+
+
+def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:
+    """The loss and the gradient of every example of a batch.
+
+    Each example gets a copy of the adapters, and one ordinary backward gives the gradients of all: it works through
+    activation checkpointing and attention kernels, where `vmap(grad)` does not.
+
+    Args:
+        loss_fn: `loss_fn(bound, batch)`, given the bound model and one example as a batch of one, `[1, *]`. What it
+            may do is as in `population_step`.
+        has_aux: whether `loss_fn` returns anything besides the loss.
+
+    Returns:
+        A function `(model, params, adapters, batch) -> (losses, grads)`, or `((losses, aux), grads)` with `has_aux`.
+        The batch's tensors are `[n_examples, *]`, losses `[n_examples]`, and grads have the structure of the adapters
+        with leaves `[n_examples, *]`.
+
+    Raises:
+        ConfigError: when called, if the loss is not a scalar tensor or the batch holds no tensors.
+        UnsupportedError: the model mixes rows.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
+        >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
+        >>> grad = per_example_value_and_grad(lambda bound, x: bound(x).sum())
+        >>> losses, grads = grad(model, params, adapters, torch.tensor([[1.0, 0.0], [2.0, 2.0]]))
+        >>> grads["weight"].b.flatten().tolist()
+        [1.0, 4.0]
+    """
+    loss_fn = checked_loss(loss_fn, has_aux)
+
+    def run(model: nn.Module, params: Params, adapters: Adapters, batch: Any) -> tuple[Any, dict[str, Rule]]:
+        tree: Any = dict(adapters)
+        leaves, spec = optree.tree_flatten(tree)
+        n = batch_size(batch, 0, "per_example_value_and_grad")
+        copies = tuple(leaf.detach().expand(n, *leaf.shape) for leaf in leaves)
+        members: Population = Stack((Cohort(copies, Specs((spec,) * n), tuple(range(n))),))
+        examples = optree.tree_map(lambda x: x.unsqueeze(1) if isinstance(x, Tensor) else x, batch)
+        losses, aux, grads = _value_and_grad(loss_fn, model, params, members, examples, 0, None)
+        by_example: dict[str, Rule] = grads.cohorts[0].tree()
+        return ((losses, aux) if has_aux else losses), by_example
+
+    return run
+
+
+def _value_and_grad(
+    loss_fn: LossFn,
+    model: nn.Module,
+    params: Params,
+    members: Population,
+    batch: Any,
+    dim: int | None,
+    generators: list[torch.Generator] | None,
+) -> tuple[Tensor, Any, Population]:
+    """Losses `[n_members]`, aux, and the gradients of all members."""
+    params = {name: tensor.detach() for name, tensor in params.items()}
+
+    def losses_and_aux(members: Population) -> tuple[Tensor, Any]:
+        rows = RowModels(model, params, members)
+
+        def one(member: Tensor, batch: Any) -> tuple[Tensor, Any]:
+            return loss_fn(BoundMembers(rows, member), batch)  # type: ignore[no-any-return]
+
+        with streams(generators and [generators[i] for i in rows.order]), unwritten(params, {}):
+            by_member = torch.func.vmap(one, in_dims=(0, batch_dims(batch, dim)), randomness="different")
+            losses, aux = by_member(torch.arange(len(members)), batch)
+        return losses.sum(), (losses.detach(), aux)
+
+    _, (losses, aux), grads = autograd(losses_and_aux, members)
+    return losses, aux, grads
+
+
+def batch_dims(batch: Any, dim: int | None) -> Any:
+    return optree.tree_map(lambda x: dim if isinstance(x, Tensor) else None, batch)
+
+
+class RowModels:
+    """The model for all members: bound once for each number of rows that a member may have.
+
+    Attributes:
+        order: the members in the order of their rows: those that are computed together follow each other.
+        back: the members' places in it.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, members: Population) -> None:
+        self.model = model
+        self.params = params
+        self.members = members
+        self.bound: dict[int, nn.Module] = {}
+        self.order = in_groups(members)
+        self.back = sorted(range(len(members)), key=self.order.__getitem__)
+
+    def of(self, count: int) -> nn.Module:
+        if count not in self.bound:
+            ids = [i for i in self.order for _ in range(count)]
+            self.bound[count] = bind(self.model, self.params, route(self.members, ids))
+        return self.bound[count]
+
+
+class BoundMembers:
+    """The bound model that the loss of one member sees, under vmap."""
+
+    def __init__(self, rows: RowModels, member: Tensor, path: str = "") -> None:
+        self._rows = rows
+        self._member = member
+        self._path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs: Any = (args, kwargs)
+        leaves, spec = optree.tree_flatten(inputs, none_is_leaf=True)
+        call = _Call(self._rows, self._path, leaves, spec)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        outs = _OnRows.apply(call, self._member, *tensors)  # type: ignore[no-untyped-call]
+        return call.joined(outs)
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._path}.{name}" if self._path else name
+        value = _get(self._rows.model, path)
+        if isinstance(value, Tensor):
+            raise UnsupportedError(f"bound.{path}: a parameter differs by member here. Compute with it in the model.")
+        return BoundMembers(self._rows, self._member, path) if callable(value) else value
+
+
+def _get(model: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        model = getattr(model, name)
+    return model
+
+
+class _Call:
+    """One call of the model, and what of its inputs and outputs is no tensor."""
+
+    def __init__(self, rows: RowModels, path: str, leaves: list[Any], spec: Any) -> None:
+        self.rows = rows
+        self.path = path
+        self.leaves = leaves
+        self.spec = spec
+
+    def run(self, n: int, tensors: list[Tensor], dims: Sequence[int | None]) -> tuple[Tensor, ...]:
+        """The outputs that are tensors, `[n_members, n_rows, *]`, for inputs with members along `dims`."""
+        counts = {x.movedim(d, 0).shape[1] for x, d in zip(tensors, dims, strict=True) if d is not None and x.dim() > 1}
+        if not counts:
+            counts = {x.shape[0] for x in tensors if x.dim()}
+        if len(counts) != 1:
+            raise ConfigError(
+                f"the loss calls the model on tensors whose first dimensions are {sorted(counts)}. It must count the "
+                "member's examples in each of them."
+            )
+        (count,) = counts
+        rows = iter([self._as_rows(x, d, n, count, self.rows.order) for x, d in zip(tensors, dims, strict=True)])
+        args, kwargs = self.spec.unflatten([next(rows) if isinstance(x, Tensor) else x for x in self.leaves])
+        bound = self.rows.of(count)
+        function = _get(bound, self.path)
+        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is but one row
+        out = entrance.call(function, args, kwargs, alone=True) if entrance else function(*args, **kwargs)
+        flat, self.out_spec = pytree.tree_flatten(out)
+        self.out_leaves = flat
+        outs = [x for x in flat if isinstance(x, Tensor)]
+        for x in outs:
+            if not x.dim() or x.shape[0] != n * count:
+                raise UnsupportedError(
+                    f"the model returns a tensor of shape {list(x.shape)} for {n} members with {count} examples each: "
+                    "it joins the members' results. Compute the loss outside of the model, from outputs with examples "
+                    "as their first dimension."
+                )
+        return tuple(_taken(x.unflatten(0, (n, count)), self.rows.back) for x in outs)
+
+    @staticmethod
+    def _as_rows(x: Tensor, dim: int | None, n: int, count: int, order: list[int]) -> Tensor:
+        if dim is not None:
+            if x.dim() < 2:
+                raise ConfigError(
+                    "the loss calls the model on a tensor without dimensions. Its first must be examples."
+                )
+            return _taken(x.movedim(dim, 0), order).flatten(0, 1)
+        if x.dim() and x.shape[0] == count:
+            return x.expand(n, *x.shape).flatten(0, 1)
+        return x
+
+    def joined(self, outs: tuple[Tensor, ...]) -> Any:
+        found = iter(outs)
+        leaves = [next(found) if isinstance(x, Tensor) else x for x in self.out_leaves]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+def _taken(x: Tensor, order: list[int]) -> Tensor:
+    """The members of x `[n_members, *]` in that order."""
+    return x if order == sorted(order) else x.index_select(0, torch.tensor(order, device=x.device))
+
+
+class _OnRows(torch.autograd.Function):
+    """A call of the model whose rule for `vmap` is: the inputs of all members are the rows of one batch."""
+
+    @staticmethod
+    def forward(call: _Call, member: Tensor, *tensors: Tensor) -> Any:
+        raise AssertionError("called outside of vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, member: Tensor, *tensors: Tensor) -> Any:
+        outs = call.run(info.batch_size, list(tensors), in_dims[2:])
+        return outs, (0,) * len(outs)
+
+
+def batch_size(batch: Any, dim: int, where: str) -> int:
+    sizes = {x.shape[dim] if x.dim() > dim else None for x in optree.tree_leaves(batch) if isinstance(x, Tensor)}
+    if len(sizes) != 1 or None in sizes:
+        found = sorted(str(s) for s in sizes) or "none"
+        raise ConfigError(f"{where}: the batch's tensors must agree in their dimension {dim}; found {found}.")
+    return sizes.pop()  # type: ignore[return-value]
+
+
+def check_members(where: str, members: Any, batch: Any, dim: int | None) -> None:
+    if not isinstance(members, Stack):
+        raise ParamsError(f"{where}: expected a stack of adapters, got a {type(members).__name__}; use stack([...]).")
+    n = len(members) if dim is None else batch_size(batch, dim, where)
+    if n != len(members):
+        raise ConfigError(
+            f"{where}: the batch is for {n} members and the stack has {len(members)}. Its tensors are "
+            "[n_members, n_rows, *]; with shared=True, [n_rows, *]."
+        )
+
+
+def _generators(seeds: Sequence[int] | None, members: Stack[Any]) -> list[torch.Generator] | None:
+    if seeds is None:
+        return None
+    if len(seeds) != len(members):
+        raise ConfigError(f"seeds: expected one int for each of {len(members)} members, got {len(seeds)}.")
+    device = next((value.device for cohort in members.cohorts for value in cohort.values), "cpu")
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

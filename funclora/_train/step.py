@@ -1,0 +1,276 @@
+"""Training adapters: `value_and_grad` and `train_step`, as pure functions."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funclora._bind.apply import Adapters, Params, bind, unwritten
+from funclora.errors import ConfigError, UnusedAdapterWarning
+from funclora.optim import apply_updates, global_norm
+from funclora.optim._members import Optimizer, is_pure
+from funclora.rules.base import Rule
+
+LossFn = Callable[..., Any]
+
+
+def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:
+    """The loss and its gradient with respect to the adapters.
+
+    Forward and backward run while the weights are bound, so activation checkpointing recomputes under the
+    rewritten weights. Base weights are constants. Works on its own, under `torch.compile`, and under `torch.func`
+    transforms such as `vmap` over stacked adapters.
+
+    Args:
+        loss_fn: `loss_fn(bound, *args, **kwargs)`, given the bound model. Returns a scalar loss, or
+            `(loss, aux)` with `has_aux`.
+        has_aux: whether `loss_fn` returns anything besides the loss.
+
+    Returns:
+        A function `(model, params, adapters, *args, **kwargs) -> (loss, grads)`, or `((loss, aux), grads)` with
+        `has_aux`. `grads` has the structure of the adapters; loss and aux are detached.
+
+    Raises:
+        ConfigError: when called, if the loss is not a scalar tensor, or depends on none of the adapters.
+
+    Examples:
+        >>> from funclora import LoRA
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
+        >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
+        >>> loss, grads = value_and_grad(lambda bound, x: bound(x).sum())(model, params, adapters, torch.ones(3, 2))
+        >>> loss.item(), grads["weight"].b.tolist(), grads["weight"].a.tolist()
+        (0.0, [[6.0]], [[0.0, 0.0]])
+    """
+    checked = checked_loss(loss_fn, has_aux)
+
+    def run(
+        model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Rule]]:
+        params = {name: tensor.detach() for name, tensor in params.items()}
+
+        def loss_and_aux(adapters: Adapters) -> tuple[Tensor, Any]:
+            bound = bind(model, params, adapters)
+            if torch.compiler.is_compiling():  # a graph has no versions to compare
+                return checked(bound, *args, **kwargs)  # type: ignore[no-any-return]
+            with unwritten(params, adapters):
+                return checked(bound, *args, **kwargs)  # type: ignore[no-any-return]
+
+        tree: Any = dict(adapters)
+        leaves: list[Any] = optree.tree_leaves(tree)
+        if not leaves:
+            raise ConfigError("adapters: there is nothing to train, the dict holds no rule with tensors.")
+        if torch.compiler.is_compiling() or _is_transformed():
+            grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
+        else:
+            loss, aux, grads = autograd(loss_and_aux, tree)
+        return ((loss, aux) if has_aux else loss), grads
+
+    return run
+
+
+def train_step(
+    model: nn.Module,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    *,
+    has_aux: bool = False,
+    accumulate: int = 1,
+) -> Callable[..., tuple[dict[str, Rule], Any, dict[str, Any]]]:
+    """One step of training, as a pure function.
+
+    Clipping is part of the optimizer (`optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-3))`), mixed
+    precision part of the loss (`with torch.autocast("cpu", torch.bfloat16): ...`).
+
+    Args:
+        model: the module that defines the computation; never changed.
+        loss_fn: `loss_fn(bound, batch)`, given the bound model. Returns a scalar loss, or `(loss, aux)`.
+        optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`.
+        has_aux: whether `loss_fn` returns anything besides the loss.
+        accumulate: number of micro-batches. Every tensor of the batch is cut into that many equal parts along
+            its first dimension; losses and gradients are averaged over them.
+
+    Returns:
+        `step(params, adapters, state, batch, *, seed=None) -> (adapters, state, metrics)`, where `state` starts as
+        `optimizer.init(adapters)`. With a seed, the randomness of the step (dropout) is a function of that seed
+        alone and the global generators are left as they were; without, they are used as PyTorch does. Same
+        inputs give the same outputs, bit for bit. Metrics: "loss" and "grad_norm" (scalars), "aux" with
+        `has_aux` (a list of one per micro-batch if `accumulate` > 1).
+
+    Raises:
+        ConfigError: `accumulate` is not a positive integer, or (when called) does not divide the batch; the loss
+            is not a scalar.
+
+    Examples:
+        >>> from funclora import LoRA, optim
+        >>> model, params = nn.Linear(2, 1, bias=False), {"weight": torch.zeros(1, 2)}
+        >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.zeros(1, 1))}
+        >>> sgd = optim.sgd(0.1)
+        >>> step = train_step(model, lambda bound, x: ((bound(x) - 1) ** 2).mean(), sgd)
+        >>> adapters, state, metrics = step(params, adapters, sgd.init(adapters), torch.ones(3, 2))
+        >>> round(metrics["loss"].item(), 3), round(adapters["weight"].b.item(), 3)
+        (1.0, 0.4)
+    """
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ConfigError(f"accumulate: expected a positive integer, got {accumulate!r}.")
+    gradient = value_and_grad(checked_loss(loss_fn, has_aux), has_aux=True)
+    pure = is_pure(optimizer)
+
+    def step(
+        params: Params, adapters: Adapters, state: Any, batch: Any, *, seed: int | None = None
+    ) -> tuple[dict[str, Rule], Any, dict[str, Any]]:
+        tree: Any = optree.tree_map(torch.Tensor.detach, cast(Any, dict(adapters)))
+        with seeded(seed, tree):
+            parts = [gradient(model, params, tree, part) for part in micro_batches(batch, accumulate)]
+        grads = mean([grads for _, grads in parts])
+        loss = mean([loss for (loss, _), _ in parts])
+        with torch.no_grad():
+            updates, state = optimizer.update(grads, state, params=tree, **pure)
+            tree = apply_updates(tree, updates)
+        metrics = {"loss": loss, "grad_norm": global_norm(grads)}
+        if has_aux:
+            aux = [aux for (_, aux), _ in parts]
+            metrics["aux"] = aux if accumulate > 1 else aux[0]
+        return tree, state, metrics
+
+    return step
+
+
+def autograd(loss_and_aux: Callable[[Any], tuple[Tensor, Any]], tree: Any) -> tuple[Tensor, Any, Any]:
+    """Loss, aux and gradients by ordinary autograd, about a fifth faster than `torch.func` for one adapter."""
+    n_rules = len(tree)
+    paths, leaves, spec = optree.tree_flatten_with_path(tree)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        tree = optree.tree_unflatten(spec, leaves)
+        loss, aux = loss_and_aux(tree)
+        if not loss.requires_grad:
+            raise ConfigError(
+                "the loss does not depend on the adapters. Compute it from the bound model that loss_fn is given, "
+                "outside of torch.no_grad(), and check that the targets are used."
+            )
+        found = _gradients(loss, leaves)
+    unused = list(dict.fromkeys(str(path[0]) for path, g in zip(paths, found, strict=True) if g is None))
+    if unused:
+        warnings.warn(
+            f"the loss does not depend on {len(unused)} of {n_rules} adapters (their gradient is taken as "
+            f"zero): {', '.join(unused[:5])}{', ...' if len(unused) > 5 else ''}.",
+            UnusedAdapterWarning,
+            stacklevel=3,
+        )
+    grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    grads_tree: Any = optree.tree_unflatten(spec, grads)
+    return loss.detach(), _detached(aux), grads_tree
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad`, also through reentrant checkpoints, which know `backward` only."""
+    nodes = _graph(loss)
+    if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+    # backward writes to every leaf of the graph. Ours are new; what else there is keeps the gradient it had.
+    others = [node.variable for node in nodes if hasattr(node, "variable")]
+    before = [(leaf, leaf.grad) for leaf in others if not any(leaf is ours for ours in leaves)]
+    try:
+        loss.backward()
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in before:
+            leaf.grad = grad
+
+
+def _graph(loss: Tensor) -> list[Any]:
+    """The nodes of the autograd graph of a loss."""
+    seen, queue = set(), [loss.grad_fn]
+    nodes = []
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.append(node)
+            queue += [following for following, _ in node.next_functions]
+    return nodes
+
+
+def checked_loss(loss_fn: LossFn, has_aux: bool) -> LossFn:
+    """The loss as a function that returns a pair of a scalar and aux, `()` if it has none."""
+
+    def pair(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        out = loss_fn(*args, **kwargs)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ConfigError(f"loss_fn: expected a pair (loss, aux) with has_aux=True, got {_kind(out)}.")
+        loss, aux = out if has_aux else (out, ())
+        return _scalar(loss), aux
+
+    return pair
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        hint = "reduce it, e.g. with .mean()" if isinstance(loss, Tensor) else "has_aux=True takes (loss, aux)"
+        raise ConfigError(f"loss_fn: expected a scalar tensor as the loss, got {_kind(loss)}; {hint}.")
+    return loss
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _detached(tree: Any) -> Any:
+    return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+
+
+def _is_transformed() -> bool:
+    """True inside a torch.func transform of whatever argument: ordinary autograd does not work there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:
+    """Cut every tensor of the batch into n equal parts along a dimension."""
+    if n == 1:
+        return [batch]
+    leaves, spec = optree.tree_flatten(batch)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ConfigError(
+            f"accumulate={n}: the batch, {_kind(batch)}, holds no tensor to cut. Put tensors in dicts, lists or tuples."
+        )
+    parts: list[Sequence[Any]] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            parts.append([leaf] * n)
+        elif leaf.dim() <= dim or leaf.shape[dim] % n:
+            raise ConfigError(
+                f"accumulate={n} does not divide a tensor of the batch with shape {list(leaf.shape)}. Every tensor's "
+                f"{'first' if dim == 0 else 'second'} dimension must be a multiple of it."
+            )
+        else:
+            parts.append(leaf.chunk(n, dim))
+    return [optree.tree_unflatten(spec, part) for part in zip(*parts, strict=True)]
+
+
+def mean(trees: list[Any]) -> Any:
+    """The mean of trees, leaf by leaf."""
+    if len(trees) == 1:
+        return trees[0]
+    return optree.tree_map(lambda *leaves: torch.stack(leaves).mean(0), *trees)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, adapters: Any) -> Iterator[None]:
+    """Draw from generators seeded for this block alone; with None, from the global ones."""
+    if seed is None:
+        yield
+        return
+    leaves: list[Any] = optree.tree_leaves(adapters)
+    devices = sorted({leaf.get_device() for leaf in leaves if leaf.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed, which seeds every other device too.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield

@@ -1,0 +1,83 @@
+"""An adapter's folder to look into, next to its base or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from funclora._config.config import LoraConfig
+from funclora.errors import UnsupportedError
+from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.structure import Structure
+from funclora.io.hf.weights import Weights
+from funclora.io.merge.adapters import OnDemand
+from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
+from funclora.io.peft.folder import PeftFolder
+from funclora.io.peft.without_model import read_bare
+from funclora.rules.base import Rule
+from funclora.rules.tokens import Tied
+
+
+class Base:
+    """The folder of a base model, whose weights are read one at a time.
+
+    Attributes:
+        structure: the model without weights.
+        params: full name -> weight, read at every look-up.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.structure = Structure(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
+        weights = Weights(checkpoint, self.structure)
+        self.params: Mapping[str, Tensor] = OnDemand([*self.structure.shapes], weights.read)
+
+
+class AdapterFolder:
+    """A PEFT folder.
+
+    Attributes:
+        folder: the folder.
+        config: its configuration.
+        rules: full parameter name -> rule. Parameters that follow another one (tied weights) are left out: they are
+            the same weight, and `notes` name them.
+        notes: what a reader of the folder should know.
+
+    Args:
+        folder: the folder.
+        base: the model; without it, LoRA and DoRA of modules can be read.
+
+    Raises:
+        FormatError: a file is missing or broken, or the files do not fit each other or the model.
+        TargetError: the configuration does not fit the model.
+        UnsupportedError: the folder depends on the model and there is none; or the adapter is relative to decomposed
+            weights.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+
+    def __init__(self, folder: Path, base: Base | None) -> None:
+        self.folder = folder
+        self.rules: Mapping[str, Rule]
+        self.notes: list[str] = []
+        self.config: LoraConfig
+        if base is None:
+            self.rules, self.config = read_bare(folder, in_out=has_in_out_linear(folder / CONFIG_FILE), dora=True)
+            return
+        opened = PeftFolder(folder, base.structure.model)
+        self.config = opened.config
+        if opened.config.decomposition:
+            raise UnsupportedError(
+                f"{folder}: init_lora_weights={opened.config.init_lora_weights!r}: the adapter is relative to "
+                "decomposed weights. Make one for the original weights of it: save_peft(new_folder, "
+                "*load_peft(folder, model))."
+            )
+        names = [name for name, target in opened.targets.items() if target.rule is not Tied]
+        self.rules = OnDemand(names, opened.rule)
+        for name in opened.targets:
+            opened.rule(name)  # every tensor of the file must be fit for its place before any is looked at
+        opened.refuse_rest(base.params, OnDemand([*opened.targets], opened.rule))
+        self.notes = [f"{folder}: {message}" for message in opened.differences()]
+        tied = [name for name, target in opened.targets.items() if target.rule is Tied]
+        if tied:
+            self.notes.append(f"{folder}: {', '.join(tied)}: tied to another weight, whose change is theirs too.")

@@ -1,0 +1,232 @@
+"""llama.cpp's LoRA adapters: `save_gguf` and `load_gguf`.
+
+A file means here what it means to llama.cpp: each update is scaled by alpha/r, with one alpha for the file and r of the
+tensor at hand, whatever made the adapter. What llama.cpp would refuse, ignore or stop at is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from funclora._bind.apply import Adapters, base_params, check_adapters
+from funclora._config.config import LoraConfig
+from funclora._config.infer import configured
+from funclora._config.targets import select, weights_of
+from funclora.errors import ConfigError, FormatError, NonFiniteError, ParamsError, UnsupportedError, near
+from funclora.io.gguf.file import DTYPES, AdapterFile, package, read_adapter, write_adapter
+from funclora.io.gguf.names import MERGE, Slot, by_tensor, family_of, slots_of
+from funclora.rules.base import LoRA, Rule
+from funclora.rules.layouts import Conv1D, Embedding, Linear
+
+# A factor nearer to 1 than this changes no number by more than float32's rounding.
+_ROUNDING = 2.0**-24
+
+
+def save_gguf(
+    path: str | os.PathLike[str], adapters: Adapters, model: nn.Module, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write adapters as a GGUF file that llama.cpp loads next to its file of the base model.
+
+    llama.cpp scales every update by alpha/r, with one alpha for all. The alpha of most of the rules is written; where
+    a rule has another one (`alpha_pattern`, rsLoRA with several ranks), the quotient goes into its B. Dropout, which
+    acts in training only, is not written.
+
+    Args:
+        path: the file. It is replaced as a whole; its folder is made if it does not exist.
+        adapters: full parameter name -> `LoRA`.
+        model: the base model, of transformers: Llama, Mistral, Qwen2, Qwen3, GPT-2 or Gemma (1 to 3, text) with a
+            language modelling head. Only its structure is read: it may lie on the meta device.
+        dtype: in which the factors are written, float32 or float16.
+
+    Raises:
+        UnsupportedError: llama.cpp has no place for an adapter, or the model is of another family; or the package
+            `gguf` is not installed.
+        ParamsError: an adapter does not fit the model, or has no effect.
+        ConfigError: there are no adapters, or dtype is another one.
+        NonFiniteError: an adapter holds NaN or infinity, or numbers beyond the range of dtype.
+        OSError: the file cannot be written. What was there is then still there.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from funclora import init
+        >>> sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> adapters = init(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_gguf(f"{folder}/adapter.gguf", adapters, model)
+        ...     sorted(read_adapter(Path(folder, "adapter.gguf")).tensors)
+        ['blk.0.attn_q.weight.lora_a', 'blk.0.attn_q.weight.lora_b']
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected {' or '.join(map(str, DTYPES))}, got {dtype!r}.")
+    gguf = package()
+    family, slots = family_of(model), slots_of(model, gguf)
+    rules = {name: _supported(name, rule, slots) for name, rule in adapters.items()}
+    if not rules:
+        raise ConfigError("adapters: there is no low-rank adapter to write.")
+    check_adapters(base_params(model), rules)
+    alpha = _alpha(rules)
+    tensors: dict[str, Tensor] = {}
+    for name, rule in rules.items():
+        slot, factor = slots[name], float(rule.scaling) * rule.r / alpha
+        b = rule.b if abs(factor - 1) <= _ROUNDING else rule.b.double() * factor
+        for leaf, tensor in zip("ab", slot.pack(rule.a, b), strict=True):
+            tensors[f"{slot.tensor}.lora_{leaf}"] = _rounded(f"{name!r}: {leaf}", tensor, dtype)
+    write_adapter(Path(path), gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.arch]], alpha, tensors, dtype)
+
+
+def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
+    """Read a LoRA adapter that llama.cpp loads.
+
+    The factors lie on the devices of their base weights, in float32 or the base's dtype if that is wider. Quantised
+    ones are unpacked. The configuration has the ranks and alphas of the file, and names the targets as briefly as it
+    can.
+
+    Args:
+        path: the file.
+        model: the base model, as for `save_gguf`.
+
+    Returns:
+        Full parameter name -> `LoRA`, and a configuration with which `save_peft` writes the same adapter.
+
+    Raises:
+        FormatError: the file is missing or broken, is no LoRA adapter, or does not fit the model.
+        UnsupportedError: the file or the model is of a kind that is not supported; or `gguf` is not installed.
+        NonFiniteError: a tensor holds NaN or infinity.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from funclora import init
+        >>> sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> adapters = init(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_gguf(f"{folder}/adapter.gguf", adapters, model)
+        ...     loaded, config = load_gguf(f"{folder}/adapter.gguf", model)
+        >>> name = "model.layers.0.self_attn.q_proj.weight"
+        >>> torch.equal(loaded[name].a, adapters[name].a), config.target_modules
+        (True, ('q_proj',))
+    """
+    gguf, file = package(), Path(path)
+    arch, slots = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family_of(model).arch]], slots_of(model, gguf)
+    stored = read_adapter(file)
+    if stored.arch != arch:
+        raise FormatError(f"{file}: an adapter for {stored.arch!r}, but {type(model).__name__} is {arch!r} there.")
+    known = dict(by_tensor(slots))
+    adapters: dict[str, Rule] = {}
+    for tensor in _pairs(file, stored):
+        if tensor not in known:
+            raise FormatError(f"{file}: {type(model).__name__} has no weight {tensor!r}.{near(tensor, known, n=3)}")
+        name, slot = known[tensor]
+        if slot.why_not:
+            raise UnsupportedError(f"{file}: the adapter of {name!r} cannot be read: {slot.why_not}")
+        adapters[name] = _read_rule(file, stored, tensor, slot, model.get_parameter(name), _layout(model, name))
+    order = {name: adapters[name] for name in slots if name in adapters}
+    return configured(order, [_config(model, order)])
+
+
+def _supported(name: str, rule: Rule, slots: Mapping[str, Slot]) -> LoRA:
+    """The rule, if llama.cpp has a place for it."""
+    why = ""
+    if type(rule) is not LoRA:
+        why = f"llama.cpp has no form for the rule {type(rule).__name__}, only for LoRA."
+    elif name not in slots:
+        why = "there is no such weight in GGUF."
+    elif slots[name].why_not:
+        why = slots[name].why_not
+    elif not isinstance(rule.layout, (Linear, Conv1D, Embedding)):
+        why = f"llama.cpp has no adapter for the layout {type(rule.layout).__name__}."
+    if why:
+        raise UnsupportedError(f"{name!r} cannot be written for llama.cpp: {why} {MERGE}")
+    assert isinstance(rule, LoRA)
+    if not float(rule.scaling):
+        raise ParamsError(f"{name!r} has scaling 0, so that it has no effect. Leave it out.")
+    return rule
+
+
+def _alpha(rules: Mapping[str, LoRA]) -> float:
+    """The most common α = s·r, as float32 holds it."""
+    alphas = [torch.tensor(float(rule.scaling) * rule.r, dtype=torch.float32).item() for rule in rules.values()]
+    alpha = Counter(alphas).most_common(1)[0][0]
+    if not alpha or not math.isfinite(alpha):
+        raise NonFiniteError(f"adapters: their scaling gives alpha={alpha:g} in float32. Scale their B instead.")
+    return alpha
+
+
+def _rounded(what: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor on the CPU in that dtype, whose range it must not leave."""
+    tensor = tensor.detach().cpu()
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(f"{what} holds NaN or infinity. Such an adapter is not written.")
+    rounded = tensor.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise NonFiniteError(
+            f"{what} reaches {tensor.abs().max():g}, beyond the range of {dtype} ({torch.finfo(dtype).max:g})."
+            + (" Write it in torch.float32." if dtype != torch.float32 else "")
+        )
+    if tensor.any() and not rounded.any():
+        raise NonFiniteError(f"{what} reaches {tensor.abs().max():g}, which {dtype} rounds to 0: it would do nothing.")
+    return rounded
+
+
+def _pairs(file: Path, stored: AdapterFile) -> Iterable[str]:
+    """The names of the weights that have both factors, after refusing everything else."""
+    names = list(dict.fromkeys(key.removesuffix(".lora_a").removesuffix(".lora_b") for key in stored.tensors))
+    if not names:
+        raise FormatError(f"{file}: there are no tensors in this file.")
+    for name in names:
+        if name in stored.tensors:
+            raise UnsupportedError(f"{file}: {name!r} is no factor of a low-rank update, and llama.cpp ignores it.")
+        for key in (f"{name}.lora_a", f"{name}.lora_b"):
+            if key not in stored.tensors:
+                raise FormatError(f"{file}: there is no {key!r}, the other factor of {name!r}.")
+    return names
+
+
+def _read_rule(
+    file: Path, stored: AdapterFile, tensor: str, slot: Slot, weight: Tensor, layout: Linear | Conv1D | Embedding
+) -> LoRA:
+    packed = [stored.tensors[f"{tensor}.lora_{leaf}"] for leaf in "ab"]
+    r = packed[1].shape[-1]  # where llama.cpp looks
+    blank = [torch.empty(shape, device="meta") for shape in layout.factor_shapes(slot.shape, r)]
+    for leaf, have, want in zip("ab", packed, slot.pack(*blank), strict=True):
+        if not r or have.shape != want.shape:
+            raise FormatError(
+                f"{file}: '{tensor}.lora_{leaf}' has shape {list(have.shape)}, expected {list(want.shape)} for a "
+                f"weight of shape {list(slot.shape)} and rank {r}."
+            )
+        if not torch.isfinite(have).all():
+            raise NonFiniteError(f"{file}: '{tensor}.lora_{leaf}' holds NaN or infinity.")
+    if not math.isfinite(stored.alpha):
+        raise NonFiniteError(f"{file}: adapter.lora.alpha is {stored.alpha}.")
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (leaf.contiguous().to(device, dtype) for leaf in slot.unpack(*packed))
+    return LoRA(a, b, scaling=stored.alpha / r if stored.alpha else 1.0, layout=layout)
+
+
+def _layout(model: nn.Module, name: str) -> Linear | Conv1D | Embedding:
+    layout = (weights_of(model.get_submodule(name.rpartition(".")[0])) or {}).get("weight")
+    if not isinstance(layout, (Linear, Conv1D, Embedding)):
+        raise UnsupportedError(f"{name!r} is no weight of a linear layer or an embedding in the model.")
+    return layout
+
+
+def _config(model: nn.Module, adapters: Adapters) -> LoraConfig:
+    """A configuration that targets exactly these weights, by the shortest ends of names that will do."""
+    modules = [name.removesuffix(".weight").split(".") for name in adapters]
+    for length in (1, 2):
+        ends = sorted({".".join(parts[-length:]) for parts in modules})
+        config = LoraConfig(target_modules=ends)
+        if select(model, config).keys() == adapters.keys():
+            return config
+    return LoraConfig(target_modules=[".".join(parts) for parts in modules])

@@ -1,0 +1,145 @@
+"""Where llama.cpp keeps the weights of a transformers model, and how their factors lie there.
+
+The names come from the `gguf` package. What llama.cpp's converter of checkpoints does to a weight besides naming it is
+written here, for the factors of its update:
+
+    weight                     in llama.cpp                         lora_a         lora_b
+    nn.Linear, Conv1D          [out, in]                            A [r, in]      B [out, r]
+    q_proj, k_proj of Llama    its rows reordered (see `Slot`)      A [r, in]      B [out, r], its rows reordered
+    token embedding            [ids, dimension]                     Aᵀ [ids, r]    B [dimension, r]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from funclora._bind.apply import named_tensors
+from funclora.errors import UnsupportedError
+
+MERGE = (
+    "Merge the adapter into the base (funclora.merge), save the model, and convert that with llama.cpp's "
+    "convert_hf_to_gguf.py."
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What llama.cpp knows models of a class as.
+
+    Attributes:
+        arch: the name of the architecture in `gguf.MODEL_ARCH`.
+        pairs: llama.cpp rotates neighbouring rows of a query or key head, transformers rows half a head apart.
+        tied: llama.cpp has no output layer of its own for this architecture.
+    """
+
+    arch: str
+    pairs: bool = False
+    tied: bool = False
+
+
+FAMILIES = {
+    "GPT2LMHeadModel": Family("GPT2"),
+    "Gemma2ForCausalLM": Family("GEMMA2", tied=True),
+    "Gemma3ForCausalLM": Family("GEMMA3"),
+    "GemmaForCausalLM": Family("GEMMA", tied=True),
+    "LlamaForCausalLM": Family("LLAMA", pairs=True),
+    "MistralForCausalLM": Family("LLAMA", pairs=True),
+    "Qwen2ForCausalLM": Family("QWEN2"),
+    "Qwen3ForCausalLM": Family("QWEN3"),
+}
+# The tensors that llama.cpp multiplies with through an adapter, in the graphs of these families.
+_ADAPTABLE = frozenset({
+    "ATTN_K", "ATTN_OUT", "ATTN_Q", "ATTN_QKV", "ATTN_V", "FFN_DOWN", "FFN_GATE", "FFN_UP", "OUTPUT", "TOKEN_EMBD",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one weight in llama.cpp.
+
+    Attributes:
+        tensor: the name of the weight there.
+        shape: the shape of the weight in transformers.
+        heads: if not 0, the rows belong to so many heads, and within each the first and the second half interleave:
+            row i of the first half becomes row 2i, row i of the second one row 2i + 1.
+        table: the weight is a table that is looked up.
+        why_not: why llama.cpp cannot adapt it; empty if it can.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    heads: int = 0
+    table: bool = False
+    why_not: str = ""
+
+    def pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """`lora_a` and `lora_b` of the factors `a: [r, in]` and `b: [out, r]`."""
+        if self.heads:
+            b = b.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return (a.mT, b) if self.table else (a, b)
+
+    def unpack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `pack`."""
+        if self.heads:
+            b = b.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        return (a.mT, b) if self.table else (a, b)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that a model belongs to, by its class or a class that it derives from.
+
+    Raises:
+        UnsupportedError: it belongs to none.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers."):
+            return FAMILIES[cls.__name__]
+    raise UnsupportedError(
+        f"model: {type(model).__name__} has no form in GGUF here; these have: {', '.join(sorted(FAMILIES))}. {MERGE}"
+    )
+
+
+def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
+    """The weights of a model that have a name in llama.cpp, by their full name.
+
+    Args:
+        model: a model of one of the families. Only its structure is read, so it may lie on the meta device.
+        gguf: the package of that name.
+    """
+    family, config = family_of(model), _config(model)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch], config.num_hidden_layers)
+    tied = family.tied or _is_tied(model)
+    found = {}
+    for name, tensor, _, _ in named_tensors(model):
+        known = names.get_type_and_name(name, try_suffixes=(".weight",)) if name.endswith(".weight") else None
+        if known is None:
+            continue
+        kind, heads = known[0].name, 0
+        if family.pairs and kind in ("ATTN_Q", "ATTN_K"):
+            heads = config.num_attention_heads if kind == "ATTN_Q" else config.num_key_value_heads
+        why_not = "" if kind in _ADAPTABLE else f"llama.cpp reads {known[1]!r} without asking for an adapter."
+        if tied and kind == "OUTPUT":
+            why_not = f"llama.cpp keeps no {known[1]!r} for a model whose output layer is tied to its token embedding."
+        if tied and kind == "TOKEN_EMBD":
+            why_not = "llama.cpp takes the adapter of a tied token embedding for the output layer too, where it stops."
+        found[name] = Slot(known[1], tuple(tensor.shape), heads, kind == "TOKEN_EMBD", why_not)
+    return found
+
+
+def _config(model: Any) -> Any:
+    return model.config
+
+
+def _is_tied(model: Any) -> bool:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return bool(model.config.tie_word_embeddings) or head.weight is table.weight
+
+
+def by_tensor(slots: dict[str, Slot]) -> Iterator[tuple[str, tuple[str, Slot]]]:
+    """`(name in llama.cpp, (full name, slot))` for each weight."""
+    return ((slot.tensor, (name, slot)) for name, slot in slots.items())

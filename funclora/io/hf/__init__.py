@@ -1,0 +1,1 @@
+"""Folders of transformers models: their files, structure and weights."""

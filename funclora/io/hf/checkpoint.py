@@ -1,0 +1,153 @@
+"""A folder of a transformers model: its tensors, whatever number of files they are in, and everything else in it."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from funclora._files.atomic import read_json
+from funclora._files.safetensors import Stored, read_header
+from funclora.errors import FormatError, UnsupportedError, near
+from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Files of weights, in whatever format, and what training leaves behind: a merge makes them untrue.
+_WEIGHTS = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
+    ".gguf", ".ggml", ".onnx", ".onnx_data", ".npz", ".ot", ".tflite", ".mlmodel", ".pkl", ".pickle", ".index",
+)  # fmt: skip
+
+
+class Checkpoint:
+    """A model's folder, open for reading.
+
+    Attributes:
+        folder: the folder.
+        config: the contents of `config.json`.
+        tensors: key -> where the tensor lies, file after file.
+        files: the files of tensors, in order.
+        small: the files to carry over, as paths inside the folder.
+        left: the files that a copy leaves out, as paths inside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise FormatError(f"{folder}: there is no such folder. Give that of a transformers model.")
+        if not (folder / CONFIG_FILE).is_file():
+            hint = " It is the folder of an adapter." if (folder / ADAPTER_CONFIG).is_file() else ""
+            raise FormatError(f"{folder}: there is no {CONFIG_FILE} in this folder.{hint}")
+        self.config = read_json(folder / CONFIG_FILE)
+        if self.config.get("quantization_config"):
+            raise UnsupportedError(
+                f"{folder}: its weights are quantised (quantization_config), and rounding a merged weight again loses "
+                "digits. Give the folder of the model before it was quantised."
+            )
+        self.tensors = self._tensors()
+        self.files = [*dict.fromkeys(tensor.file for tensor in self.tensors.values())]
+        self.small: list[Path] = []
+        self.left: list[Path] = []
+        for path in _files(folder):
+            (self.left if path.name.endswith(_WEIGHTS) else self.small).append(path)
+        if Path(ADAPTER_CONFIG) in self.small:
+            raise UnsupportedError(
+                f"{folder}: it holds an adapter too ({ADAPTER_CONFIG}), which transformers would add to the model when "
+                "it loads it. Move the adapter to a folder of its own."
+            )
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def _tensors(self) -> dict[str, Stored]:
+        index = self.folder / INDEX_FILE
+        if (self.folder / SINGLE_FILE).is_file():  # transformers looks for it first
+            return read_header(self.folder / SINGLE_FILE)
+        if not index.is_file():
+            pickles = sorted(self.folder.glob("*.bin"))
+            if pickles:
+                raise UnsupportedError(
+                    f"{pickles[0]} is a pickle, which can run code when it is read. Load the model with transformers "
+                    "if you trust it, and save it again."
+                )
+            raise FormatError(f"{self.folder}: there is neither {SINGLE_FILE} nor {INDEX_FILE} in this folder.")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError(f"{index}: weight_map: expected a JSON object, got {reprlib.repr(weight_map)}.")
+        tensors: dict[str, Stored] = {}
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise FormatError(f"{index}: expected names of files in this folder, got {reprlib.repr(name)}.")
+        for name in dict.fromkeys(weight_map.values()):
+            if not (self.folder / name).is_file():
+                raise FormatError(f"{index}: it names {name}, which is not there.")
+            found = read_header(self.folder / name)
+            # transformers loads what the files hold, named in the index or not
+            tensors |= {key: tensor for key, tensor in found.items() if weight_map.get(key, name) == name}
+        for key, name in weight_map.items():
+            if key not in tensors:
+                raise FormatError(f"{index}: {key!r} is not in {name}.{near(key, tensors, n=3)}")
+        return tensors
+
+    def descriptor(self, file: Path) -> int:
+        """The file, open for reading."""
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def read(self, key: str, first: int = 0, length: int | None = None) -> Tensor:
+        """A tensor, or some slices of it along its first dimension, in memory of its own."""
+        stored = self.tensors[key]
+        return stored.read(self.descriptor(stored.file), first, length)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration that says the weights are of that dtype, wherever it says so."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    changed = {**config, **dict.fromkeys(keys, name)}
+    for key, value in config.items():
+        if isinstance(value, dict) and {"dtype", "torch_dtype"} & value.keys():
+            changed[key] = with_dtype(value, name)
+    return changed
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without tied embeddings."""
+    changed = {**config, "tie_word_embeddings": False}
+    for key, value in config.items():
+        if isinstance(value, dict) and "tie_word_embeddings" in value:
+            changed[key] = untied(value)
+    return changed
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders, relative to it, without hidden ones."""
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield (Path(path) / name).relative_to(folder)

@@ -1,0 +1,288 @@
+"""Extracting an adapter from a model that was trained in full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funclora._config.config import LoraConfig
+from funclora._config.target import Target
+from funclora._config.targets import select
+from funclora._files.finite import within
+from funclora._files.staging import check_out, staged_folder
+from funclora._torch.linalg import randomized_svd, svd
+from funclora.errors import ConfigError, FormatError, TargetError, UnsupportedError
+from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.structure import Structure
+from funclora.io.hf.weights import Weights
+from funclora.io.peft.folder import save_peft
+from funclora.rules.base import Full, LoRA, Rule
+from funclora.rules.layouts import Layout
+
+Progress = Callable[[int, int], None]
+StrPath = str | os.PathLike[str]
+
+# Differences of more elements are decomposed in float32, which takes half the time and memory.
+_DOUBLE = 2**20
+
+
+@dataclass(frozen=True)
+class ExtractedWeight:
+    """One weight of an extracted adapter.
+
+    Attributes:
+        name: its full name in the model.
+        shape: its shape.
+        norm: ‖Δ‖, of the difference of both models (Frobenius norm).
+        residual: ‖Δ − B·A‖ / ‖Δ‖: the part of the difference that the adapter leaves out. No adapter of that rank
+            leaves out less (Eckart and Young 1936).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction found.
+
+    Attributes:
+        weights: the adapted weights, in the order of the model.
+        same: targets that are the same in both models, and have no adapter.
+        saved: parameters that the adapter holds in full.
+        ignored: parameters that differ, and that the adapter does not change.
+    """
+
+    weights: tuple[ExtractedWeight, ...]
+    same: tuple[str, ...]
+    saved: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def extract_adapter(
+    base_dir: StrPath,
+    tuned_dir: StrPath,
+    out_dir: StrPath,
+    *,
+    r: int,
+    target_modules: str | Collection[str] | None = "all-linear",
+    target_parameters: Collection[str] | None = None,
+    rest: Literal["error", "save", "ignore"] = "error",
+    niter: int | None = None,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """The LoRA adapter of rank r that is nearest to a full fine-tuning, as a PEFT folder.
+
+    Each target's difference Δ = tuned − base is replaced by the first r terms of its singular value decomposition.
+    Weights are read one at a time. What differs outside of the targets is never left out silently.
+
+    Args:
+        base_dir: the folder of the base model.
+        tuned_dir: the folder of the model that was trained from it.
+        out_dir: the folder to make; it must not exist, or be empty.
+        r: the rank.
+        target_modules: which weights get an update, as in `LoraConfig`.
+        target_parameters: more of them, by the names of parameters (experts).
+        rest: what to do with other parameters that differ: "error" raises and names them, "save" puts them into the
+            adapter in full (`modules_to_save`, and `bias="all"` for biases), "ignore" leaves them out.
+        niter: use a randomised decomposition with so many power iterations (Halko et al., arXiv 0909.4061), which is
+            faster for large weights and nearly as good; else the exact one.
+        progress: called with the number of weights that are done and of all.
+
+    Returns:
+        What the adapter holds, and how much it leaves out.
+
+    Raises:
+        FormatError: a folder is broken, the models do not fit each other, or nothing differs.
+        ConfigError: an argument is invalid, or `out_dir` is in use.
+        TargetError: a target matches nothing; or parameters differ that no target covers, and `rest` is "error".
+        UnsupportedError: PEFT has no place for what differs.
+        OSError: a file cannot be read or written.
+
+    Examples:
+        >>> extract_adapter("model", "tuned", "adapter", r=16)  # doctest: +SKIP
+        ExtractReport(weights=(...), same=(), saved=(), ignored=())
+        >>> extract_adapter("nowhere", "tuned", "adapter", r=16)
+        Traceback (most recent call last):
+        funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
+    """
+    if rest not in ("error", "save", "ignore"):
+        raise ConfigError(f"rest: expected 'error', 'save' or 'ignore', got {rest!r}.")
+    if niter is not None and niter < 0:
+        raise ConfigError(f"niter: expected a number of iterations from 0 up, or None, got {niter!r}.")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,  # s = 1
+        target_modules=target_modules,
+        target_parameters=target_parameters,
+        base_model_name_or_path=str(base_dir),
+    )
+    out = Path(out_dir)
+    check_out(out, [Path(base_dir), Path(tuned_dir)])
+    with Checkpoint(Path(base_dir)) as base, Checkpoint(Path(tuned_dir)) as tuned:
+        if base.config.get("architectures") != tuned.config.get("architectures"):
+            raise FormatError(
+                f"{tuned.folder} is a {tuned.config.get('architectures')}, {base.folder} a "
+                f"{base.config.get('architectures')} (architectures in config.json); expected the same."
+            )
+        structure = Structure(base.folder, base.config, len(base.tensors))
+        trained = Structure(tuned.folder, tuned.config, len(tuned.tensors))
+        _refuse_other_sizes(base.folder, structure, tuned.folder, trained)
+        pair = _Pair(structure, Weights(base, structure), Weights(tuned, trained))
+        found = _Extraction(pair, config, niter, progress or (lambda done, total: None))
+        if not found.adapters and not found.changed:
+            raise FormatError(f"{tuned.folder} holds the same weights as {base.folder}: there is nothing to extract.")
+        if not found.adapters:
+            raise TargetError(f"target_modules: no target differs, only {_some(found.changed)}.")
+        if found.changed and rest == "error":
+            raise TargetError(
+                f"{_some(found.changed)} differ{'s' if len(found.changed) == 1 else ''} too, and no target covers "
+                "that. Save it in full (rest='save'), leave it out (rest='ignore'), or widen the targets."
+            )
+        config, saved = found.saved(config) if rest == "save" else (found.exact(config), {})
+        with staged_folder(out) as draft:
+            save_peft(draft, {**found.adapters, **saved}, config)
+    return ExtractReport(
+        weights=tuple(found.weights),
+        same=tuple(found.same),
+        saved=tuple(saved),
+        ignored=tuple(found.changed) if rest == "ignore" else (),
+    )
+
+
+def _refuse_other_sizes(base: Path, structure: Structure, tuned: Path, trained: Structure) -> None:
+    for name, shape in structure.shapes.items():
+        other = trained.shapes.get(name)
+        if other != shape:
+            has = "does not have it" if other is None else f"has {list(other)}"
+            raise FormatError(
+                f"{base}: {name!r} has the shape {list(shape)}, and {tuned} {has}; expected the same. If only the "
+                "number of tokens differs, resize the base as the training did (model.resize_token_embeddings)."
+            )
+    for name in trained.shapes.keys() - structure.shapes.keys():
+        raise FormatError(f"{tuned}: it has {name!r}, and {base} has not; expected models of one structure.")
+
+
+class _Pair:
+    """Two checkpoints of one model."""
+
+    def __init__(self, structure: Structure, base: Weights, tuned: Weights) -> None:
+        self.structure, self.base, self.tuned = structure, base, tuned
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        old, new = self.base.read(name), self.tuned.read(name)
+        return old, new
+
+
+class _Extraction:
+    """Every parameter of the model, looked at once."""
+
+    def __init__(
+        self, pair: _Pair, config: LoraConfig, niter: int | None, progress: Callable[[int, int], None]
+    ) -> None:
+        self._pair, self._model = pair, pair.structure.model
+        self._targets = select(self._model, config)
+        self.adapters: dict[str, Rule] = {}
+        self.weights: list[ExtractedWeight] = []
+        self.same: list[str] = []
+        self.changed: list[str] = []
+        names = [*pair.structure.shapes]
+        for done, name in enumerate(names, start=1):
+            self._look(name, config.r, niter)
+            progress(done, len(names))
+
+    def _look(self, name: str, r: int, niter: int | None) -> None:
+        old, new = self._pair.read(name)
+        if old.is_meta or new.is_meta:
+            return  # integers count and index, they are not trained
+        delta = new.double() - old.double() if old.numel() <= _DOUBLE else new.float() - old.float()
+        if not within(delta, 1e15):
+            raise FormatError(f"{name!r} holds NaN, infinity or huge values in one of the models.")
+        target = self._targets.get(name)
+        if not delta.any():
+            if target is not None:
+                self.same.append(name)
+        elif target is None or target.rule is Full:
+            self.changed.append(name)
+        else:
+            assert target.layout is not None
+            a, b, norm, residual = _nearest(name, delta, target.layout, r, niter)
+            self.adapters[name] = LoRA(a, b, layout=target.layout)
+            self.weights.append(ExtractedWeight(name, tuple(delta.shape), norm, residual))
+
+    def exact(self, config: LoraConfig) -> LoraConfig:
+        """A configuration whose targets are exactly the adapted weights."""
+        targets = {name: target for name, target in self._targets.items() if name in self.adapters}
+        listed = config.target_parameters or ()
+        parameters = [name for name, target in targets.items() if _by_parameter(name, listed)]
+        modules = [target.module for name, target in targets.items() if name not in parameters]
+        candidates: list[Any] = [
+            sorted({module.rpartition(".")[2] for module in modules}),
+            modules,
+            "|".join(module.replace(".", r"\.") for module in modules),
+        ]
+        for candidate in candidates:
+            exact = config.replace(target_modules=candidate or None, target_parameters=parameters or None)
+            if _selects(self._model, exact, targets):
+                return exact
+        raise UnsupportedError(f"no list of targets means exactly {_some([*targets])}.")
+
+    def saved(self, config: LoraConfig) -> tuple[LoraConfig, dict[str, Rule]]:
+        """A configuration that also holds what differs outside of the targets in full, and those values."""
+        config = self.exact(config)
+        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        for name in self.changed:
+            if name not in parameters:
+                raise UnsupportedError(f"{name!r} differs, and is a buffer, for which a PEFT folder has no place.")
+        owners = list(dict.fromkeys(n.rpartition(".")[0] for n in self.changed if not n.endswith(".bias")))
+        biases = any(n.endswith(".bias") and n.rpartition(".")[0] not in owners for n in self.changed)
+        config = config.replace(modules_to_save=owners or None, bias="all" if biases else "none")
+        full = [name for name, target in select(self._model, config).items() if target.rule is Full]
+        return config, {name: Full(self._pair.tuned.read(name)) for name in full}
+
+
+def _by_parameter(name: str, entries: Sequence[str] | Collection[str]) -> bool:
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _selects(model: torch.nn.Module, config: LoraConfig, wanted: dict[str, Target]) -> bool:
+    try:
+        return select(model, config).keys() == wanted.keys()
+    except TargetError:
+        return False
+
+
+def _nearest(
+    name: str, delta: Tensor, layout: Layout, r: int, niter: int | None
+) -> tuple[Tensor, Tensor, float, float]:
+    """The factors in float32 of the best update of rank r, ‖Δ‖, and the part of it that they leave out."""
+    matrix = layout.matrix(delta)
+    k = min(r, *matrix.shape[-2:])
+    if niter is None:
+        u, s, vh = svd(name, matrix)
+    else:  # eight directions more than are kept
+        generator = torch.Generator().manual_seed(0)
+        u, s, vh = randomized_svd(name, matrix, min(k + 8, *matrix.shape[-2:]), niter, generator)
+    root = s[..., :k].sqrt()
+    a, b = root.unsqueeze(-1) * vh[..., :k, :], u[..., :, :k] * root.unsqueeze(-2)
+    a, b = a.float(), b.float()
+    norm = torch.linalg.vector_norm(matrix)
+    residual = torch.linalg.vector_norm(matrix - b.to(matrix.dtype) @ a.to(matrix.dtype)) / norm
+    # A weight that is narrower than r gets zeros besides.
+    a = torch.nn.functional.pad(a, (0, 0, 0, r - k))
+    b = torch.nn.functional.pad(b, (0, r - k))
+    shapes = layout.factor_shapes(delta.shape, r)
+    return a.reshape(shapes[0]).contiguous(), b.reshape(shapes[1]).contiguous(), float(norm), float(residual)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,63 @@
+"""The weights of a checkpoint by the names that the model has for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funclora.errors import FormatError, UnsupportedError, near
+from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.structure import Part, Structure
+
+
+class Weights:
+    """The parameters and buffers of a model, read one at a time.
+
+    Attributes:
+        parts: full name -> the parts of it that the checkpoint holds.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, structure: Structure) -> None:
+        self._checkpoint, self._structure = checkpoint, structure
+        shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+        self.parts, self._opaque = structure.places(shapes)
+        self._tied = {name: group for group in structure.ties for name in group}
+
+    def parts_of(self, name: str) -> list[Part]:
+        """The parts of a parameter, those of one that it is tied to where there is none of its own.
+
+        Raises:
+            FormatError: the checkpoint does not hold it.
+            UnsupportedError: it is stored in a way that is not known here.
+        """
+        for other in (name, *self._tied.get(name, ())):
+            if other in self.parts:
+                return self.parts[other]
+        if name in self._opaque:
+            raise UnsupportedError(
+                f"{self._checkpoint.folder}: {name!r} is needed, but {self._opaque[name]}, which cannot be done in "
+                "parts. Load the model with transformers, save it with save_original_format=False, and use that folder."
+            )
+        raise FormatError(
+            f"{self._checkpoint.folder}: the checkpoint does not hold {name!r}, which the model has."
+            f"{near(name, self.parts, n=3)}"
+        )
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer as the model has it, in memory of its own; on the meta device if it holds integers."""
+        shape = self._structure.shapes[name]
+        parts = self.parts_of(name)
+        if not all(self._checkpoint.tensors[part.key].is_floating for part in parts):
+            return torch.empty(shape, dtype=torch.int64, device="meta")
+        whole: Tensor | None = None
+        for part in parts:
+            piece = self._checkpoint.read(part.key, part.first, part.shape[0] if part.shape else 1)
+            if not part.cuts:
+                return piece.reshape(shape)
+            whole = torch.empty(shape, dtype=piece.dtype) if whole is None else whole
+            place = whole
+            for cut in part.cuts:
+                place = place.narrow(*cut)
+            place.copy_(piece.reshape(place.shape))
+        assert whole is not None
+        return whole

@@ -1,0 +1,1 @@
+"""Merging adapters into checkpoint folders of any size."""

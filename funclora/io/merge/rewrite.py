@@ -1,0 +1,111 @@
+"""Rewriting the tensors of a checkpoint block by block: no weight is in memory as a whole, if it can be avoided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from funclora._bind.merge import refuse_nonfinite
+from funclora._files.finite import within
+from funclora.errors import NonFiniteError
+from funclora.io.hf.structure import Part, Shape
+from funclora.rules.base import DoRA, Rule
+from funclora.rules.narrow import can_narrow, narrowed
+
+# Elements of a weight that are computed together: they stay in a core's cache from reading to rounding.
+BLOCK = 2**19
+
+Read = Callable[[str, int, int], Tensor]
+
+
+class PartRewriter:
+    """What a part of a parameter becomes, slice by slice of the tensor that holds it.
+
+    Args:
+        part: the part.
+        rules: the rules of the whole parameter, applied one after the other in the compute dtype.
+        whole: the shape of the parameter.
+        read: `(key, first, length)` -> slices of a tensor of the checkpoint, along its first dimension.
+        double: compute in float64.
+    """
+
+    def __init__(self, part: Part, rules: Sequence[Rule], whole: Shape, read: Read, *, double: bool = False) -> None:
+        self._part, self._read = part, read
+        shape = [*whole]
+        for dim, start, length in part.cuts:
+            rules = [narrowed(rule, tuple(shape), dim, start, length) for rule in rules]
+            shape[dim] = length
+        self._shape = tuple(shape)
+        # The dimension of the parameter that is the tensor's first: what stands before it has length 1.
+        self._dim = len(shape) - len(part.shape)
+        if double:
+            rules = [_as_double(rule) for rule in rules]
+        rules = [self._with_norm(rule) for rule in rules]
+        self._rules = rules
+        self.divisible = bool(part.shape) and all(can_narrow(rule, self._shape, self._dim) for rule in rules)
+
+    def _with_norm(self, rule: Rule) -> Rule:
+        """A DoRA rule whose norms run across the slices gets them now, from the whole weight."""
+        if not isinstance(rule, DoRA) or can_narrow(rule, self._shape, self._dim):
+            return rule
+        weight = self._base(0, self._part.shape[0])
+        return rule.prepared(weight.double() if rule.a.dtype == torch.float64 else weight)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """`(first slice, number of slices)` of each block, counted from the part's beginning."""
+        n = self._part.shape[0] if self._part.shape else 1
+        size = n
+        if self.divisible:
+            size = max(1, BLOCK // max(1, torch.Size(self._part.shape[1:]).numel()))
+        return [(i, min(size, n - i)) for i in range(0, n, size)]
+
+    def dense(self, first: int, length: int) -> tuple[Tensor, Tensor]:
+        """The base weight and the rewritten one, before it is rounded, at some slices: `[length, ...]` both."""
+        base = self._base(first, length)
+        value = base
+        for rule in self._rules:
+            own = narrowed(rule, self._shape, self._dim, first, length) if self.divisible else rule
+            value = own.dense(value)
+        return base.reshape(length, *self._part.shape[1:]), value.reshape(length, *self._part.shape[1:])
+
+    def _base(self, first: int, length: int) -> Tensor:
+        values = self._read(self._part.key, self._part.first + first, length)
+        return values.reshape(*self._shape[: self._dim], length, *self._shape[self._dim + 1 :])
+
+
+def _as_double(rule: Rule) -> Rule:
+    return replace(rule, **{leaf: getattr(rule, leaf).double() for leaf in rule.leaves})  # type: ignore[type-var]
+
+
+def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values in their final dtype, contiguous.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite, or too large for the dtype.
+    """
+    result = value.to(dtype).contiguous()
+    if not within(value, torch.finfo(dtype).max):
+        refuse_nonfinite(name, value, result)
+    return result
+
+
+def cast(value: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """A weight that no adapter touches, in another dtype; NaN and infinity that are in it stay.
+
+    Raises:
+        NonFiniteError: a value is too large for the dtype.
+    """
+    changed = value.to(dtype)
+    if (torch.isfinite(value) & ~torch.isfinite(changed)).any():
+        raise NonFiniteError(f"{key!r} holds values that are too large for {dtype}. Choose a wider dtype.")
+    return changed
+
+
+def ranges(length: int, row_elements: int) -> Iterator[tuple[int, int]]:
+    """`(first, number)` of the blocks that a tensor of so many slices is cut into."""
+    size = max(1, BLOCK // max(1, row_elements))
+    for first in range(0, length, size):
+        yield first, min(size, length - first)

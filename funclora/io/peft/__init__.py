@@ -1,0 +1,1 @@
+"""PEFT folders: reading, writing, combining."""

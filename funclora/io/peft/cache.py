@@ -1,0 +1,241 @@
+"""More adapters than fit on a device: `AdapterCache`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import optree
+import torch
+from torch import nn
+
+from funclora._many.route import route
+from funclora._many.stack import stack
+from funclora._torch.memory import nbytes
+from funclora.errors import ConfigError, near
+from funclora.io.peft.config_file import CONFIG_FILE
+from funclora.io.peft.folder import load_peft
+from funclora.rules.base import Rule
+
+Adapter = dict[str, Rule]
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What an `AdapterCache` did so far, and what it holds.
+
+    Attributes:
+        hits: adapters that were there, or on their way, when asked for.
+        misses: adapters that were loaded.
+        evictions: adapters that were dropped to make room.
+        adapters: how many it holds.
+        bytes: what they hold.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    adapters: int
+    bytes: int
+
+
+class AdapterCache:
+    """Adapters from PEFT folders by their ids, loaded on first use; those that were used last stay on the device.
+
+    Safe to use from many threads: two that ask for one adapter load it once. An adapter is a value, so a batch that
+    runs with one is not disturbed when the cache drops it; its memory is then freed when the batch is done.
+
+    Args:
+        model: the base model that the adapters belong to; only read.
+        source: the folder that the adapters' folders lie in, their names being the ids; or a mapping from ids to
+            folders.
+        memory: bytes that the adapters held here may take. What batches in flight use besides is their own.
+        device: where to keep them; by default where `load_peft` puts them, on the devices of their base weights.
+
+    Raises:
+        ConfigError: `memory` is not a positive int, or `source` is no folder.
+
+    Examples:
+        >>> import tempfile
+        >>> import funclora as fl
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> config = fl.LoraConfig(r=2, target_modules=["0"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fl.save_peft(f"{folder}/customer-17", fl.init(model, config), config)
+        ...     cache = AdapterCache(model, folder, memory=2**20)
+        ...     adapters = cache.route(["customer-17", None, "customer-17"])
+        ...     y = fl.apply(model, fl.base_params(model), adapters, torch.ones(3, 4))
+        >>> cache.stats()
+        CacheStats(hits=0, misses=1, evictions=0, adapters=1, bytes=56)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+        memory: int,
+        *,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
+            raise ConfigError(f"AdapterCache: memory: expected a positive number of bytes, got {memory!r}.")
+        if not isinstance(source, Mapping) and not Path(source).is_dir():
+            raise ConfigError(
+                f"AdapterCache: source: {os.fspath(source)!r} is no folder. Expected one that holds PEFT folders."
+            )
+        self._model = model
+        self._source = dict(source) if isinstance(source, Mapping) else Path(source)
+        self._memory = memory
+        self._device = None if device is None else torch.device(device)
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()  # the one used last comes last
+        self._coming: dict[str, Future[Adapter]] = {}
+        self._bytes = self._hits = self._misses = self._evictions = 0
+
+    def __getitem__(self, name: str) -> Adapter:
+        """One adapter, loaded if it is not there."""
+        return self._get([name])[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the adapter is held now."""
+        return name in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return f"AdapterCache of {len(self._held)} adapters, {self._bytes:,} of {self._memory:,} bytes"
+
+    def held(self) -> list[str]:
+        """The ids of the adapters that are held, the next to be dropped first."""
+        with self._lock:
+            return list(self._held)
+
+    def drop(self, name: str) -> bool:
+        """Forget an adapter, for example because its folder was written anew; whether it was held."""
+        with self._lock:
+            if name not in self._held:
+                return False
+            _, size = self._held.pop(name)
+            self._bytes -= size
+            return True
+
+    def stats(self) -> CacheStats:
+        """Hits, misses, evictions, and what is held."""
+        with self._lock:
+            return CacheStats(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
+
+    def route(self, ids: Sequence[str | None], *, repeats: int = 1) -> Adapter:
+        """The adapters for a batch whose rows name theirs.
+
+        Args:
+            ids: `[n_rows]`, the id of each row's adapter; None for the base model.
+            repeats: as for `funclora.route`.
+
+        Returns:
+            Adapters for a batch of that many rows.
+
+        Raises:
+            ConfigError: an id is unknown, or an adapter takes more than the cache may hold.
+            FormatError: the folder of an adapter is broken. This and any other error of `load_peft` leaves the cache
+                as it was.
+        """
+        if isinstance(ids, str) or not len(ids):
+            raise ConfigError(f"AdapterCache: ids: expected an id or None for each row, got {ids!r}.")
+        found = self._get([name for name in ids if name is not None])
+        if not found:
+            return {}
+        place = {name: i for i, name in enumerate(found)}
+        return route(stack(found.values()), [-1 if name is None else place[name] for name in ids], repeats=repeats)
+
+    def _get(self, ids: Sequence[str]) -> dict[str, Adapter]:
+        """The adapters by their ids, each once. Nothing changes unless all of them can be had."""
+        wanted = list(dict.fromkeys(ids))
+        folders = {name: self._folder(name) for name in wanted}
+        found: dict[str, Adapter] = {}
+        loaded: dict[str, Adapter] = {}
+        # Another thread may fail at something that this one did not ask for: what it gave up is then tried again.
+        while len(found) < len(wanted):
+            others, mine = self._claim([name for name in wanted if name not in found], found)
+            try:
+                for name in mine:
+                    loaded[name] = found[name] = self._load(name, folders[name])
+                    self._coming[name].set_result(found[name])
+                for name, future in others.items():
+                    with contextlib.suppress(CancelledError):
+                        found[name] = future.result()
+            except BaseException:
+                self._give_up(loaded.keys() | set(mine))
+                raise
+        self._commit(wanted, loaded)
+        return found
+
+    def _claim(self, ids: list[str], found: dict[str, Adapter]) -> tuple[dict[str, Future[Adapter]], list[str]]:
+        """Take what is there; of the rest, what other threads are loading, and what this one has to."""
+        others: dict[str, Future[Adapter]] = {}
+        mine = []
+        with self._lock:
+            for name in ids:
+                if name in self._held:
+                    found[name] = self._held[name][0]
+                elif name in self._coming:
+                    others[name] = self._coming[name]
+                else:
+                    self._coming[name] = Future()
+                    mine.append(name)
+        return others, mine
+
+    def _give_up(self, ids: set[str]) -> None:
+        with self._lock:
+            for name in ids:
+                self._coming.pop(name).cancel()
+
+    def _commit(self, wanted: list[str], loaded: dict[str, Adapter]) -> None:
+        with self._lock:
+            self._misses += len(loaded)
+            self._hits += len(wanted) - len(loaded)
+            for name in wanted:
+                if name in loaded:
+                    del self._coming[name]
+                    size = nbytes(loaded[name])
+                    self._held[name] = loaded[name], size
+                    self._bytes += size
+                elif name in self._held:
+                    self._held.move_to_end(name)
+            while self._bytes > self._memory:
+                _, (_, size) = self._held.popitem(last=False)
+                self._bytes -= size
+                self._evictions += 1
+
+    def _load(self, name: str, folder: Path) -> Adapter:
+        adapters, _ = load_peft(folder, self._model)
+        if self._device is not None:
+            tree: Any = adapters
+            adapters = cast(Adapter, optree.tree_map(lambda x: x.to(self._device), tree))
+        size = nbytes(adapters)
+        if size > self._memory:
+            raise ConfigError(
+                f"AdapterCache: {name!r} takes {size:,} bytes, and memory is {self._memory:,} in all. Allow more, or "
+                "load it by load_peft and route it yourself."
+            )
+        return adapters
+
+    def _folder(self, name: str) -> Path:
+        if isinstance(self._source, dict):
+            if name in self._source:
+                return Path(self._source[name])
+            known = list(self._source)
+        else:
+            # A name, not a path: an id that comes with a request must not lead out of the folder.
+            folder = self._source / name
+            if name not in ("", ".", "..") and Path(name).name == name and folder.is_dir():
+                return folder
+            known = sorted(path.parent.name for path in self._source.glob(f"*/{CONFIG_FILE}"))
+        raise ConfigError(f"AdapterCache: there is no adapter {name!r}.{near(name, known)}")

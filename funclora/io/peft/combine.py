@@ -1,0 +1,145 @@
+"""Combining PEFT folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Generator, nn
+
+from funclora._bind.apply import Adapters, base_params
+from funclora._config.config import LoraConfig
+from funclora._config.infer import configured
+from funclora._config.targets import select
+from funclora.algebra import combine
+from funclora.errors import ConfigError, UnsupportedError
+from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
+from funclora.io.peft.folder import load_peft, save_peft
+from funclora.io.peft.tensors import DTYPES
+from funclora.io.peft.without_model import read_bare
+from funclora.rules.base import LowRank, Rule
+
+
+@dataclass(frozen=True)
+class CombinedFolders:
+    """What `combine_peft` has written.
+
+    Attributes:
+        sources: the adapters that it read.
+        adapters: the combination.
+        config: its configuration.
+    """
+
+    sources: tuple[dict[str, Rule], ...]
+    adapters: dict[str, Rule]
+    config: LoraConfig
+
+
+def combine_peft(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    combination_type: str = "svd",
+    *,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: Generator | None = None,
+    model: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> CombinedFolders:
+    """Combine PEFT folders into a PEFT folder that gives, in PEFT, the combination of what they give there.
+
+    LoRA on modules needs no model: its files hold the factors, ranks and alphas. All else does: DoRA,
+    `modules_to_save`, trained biases, `target_parameters`.
+
+    The scalings of the sources, rsLoRA included, end up in the factors and in `lora_alpha` of the new configuration,
+    unequal ranks in `rank_pattern` and `alpha_pattern`. Targets are those of all sources.
+
+    Args:
+        paths: the folders.
+        out: the new folder.
+        weights: a number for each folder, 1 for all if None.
+        combination_type: as in `funclora.algebra.combine`, and so are all options up to `generator`.
+        svd_rank: the rank of decomposed updates.
+        svd_clamp: the quantile at which decomposed factors are clamped.
+        density: the share of entries that pruning keeps.
+        majority_sign_method: how TIES elects signs.
+        generator: of DARE's random numbers.
+        model: the base model, with its weights.
+        dtype: in which the factors are written, after a computation in float32 at least.
+
+    Returns:
+        What was read, and what was written.
+
+    Raises:
+        FormatError: a folder is broken, or does not fit the model.
+        UnsupportedError: a folder needs the model, or PEFT cannot hold the result.
+        ConfigError: an option is invalid, or no configuration says what the sources say together.
+        NonFiniteError: a tensor holds NaN or infinity.
+        OSError: the new folder cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> from funclora import LoraConfig, init
+        >>> model, config = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), LoraConfig(r=2, target_modules=["0"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("math", "code"):
+        ...         save_peft(f"{folder}/{name}", init(model, config), config)
+        ...     both = combine_peft([f"{folder}/math", f"{folder}/code"], f"{folder}/both", [0.7, -0.3], "cat")
+        ...     load_peft(f"{folder}/both", model)[1].r, both.config.lora_alpha
+        (4, 4)
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}.")
+    if Path(out).resolve() in {Path(path).resolve() for path in paths}:
+        raise ConfigError(f"out: {os.fspath(out)!r} is one of the adapters to combine. Name another folder.")
+    if model is None:
+        in_out = any(has_in_out_linear(Path(path) / CONFIG_FILE) for path in paths)
+        read = [read_bare(Path(path), in_out=in_out) for path in paths]
+    else:
+        read = [load_peft(path, model) for path in paths]
+    sources = [adapters for adapters, _ in read]
+    combined = combine(
+        sources,
+        weights,
+        combination_type,
+        svd_rank=svd_rank,
+        svd_clamp=svd_clamp,
+        density=density,
+        majority_sign_method=majority_sign_method,
+        generator=generator,
+        params=None if model is None else base_params(model),
+    )
+    adapters, config = configured(combined, [config for _, config in read])
+    if model is not None:
+        adapters = _placed(model, adapters, config)
+    adapters = {name: _cast(rule, dtype) for name, rule in adapters.items()}
+    save_peft(out, adapters, config)
+    return CombinedFolders(tuple(sources), adapters, config)
+
+
+def _placed(model: nn.Module, adapters: Adapters, config: LoraConfig) -> dict[str, Rule]:
+    """The rules with the layouts that the model gives to the targets of the configuration, which must be theirs."""
+    targets = select(model, config)
+    if missing := targets.keys() - adapters.keys():
+        raise UnsupportedError(
+            f"the combination has no rule for {', '.join(map(repr, sorted(missing)))}, which its configuration needs: "
+            "the adapters do not train the same kinds of parameters."
+        )
+    found: dict[str, Rule] = {}
+    for name, rule in adapters.items():
+        layout = targets[name].layout if name in targets else None
+        found[name] = replace(rule, layout=layout) if isinstance(rule, LowRank) and layout is not None else rule
+    return found
+
+
+def _cast(rule: Rule, dtype: torch.dtype) -> Rule:
+    """The rule with its factors in that dtype; a parameter that is trained in full keeps its own."""
+    if not isinstance(rule, LowRank):
+        return rule
+    return replace(rule, **{leaf: getattr(rule, leaf).to(dtype) for leaf in rule.leaves})

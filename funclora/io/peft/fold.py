@@ -1,0 +1,47 @@
+"""Adapters whose scaling is 1 and whose ranks are all the same, for readers that know one number for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from funclora._bind.apply import Adapters
+from funclora._config.config import LoraConfig
+from funclora.rules.base import Delta, DoRA, LoRA, Rule
+from funclora.rules.layouts import padded
+
+
+def folded(adapters: Adapters, config: LoraConfig) -> tuple[dict[str, Rule], LoraConfig]:
+    """The same adapters with s multiplied into B, and the configuration that says so.
+
+    vLLM reads r and lora_alpha alone and scales every tensor by α/r; llama.cpp takes α and the rank of each tensor.
+    Both are right if α is r, and the rank of every tensor is r.
+
+    Args:
+        adapters: full name -> rule.
+        config: the configuration of these adapters.
+
+    Returns:
+        Adapters that rewrite every weight as before, up to one rounding of B, and their configuration.
+    """
+    r = max(rule.r for rule in adapters.values() if isinstance(rule, (LoRA, DoRA)))
+    changed = {name: _folded(rule, r) for name, rule in adapters.items()}
+    return changed, config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
+
+
+def _folded(rule: Rule, r: int) -> Rule:
+    if isinstance(rule, (LoRA, DoRA)):
+        of_a, of_b = rule.layout.rank_dims
+        b = padded(_scaled(rule.b, rule.scaling), of_b, r)
+        return replace(rule, a=padded(rule.a, of_a, r), b=b, scaling=1.0)
+    if isinstance(rule, Delta):
+        return replace(rule, value=_scaled(rule.value, rule.scaling), scaling=1.0)
+    return rule
+
+
+def _scaled(value: Tensor, scaling: float | Tensor) -> Tensor:
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    scaled: Tensor = (wide * scaling).to(value.dtype)
+    return scaled

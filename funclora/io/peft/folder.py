@@ -1,0 +1,217 @@
+"""PEFT's adapter folders: `save_peft` and `load_peft`.
+
+A folder means here what it means to PEFT 0.21: what is written is what PEFT computes our outputs from, what is read
+gives PEFT's outputs. Where that cannot be, both refuse.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from funclora._bind.apply import Adapters, named_tensors
+from funclora._config.config import LoraConfig
+from funclora._config.embeddings import Tables
+from funclora._config.targets import named, select
+from funclora._files.atomic import replace_files
+from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
+from funclora.io.peft.config_file import CONFIG_FILE, config_text, read_config
+from funclora.io.peft.consistency import as_wrapped
+from funclora.io.peft.decomposed import on_the_original
+from funclora.io.peft.fold import folded
+from funclora.io.peft.keys import Keys, Wrapped
+from funclora.io.peft.limits import differences, obstacles, obstacles_in_model, obstacles_of_ties
+from funclora.io.peft.rules import Reader, tensors_of
+from funclora.io.peft.tensors import COMPILED, WEIGHTS_FILE, StoredTensors
+from funclora.io.peft.ties import output_layer, tied_as_in_peft
+from funclora.rules.base import Rule
+from funclora.rules.tokens import Tied
+
+
+def save_peft(
+    path: str | os.PathLike[str], adapters: Adapters, config: LoraConfig, *, fold_scaling: bool = False
+) -> None:
+    """Write adapters as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Both files are replaced as a whole, and never one without the other: a process that is killed between the two
+    leaves a folder without configuration, which nobody loads. What is in the folder besides stays.
+
+    The model is not asked for, so a target of the configuration that the adapters lack as a whole goes unnoticed,
+    and so does a module that the model holds under two names. `load_peft` notices both. Rows of a weight that are
+    zero stay zero under DoRA here, and become NaN in PEFT.
+
+    Args:
+        path: the folder; made if it does not exist.
+        adapters: full parameter name -> rule.
+        config: the configuration that the adapters were made with.
+        fold_scaling: write s·B in place of B, and α = r, for readers that know no rsLoRA and no patterns (vLLM,
+            llama.cpp). Lower ranks are filled up with zeros to the highest one. PEFT computes the same from it.
+
+    Raises:
+        ConfigError: adapters and configuration do not agree.
+        ParamsError: the leaves of a rule do not fit each other.
+        UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
+        NonFiniteError: an adapter holds NaN or infinity.
+        OSError: the folder cannot be written, or another process writes it now. What was there is then still there.
+
+    Examples:
+        >>> import tempfile
+        >>> from funclora import init
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, init(model, config), config)
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    config = tied_as_in_peft(config, adapters)
+    wrapped = as_wrapped(adapters, config)
+    if fold_scaling:
+        adapters, config = folded(adapters, config)
+    tensors = tensors_of(adapters, wrapped)
+    # Copies, because a safetensors file cannot hold two views of one tensor.
+    written = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
+    by_module = [w for w in wrapped.values() if not w.by_parameter]
+    fan_in_fan_out = any(w.in_out_linear for w in by_module)
+    text = config_text(config, [w.module for w in by_module], fan_in_fan_out=fan_in_fan_out)
+
+    def write_weights(file: Path) -> None:
+        file.write_bytes(save(written, metadata={"format": "pt"}))  # save_file's files are for their owner alone
+
+    def write_config(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    replace_files(Path(path), {WEIGHTS_FILE: write_weights, CONFIG_FILE: write_config}, together=True)
+
+
+def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
+    """Read a folder that PEFT, or `save_peft`, has written.
+
+    The adapters lie on the devices of their base weights, in float32 where the base is in half precision and in its
+    dtype otherwise, as PEFT keeps them. The model is only read, its weights only compared with those in the file.
+
+    PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here such
+    an adapter comes out relative to the weights as they are (`relative_to_original`), with twice the rank.
+
+    Args:
+        path: the folder.
+        model: the base model that the adapter was trained on.
+
+    Returns:
+        Full parameter name -> rule, and the configuration. Applied to the model they give PEFT's outputs, in training
+        mode up to dropout.
+
+    Raises:
+        FormatError: a file is missing or broken, or the files do not fit each other or the model.
+        TargetError: the configuration does not fit the model.
+        UnsupportedError: the folder needs something that funclora does not have, or that PEFT computes in a way that
+            no rule equals.
+        NonFiniteError: a tensor holds NaN or infinity.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from funclora import init
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> adapters = init(model, config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_peft(folder, adapters, config)
+        ...     loaded, loaded_config = load_peft(folder, model)
+        >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
+        (True, True)
+    """
+    opened = PeftFolder(Path(path), model)
+    adapters = {name: opened.rule(name) for name in opened.targets}
+    opened.refuse_rest(opened.weights, adapters)
+    for message in opened.differences():
+        warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=2)
+    if opened.config.decomposition:
+        return on_the_original(opened.folder / CONFIG_FILE, model, adapters, opened.config)
+    return adapters, opened.config
+
+
+class PeftFolder:
+    """A folder and a model that fit each other; the rules are read one at a time.
+
+    Where the configuration asks for a decomposition, they are relative to the decomposed weights.
+
+    Attributes:
+        folder: the folder.
+        config: its configuration.
+        targets: full parameter name -> what the configuration says of it.
+        weights: full name -> tensor of the model, which may be on the meta device: rules are then on the CPU.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder, self._model = folder, model
+        file = folder / CONFIG_FILE
+        config, self._by_peft = read_config(file, model)
+        self.config = config
+        try:
+            self.targets = targets = select(model, config)
+        except TargetError as error:
+            raise TargetError(f"{file}: {error} {_advice(config, model)}") from error
+        self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        wrapped = {
+            name: Wrapped(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
+            for name, t in targets.items()
+            if t.layout is not None
+        }
+        self._ties = {name: target.to for name, target in targets.items() if target.rule is Tied}
+        wrapped |= {name: output_layer(name, wrapped[to]) for name, to in self._ties.items() if to in wrapped}
+        self._wrapped = [*wrapped.values()]
+        saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
+        reasons = (
+            *obstacles(self._wrapped, saved, config),
+            *obstacles_of_ties({name: targets[to].rule for name, to in self._ties.items()}, self._ties, config),
+            *obstacles_in_model(model, self._wrapped),
+        )
+        for name, why in reasons:
+            raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
+        self._keys = Keys(self._wrapped)
+        table = self.weights.get(f"{Tables.of(model).input}.weight")
+        self._stored = StoredTensors(
+            folder / WEIGHTS_FILE,
+            compiled=any(COMPILED in name for name in self.weights),
+            advice=_advice(config, model),
+            vocabulary=0 if table is None else table.shape[0],
+        )
+        self._reader = Reader(self._stored, self._keys, config, wrapped)
+
+    def rule(self, name: str) -> Rule:
+        """The rule of one of the targets, read from the file at every call."""
+        target, weight = self.targets[name], self.weights[name]
+        if name in self._ties:
+            return self._reader.tied(name, target, self.rule(self._ties[name]), weight)
+        return self._reader.rule(name, target, weight)
+
+    def refuse_rest(self, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
+        """Raise `FormatError` if the file holds something that no target took and that the base weights do not hold.
+
+        Args:
+            weights: full name -> base weight, for every name of the model.
+            adapters: full name -> rule, at least of the parameters that are trained in full.
+        """
+        self._stored.refuse_rest(self._keys, weights, adapters)
+
+    def differences(self) -> Iterator[str]:
+        """What a reader of the folder should know."""
+        yield from self._stored.notes
+        yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)
+
+
+def _advice(config: LoraConfig, model: nn.Module) -> str:
+    """What to do where an adapter does not fit a model."""
+    base = config.base_model_name_or_path
+    which = f"of {reprlib.repr(base)}" if base else "that it was trained on"
+    return f"If the adapter is for another model than this {type(model).__name__}, load it on the one {which}."
+
+
+def _by_parameter(name: str, config: LoraConfig) -> bool:
+    return any(named(name, entry) for entry in config.target_parameters or ())

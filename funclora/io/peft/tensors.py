@@ -1,0 +1,185 @@
+"""The tensors of an `adapter_model.safetensors`, and which of them nobody has asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from funclora._bind.apply import Adapters
+from funclora._files.finite import within
+from funclora._files.safetensors import read_header
+from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
+from funclora.io.peft.foreign_keys import refuse_foreign
+from funclora.io.peft.keys import PREFIX, Keys
+from funclora.rules.base import Full
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Keys as PEFT's modules have them in memory, with the name of the adapter in them, load as well.
+_IN_MEMORY = (
+    (re.compile(r"\.(lora_[AB])\.[^.]+\.weight$"), r".\1.weight"),
+    (re.compile(r"\.(lora_embedding_[AB])\.[^.]+$"), r".\1"),
+    (re.compile(r"\.(lora_magnitude_vector)(\.[^.]+)?\.weight$"), r".\1"),
+    (re.compile(r"\.(lora_B)\.[^.]+\.bias$"), r".\1.bias"),
+    (re.compile(r"\.(token_adapter\.trainable_tokens_delta)\.[^.]+$"), r".\1"),
+)
+# What torch.compile puts around a module.
+COMPILED = "_orig_mod."
+
+
+class StoredTensors:
+    """The tensors of a file, by the keys that PEFT would write.
+
+    Args:
+        file: the file.
+        compiled: the model itself is one that torch.compile has made, and has such names.
+        advice: what to do where the tensors do not fit the model.
+        vocabulary: how many rows the model's table of tokens has; 0 if it has none.
+
+    Attributes:
+        notes: what PEFT would not have read.
+
+    Raises:
+        FormatError: the file is missing or broken, or its keys are not those of an adapter.
+        UnsupportedError: there is a pickle instead.
+    """
+
+    def __init__(self, file: Path, *, compiled: bool = False, advice: str = "", vocabulary: int = 0) -> None:
+        self.file, self._advice, self._vocabulary = file, f" {advice}".rstrip(), vocabulary
+        self._tensors: dict[str, Tensor] = {}
+        self._taken: set[str] = set()
+        read = list(_read(file))
+        refuse_foreign(file, [key for key, _ in read])
+        bare = bool(read) and not any(key.startswith(PREFIX) for key, _ in read)
+        for given, tensor in read:
+            key = PREFIX + given if bare else given
+            if not key.startswith(PREFIX):
+                raise FormatError(
+                    f"{file}: the key {given!r} does not start with {PREFIX!r}, as others do. PEFT would leave it out "
+                    "without a word. Rename the key if you know where it belongs."
+                )
+            key = key if compiled else key.replace(COMPILED, "")
+            for pattern, short in _IN_MEMORY:
+                key = pattern.sub(short, key)
+            if key in self._tensors:
+                raise FormatError(f"{file}: {given!r} is there twice, under another name for the same thing.")
+            if tensor.dtype not in DTYPES:
+                raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected a floating-point one.")
+            self._tensors[key] = tensor
+        self.notes: list[str] = []
+        if bare:
+            self.notes.append(f"no key starts with {PREFIX!r}; they are read as if they did. PEFT would load nothing.")
+        if not compiled and any(COMPILED in key for key, _ in read):
+            self.notes.append(f"keys of a compiled model are read without {COMPILED!r}; PEFT would not load them.")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that were not taken yet, by key."""
+        return {key: tuple(tensor.shape) for key, tensor in self._rest().items()}
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype in which the file holds a tensor that is there."""
+        return self._tensors[key].dtype
+
+    def rows(self, key: str, why: str) -> int:
+        """The length of the first dimension of a tensor that must be there."""
+        shape = self._get(key, why).shape
+        return shape[0] if shape else 0
+
+    def take(self, key: str, shape: Iterable[int], like: Tensor, dtype: torch.dtype, why: str) -> Tensor:
+        """A copy of a tensor that must be there, which then no longer belongs to the rest.
+
+        Args:
+            key: its key.
+            shape: the shape that it must have.
+            like: where to put it: on this tensor's device.
+            dtype: the dtype to give it.
+            why: what it is for, for messages.
+        """
+        tensor = self._get(key, why)
+        if tuple(tensor.shape) != tuple(shape):
+            raise FormatError(
+                f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}."
+                + (self._of_tokens(tensor.shape, [*shape]) or self._advice)
+            )
+        self._taken.add(key)
+        tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
+        if not within(tensor, 1e15) and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
+        return tensor
+
+    def _get(self, key: str, why: str) -> Tensor:
+        if key not in self._tensors:
+            raise FormatError(
+                f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}{self._advice}"
+            )
+        return self._tensors[key]
+
+    def _of_tokens(self, got: Sequence[int], expected: Sequence[int]) -> str:
+        """What to say where only the number of tokens differs; "" where it is something else."""
+        differ = [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]]
+        if len(got) != len(expected) or len(differ) != 1 or differ[0][1] != self._vocabulary:
+            return ""
+        return (
+            f" The model has {differ[0][1]} tokens, and the one that the adapter was trained on had {differ[0][0]}: "
+            f"load that one, or call model.resize_token_embeddings({differ[0][0]}) as was done for the training."
+        )
+
+    def _rest(self) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self._tensors.items() if key not in self._taken}
+
+    def refuse_rest(self, keys: Keys, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
+        """Raise `FormatError` if a tensor that was not taken would mean anything.
+
+        PEFT also writes base weights: tables of adapted embeddings, biases next to modules that are trained in full.
+        It copies them over those of the model, so they must be the same.
+        """
+        rest = self._rest()
+        if not rest:
+            return
+        names = {keys.full(name): name for name in weights}
+        for key, tensor in rest.items():
+            name = names.get(key.replace(".original_module.", "."))
+            if name is not None:
+                same = weights[name]
+            else:  # PEFT 0.21 writes the biases of such modules twice with bias="all"
+                name = names.get(key.replace(".modules_to_save.", "."))
+                rule = adapters.get(name or "")
+                if not isinstance(rule, Full):
+                    raise FormatError(f"{self.file}: unexpected key {key!r}. {_hint(key)}{self._advice}")
+                same = rule.value
+            if same.is_meta or not torch.equal(tensor.to(same.device, same.dtype), same):
+                raise FormatError(
+                    f"{self.file}: {key!r} holds other values than {name!r} has, and PEFT would overwrite it. Load the "
+                    "base weights that the adapter was trained on into the model."
+                )
+
+
+def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
+    if not file.is_file():
+        if (file.parent / _PICKLE_FILE).exists():
+            raise UnsupportedError(
+                f"{file.parent / _PICKLE_FILE} is a pickle, which can run code when it is read. Load it with PEFT if "
+                "you trust it, and save it again with safe_serialization=True."
+            )
+        raise FormatError(f"{file.parent}: there is no {file.name} in this folder.")
+    keys = read_header(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return [(key, tensors.get_tensor(key)) for key in keys]
+    except SafetensorError as error:  # a dtype that torch does not have
+        raise FormatError(f"{file}: a tensor cannot be read: {error}") from error
+
+
+def _hint(key: str) -> str:
+    if key.startswith(2 * PREFIX):
+        return "It comes from an adapter around an adapter; PEFT would not load it."
+    if key.endswith(".lora_magnitude_vector"):
+        return "It belongs to a DoRA adapter, but use_dora is false in the configuration."
+    return "The configuration targets nothing that it belongs to; PEFT would drop it without a word."

@@ -1,0 +1,1 @@
+"""Rules: what an adapter does to one weight."""

@@ -1,0 +1,484 @@
+"""Which torch operations are linear in a lazy weight, and how each is computed from the factors.
+
+`linear_maps` takes an operation to a function that turns its arguments into `(lazy weight, LinearMap)`, or raises
+`UnmappedError` where this call of the operation has no fast form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funclora.rules.layouts import Conv, ConvTranspose, Layout, Matrices
+
+
+class UnmappedError(Exception):
+    """This call of the operation has no fast form."""
+
+
+class Map(ABC):
+    """A torch operation seen as a linear function of one weight (`funclora.rules.base.LinearMap`)."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    backwards: bool = False
+    drops: bool = True  # dropout acts on its input
+    units: int = -1  # the dimension of its input and of its result that the matrix acts on
+
+    @abstractmethod
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor: ...
+
+    @abstractmethod
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor: ...
+
+    @abstractmethod
+    def per_output(self, vector: Tensor) -> Tensor: ...
+
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        return added(y, self.low_rank(a, b, dropout), scaling)
+
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
+        """`s·low_rank` of several updates, each on inputs of its own.
+
+        Args:
+            x: `[groups, rows, *]`: for each group an input of this operation with that many rows in front.
+            a: `[groups, *]`.
+            b: `[groups, *]`.
+            scalings: `[groups]`, or None for 1.
+            dropout: as in `low_rank`.
+
+        Returns:
+            `[groups, rows, *]`.
+        """
+        randomness = "different" if dropout else "error"
+        b = scaled(b, scalings)
+        by_group = torch.func.vmap(lambda x, a, b: self.on(x).low_rank(a, b, dropout), randomness=randomness)
+        out: Tensor = by_group(x, a, b)
+        return out
+
+    def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operation without bias on an input `[rows, *]` of this one."""
+        return self.on(x).dense(weight, bias=False)
+
+    def on(self, x: Tensor) -> Map:
+        """The same operation on another input."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.x = x
+        return new
+
+    def scaled_input(self, factor: Tensor) -> Map:
+        return self.on((self.x * factor).to(self.x.dtype))
+
+    def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        if self.backwards:  # M's inputs are what the operation puts out
+            y, part = self.dense(weight, bias=True), self.dense(value, bias=False)
+            part = part if self.bias is None else part + self.bias[index]
+            return y.index_copy(self.units, index, part.to(y.dtype))
+        kept, others = self.x.index_fill(self.units, index, 0), self.x.index_select(self.units, index)
+        return self.on(kept).dense(weight, bias=True) + self.on(others).dense(value, bias=False)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What the operation does to its result after the linear part."""
+        return y
+
+
+def scaled(x: Tensor, scalings: Tensor | None) -> Tensor:
+    """x `[groups, *]` times a number for each group, in its own dtype."""
+    return x if scalings is None else (x * scalings.reshape(-1, *[1] * (x.dim() - 1))).to(x.dtype)
+
+
+def added(y: Tensor, u: Tensor, scaling: float | Tensor) -> Tensor:
+    """y + s·u, in the wider dtype of the two."""
+    return y + u * scaling if isinstance(scaling, Tensor) else torch.add(y, u, alpha=scaling)
+
+
+def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
+    """The input of the low-rank path: in the adapter's dtype, with dropout."""
+    x = x.to(a.dtype)
+    return F.dropout(x, dropout) if dropout else x
+
+
+# Dtypes in which a sum may be rounded at another place than PEFT rounds it.
+_EXACT = (torch.float32, torch.float64)
+
+
+class LinearMap(Map):
+    """`F.linear(x, W, bias)`, x: `[*, in]`, W: `[out, in]`, or stored transposed and then backwards."""
+
+    def __init__(self, x: Tensor, bias: Tensor | None, *, backwards: bool) -> None:
+        self.x = x
+        self.bias = bias
+        self.backwards = backwards
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return F.linear(self.x, weight, self.bias if bias else None)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        h, second = self._halfway(a, b, dropout)
+        return F.linear(h, second)
+
+    def _halfway(self, a: Tensor, b: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        first, second = (b.mT, a.mT) if self.backwards else (a, b)
+        return F.linear(_input(self.x, a, dropout), first), second
+
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        h, second = self._halfway(a, b, dropout)
+        if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in _EXACT:
+            return added(y, F.linear(h, second), scaling)
+        # The product is added where it is made: one pass over the outputs less, forward and backward.
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
+
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
+        first, second = (b.mT, a) if self.backwards else (a, b.mT)
+        h = first @ _input(x, a, dropout).flatten(1, -2).mT  # in this order, batches of small products are fast
+        y = scaled(h, scalings).mT @ second
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector
+
+
+class MatmulMap(LinearMap):
+    """`x @ W (+ bias)`, x: `[*lead, tokens, in]`, W: `[*lead, in, out]`, or stored as M and then backwards."""
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        if bias and self.bias is not None:
+            return torch.addmm(self.bias, self.x, weight)
+        return self.x @ weight
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        first, second = (b, a) if self.backwards else (a.mT, b.mT)
+        return _input(self.x, a, dropout) @ first @ second
+
+    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        plain = Map if a.dim() > 2 else LinearMap
+        return plain.add_low_rank(self, y, a, b, scaling, dropout)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.unsqueeze(-2) if vector.dim() > 1 else vector
+
+
+class LeftMatmulMap(Map):
+    """`W @ x`, x: `[*lead, in, columns]`, W: `[*lead, out, in]`, or stored transposed and then backwards."""
+
+    units = -2
+
+    def __init__(self, x: Tensor, *, backwards: bool) -> None:
+        self.x = x
+        self.backwards = backwards
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return weight @ self.x
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        first, second = (b.mT, a.mT) if self.backwards else (a, b)
+        return second @ (first @ _input(self.x, a, dropout))
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.unsqueeze(-1)
+
+
+class GroupedMap(Map):
+    """`F.grouped_mm(x, W, offs=offs)`: rows of x sorted by expert, W: `[experts, in, out]`, or backwards."""
+
+    def __init__(self, op: Callable[..., Tensor], x: Tensor, offs: Tensor, *, backwards: bool) -> None:
+        self.op = op
+        self.x = x
+        self.offs = offs
+        self.backwards = backwards
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return self.op(self.x, weight, offs=self.offs)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        # The kernel wants rows of a multiple of 16 bytes: ranks are padded with zeros, which add nothing.
+        missing = -a.shape[-2] % (16 // a.element_size())
+        a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+        first, second = (b, a) if self.backwards else (a.mT, b.mT)
+        x = _input(self.x, a, dropout)
+        return self.op(self.op(x, first, offs=self.offs), second, offs=self.offs)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        rows = torch.arange(self.x.shape[0], device=self.offs.device, dtype=self.offs.dtype)
+        return vector[torch.searchsorted(self.offs, rows, right=True)]
+
+
+class EmbeddingMap(Map):
+    """Rows of a table, `[*ids, dim]`."""
+
+    drops = False  # the input is a one-hot vector: to drop it would drop whole tokens. PEFT does not either
+
+    def __init__(
+        self,
+        ids: Tensor,
+        n_rows: int,
+        padding_idx: int | None,
+        max_norm: float | None,
+        norm_type: float,
+        scale_grad_by_freq: bool,
+    ) -> None:
+        self.x = ids
+        self.n_rows = n_rows
+        self.padding_idx = padding_idx
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return F.embedding(self.x, weight)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        return F.linear(F.embedding(self.x, a.mT), b)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        n = len(index)
+        places = torch.full((self.n_rows,), n, device=index.device)  # n: not among them
+        place = places.index_copy(0, index, torch.arange(n, device=index.device))[self.x]
+        y = self.dense(weight, bias=True)
+        return torch.where((place < n).unsqueeze(-1), F.embedding(place.clamp(max=n - 1), value).to(y.dtype), y)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Renormalisation and the gradient rules of `F.embedding`, on the rows instead of the table."""
+        if self.max_norm is not None:
+            # torch renormalises the table outside of autograd: the value changes, the gradient does not see it.
+            norm = torch.linalg.vector_norm(y.detach(), self.norm_type, dim=-1, keepdim=True)
+            scale = torch.where(norm > self.max_norm, self.max_norm / (norm + 1e-7), 1.0)
+            y = y + (y * scale - y).detach()
+        if self.scale_grad_by_freq:
+            flat = self.x.flatten()
+            counts = torch.zeros(self.n_rows, device=y.device)  # float32: bfloat16 counts to 256
+            counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=counts.dtype))
+            y = y.detach() + (y - y.detach()) / counts[self.x].unsqueeze(-1).to(y.dtype)
+        if self.padding_idx is not None:
+            padding = self.padding_idx % self.n_rows
+            y = torch.where((self.x == padding).unsqueeze(-1), y.detach(), y)
+        return y
+
+
+class ConvMap(Map):
+    """A convolution; `[batch, out, *space]`, the batch dimension may be absent."""
+
+    def __init__(self, conv: Callable[..., Tensor], x: Tensor, bias: Tensor | None, spatial: int,
+                 options: dict[str, Any]) -> None:  # fmt: skip
+        self.conv = conv
+        self.x = x
+        self.bias = bias
+        self.spatial = spatial
+        self.options = options
+
+    @property
+    def groups(self) -> int:
+        groups: int = self.options["groups"]
+        return groups
+
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        return self.conv(self.x, weight, self.bias if bias else None, **self.options)
+
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        h = self.conv(_input(self.x, a, dropout), self.down(a), None, **self.options)
+        return _CONVS[self.spatial](h, b, groups=self.groups)
+
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
+        several = x.shape[1 : -self.spatial - 1]
+        y: Tensor = super().grouped(x.flatten(1, len(several)), a, b, scalings, dropout).unflatten(1, several)
+        return y
+
+    def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        several = x.shape[: -self.spatial - 1]
+        y: Tensor = super().by_rows(x.flatten(0, len(several) - 1), weight).unflatten(0, several)
+        return y
+
+    def down(self, a: Tensor) -> Tensor:
+        """The kernel of the first convolution: every group reads its channels with the same `a`."""
+        return a.repeat(self.groups, *(1 for _ in range(a.dim() - 1))) if self.groups > 1 else a
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        return vector.reshape(*vector.shape, *(1 for _ in range(self.spatial)))
+
+
+class ConvTransposeMap(ConvMap):
+    """A transposed convolution."""
+
+    def down(self, a: Tensor) -> Tensor:
+        return super().down(a.transpose(0, 1))
+
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+H = TypeVar("H")
+# Any: a lazy weight; this module knows it only by its attributes `rule` and `base`.
+Mapped = tuple[Any, Map]
+
+
+def _is_lazy(x: object) -> bool:
+    return hasattr(x, "rule")
+
+
+def _layout(weight: Any, kind: type[Layout]) -> Any:
+    """The layout of the lazy weight's rule, if the operation can be computed with one of that kind."""
+    layout = getattr(weight.rule, "layout", None) if _is_lazy(weight) else None
+    if not isinstance(layout, kind):
+        raise UnmappedError
+    return layout
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Mapped:
+    backwards = _layout(weight, Matrices).transposed
+    if _is_lazy(input) or _is_lazy(bias):
+        raise UnmappedError
+    return weight, LinearMap(input, bias, backwards=backwards)
+
+
+def _matmul(input: Any, other: Any) -> Mapped:
+    if _is_lazy(input):
+        backwards = _layout(input, Matrices).transposed
+        if _is_lazy(other) or other.dim() < 2:
+            raise UnmappedError
+        return input, LeftMatmulMap(other, backwards=backwards)
+    if input.dim() < 2 and _is_lazy(other) and other.base.dim() > 2:
+        raise UnmappedError  # a vector for all experts: the product has no dimension of tokens
+    return other, MatmulMap(input, None, backwards=not _layout(other, Matrices).transposed)
+
+
+def _mm(input: Any, mat2: Any) -> Mapped:
+    return _matmul(input, mat2)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Mapped:
+    if (beta, alpha) != (1, 1) or _is_lazy(input) or _is_lazy(mat1) or input.dim() != 1:
+        raise UnmappedError
+    weight, op = _matmul(mat1, mat2)
+    op.bias = input
+    return weight, op
+
+
+def _grouped_mm(op: Callable[..., Tensor]) -> Callable[..., Mapped]:
+    def as_map(
+        mat_a: Tensor, mat_b: Any, *, offs: Tensor | None = None, bias: None = None, out_dtype: None = None
+    ) -> Mapped:
+        backwards = not _layout(mat_b, Matrices).transposed
+        if _is_lazy(mat_a) or offs is None or mat_a.dim() != 2 or (bias, out_dtype) != (None, None):
+            raise UnmappedError
+        return mat_b, GroupedMap(op, mat_a, offs, backwards=backwards)
+
+    return as_map
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Mapped:
+    if not _layout(weight, Matrices).transposed:
+        raise UnmappedError
+    n_rows = weight.base.shape[0]
+    return weight, EmbeddingMap(input, n_rows, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
+def _conv(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Mapped]:
+    def as_map(
+        input: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Mapped:
+        if _layout(weight, Conv).groups != groups:
+            raise UnmappedError
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return weight, ConvMap(conv, input, bias, spatial, options)
+
+    return as_map
+
+
+def _conv_transpose(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Mapped]:
+    def as_map(
+        input: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Mapped:
+        if _layout(weight, ConvTranspose).groups != groups:
+            raise UnmappedError
+        options = {
+            "stride": stride,
+            "padding": padding,
+            "output_padding": output_padding,
+            "dilation": dilation,
+        }
+        return weight, ConvTransposeMap(conv, input, bias, spatial, options | {"groups": groups})
+
+    return as_map
+
+
+def table(
+    *,
+    linear: H,
+    matmul: H,
+    mm: H,
+    addmm: H,
+    embedding: H,
+    conv: Callable[[Callable[..., Tensor], int], H],
+    conv_transpose: Callable[[Callable[..., Tensor], int], H],
+    grouped_mm: Callable[[Callable[..., Tensor]], H],
+) -> dict[Callable[..., Any], H]:
+    """Every operation that is linear in a weight, with what is done there.
+
+    Args:
+        linear: for `F.linear`, and so on.
+        matmul: for `torch.matmul` and `@`.
+        mm: for `torch.mm` and `torch.bmm`, which name their arguments otherwise.
+        addmm: for `torch.addmm`.
+        embedding: for `F.embedding`.
+        conv: `(F.conv2d, 2)` -> what is done there.
+        conv_transpose: the same for transposed convolutions.
+        grouped_mm: the same for the products of experts.
+    """
+    found: dict[Callable[..., Any], H] = {
+        F.linear: linear,
+        F.embedding: embedding,
+        torch.addmm: addmm,
+        Tensor.addmm: addmm,
+    }
+    found |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
+    found |= dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), mm)
+    for spatial, op in _CONVS.items():
+        found[op] = conv(op, spatial)
+    for spatial, transposed in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1):
+        found[transposed] = conv_transpose(transposed, spatial)
+    for name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
+        for space in (F, torch):
+            if grouped := getattr(space, name, None):
+                found[grouped] = grouped_mm(grouped)
+    return found
+
+
+linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = table(
+    linear=_linear,
+    matmul=_matmul,
+    mm=_mm,
+    addmm=_addmm,
+    embedding=_embedding,
+    conv=_conv,
+    conv_transpose=_conv_transpose,
+    grouped_mm=_grouped_mm,
+)
