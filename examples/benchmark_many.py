@@ -41,7 +41,7 @@ LOOPS = 16  # merged models and vmap are run up to that many members: each merge
 
 @dataclasses.dataclass
 class Cell:
-    """Seconds by round of contenders that took turns, for members × rows of each × tokens."""
+    """ReorderedB by round of contenders that took turns, for members × rows of each × tokens."""
 
     work: str
     size: tuple[int, int, int]

@@ -35,7 +35,7 @@ class Ratio(NamedTuple):
 
 @dataclasses.dataclass
 class Row:
-    """Seconds per round of contenders that took turns."""
+    """ReorderedB per round of contenders that took turns."""
 
     model: str
     r: int

@@ -5,8 +5,9 @@ line starts without torch, and `apply` without the readers and writers of files.
 """
 
 from funclora import algebra, analysis, errors, optim
-from funclora._bind.apply import apply, base_params, bind, trace_targets
+from funclora._bind.apply import apply, bind, trace_targets
 from funclora._bind.merge import merge
+from funclora._bind.params import base_params
 from funclora._bind.summary import summary
 from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
@@ -28,7 +29,10 @@ from funclora.io.merge.verify import MergeVerification
 from funclora.io.peft.cache import AdapterCache, CacheStats
 from funclora.io.peft.combine import CombinedFolders, combine_peft
 from funclora.io.peft.folder import load_peft, save_peft
-from funclora.rules.base import Delta, DoRA, Full, LoRA, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dense import Delta, Full
+from funclora.rules.dora import DoRA
+from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
 
 __all__ = [

@@ -29,7 +29,7 @@ from funclora.errors import (
     TiedWeightsWarning,
     UnsupportedError,
 )
-from funclora.rules.base import LowRank
+from funclora.rules.low_rank import LowRank
 
 # Rules of both kinds, whose leaves the type checker knows nothing of.
 decompose: Any = fl.decompose

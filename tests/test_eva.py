@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import funclora as fl
 from funclora._init.eva import label_mask
-from funclora._torch.pca import IncrementalPca
+from funclora._torch.linalg import IncrementalPca
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 
 # Its rules are LoRA or DoRA, which the type checker does not know.

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from funclora import DoRA, apply, base_params, merge
 from funclora.rules import base as rules
-from funclora.rules.base import Rule, row_norms
+from funclora.rules.base import Rule
+from funclora.rules.dora import output_norms
 from funclora.rules.layouts import Conv1D, Embedding, Layout, Linear
 
 pytestmark = [
@@ -319,7 +320,7 @@ def test_row_norms_of_any_shape_in_blocks_of_any_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules, "NORM_BLOCK", block)
         patch.setattr(rules, "NORM_SHARE", share)
-        norms = row_norms(matrix, a, b, 1.5)
+        norms = output_norms(matrix, a, b, 1.5)
     expected = (matrix.double() + 1.5 * b.double() @ a.double()).square().sum(-1).sqrt()
     torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -330,5 +331,5 @@ def test_row_norms_survive_cancellation(layout: Layout) -> None:
     weight = torch.randn(3, 4, dtype=torch.float64)
     v = 1e-6 * torch.randn(3, 4, dtype=torch.float64)
     a, b = v - weight, torch.eye(3, dtype=torch.float64)
-    norms = row_norms(layout.matrix(weight if isinstance(layout, Linear) else weight.T.contiguous()), a, b, 1.0)
+    norms = output_norms(layout.matrix(weight if isinstance(layout, Linear) else weight.T.contiguous()), a, b, 1.0)
     torch.testing.assert_close(norms, v.square().sum(-1).sqrt(), rtol=1e-8, atol=0)

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, apply, base_params, bind, merge
 from funclora._bind.apply import trace_targets
-from funclora.rules.base import Rule, row_norms
+from funclora.rules.base import Rule
+from funclora.rules.dora import output_norms
 from funclora.rules.layouts import Conv, Conv1D, ConvTranspose, Linear
 
 pytestmark = [
@@ -323,7 +324,7 @@ def test_a_fresh_adapter_is_the_base_model(case: Case, kind: str, dtype: torch.d
         adapters[name] = replace(rule, b=zero)
         if kind == "dora":
             a, b = layout.factors(torch.zeros_like(rule.a), zero)
-            norms = row_norms(layout.matrix(s.params[name]), a, b, 0.0)
+            norms = output_norms(layout.matrix(s.params[name]), a, b, 0.0)
             adapters[name] = DoRA(rule.a, zero, norms, scaling=SCALING, layout=layout)
     with torch.no_grad(), plain_attention():
         output, base = apply(s.model, s.params, adapters, *s.args, **s.kwargs), dense_call(s, s.params)

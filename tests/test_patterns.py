@@ -38,7 +38,7 @@ PATTERNS: st.SearchStrategy[str] = st.recursive(
 @given(PATTERNS, st.text("ab.0 _\n", min_size=1, max_size=6))
 def test_the_answers_are_those_of_python(pattern: str, name: str) -> None:
     tree = _patterns._parsed(pattern)
-    found = len(name) in _patterns._Places(name).after(tree, 0)
+    found = len(name) in _patterns._Matcher(name).after(tree, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert found == (re.fullmatch(pattern, name) is not None)

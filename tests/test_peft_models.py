@@ -163,7 +163,7 @@ def fields_of(family: Family) -> dict[str, dict[str, Any]]:
 
 
 WITHOUT_BIASES = ("llama", "mixtral", "t5")  # they have none at all
-ALONE = [
+WHOLE_TENSOR = [
     (name, what) for name, family in FAMILIES.items() for what in fields_of(family)
     if not (what == "bias" and name in WITHOUT_BIASES)
 ]  # fmt: skip
@@ -200,7 +200,7 @@ def agrees(row: Row, folder: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
     return model, wrapped, adapters
 
 
-@pytest.mark.parametrize(("name", "what"), ALONE, ids=str)
+@pytest.mark.parametrize(("name", "what"), WHOLE_TENSOR, ids=str)
 def test_each_field_alone(name: str, what: str, tmp_path: Path) -> None:
     agrees(row_of(name, fields_of(FAMILIES[name])[what]), tmp_path)
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from funclora import Full, LoraConfig, apply, base_params, bind, init, merge, route, stack
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.rules.base import row_norms_of_many
+from funclora.rules.dora import output_norms_of_many
 from funclora.rules.layouts import Linear
 
 optree: Any = _optree
@@ -483,7 +483,7 @@ def test_the_norms_of_many_members_keep_their_digits(left: float, weight: str) -
     b[1] = torch.randn(40, 24, generator=g)
     s = torch.tensor([1.0, 0.5, 1.0])
     dense = matrix.double() + s.double()[:, None, None] * (b.double() @ a.double())
-    found = row_norms_of_many(matrix, a, b, s)
+    found = output_norms_of_many(matrix, a, b, s)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), dense.norm(dim=-1), rtol=1e-5, atol=0)
 
@@ -491,7 +491,7 @@ def test_the_norms_of_many_members_keep_their_digits(left: float, weight: str) -
 def test_rows_that_cancel_are_zero_as_they_are_alone() -> None:
     matrix, eye = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]), torch.eye(2)[None]
     b = -matrix[None] * torch.tensor([1.0, 0.0, 0.5])[:, None]
-    found = row_norms_of_many(matrix, eye, b, torch.ones(1))
+    found = output_norms_of_many(matrix, eye, b, torch.ones(1))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 1.25**0.5]]))
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from funclora._bind.checks import refuse_unbindable
 from funclora.errors import UnsupportedError
 
 M = TypeVar("M", bound=nn.Module)
-Things = dict[int, Any]  # id of an original -> its replacement
+Replacements = dict[int, Any]  # id of an original -> its replacement
 
 # The attributes that nn.Module itself sets, before all others: registries, which are rebuilt, and other containers
 # (of hooks), which are empty most of the time.
@@ -70,40 +71,13 @@ def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tens
     return _Cloner(tensor).clone(model)
 
 
-def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:
-    """Raise `UnsupportedError` if a module runs other weights than those registered in it.
-
-    Args:
-        module: the module, without its children.
-        prefix: its full name with a dot at the end, "" for the model itself, None outside of the tree.
-    """
-    name = repr((prefix or "").rstrip(".") or "the model")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(
-            f"{name} is a ScriptModule, whose weights cannot be bound without changing it. "
-            "Pass the Python module that it was scripted from."
-        )
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        kind = type(module).__name__
-        raise UnsupportedError(
-            f"{name} is a {kind}, which copies its weights to other devices or averages gradients of its own "
-            f"parameters, not of adapters. Pass the module that it wraps ({kind}.module), without the prefix "
-            "'module.' in the names of params and adapters."
-        )
-    if getattr(module, "_is_replica", False):
-        raise UnsupportedError(
-            f"{name} is a replica that nn.DataParallel made, and has no parameters of its own. Pass the module that "
-            "was replicated, with params and adapters moved to the device."
-        )
-
-
 class _Cloner:
     def __init__(self, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> None:
         self.tensor = tensor
         self.kinds: set[type] = set()  # classes of modules that can be bound
-        self.made: list[tuple[_Scope, dict[str, Any], list[str]]] = []  # attributes of a copy, and which to rewire
-        self.nodes: Things = {}  # modules and tensors
-        self.things: Things = {}  # everything else
+        self.made: list[tuple[_Rewirer, dict[str, Any], list[str]]] = []  # attributes of a copy, and which to rewire
+        self.nodes: Replacements = {}  # modules and tensors
+        self.replacements: Replacements = {}  # everything else
         self.keep: list[Any] = []  # originals, so that no id is reused
 
     def clone(self, model: M) -> M:
@@ -131,9 +105,9 @@ class _Cloner:
         object.__setattr__(new, "__dict__", attributes)
         attributes.pop("_compiled_call_impl", None)  # compiled for the original: the copy runs eagerly
         # The copies of a module under several names see weights of their own, so nothing of theirs is shared.
-        things = {} if id(module) in self.nodes else self.things
+        replacements = {} if id(module) in self.nodes else self.replacements
         self.nodes.setdefault(id(module), new)
-        own: Things = {}
+        own: Replacements = {}
         for registry, is_buffer in (("_parameters", False), ("_buffers", True)):
             copies: dict[str, Tensor | None] = {}
             for name, value in attributes[registry].items():
@@ -155,7 +129,7 @@ class _Cloner:
             names.remove("_flat_weights")
         names = [name for name in names if type(attributes[name]) not in _ATOMIC and name not in _REGISTRIES]
         if names:
-            self.made.append((_Scope(self, own, things), attributes, names))
+            self.made.append((_Rewirer(self, own, replacements), attributes, names))
         children = attributes["_modules"] = attributes["_modules"].copy()
         for name, child in children.items():
             if child is not None:
@@ -172,13 +146,13 @@ class _Cloner:
         return self.nodes.get(id(value), new) if is_buffer else new
 
 
-class _Scope:
+class _Rewirer:
     """Replaces what the attributes of one module refer to."""
 
-    def __init__(self, cloner: _Cloner, own: Things, things: Things) -> None:
+    def __init__(self, cloner: _Cloner, own: Replacements, replacements: Replacements) -> None:
         self.cloner = cloner
         self.own = own  # the module's own tensors
-        self.things = things
+        self.replacements = replacements
 
     def replaced(self, value: Any, depth: int = _OBJECT_DEPTH) -> Any:
         """The value with every module and tensor of the tree replaced; the value itself if there is none."""
@@ -186,7 +160,7 @@ class _Scope:
         if kind in _ATOMIC:
             return value
         key = id(value)
-        for known in (self.own, self.cloner.nodes, self.things):
+        for known in (self.own, self.cloner.nodes, self.replacements):
             if key in known:
                 return known[key]
         if kind not in _WEAK:  # proxies have their referent's class
@@ -226,7 +200,7 @@ class _Scope:
         )
 
     def _remember(self, value: Any, new: Any) -> None:
-        self.things[id(value)] = new
+        self.replacements[id(value)] = new
         self.cloner.keep.append(value)
 
     def _container(self, value: Any, depth: int) -> Any:
@@ -284,9 +258,9 @@ class _Scope:
     def _function(self, value: types.FunctionType, depth: int) -> types.FunctionType:
         cells = []
         for cell in value.__closure__ or ():
-            if id(cell) not in self.things:  # functions that share a variable go on sharing it
+            if id(cell) not in self.replacements:  # functions that share a variable go on sharing it
                 self._remember(cell, types.CellType())
-            cells.append(self.things[id(cell)])
+            cells.append(self.replacements[id(cell)])
         new = types.FunctionType(
             value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells) or None
         )

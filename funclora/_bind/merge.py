@@ -7,10 +7,11 @@ import warnings
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import Adapters, Params, check_adapters
+from funclora._bind.checks import check_adapters
 from funclora._quant.tensor import Quantized
 from funclora._torch.memory import place_of
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
+from funclora.rules.base import Adapters, Params
 from funclora.rules.tokens import Tied, untied
 
 

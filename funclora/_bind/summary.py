@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch.utils import _pytree as pytree
 
-from funclora._bind.apply import Adapters, Params, check_adapters
-from funclora.rules.base import LowRank
+from funclora._bind.checks import check_adapters
+from funclora.rules.base import Adapters, Params
+from funclora.rules.low_rank import LowRank
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from funclora._bind.apply import named_tensors
+from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora.errors import TargetError, near
-from funclora.rules.base import DoRA, Full
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
 from funclora.rules.tokens import Tied, TrainableTokens
 
 
 @dataclass(frozen=True)
-class Tables:
+class TiedEmbeddings:
     """The input embeddings of a model, and the modules that share their weight.
 
     Attributes:
@@ -28,7 +29,7 @@ class Tables:
     tied: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Tables:
+    def of(cls, model: nn.Module) -> TiedEmbeddings:
         """Those of a model.
 
         Weights that are shared without `config.tie_word_embeddings` do not count as tied: to PEFT they are not.
@@ -53,7 +54,7 @@ class Tables:
 
 
 def tied_targets(
-    config: LoraConfig, tables: Tables, found: Mapping[str, Target], parameters: Mapping[str, Sequence[str]]
+    config: LoraConfig, tables: TiedEmbeddings, found: Mapping[str, Target], parameters: Mapping[str, Sequence[str]]
 ) -> dict[str, Target]:
     """What `ensure_weight_tying` lets follow the rule of the input embeddings.
 
@@ -89,7 +90,7 @@ def tied_targets(
 
 
 def token_targets(
-    config: LoraConfig, tables: Tables, modules: Mapping[str, nn.Module], found: Mapping[str, Target]
+    config: LoraConfig, tables: TiedEmbeddings, modules: Mapping[str, nn.Module], found: Mapping[str, Target]
 ) -> dict[str, Target]:
     """The rows of `trainable_token_indices`, and what follows them: all that the model ties to the table.
 
@@ -123,7 +124,7 @@ def token_targets(
     return targets
 
 
-def _rows(config: LoraConfig, tables: Tables, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def _rows(config: LoraConfig, tables: TiedEmbeddings, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """The tokens of `trainable_token_indices` by the full names of the modules that hold them."""
     found: dict[str, tuple[int, ...]] = {}
     for key, ids in config.tokens.items():

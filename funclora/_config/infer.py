@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig
-from funclora._config.targets import named
+from funclora._config.covers import covers
+from funclora._config.names import named
 from funclora.errors import ConfigError, PeftFormatWarning
-from funclora.io.peft.consistency import covers
-from funclora.rules.base import DoRA, LowRank, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Conv1D, Linear
+from funclora.rules.low_rank import LowRank
 
 # The fields that decide on modules.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

@@ -43,7 +43,7 @@ def matches(pattern: str, name: str) -> bool:
     if tree.state.flags & ~re.UNICODE.value:
         raise _slow(pattern)
     try:
-        return len(name) in _Places(name).after(tree, 0)
+        return len(name) in _Matcher(name).after(tree, 0)
     except NotImplementedError as error:
         raise _slow(pattern) from error
 
@@ -106,7 +106,7 @@ def _branches(parts: Iterable[Any]) -> bool:
     )  # fmt: skip
 
 
-class _Places:
+class _Matcher:
     """Where parts of an expression can end in a name."""
 
     def __init__(self, name: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from funclora.rules.base import Full, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dense import Full
 from funclora.rules.layouts import Layout
 
 

@@ -2,67 +2,32 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from funclora._bind.apply import named_tensors
-from funclora._config.config import LAYER, LoraConfig, pattern_matches
-from funclora._config.embeddings import Tables, tied_targets, token_targets
+from funclora._bind.params import named_tensors
+from funclora._config.config import LoraConfig, pattern_matches
+from funclora._config.embeddings import TiedEmbeddings, tied_targets, token_targets
+from funclora._config.layers import SUPPORTED, is_hf_conv1d, weights_of
+from funclora._config.names import _suffixes, inside, layer_of, named
 from funclora._config.regex import matches
 from funclora._config.target import Target
 from funclora.errors import ParamsError, TargetError, near
 from funclora.rules import layouts as _layout
-from funclora.rules.base import Delta, DoRA, LoRA, refuse_low_rank
+from funclora.rules.dense import Delta
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Layout
+from funclora.rules.low_rank import LoRA, refuse_low_rank
 from funclora.rules.tokens import Tied
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONV_TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-SUPPORTED = (
-    "nn.Linear, nn.Embedding, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, "
-    "nn.RNN/LSTM/GRU, transformers' Conv1D"
-)
 # The heads that PEFT trains in full for a task type, where the model has them.
 _HEADS = {
     "SEQ_CLS": ("score", "classifier"),
     "TOKEN_CLS": ("score", "classifier"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-
-def weights_of(module: nn.Module) -> dict[str, Layout] | None:
-    """The weights of a module that can carry a low-rank update, name -> layout; None for unsupported kinds."""
-    if isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights: dict[str, Layout] = {
-            name: _layout.Attention() for name in names if module._parameters.get(name) is not None
-        }
-        return weights | {"out_proj.weight": _layout.Attention()}
-    if isinstance(module, nn.RNNBase):
-        return {name: _layout.Recurrent() for name in module._parameters if name.startswith("weight")}
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return {"weight": _layout.Attention()}  # the output projection of nn.MultiheadAttention
-    if isinstance(module, nn.Linear):
-        return {"weight": _layout.Linear()}
-    if isinstance(module, nn.Embedding):
-        return {"weight": _layout.Embedding(max_norm=module.max_norm is not None)}
-    if isinstance(module, _CONVS):
-        dilated = any(d != 1 for d in module.dilation)
-        return {"weight": _layout.Conv(module.groups, dilated, module.padding_mode)}
-    if isinstance(module, _CONV_TRANSPOSES):
-        return {"weight": _layout.ConvTranspose(module.groups)}
-    if is_hf_conv1d(module):
-        return {"weight": _layout.Conv1D()}
-    return None
-
-
-def is_hf_conv1d(module: nn.Module) -> bool:
-    """True for transformers' `Conv1D`, without importing transformers."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
 
 
 def select(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
@@ -88,7 +53,7 @@ class _Selection:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         self.parameters = {name for name in self.tensors if self._is_parameter(name)}
-        self.tables = Tables.of(model)
+        self.tables = TiedEmbeddings.of(model)
         if config.ensure_weight_tying and not self.tables.tied:
             raise TargetError(
                 f"ensure_weight_tying: {type(model).__name__} ties no weight to its input embeddings, or its "
@@ -337,26 +302,3 @@ class _Selection:
                 )
             found[bias] = Target(owner, None, target.r, target.scaling, Delta)
         return found
-
-
-def layer_of(config: LoraConfig, name: str) -> int | None:
-    """The index of the layer that a module lies in, as `layers_to_transform` counts them."""
-    patterns = [LAYER.format(p) for p in config.layers_pattern or ()]
-    patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
-    return int(found["idx"]) if found else None
-
-
-def named(name: str, entry: str) -> bool:
-    """PEFT's rule for entries of lists: the full name, or its last components."""
-    return name == entry or name.endswith(f".{entry}")
-
-
-def inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
-
-
-def _suffixes(names: Iterable[str]) -> list[str]:
-    """Last components first, then full names: what a user is likely to have meant."""
-    listed = [n for n in names if n]
-    return [*dict.fromkeys(n.rpartition(".")[2] for n in listed), *listed]

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Generator, Tensor, nn
 
-from funclora._bind.apply import Params, base_params
 from funclora._bind.merge import merge
+from funclora._bind.params import base_params
 from funclora._config.config import DECOMPOSITIONS, LoraConfig
 from funclora._init.fresh import draw_root, generator_of, init
 from funclora._quant.quantize import quantize as quantize_params
@@ -18,7 +18,8 @@ from funclora._quant.tensor import Quantized, plain_weight
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.algebra._terms import positive
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
-from funclora.rules.base import LoRA, LowRank, Rule
+from funclora.rules.base import Params, Rule
+from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied
 
 Quantize = Callable[[Tensor], Tensor]

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from funclora._bind.apply import Params, base_params, bind, unwritten
+from funclora._bind.apply import bind
+from funclora._bind.checks import unwritten
+from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
-from funclora._config.targets import named
+from funclora._config.names import named
 from funclora._init.eva_inputs import Inputs, Mask
 from funclora._init.fresh import draw_root, init
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
-from funclora.rules.base import LowRank, Rule
+from funclora.rules.base import Params, Rule
+from funclora.rules.low_rank import LowRank
 
 Forward = Callable[[nn.Module, Any], Any]
 

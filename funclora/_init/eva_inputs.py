@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from funclora._init.fresh import generator_of
-from funclora._torch.pca import IncrementalPca
+from funclora._torch.linalg import IncrementalPca
 from funclora._torch.pytree import pytree_node
 from funclora.errors import NonFiniteError, ParamsError, UnsupportedError
 from funclora.rules import linear_ops as _maps
-from funclora.rules.base import LinearMap, LowRank, Rule
+from funclora.rules.base import Rule
+from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Conv1D, Layout, Linear
+from funclora.rules.low_rank import LowRank
 
 Mask = Callable[[Any], Tensor | None]
 
@@ -156,8 +158,8 @@ class _Watched(Rule):
     def dense(self, weight: Tensor) -> Tensor:
         raise UnsupportedError(f"{self.name!r} is not only used as a linear layer, so that EVA cannot see its inputs.")
 
-    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
-        if not isinstance(op, _maps.LinearMap) or op.backwards:
+    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        if not isinstance(op, _maps.LinearLayerOp) or op.backwards:
             return self.dense(weight)
         self.see(self.name, op.x)
         return op.dense(weight, bias=True)

@@ -8,13 +8,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params, base_params
+from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora._config.targets import select
 from funclora.errors import ConfigError, ParamsError, near
-from funclora.rules.base import Delta, DoRA, Full, LoRA, Rule, refuse_full, weight_norms
+from funclora.rules.base import Params, Rule
+from funclora.rules.dense import Delta, Full, refuse_full
+from funclora.rules.dora import DoRA, weight_norms
 from funclora.rules.layouts import Embedding
+from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig
 from funclora.algebra._sums import concatenated
 from funclora.algebra._terms import Term, gather
 from funclora.errors import ConfigError, ParamsError, UnsupportedError
-from funclora.rules.base import LoRA, LowRank, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.low_rank import LoRA, LowRank
 
 
 def relative_to_original(

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funclora._lazy.dispatch import linear_ops
 from funclora._tracking.propagation import Place, is_elementwise
-from funclora._tracking.routed import ALONE, Prepared, Routed, lost, member, spread
+from funclora._tracking.routed import WHOLE_TENSOR, Prepared, Routed, lost, member, spread
 from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
-from funclora.rules.linear_ops import linear_maps
 
 
 def differs_by_row(x: Any) -> bool:
@@ -43,7 +43,7 @@ def operate_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
                 y = _fitted(y, scale, _AFFINE[func].channels_first, torch.mul)
             return y if shift is None else _fitted(y, shift, _AFFINE[func].channels_first, torch.add)
     for x in (*args, *kwargs.values()):
-        if differs_by_row(x) and x.rule.layout is None and func in linear_maps:
+        if differs_by_row(x) and x.rule.layout is None and func in linear_ops:
             return _replaced(func, args, kwargs, x)
     like = next((x for x in args if isinstance(x, RowTensor)), None)
     if like is None or not is_elementwise(func) or (differs_by_row(args[0]) and func.__name__.endswith("_")):
@@ -68,7 +68,7 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     y: Tensor = operation(base if updating is None else lazy.like(base, updating))
     out, place = rows_of(y)
     if rule.n == 1:
-        place = ALONE
+        place = WHOLE_TENSOR
     if not isinstance(place, Place):
         raise lost(place, f"{lazy.target!r} differs by row and is read")
     rows = rows_first(out, place, rule.n)
@@ -80,7 +80,7 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         for j in range(len(getattr(several, several.leaves[0]))):
             one = member(several, j)
             value = lazy.like(base, one)
-            if one.dense_is_free:
+            if one.bind_dense:
                 value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
             if part.rows is None:
                 change = operation(value) - operation(base)

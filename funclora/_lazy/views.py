@@ -1,7 +1,7 @@
 """Views of a lazy weight that are lazy weights themselves: transposes, slices of experts, slices of rows.
 
 `views` takes an operation to a function of its arguments that gives a lazy weight (or a list of them), or raises
-`UnmappedError` where this call of the operation has no such form. `inlined` takes functions that torch wrote in
+`NoFormError` where this call of the operation has no such form. `inlined` takes functions that torch wrote in
 Python, from linear operations, to copies that run their body on lazy weights.
 """
 
@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funclora._tracking.tensor import undispatched
+from funclora._torch.functions import NoFormError, undispatched
 from funclora.rules.layouts import Matrices
-from funclora.rules.linear_ops import UnmappedError
 
 # Any: a lazy weight; this module knows it only by `rule`, `base` and `like`.
 
@@ -24,7 +23,7 @@ from funclora.rules.linear_ops import UnmappedError
 def _rule(lazy: Any) -> Any:
     rule = getattr(lazy, "rule", None)
     if not isinstance(getattr(rule, "layout", None), Matrices) or not hasattr(rule, "flipped"):
-        raise UnmappedError
+        raise NoFormError
     return rule
 
 
@@ -35,14 +34,14 @@ def _transposed(lazy: Any) -> Any:
 
 def _transpose_2d(lazy: Any) -> Any:
     if lazy.base.dim() != 2:
-        raise UnmappedError
+        raise NoFormError
     return _transposed(lazy)
 
 
 def _transpose(lazy: Any, dim0: int, dim1: int) -> Any:
     n = lazy.base.dim()
     if {dim0 % n, dim1 % n} != {n - 1, n - 2}:
-        raise UnmappedError
+        raise NoFormError
     return _transposed(lazy)
 
 
@@ -50,14 +49,14 @@ def _permute(lazy: Any, *dims: Any) -> Any:
     order = [d % lazy.base.dim() for d in (dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims)]
     n = len(order)
     if order != [*range(n - 2), n - 1, n - 2]:
-        raise UnmappedError
+        raise NoFormError
     return _transposed(lazy)
 
 
 def _getitem(lazy: Any, index: Any) -> Any:
     rule = _rule(lazy)
     if lazy.base.dim() < 3 or not (isinstance(index, (int, slice)) or _counts(index, lazy.base.dim() - 2)):
-        raise UnmappedError
+        raise NoFormError
     return lazy.like(lazy.base[index], rule.select(index))
 
 
@@ -70,7 +69,7 @@ def _narrow(lazy: Any, dim: int, start: int, length: int) -> Any:
     rule = _rule(lazy)
     rows = -1 if rule.layout.transposed else -2
     if dim % lazy.base.dim() != rows % lazy.base.dim():
-        raise UnmappedError
+        raise NoFormError
     return lazy.like(lazy.base.narrow(dim, start, length), rule.rows(start, length))
 
 
@@ -93,7 +92,7 @@ def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
     if hasattr(x, "rule"):
         like = x.base.new_empty(0).to(*args, **kwargs)
         if (like.dtype, like.device) != (x.base.dtype, x.base.device) or kwargs.get("copy"):
-            raise UnmappedError
+            raise NoFormError
         return x
     return x.to(*(getattr(arg, "base", arg) for arg in args), **kwargs)
 

@@ -2,7 +2,7 @@
 
 `LazyWeight` sits where a module keeps its parameter. It knows the base weight and a rule. An operation that is
 linear in the weight (`F.linear`, convolutions, embedding lookups, matrix products) is handed to the rule as a
-`LinearMap`; any other operation gets the dense rewritten weight, so that every module stays correct.
+`LinearOp`; any other operation gets the dense rewritten weight, so that every module stays correct.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from funclora._lazy.dispatch import linear_ops
 from funclora._lazy.parameters import differs_by_row, operate_by_row
 from funclora._lazy.views import inlined, views
 from funclora._quant.tensor import held
-from funclora._torch.functions import LIKE, METADATA, carrier
-from funclora._tracking.tensor import written
+from funclora._torch.functions import LIKE, METADATA, NoFormError, carrier, written
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 from funclora.rules.base import Rule
-from funclora.rules.linear_ops import UnmappedError, linear_maps
 
-Carriers = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
+Placeholders = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
 
 class LazyWeight(torch.Tensor):
@@ -50,7 +49,7 @@ class LazyWeight(torch.Tensor):
 
     @staticmethod
     def of(
-        name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None, carriers: Carriers
+        name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None, carriers: Placeholders
     ) -> LazyWeight:
         """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`.
 
@@ -80,7 +79,7 @@ class LazyWeight(torch.Tensor):
         """The rewritten weight in the base's dtype, nobody else's tensor."""
         if self.rule.dropout_p and self.training():
             raise UnsupportedError(f"{self.target!r}: dropout {self.rule.dropout_p} cannot act on the dense weight.")
-        return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.dense_is_free)
+        return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.bind_dense)
 
     def training(self) -> bool:
         """Whether the owner is in training mode, or was when this was last asked, should it be gone by now."""
@@ -111,11 +110,11 @@ class LazyWeight(torch.Tensor):
             return requires_grad(args[0].base) or requires_grad(args[0].rule)
         mapped = None
         try:
-            if func in linear_maps:
-                mapped = linear_maps[func](*args, **kwargs)
+            if func in linear_ops:
+                mapped = linear_ops[func](*args, **kwargs)
             elif func in views:
                 return views[func](*args, **kwargs)
-        except (UnmappedError, TypeError):  # no fast form, or arguments that it does not know: torch shall say
+        except (NoFormError, TypeError):  # no fast form, or arguments that it does not know: torch shall say
             mapped = None
         if mapped is not None:
             lazy, op = mapped
@@ -169,13 +168,13 @@ def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
                 f"{x.target!r} is another weight for every row of the batch, and {operation} has no such form. Leave "
                 "the target out, use funclora.vmap over the stack, or call the model once for each member."
             )
-        x.used("fast" if x.rule.dense_is_free else "dense")
+        x.used("fast" if x.rule.bind_dense else "dense")
         if x.rule.dropout_p and x.training():
             raise UnsupportedError(
                 f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
                 "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
             )
-        if not x.rule.dense_is_free:
+        if not x.rule.bind_dense:
             message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
             if is_strict():
                 raise DenseFallbackError(message)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funclora._many.stack import Cohort, Stack
-from funclora._tracking.routed import Part, Parts, Routed, Rows
+from funclora._many.stack import Group, Stack
+from funclora._tracking.routed import RoutedGroup, RoutedGroups, Routed, Assignment
 from funclora.errors import ConfigError
-from funclora.rules.base import LowRank, Rule
+from funclora.rules.base import Rule
 from funclora.rules.layouts import padded
+from funclora.rules.low_rank import LowRank
 from funclora.rules.tokens import untied
 
 # Members whose numbers of rows, or ranks, differ by no more than this factor are padded to the larger.
@@ -94,7 +95,7 @@ def route(
 def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
     """The members in an order in which those that `route` computes together follow each other."""
 
-    def kind(cohort: Cohort[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    def kind(cohort: Group[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
         rules = sorted(cohort.tree().items())
         return [(type(rule).__name__, name, getattr(rule, rule.leaves[0]).shape[1:]) for name, rule in rules]
 
@@ -104,8 +105,8 @@ def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
 def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[str, Rule]:
     """A copy of its adapter for every row."""
     n = ids.shape[0]
-    rows = Rows(n, 1, None, None)
-    found: dict[str, list[tuple[Rule, Part]]] = {}
+    rows = Assignment(n, 1, None, None)
+    found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
     for cohort in stack.cohorts:
         device = cohort.values[0].device
         place = torch.full((len(stack) + 1,), len(cohort.members), device=device)  # the last entry is that of -1
@@ -117,9 +118,9 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
         for name, rule in untied(tree).items():
             leaf = getattr(rule, rule.leaves[0])
             scalings = _numbers([*(cohort.scalings().get(name) or [1.0] * len(cohort.members)), 1.0], leaf)[index]
-            found.setdefault(name, []).append((rule, Part(scalings, rows, None, present)))
+            found.setdefault(name, []).append((rule, RoutedGroup(scalings, rows, None, present)))
     return {
-        name: Routed(tuple(rule for rule, _ in some), Parts(part for _, part in some), n, repeats)
+        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(part for _, part in some), n, repeats)
         for name, some in found.items()
     }
 
@@ -152,7 +153,7 @@ def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
     return [sorted(group, key=order.__getitem__) for group in groups]
 
 
-def _members(cohort: Cohort[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
+def _members(cohort: Group[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
     """Some members of a cohort as one tree."""
     if ks == list(range(len(cohort.members))):
         return cohort.tree()
@@ -165,7 +166,7 @@ Found = tuple[Rule, list[float], list[list[int]]]
 
 
 def _merged(parts: list[Found]) -> list[Found]:
-    """Parts that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
+    """RoutedGroups that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
     kinds: dict[Any, list[Found]] = {}
     for part in parts:
         rule = part[0]
@@ -210,9 +211,9 @@ def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> 
         leaf = getattr(rule, rule.leaves[0])
         key = tuple(map(tuple, rows)), leaf.device
         if key not in known:
-            known[key] = Rows.of(rows, n, leaf.device)
-        described.append(Part(_numbers(scalings, leaf), known[key]))
-    return Routed(tuple(rule for rule, _, _ in parts), Parts(described), n, repeats)
+            known[key] = Assignment.of(rows, n, leaf.device)
+        described.append(RoutedGroup(_numbers(scalings, leaf), known[key]))
+    return Routed(tuple(rule for rule, _, _ in parts), RoutedGroups(described), n, repeats)
 
 
 def _numbers(scalings: list[float], leaf: Tensor) -> Tensor:
@@ -223,14 +224,14 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
     if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[1] != len(stack):
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ConfigError(f"route: weights: expected a tensor [n_rows, {len(stack)}], one column a member, got {got}.")
-    found: dict[str, list[tuple[Rule, Part]]] = {}
+    found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
     for cohort in stack.cohorts:
         some = weights[:, torch.tensor(cohort.members, device=weights.device)]
         for name, rule in untied(cohort.tree()).items():
             scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
-            part = Part(_numbers(scalings, getattr(rule, rule.leaves[0])), None, some)
+            part = RoutedGroup(_numbers(scalings, getattr(rule, rule.leaves[0])), None, some)
             found.setdefault(name, []).append((rule, part))
     return {
-        name: Routed(tuple(rule for rule, _ in some), Parts(part for _, part in some), len(weights), repeats)
+        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(part for _, part in some), len(weights), repeats)
         for name, some in found.items()
     }

@@ -1,7 +1,7 @@
 """Many values as one: `stack`, and functions mapped over the members.
 
 The members of a stack may differ in everything: ranks, scalings, targets, methods. Those of one structure form a
-`Cohort`, whose leaves have a leading dimension of members; nothing is padded, so a member that is taken out again is
+`Group`, whose leaves have a leading dimension of members; nothing is padded, so a member that is taken out again is
 the one that went in. A stack is a pytree of those leaves: optimizers and gradients take it as it is.
 """
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ConfigError, ParamsError
-from funclora.rules.base import LowRank, Rule
+from funclora.rules.base import Rule
+from funclora.rules.low_rank import LowRank
 from funclora.rules.tokens import untied
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Specs:
+class TreeSpecs:
     """The members' own trees, with all that is no tensor."""
 
     each: tuple[Any, ...]
@@ -42,7 +43,7 @@ class Specs:
 
 @pytree_node
 @dataclass(frozen=True, eq=False)
-class Cohort(Generic[T]):
+class Group(Generic[T]):
     """Members of one structure.
 
     Attributes:
@@ -52,7 +53,7 @@ class Cohort(Generic[T]):
     """
 
     values: tuple[Tensor, ...]
-    specs: Specs
+    specs: TreeSpecs
     members: tuple[int, ...]
 
     leaves: ClassVar[tuple[str, ...]] = ("values",)
@@ -91,7 +92,7 @@ class Stack(Generic[T]):
         (3, 2, Stack of 1)
     """
 
-    cohorts: tuple[Cohort[T], ...]
+    cohorts: tuple[Group[T], ...]
 
     leaves: ClassVar[tuple[str, ...]] = ("cohorts",)
 
@@ -117,7 +118,7 @@ class Stack(Generic[T]):
         cohort, k = self._place(index)
         return cohort.member(k)
 
-    def _place(self, index: int) -> tuple[Cohort[T], int]:
+    def _place(self, index: int) -> tuple[Group[T], int]:
         n = len(self)
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"stack[...]: expected an int, a slice or a list of ints, got {index!r}.")
@@ -126,12 +127,12 @@ class Stack(Generic[T]):
         return self._places[index % n]
 
     @functools.cached_property
-    def _places(self) -> dict[int, tuple[Cohort[T], int]]:
+    def _places(self) -> dict[int, tuple[Group[T], int]]:
         """Each member's cohort, and its position there."""
         return {member: (cohort, k) for cohort in self.cohorts for k, member in enumerate(cohort.members)}
 
     def _some(self, indices: Iterable[int]) -> Stack[T]:
-        chosen: dict[int, tuple[Cohort[T], list[int], list[int]]] = {}
+        chosen: dict[int, tuple[Group[T], list[int], list[int]]] = {}
         for position, index in enumerate(indices):
             cohort, k = self._place(index)
             _, inside, positions = chosen.setdefault(id(cohort), (cohort, [], []))
@@ -148,11 +149,11 @@ class Stack(Generic[T]):
         return f"Stack of {len(self)}"
 
 
-def _selected(cohort: Cohort[T], inside: list[int], positions: list[int]) -> Cohort[T]:
+def _selected(cohort: Group[T], inside: list[int], positions: list[int]) -> Group[T]:
     values = cohort.values
     if inside != list(range(len(cohort.members))):
         values = tuple(value[torch.tensor(inside, device=value.device)] for value in values)
-    return Cohort(values, Specs(tuple(cohort.specs.each[k] for k in inside)), tuple(positions))
+    return Group(values, TreeSpecs(tuple(cohort.specs.each[k] for k in inside)), tuple(positions))
 
 
 def stack(members: Iterable[T]) -> Stack[T]:
@@ -194,7 +195,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
     if not cohorts:
         raise ConfigError("stack: expected at least one member, got none.")
     return Stack(tuple(
-        Cohort(tuple(map(torch.stack, zip(*values, strict=True))), Specs(tuple(specs)), tuple(positions))
+        Group(tuple(map(torch.stack, zip(*values, strict=True))), TreeSpecs(tuple(specs)), tuple(positions))
         for values, specs, positions in cohorts.values()
     ))  # fmt: skip
 
@@ -285,7 +286,7 @@ def _at(arg: Any, dim: int | None, index: Tensor, n: int) -> Any:
     return arg if dim is None else optree.tree_map(some, arg)
 
 
-def _scalings(cohort: Cohort[Any]) -> dict[str, Tensor]:
+def _scalings(cohort: Group[Any]) -> dict[str, Tensor]:
     """The scalings `[n_members]` of the rules in which members of a cohort differ."""
     tree: Any = cohort.tree()
     return {

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclora._quant.packing import Packing, Parts
-from funclora._torch.functions import LIKE, METADATA, carrier
-from funclora._tracking.tensor import RowTensor, placed, rows_of, written
+from funclora._torch.functions import LIKE, METADATA, carrier, table, written
+from funclora._tracking.tensor import RowTensor, placed, rows_of
 from funclora.errors import PurityError, UnsupportedError
-from funclora.rules.linear_ops import table
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
 # An operation linear in its first argument, the input; the second is the dense weight.
@@ -127,7 +126,7 @@ class Quantized(torch.Tensor):
             return _viewed(func, *args)
         if func in _operations:
             plain, by_row = _without_rows(args, kwargs)
-            with contextlib.suppress(_NoFormError):
+            with contextlib.suppress(NoFormError):
                 out = _operations[func](*plain[0], **plain[1])
                 return placed(func, args, kwargs, out) if by_row else out
         if any(isinstance(x, Quantized) for x in written(func, args, kwargs)):
@@ -268,14 +267,14 @@ def _is_product(op: Op, source: Source) -> bool:
     )
 
 
-class _NoFormError(Exception):
+class NoFormError(Exception):
     """This call of the operation needs the dense weight."""
 
 
 def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     """`op(x, weight) + bias` in the weight's dtype, or in that of autocast; the result as x, or as autocast."""
     if not isinstance(weight, Quantized) or not isinstance(x, Tensor) or isinstance(x, Quantized) or hasattr(x, "rule"):
-        raise _NoFormError
+        raise NoFormError
     kind, source = weight.device.type, weight.source
     autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     if autocast:
@@ -307,7 +306,7 @@ def _mm(input: Any, mat2: Any) -> Tensor:
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if (beta, alpha) != (1, 1) or input.dim() != 1:
-        raise _NoFormError
+        raise NoFormError
     return _product(torch.matmul, mat1, mat2, input)
 
 
@@ -325,7 +324,7 @@ def _grouped_mm(grouped: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def multiplied(mat_a: Tensor, mat_b: Any, *, offs: Tensor | None = None, bias: None = None,
                    out_dtype: None = None) -> Tensor:  # fmt: skip
         if (bias, out_dtype) != (None, None):
-            raise _NoFormError
+            raise NoFormError
         return _product(lambda x, weight: grouped(x, weight, offs=offs), mat_a, mat_b)
 
     return multiplied
@@ -343,10 +342,10 @@ def _embedding(
     source = weight.source
     in_transform = torch._C._functorch.peek_interpreter_stack() is not None  # it may map over the ids
     if max_norm is not None or source.steps or in_transform or source.dtype not in DTYPES:
-        raise _NoFormError
+        raise NoFormError
     rows = source.packing.rows(weight.parts, source.stored, input, source.dtype)
     if rows is None:
-        raise _NoFormError
+        raise NoFormError
     return rows
 
 

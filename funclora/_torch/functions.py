@@ -6,11 +6,20 @@ is loud, never silently a wrong value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from funclora._tracking.propagation import (
+    constant,
+)  # fmt: skip
 
 
 def carrier(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -40,3 +49,117 @@ LIKE: frozenset[Callable[..., Any]] = frozenset(
         "empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like",
     )]
 )  # fmt: skip
+
+
+@functools.cache
+def undispatched(function: types.FunctionType) -> types.FunctionType:
+    """A copy of a function of torch that does not hand itself to its arguments' subclass, but runs its body."""
+    names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
+    copy = types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    found = [kwargs.get("out")]
+    writes = _writers.get(func, False) if torch.compiler.is_compiling() else _writes(getattr(func, "__name__", ""))
+    if writes or kwargs.get("inplace"):
+        found += [*args, *kwargs.values()][:1]
+    elif isinstance(func, _OPS) and _is_mutable(func):
+        found += [*args, *kwargs.values()]
+    each = (x for some in found for x in (some if isinstance(some, (list, tuple)) else (some,)))
+    return [x for x in each if isinstance(x, Tensor)]
+
+
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def _is_mutable(op: Any) -> bool:
+    """Whether an operation of `torch.ops` may write to its arguments."""
+    if isinstance(op, torch._ops.OpOverload):
+        return bool(op._schema.is_mutable)
+    return any(_is_mutable(getattr(op, name)) for name in op.overloads() if "out" not in name)
+
+
+def _writes(name: str) -> bool:
+    """Whether torch's function of that name writes to its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
+    return in_place or dunder or name in ("__setitem__", "__set__")
+
+
+# For the compiler, which cannot look at the names of functions.
+_writers = {
+    function: True
+    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F))
+    for name, function in space.items()
+    if callable(function) and _writes(name) and not name.startswith(("_foreach", "__init"))
+}
+
+
+@contextlib.contextmanager
+def constant() -> Iterator[None]:
+    """What is computed here is a constant of reverse mode and of forward mode."""
+    with torch.no_grad(), _set_fwd_grad_enabled(False):
+        yield
+
+
+def _is_mapped(*tensors: Tensor) -> bool:
+    """True inside of a transform of `torch.func` over one of the tensors."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+class NoFormError(Exception):
+    """This call of the operation has no fast form."""
+
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+H = TypeVar("H")
+
+
+def table(
+    *,
+    linear: H,
+    matmul: H,
+    mm: H,
+    addmm: H,
+    embedding: H,
+    conv: Callable[[Callable[..., Tensor], int], H],
+    conv_transpose: Callable[[Callable[..., Tensor], int], H],
+    grouped_mm: Callable[[Callable[..., Tensor]], H],
+) -> dict[Callable[..., Any], H]:
+    """Every operation that is linear in a weight, with what is done there.
+
+    Args:
+        linear: for `F.linear`, and so on.
+        matmul: for `torch.matmul` and `@`.
+        mm: for `torch.mm` and `torch.bmm`, which name their arguments otherwise.
+        addmm: for `torch.addmm`.
+        embedding: for `F.embedding`.
+        conv: `(F.conv2d, 2)` -> what is done there.
+        conv_transpose: the same for transposed convolutions.
+        grouped_mm: the same for the products of experts.
+    """
+    found: dict[Callable[..., Any], H] = {
+        F.linear: linear,
+        F.embedding: embedding,
+        torch.addmm: addmm,
+        Tensor.addmm: addmm,
+    }
+    found |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
+    found |= dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), mm)
+    for spatial, op in _CONVS.items():
+        found[op] = conv(op, spatial)
+    for spatial, transposed in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1):
+        found[transposed] = conv_transpose(transposed, spatial)
+    for name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
+        for space in (F, torch):
+            if grouped := getattr(space, name, None):
+                found[grouped] = grouped_mm(grouped)
+    return found
+

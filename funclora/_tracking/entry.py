@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from funclora._tracking.propagation import Place
-from funclora._tracking.tensor import RowTensor, Scope, rows_of
+from funclora._tracking.tensor import RowTensor, ForwardCall, rows_of
 from funclora.errors import UnsupportedError
 
 
@@ -71,7 +71,7 @@ def with_rows(
     alone: bool = False,
 ) -> Any:
     """`function(*args, **kwargs)` on inputs that know their rows; `alone`: every output must have them in front."""
-    scope = Scope(n, known)
+    scope = ForwardCall(n, known)
     entered: list[Tensor] = []
 
     def enter(x: Any) -> Any:
@@ -99,7 +99,7 @@ def with_rows(
         if isinstance(place, str) and place and x.dim():
             raise UnsupportedError(
                 f"the model returns a tensor of shape {list(x.shape)} whose rows {place} may have mixed or reordered. "
-                "Call the model once for each member, or use funclora.vmap over the stack."
+                "OpCall the model once for each member, or use funclora.vmap over the stack."
             )
         if alone and place != Place(0, 1):
             raise UnsupportedError(

@@ -1,6 +1,6 @@
 """What torch's operations do to the rows of a batch: for each, where the rows lie in its result.
 
-`rules` takes an operation to a function of a `Call` that gives the place of the rows, or raises `LostError`. What is
+`rules` takes an operation to a function of a `OpCall` that gives the place of the rows, or raises `LostError`. What is
 not in that table mixes rows, or nothing is known about it.
 """
 
@@ -26,7 +26,7 @@ class LostError(Exception):
     """An operation mixes rows, or nothing is known about it."""
 
 
-class Call:
+class OpCall:
     """An operation that was carried out, on at least one `RowTensor` (which this module knows by its attributes)."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -74,25 +74,25 @@ class Call:
 
 # A rule gives the place of the rows in a result, None for a result that holds nothing of them, or one for each part.
 Places = Place | tuple[Place | str | None, ...] | str | None
-RowRule = Callable[[Call], Places]
+Propagation = Callable[[OpCall], Places]
 
 
-def question(call: Call) -> Places:
+def question(call: OpCall) -> Places:
     """Of the shape, the dtype, the device."""
     return None
 
 
-def constant(call: Call) -> Places:
+def constant(call: OpCall) -> Places:
     """A new tensor that holds no values of its first argument."""
     raise LostError  # it may hold those of another
 
 
-def number(call: Call) -> Places:
+def number(call: OpCall) -> Places:
     """Values as Python's own: nobody knows what becomes of them."""
     raise LostError
 
 
-def _aligned(call: Call) -> Place:
+def _aligned(call: OpCall) -> Place:
     """Elementwise operations, which broadcast: the rows lie in the same place, counted from the last dimension."""
     found = {(place.dim - x.dim(), place.inner) for x, place in call.rows()}
     if len(found) != 1 or not isinstance(call.out, Tensor):
@@ -103,12 +103,12 @@ def _aligned(call: Call) -> Place:
     return Place(call.out.dim() + dim, inner)
 
 
-def _own(call: Call) -> Place:
+def _own(call: OpCall) -> Place:
     """Operations that keep the shape of the first argument, the only one whose values with rows they take."""
     return call.place_of(call.x)
 
 
-def _reshaped(call: Call) -> Places:
+def _reshaped(call: OpCall) -> Places:
     """view, reshape, flatten: the rows begin where as many elements lie before them, and may take more positions."""
     place, old, new, n = call.place_of(call.x), call.x.shape, call.out.shape, call.scope.n  # type: ignore[union-attr]
     before, passed = math.prod(old[: place.dim]), 1
@@ -120,10 +120,10 @@ def _reshaped(call: Call) -> Places:
     raise LostError
 
 
-def _viewed(func: Callable[..., Any]) -> RowRule:
+def _viewed(func: Callable[..., Any]) -> Propagation:
     """Views that move, cut or add dimensions: seen on strides, with a stride along the rows alone."""
 
-    def rule(call: Call) -> Places:
+    def rule(call: OpCall) -> Places:
         place = (
             call.place_of(call.x) if func is Tensor.expand_as else call.place()
         )  # expand_as looks at the shape alone
@@ -146,7 +146,7 @@ def _viewed(func: Callable[..., Any]) -> RowRule:
 _sliced = _viewed(Tensor.__getitem__)
 
 
-def _indexed(call: Call) -> Places:
+def _indexed(call: OpCall) -> Places:
     """x[index]: slices of rows are views; a table without rows may be looked up by rows of indices."""
     index = call.args[1]
     if call.has_rows(index) and not call.has_rows(call.x) and index.dtype in (torch.int64, torch.int32):
@@ -157,10 +157,10 @@ def _indexed(call: Call) -> Places:
     return _sliced(call)
 
 
-def _joined(*, new_dim: bool) -> RowRule:
+def _joined(*, new_dim: bool) -> Propagation:
     """cat and stack, along another dimension than the rows'."""
 
-    def rule(call: Call) -> Places:
+    def rule(call: OpCall) -> Places:
         places = {place for _, place in call.rows()}
         dim = call.arg(1, "dim", "axis", default=0) % call.out.dim()
         place = places.pop()
@@ -172,10 +172,10 @@ def _joined(*, new_dim: bool) -> RowRule:
     return rule
 
 
-def _along(position: int, default: Any = None) -> RowRule:
+def _along(position: int, default: Any = None) -> Propagation:
     """Operations along some dimensions (all, if none is given), which must not be that of the rows."""
 
-    def rule(call: Call) -> Places:
+    def rule(call: OpCall) -> Places:
         dims = call.arg(position, "dim", "axis", default=default)
         place, n_dims = call.place(), call.x.dim()
         if dims is None or isinstance(dims, (bool, Tensor)):
@@ -193,12 +193,12 @@ def _along(position: int, default: Any = None) -> RowRule:
     return rule
 
 
-def _extreme(call: Call) -> Places:
+def _extreme(call: OpCall) -> Places:
     """max and min: along a dimension, or elementwise of two tensors."""
     return _aligned(call) if isinstance(call.arg(1, "dim", "axis", "other"), Tensor) else _along(1)(call)
 
 
-def _last(call: Call) -> Places:
+def _last(call: OpCall) -> Places:
     """layer_norm, rms_norm: along the last dimensions, as many as the normalised shape has."""
     place = call.place()
     if place.dim >= call.x.dim() - len(call.arg(1, "normalized_shape")):
@@ -206,17 +206,17 @@ def _last(call: Call) -> Places:
     return place
 
 
-def _linear(call: Call) -> Places:
+def _linear(call: OpCall) -> Places:
     place = call.place()
     if place.dim == call.x.dim() - 1:
         raise LostError
     return place
 
 
-def _product(first: int) -> RowRule:
+def _product(first: int) -> Propagation:
     """matmul and its kind: rows along batch dimensions, or along the outer dimension of one factor alone."""
 
-    def rule(call: Call) -> Places:
+    def rule(call: OpCall) -> Places:
         left = call.arg(first, "mat1", "batch1", *(() if first else ("input", "self")))
         right = call.arg(first + 1, "other", "mat2", "batch2")
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.dim() < 2 or right.dim() < 2:
@@ -232,7 +232,7 @@ def _product(first: int) -> RowRule:
     return rule
 
 
-def _einsum(call: Call) -> Places:
+def _einsum(call: OpCall) -> Places:
     equation = call.args[0]
     operands = list(call.args[1]) if isinstance(call.args[1], (list, tuple)) else list(call.args[1:])
     if not isinstance(equation, str) or "->" not in equation or "." in equation:
@@ -248,7 +248,7 @@ def _einsum(call: Call) -> Places:
     return Place(result.index(letter), inner)
 
 
-def _attention(call: Call) -> Places:
+def _attention(call: OpCall) -> Places:
     """scaled_dot_product_attention: rows along batch dimensions."""
     place = _aligned(call)
     if place.dim >= call.out.dim() - 2:
@@ -256,15 +256,15 @@ def _attention(call: Call) -> Places:
     return place
 
 
-def _alone(call: Call) -> Places:
+def _alone(call: OpCall) -> Places:
     """embedding, prelu: rows of the first argument, which keep their place."""
     return call.place()
 
 
-def _batched(spatial: int) -> RowRule:
+def _batched(spatial: int) -> Propagation:
     """Convolutions, pooling: the first dimension of a batch."""
 
-    def rule(call: Call) -> Places:
+    def rule(call: OpCall) -> Places:
         out = call.out if isinstance(call.out, Tensor) else call.out[0]
         place = call.place()
         if place.dim or (spatial and out.dim() != spatial + 2):
@@ -274,7 +274,7 @@ def _batched(spatial: int) -> RowRule:
     return rule
 
 
-def _images(call: Call) -> Places:
+def _images(call: OpCall) -> Places:
     """Operations on `[*batch, channels, height, width]`."""
     place = call.place()
     if place.dim >= call.x.dim() - 3:
@@ -282,20 +282,20 @@ def _images(call: Call) -> Places:
     return place
 
 
-def batch_norm(call: Call) -> Places:
+def batch_norm(call: OpCall) -> Places:
     if call.arg(5, "training", "use_input_stats", default=True):
         raise LostError  # its statistics are those of all rows
     return _batched(0)(call)
 
 
-def _padded(call: Call) -> Places:
+def _padded(call: OpCall) -> Places:
     place = call.place()
     if place.dim >= call.x.dim() - len(call.arg(1, "pad")) // 2:
         raise LostError
     return place
 
 
-def _gathered(call: Call) -> Places:
+def _gathered(call: OpCall) -> Places:
     """gather along another dimension than the rows', by an index that has them in the same place, or none."""
     place, index = call.place_of(call.x), call.arg(2, "index")
     if call.arg(1, "dim") % call.x.dim() == place.dim or (call.has_rows(index) and call.place_of(index) != place):
@@ -303,7 +303,7 @@ def _gathered(call: Call) -> Places:
     return place
 
 
-def _selected(call: Call) -> Places:
+def _selected(call: OpCall) -> Places:
     """index_select: one index for all rows."""
     place = call.place()
     if call.arg(1, "dim") % call.x.dim() == place.dim:
@@ -311,7 +311,7 @@ def _selected(call: Call) -> Places:
     return place
 
 
-def _repeated(call: Call) -> Places:
+def _repeated(call: OpCall) -> Places:
     """repeat_interleave: along another dimension, or each position of a row several times."""
     place, times, dim = call.place(), call.arg(1, "repeats"), call.arg(2, "dim")
     if dim is None or not isinstance(times, int):
@@ -319,14 +319,14 @@ def _repeated(call: Call) -> Places:
     return Place(place.dim, place.inner * times) if dim % call.x.dim() == place.dim else place
 
 
-def _triangle(call: Call) -> Places:
+def _triangle(call: OpCall) -> Places:
     place = call.place()
     if place.dim >= call.x.dim() - 2:
         raise LostError
     return place
 
 
-rules: dict[Callable[..., Any], RowRule] = {}
+rules: dict[Callable[..., Any], Propagation] = {}
 _matmul = _product(0)
 
 

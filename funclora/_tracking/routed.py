@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
+from funclora._torch.functions import constant
 from funclora._torch.pytree import pytree_node
 from funclora._tracking.propagation import Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
-from funclora.rules.base import DoRA, Gained, LowRank, Rule, constant, row_norms_of_many
+from funclora.rules.base import Rule
+from funclora.rules.dora import DoRA, PreparedDoRA, output_norms_of_many
 from funclora.rules.layouts import ConvTranspose, Layout
-from funclora.rules.linear_ops import ConvMap, LeftMatmulMap, LinearMap
+from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
+from funclora.rules.low_rank import LowRank
 
 # The place of the rows where there is one: the whole tensor is that row, and gets a dimension in front.
-ALONE = Place(0, 0)
+WHOLE_TENSOR = Place(0, 0)
 # How many members' DoRA norms to compute together.
 CHUNK = 16
 # How many rows of a member are few, so that the order of its factors in memory counts.
@@ -36,7 +39,7 @@ FEW = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Assignment:
     """Which rows use which member, for m members with up to `count` rows each.
 
     Attributes:
@@ -55,7 +58,7 @@ class Rows:
     span: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, rows: list[list[int]], n: int, device: torch.device) -> Rows:
+    def of(cls, rows: list[list[int]], n: int, device: torch.device) -> Assignment:
         count = max(map(len, rows))
         table = [row for each in rows for row in (*each, *each[:1] * (count - len(each)))]
         span = (table[0], table[0] + len(table))
@@ -106,7 +109,7 @@ class Rows:
         return self.table[self.kept], u[self.kept]
 
 
-class Part(NamedTuple):
+class RoutedGroup(NamedTuple):
     """Members of one kind at one weight, `m` of them: how the batch uses the rule with leaves `[m, *]`.
 
     Attributes:
@@ -117,12 +120,12 @@ class Part(NamedTuple):
     """
 
     scalings: Tensor
-    rows: Rows | None
+    rows: Assignment | None
     weights: Tensor | None = None
     present: Tensor | None = None
 
 
-class Parts(tuple[Part, ...]):
+class RoutedGroups(tuple[RoutedGroup, ...]):
     """The parts of a rule as static data of a tree: two are equal if they are the same."""
 
     __slots__ = ()
@@ -143,7 +146,7 @@ class Routed(Rule):
     """
 
     rules: tuple[Rule, ...]
-    parts: Parts
+    parts: RoutedGroups
     n: int
     repeats: int
 
@@ -158,14 +161,14 @@ class Routed(Rule):
         """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
         return None if self.replacing() else self.rules[0].layout  # type: ignore[attr-defined]
 
-    def replacing(self) -> list[tuple[Rule, Part]]:
+    def replacing(self) -> list[tuple[Rule, RoutedGroup]]:
         """The members whose weight is no low-rank update of the base's."""
         return [(r, part) for r, part in zip(self.rules, self.parts, strict=True) if not isinstance(r, LowRank)]
 
     def updating(self) -> Routed | None:
         """The rule of the other members, if there are any."""
         kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, LowRank)]
-        return replace(self, rules=tuple(r for r, _ in kept), parts=Parts(p for _, p in kept)) if kept else None
+        return replace(self, rules=tuple(r for r, _ in kept), parts=RoutedGroups(p for _, p in kept)) if kept else None
 
     def dense(self, weight: Tensor) -> Tensor:
         raise UnsupportedError(
@@ -186,7 +189,7 @@ class Routed(Rule):
         if self.replacing():
             return self
         gained = (_gained(rule, part, weight) for rule, part in zip(self.rules, self.parts, strict=True))
-        return Prepared(tuple(gained), self.parts, self.n, _in_succession(self.parts, self.n), Seconds())
+        return Prepared(tuple(gained), self.parts, self.n, _in_succession(self.parts, self.n), ReorderedB())
 
     def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).read(op, weight, dropout)
@@ -200,7 +203,7 @@ class Routed(Rule):
         return replace(self, rules=tuple(rule.rows(start, length) for rule in self.rules))  # type: ignore[attr-defined]
 
 
-def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
+def _gained(rule: Rule, part: RoutedGroup, weight: Tensor) -> LowRank:
     """The rule of the members of a part, DoRA's norms worked out."""
     assert isinstance(rule, LowRank)
     if not isinstance(rule, DoRA):
@@ -208,10 +211,10 @@ def _gained(rule: Rule, part: Part, weight: Tensor) -> LowRank:
     wide = torch.promote_types(weight.dtype, rule.a.dtype) == torch.float64
     if wide or rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
         by_member = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).prepared(weight).gain, chunk_size=CHUNK)
-        return Gained(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
+        return PreparedDoRA(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
     with constant():
         a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
-        norms = row_norms_of_many(rule.layout.matrix(plain_weight(weight)), a, b, part.scalings).detach()
+        norms = output_norms_of_many(rule.layout.matrix(plain_weight(weight)), a, b, part.scalings).detach()
     return rule.gained(norms)
 
 
@@ -221,7 +224,7 @@ def member(rule: Rule, j: int) -> Rule:
     return one
 
 
-class Seconds:
+class ReorderedB:
     """The factors B of a weight that is read again and again: for few rows, in the order of the second product.
 
     Batches of small products are up to three times as fast with `[m, r, out]` in memory. To reorder B costs as much
@@ -257,10 +260,10 @@ class Prepared(Rule):
     """
 
     rules: tuple[LowRank, ...]
-    parts: Parts
+    parts: RoutedGroups
     n: int
     succession: tuple[int, ...]
-    seconds: Seconds
+    seconds: ReorderedB
 
     leaves: ClassVar[tuple[str, ...]] = ("rules",)
     dense = Routed.dense
@@ -275,15 +278,15 @@ class Prepared(Rule):
     def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         x, place = rows_of(op.x)
         if self.n == 1:
-            place = ALONE
+            place = WHOLE_TENSOR
         if not isinstance(place, Place):
             raise lost(place, "a weight with an adapter for each row is read")
-        if isinstance(op, LeftMatmulMap) and place.dim >= x.dim() - 2:
+        if isinstance(op, LeftMatmulOp) and place.dim >= x.dim() - 2:
             raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
         if self.n > 1 and not _keeps(op, x, place):
-            raise lost(type(op).__name__.removesuffix("Map"), "a weight that differs by row is read along rows")
+            raise lost(type(op).__name__.removesuffix("LinearOp"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
-        gains = any(isinstance(rule, Gained) for rule in self.rules)
+        gains = any(isinstance(rule, PreparedDoRA) for rule in self.rules)
         inputs = rows
         if gains and op.backwards:
             inputs = _scaled(op, rows, self._gain()).to(x.dtype)
@@ -313,7 +316,7 @@ class Prepared(Rule):
             assert rows is not None
             u = self._grouped(i, op, inputs.reshape(-1, rows.count, *inputs.shape[1:]), dropout)
             out = base.reshape(u.shape) + u
-            if isinstance(rule, Gained) and not op.backwards:
+            if isinstance(rule, PreparedDoRA) and not op.backwards:
                 out = _scaled(op, out, rule.gain)
             outs.append(out.flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -344,7 +347,7 @@ class Prepared(Rule):
             weights = part.weights * part.scalings.to(part.weights.dtype)
             for j, w in enumerate(weights.unbind(1)):
                 a, b, inputs = rule.a[j : j + 1], rule.b[j : j + 1], x
-                gain = op.per_output(rule.gain[j]) if isinstance(rule, Gained) else None
+                gain = op.per_output(rule.gain[j]) if isinstance(rule, PreparedDoRA) else None
                 if gain is not None and op.backwards:
                     inputs = (x * gain).to(x.dtype)
                 u = op.grouped(inputs.unsqueeze(0), a, b, None, rule.dropout if dropout else 0.0)[0]
@@ -357,7 +360,7 @@ class Prepared(Rule):
         """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
         gain: Tensor | None = None
         for rule, part in zip(self.rules, self.parts, strict=True):
-            if not isinstance(rule, Gained):
+            if not isinstance(rule, PreparedDoRA):
                 continue
             own = rule.gain
             if gain is None:
@@ -371,7 +374,7 @@ class Prepared(Rule):
         return gain
 
 
-def _in_succession(parts: Parts, n: int) -> tuple[int, ...]:
+def _in_succession(parts: RoutedGroups, n: int) -> tuple[int, ...]:
     """The order in which the rows of the parts follow each other and are all there are; empty if they do not."""
     spans = [part.rows.span if part.rows is not None else None for part in parts]
     found = sorted((span, i) for i, span in enumerate(spans) if span is not None)
@@ -383,15 +386,15 @@ def _in_succession(parts: Parts, n: int) -> tuple[int, ...]:
 
 
 def _scaled(op: Any, rows: Tensor, gain: Tensor | None) -> Tensor:
-    """Rows `[n, *]` times the gains of their output units, `[n, out]`."""
+    """Assignment `[n, *]` times the gains of their output units, `[n, out]`."""
     return rows if gain is None else rows * spread(gain, rows, op.per_output(gain[0]).shape)
 
 
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:
     """Whether an operation on a weight leaves rows that lie there alone."""
-    if isinstance(op, ConvMap):
+    if isinstance(op, ConvOp):
         return place.dim == 0 and x.dim() == op.spatial + 2
-    return not isinstance(op, LinearMap) or place.dim < x.dim() - 1
+    return not isinstance(op, LinearLayerOp) or place.dim < x.dim() - 1
 
 
 def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -9,7 +9,6 @@ any other is *lost*: the model may use it, but no adapter that differs by row ca
 from __future__ import annotations
 
 import contextlib
-import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -20,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funclora._torch.functions import undispatched, written
 from funclora._tracking.propagation import (
-    Call,
+    OpCall,
     LostError,
     Place,
     Places,
-    RowRule,
+    Propagation,
     batch_norm,
     constant,
     number,
@@ -36,7 +36,7 @@ from funclora.errors import UnsupportedError
 
 
 @dataclass(eq=False)
-class Scope:
+class ForwardCall:
     """One call of a model.
 
     Attributes:
@@ -122,7 +122,7 @@ class RowTensor(torch.Tensor):
         place: where the rows lie, or the name of the operation that lost them.
     """
 
-    scope: Scope
+    scope: ForwardCall
     place: Place | str
 
     @classmethod
@@ -169,13 +169,13 @@ _MAY_RETURN_SELF = frozenset((Tensor.to, Tensor.contiguous, Tensor.float, Tensor
 _NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, type(...)))
 
 
-def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Scope | None]:
+def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ForwardCall | None]:
     """All of an operation's arguments that its rule may look at, to be compared, and the call whose rows they hold.
 
     None in place of the call, if there are several or the arguments cannot be compared.
     """
     key: list[Any] = [func]
-    scopes: list[Scope] = []
+    scopes: list[ForwardCall] = []
     for value in args:
         _look(value, key, scopes)
     for name, value in kwargs.items():
@@ -189,7 +189,7 @@ def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return looks, scopes[0] if len(scopes) == 1 else None
 
 
-def _look(value: Any, key: list[Any], scopes: list[Scope]) -> None:
+def _look(value: Any, key: list[Any], scopes: list[ForwardCall]) -> None:
     kind = type(value)
     if kind is RowTensor and value.scope.active:
         if not scopes or scopes[0] is not value.scope:
@@ -254,56 +254,6 @@ def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: b
     return input.scope.enter(rows_back(out, place), place)
 
 
-@functools.cache
-def undispatched(function: types.FunctionType) -> types.FunctionType:
-    """A copy of a function of torch that does not hand itself to its arguments' subclass, but runs its body."""
-    names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    found = [kwargs.get("out")]
-    writes = _writers.get(func, False) if torch.compiler.is_compiling() else _writes(getattr(func, "__name__", ""))
-    if writes or kwargs.get("inplace"):
-        found += [*args, *kwargs.values()][:1]
-    elif isinstance(func, _OPS) and _is_mutable(func):
-        found += [*args, *kwargs.values()]
-    each = (x for some in found for x in (some if isinstance(some, (list, tuple)) else (some,)))
-    return [x for x in each if isinstance(x, Tensor)]
-
-
-_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-
-
-def _is_mutable(op: Any) -> bool:
-    """Whether an operation of `torch.ops` may write to its arguments."""
-    if isinstance(op, torch._ops.OpOverload):
-        return bool(op._schema.is_mutable)
-    return any(_is_mutable(getattr(op, name)) for name in op.overloads() if "out" not in name)
-
-
-def _writes(name: str) -> bool:
-    """Whether torch's function of that name writes to its first argument."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    dunder = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
-    return in_place or dunder or name in ("__setitem__", "__set__")
-
-
-# For the compiler, which cannot look at the names of functions.
-_writers = {
-    function: True
-    for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F))
-    for name, function in space.items()
-    if callable(function) and _writes(name) and not name.startswith(("_foreach", "__init"))
-}
-
-
 def placed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """The result that an operation gave on the plain tensors, with the place of the rows in it."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -311,13 +261,13 @@ def placed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _placed(
-    func: Callable[..., Any], rule: RowRule | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    func: Callable[..., Any], rule: Propagation | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> Any:
     """The result of an operation, with the place of the rows in it. Torch functions of subclasses are off here."""
     writes = written(func, args, kwargs)
     if not (writes or rule is number or isinstance(out, (Tensor, tuple, list))):
         return out
-    call = Call(args, kwargs, out)
+    call = OpCall(args, kwargs, out)
     scope = call.scope
     if scope is None:
         return _kept(func, args, out)
@@ -344,7 +294,7 @@ def _placed(
     return parts if isinstance(out, list) else tuple(parts) if type(out) is tuple else type(out)(parts)
 
 
-def _places(func: Callable[..., Any], rule: RowRule | None, call: Call) -> Places:
+def _places(func: Callable[..., Any], rule: Propagation | None, call: OpCall) -> Places:
     name = getattr(func, "__name__", str(func))
     cause: str = call.scope.lost(*call.tensors) if call.scope else ""
     if cause:
@@ -360,7 +310,7 @@ def _places(func: Callable[..., Any], rule: RowRule | None, call: Call) -> Place
         return name
 
 
-def _proven(places: Places, call: Call, name: str) -> Places:
+def _proven(places: Places, call: OpCall, name: str) -> Places:
     """The places that a rule gives, those that do not fit the results' shapes replaced by the operation's name."""
 
     def checked(place: Place | str | None, out: Any) -> Place | str | None:
@@ -384,7 +334,7 @@ def _kept(func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
     return out
 
 
-def _note_write(scope: Scope, x: Tensor, places: Places) -> None:
+def _note_write(scope: ForwardCall, x: Tensor, places: Places) -> None:
     """Whatever shares memory with x is lost from now on, unless x held rows in that very place."""
     if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
         scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again

@@ -14,11 +14,11 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params
-from funclora._many.stack import Cohort, Specs, Stack
+from funclora._many.stack import Group, TreeSpecs, Stack
 from funclora._torch.memory import Peak, budget, is_out_of_memory
-from funclora._train.population import BoundMembers, Population, RowModels, batch_dims, batch_size, check_members
+from funclora._train.population import MemberModel, Population, BatchedModel, batch_dims, batch_size, check_members
 from funclora.errors import ConfigError
+from funclora.rules.base import Params
 
 Metric = Callable[[Any, Any], Any]
 
@@ -148,7 +148,7 @@ class _Passes:
         self.sums: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
         self.spec: Any = None
-        self.latest: tuple[tuple[int, int, int], RowModels] | None = None
+        self.latest: tuple[tuple[int, int, int], BatchedModel] | None = None
 
     def add(self, batch: Any) -> None:
         """Evaluate all members on a batch."""
@@ -193,13 +193,13 @@ class _Passes:
         known = self.latest is not None and self.latest[0] == key
         if not known:
             self.latest = None  # before the new one is made
-            self.latest = key, RowModels(self.model, self.params, _some(self.members, member, member + m))
+            self.latest = key, BatchedModel(self.model, self.params, _some(self.members, member, member + m))
         assert self.latest is not None
         rows = self.latest[1]
         try:
             with Peak() as memory:
                 by_member = torch.func.vmap(
-                    lambda i, batch: self._checked(self.metric(BoundMembers(rows, i), batch), r),
+                    lambda i, batch: self._checked(self.metric(MemberModel(rows, i), batch), r),
                     in_dims=(0, batch_dims(batch, None)),
                     randomness="different",
                 )
@@ -246,14 +246,14 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
 
 def _some(members: Population, start: int, stop: int) -> Population:
     """Members in the order of their cohorts, as views."""
-    cohorts: list[Cohort[Any]] = []
+    cohorts: list[Group[Any]] = []
     before = taken = 0
     for cohort in members.cohorts:
         part = slice(max(0, start - before), max(0, stop - before))
         each = cohort.specs.each[part]
         if each:
             places = tuple(range(taken, taken + len(each)))
-            cohorts.append(Cohort(tuple(value[part] for value in cohort.values), Specs(each), places))
+            cohorts.append(Group(tuple(value[part] for value in cohort.values), TreeSpecs(each), places))
         before += len(cohort.members)
         taken += len(each)
     return Stack(tuple(cohorts))

@@ -21,17 +21,19 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Adapters, Params, bind, check_adapters, named_tensors, unwritten, versions
+from funclora._bind.apply import bind
+from funclora._bind.checks import check_adapters, unwritten, versions
 from funclora._bind.clone import clone_module
+from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
 from funclora._many.stack import Stack
 from funclora._torch.memory import place_of
 from funclora._tracking.routed import Routed
 from funclora._train.module_hf import overrides, own_configs
 from funclora.errors import ConfigError, FuncloraWarning, ParamsError, UnsupportedError, near
-from funclora.io.peft.consistency import as_wrapped
+from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.folder import save_peft
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Params, Rule
 
 # How the leaves of a rule are called among the parameters: as PEFT calls them. What replaces a parameter has its name.
 _LEAVES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector", "value": ""}
@@ -85,7 +87,7 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
         raise ConfigError("as_module: there is nothing to train, adapters hold no rule.")
     check_adapters(params, adapters)
     if config is not None:
-        as_wrapped(adapters, config)  # what cannot be saved is refused before it is trained
+        check_against_config(adapters, config)  # what cannot be saved is refused before it is trained
     kind: Any = type(model)
     return _class_for(kind)(model, params, adapters, config)
 
@@ -308,7 +310,7 @@ class AdapterModule(nn.Module):
         buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner.items() if buffer is not None]
         # Of what is not trained, bind may have computed with the values (DoRA's norm), and so it does in a cast.
         sees = all(leaf.requires_grad for leaf in leaves) and not any(
-            rule.dense_is_free and rule.dense(self._params[name]).dtype != self._params[name].dtype
+            rule.bind_dense and rule.dense(self._params[name]).dtype != self._params[name].dtype
             for name, rule in adapters.items()
         )
         self._live = _Live(bound, leaves if sees else None, buffers, versions([buffer for _, _, buffer in buffers]))

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from funclora._bind.apply import named_tensors
 from funclora._bind.clone import clone_module
+from funclora._bind.params import named_tensors
 from funclora._lazy.weight import LazyWeight
 from funclora.errors import UnsupportedError
-from funclora.rules.base import Full
+from funclora.rules.dense import Full
 
 _GIVEN = "The adapter is the one that as_module was given"
 _FIRST = "Do it to the model, and then call as_module"

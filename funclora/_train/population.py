@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora._bind.apply import Adapters, Params, bind, unwritten
+from funclora._bind.apply import bind
+from funclora._bind.checks import unwritten
 from funclora._many.route import in_groups, route
-from funclora._many.stack import Cohort, Specs, Stack
+from funclora._many.stack import Group, TreeSpecs, Stack
 from funclora._tracking.tensor import streams
 from funclora._train.step import LossFn, autograd, checked_loss, mean, micro_batches
 from funclora.errors import ConfigError, ParamsError, UnsupportedError
 from funclora.optim import apply_updates, global_norm, per_member
 from funclora.optim._members import MemberTransformation, Optimizer
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Params, Rule
 
 Population = Stack[dict[str, Rule]]
 
@@ -140,7 +141,7 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
         leaves, spec = optree.tree_flatten(tree)
         n = batch_size(batch, 0, "per_example_value_and_grad")
         copies = tuple(leaf.detach().expand(n, *leaf.shape) for leaf in leaves)
-        members: Population = Stack((Cohort(copies, Specs((spec,) * n), tuple(range(n))),))
+        members: Population = Stack((Group(copies, TreeSpecs((spec,) * n), tuple(range(n))),))
         examples = optree.tree_map(lambda x: x.unsqueeze(1) if isinstance(x, Tensor) else x, batch)
         losses, aux, grads = _value_and_grad(loss_fn, model, params, members, examples, 0, None)
         by_example: dict[str, Rule] = grads.cohorts[0].tree()
@@ -162,10 +163,10 @@ def _value_and_grad(
     params = {name: tensor.detach() for name, tensor in params.items()}
 
     def losses_and_aux(members: Population) -> tuple[Tensor, Any]:
-        rows = RowModels(model, params, members)
+        rows = BatchedModel(model, params, members)
 
         def one(member: Tensor, batch: Any) -> tuple[Tensor, Any]:
-            return loss_fn(BoundMembers(rows, member), batch)  # type: ignore[no-any-return]
+            return loss_fn(MemberModel(rows, member), batch)  # type: ignore[no-any-return]
 
         with streams(generators and [generators[i] for i in rows.order]), unwritten(params, {}):
             by_member = torch.func.vmap(one, in_dims=(0, batch_dims(batch, dim)), randomness="different")
@@ -180,7 +181,7 @@ def batch_dims(batch: Any, dim: int | None) -> Any:
     return optree.tree_map(lambda x: dim if isinstance(x, Tensor) else None, batch)
 
 
-class RowModels:
+class BatchedModel:
     """The model for all members: bound once for each number of rows that a member may have.
 
     Attributes:
@@ -203,10 +204,10 @@ class RowModels:
         return self.bound[count]
 
 
-class BoundMembers:
+class MemberModel:
     """The bound model that the loss of one member sees, under vmap."""
 
-    def __init__(self, rows: RowModels, member: Tensor, path: str = "") -> None:
+    def __init__(self, rows: BatchedModel, member: Tensor, path: str = "") -> None:
         self._rows = rows
         self._member = member
         self._path = path
@@ -216,7 +217,7 @@ class BoundMembers:
         leaves, spec = optree.tree_flatten(inputs, none_is_leaf=True)
         call = _Call(self._rows, self._path, leaves, spec)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        outs = _OnRows.apply(call, self._member, *tensors)  # type: ignore[no-untyped-call]
+        outs = _BatchMembers.apply(call, self._member, *tensors)  # type: ignore[no-untyped-call]
         return call.joined(outs)
 
     def __getattr__(self, name: str) -> Any:
@@ -224,7 +225,7 @@ class BoundMembers:
         value = _get(self._rows.model, path)
         if isinstance(value, Tensor):
             raise UnsupportedError(f"bound.{path}: a parameter differs by member here. Compute with it in the model.")
-        return BoundMembers(self._rows, self._member, path) if callable(value) else value
+        return MemberModel(self._rows, self._member, path) if callable(value) else value
 
 
 def _get(model: Any, path: str) -> Any:
@@ -236,7 +237,7 @@ def _get(model: Any, path: str) -> Any:
 class _Call:
     """One call of the model, and what of its inputs and outputs is no tensor."""
 
-    def __init__(self, rows: RowModels, path: str, leaves: list[Any], spec: Any) -> None:
+    def __init__(self, rows: BatchedModel, path: str, leaves: list[Any], spec: Any) -> None:
         self.rows = rows
         self.path = path
         self.leaves = leaves
@@ -294,7 +295,7 @@ def _taken(x: Tensor, order: list[int]) -> Tensor:
     return x if order == sorted(order) else x.index_select(0, torch.tensor(order, device=x.device))
 
 
-class _OnRows(torch.autograd.Function):
+class _BatchMembers(torch.autograd.Function):
     """A call of the model whose rule for `vmap` is: the inputs of all members are the rows of one batch."""
 
     @staticmethod

@@ -11,11 +11,12 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Adapters, Params, bind, unwritten
+from funclora._bind.apply import bind
+from funclora._bind.checks import unwritten
 from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import apply_updates, global_norm
 from funclora.optim._members import Optimizer, is_pure
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Params, Rule
 
 LossFn = Callable[..., Any]
 

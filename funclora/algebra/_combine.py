@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 from torch import Generator, Tensor
 
-from funclora._bind.apply import Adapters, Params
 from funclora.algebra._elementwise import SIGN_METHODS, Mixing, Pruning
 from funclora.algebra._low_rank import truncated, truncated_product
 from funclora.algebra._sums import concatenated, low_rank, mixed_in_full, nonzero, summed
 from funclora.algebra._terms import Term, base_of, change, compute_dtype, finite, gather, made_of, positive
 from funclora.errors import ConfigError, ParamsError, near
-from funclora.rules.base import DoRA, Full, LoRA, LowRank, Rule
+from funclora.rules.base import Adapters, Params, Rule
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
+from funclora.rules.low_rank import LoRA, LowRank
 
 _DORA = "The change that a DoRA rule makes depends on the base weight."
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import Adapters
 from funclora._torch.linalg import svd
 from funclora.algebra._terms import compute_dtype, made_of, positive, rules
-from funclora.rules.base import Full, LowRank, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.dense import Full
+from funclora.rules.low_rank import LowRank
 
 
 def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:

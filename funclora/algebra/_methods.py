@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Generator
 
-from funclora._bind.apply import Adapters, Params
 from funclora.algebra._combine import combine
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Params, Rule
 
 
 def ties(

@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 
-from funclora._bind.apply import Adapters, Params
 from funclora.algebra._elementwise import Mixing
 from funclora.algebra._terms import (
     Term,
@@ -24,7 +23,10 @@ from funclora.algebra._terms import (
     rules,
 )
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.rules.base import DoRA, Full, LoRA, Rule
+from funclora.rules.base import Adapters, Params, Rule
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
+from funclora.rules.low_rank import LoRA
 
 _FULL = "Full replaces the weight, and only its difference from the base can be weighted."
 

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import Adapters, Params
 from funclora._many.stack import Stack
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
-from funclora.rules.base import DoRA, Full, LoRA, LowRank, Rule
+from funclora.rules.base import Adapters, Params, Rule
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Layout, Parameter
+from funclora.rules.low_rank import LoRA, LowRank
 
 
 class Term(NamedTuple):

@@ -14,12 +14,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params
-from funclora._config.targets import weights_of
+from funclora._config.layers import weights_of
 from funclora._quant.tensor import plain_weight
 from funclora.errors import NonFiniteError, ParamsError, UnsupportedError, near
-from funclora.rules.base import NORM_BLOCK, Delta, Full, LoRA, LowRank, Rule
+from funclora.rules.base import Params, Rule
+from funclora.rules.dense import Delta, Full
+from funclora.rules.dora import NORM_BLOCK
 from funclora.rules.layouts import Conv, Layout, Linear, Parameter
+from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied, TrainableTokens
 
 Tuned = Mapping[str, Rule] | Mapping[str, Tensor]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params
 from funclora.analysis._changes import Change, Tuned, paired
 from funclora.analysis._data import Data
+from funclora.rules.base import Params
 
 
 @dataclass(frozen=True)

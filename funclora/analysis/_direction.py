@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params
 from funclora.analysis._changes import Change, Tuned, changes
 from funclora.analysis._data import Data
 from funclora.errors import ConfigError, ParamsError
+from funclora.rules.base import Params
 
 Per = Literal["output", "input"]
 # The dimension of `[out, in]` that a unit's vector runs along.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params
 from funclora.analysis._changes import Change, Tuned, changes, describe
 from funclora.analysis._data import Data
 from funclora.errors import NonFiniteError
-from funclora.rules.base import NORM_BLOCK
+from funclora.rules.base import Params
+from funclora.rules.dora import NORM_BLOCK
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:

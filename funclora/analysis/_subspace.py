@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Params
 from funclora._torch.linalg import svd
 from funclora.analysis._changes import Change, Tuned, paired, refuse_nonfinite
 from funclora.analysis._data import Data
 from funclora.errors import ConfigError, ParamsError
-from funclora.rules.base import LowRank
+from funclora.rules.base import Params
+from funclora.rules.low_rank import LowRank
 
 Of = Literal["A", "B", "right", "left"]
 # Directions whose singular values are below this part of the largest are rounding.

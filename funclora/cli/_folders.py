@@ -12,7 +12,7 @@ from funclora.errors import UnsupportedError
 from funclora.io.hf.checkpoint import Checkpoint
 from funclora.io.hf.structure import Structure
 from funclora.io.hf.weights import Weights
-from funclora.io.merge.adapters import OnDemand
+from funclora.io.merge.adapters import LazyMapping
 from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
 from funclora.io.peft.folder import PeftFolder
 from funclora.io.peft.without_model import read_bare
@@ -31,7 +31,7 @@ class Base:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.structure = Structure(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
         weights = Weights(checkpoint, self.structure)
-        self.params: Mapping[str, Tensor] = OnDemand([*self.structure.shapes], weights.read)
+        self.params: Mapping[str, Tensor] = LazyMapping([*self.structure.shapes], weights.read)
 
 
 class AdapterFolder:
@@ -73,10 +73,10 @@ class AdapterFolder:
                 "*load_peft(folder, model))."
             )
         names = [name for name, target in opened.targets.items() if target.rule is not Tied]
-        self.rules = OnDemand(names, opened.rule)
+        self.rules = LazyMapping(names, opened.rule)
         for name in opened.targets:
             opened.rule(name)  # every tensor of the file must be fit for its place before any is looked at
-        opened.refuse_rest(base.params, OnDemand([*opened.targets], opened.rule))
+        opened.refuse_rest(base.params, LazyMapping([*opened.targets], opened.rule))
         self.notes = [f"{folder}: {message}" for message in opened.differences()]
         tied = [name for name, target in opened.targets.items() if target.rule is Tied]
         if tied:

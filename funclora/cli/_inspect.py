@@ -21,7 +21,7 @@ from funclora.errors import FormatError, near
 from funclora.io.hf.checkpoint import CONFIG_FILE as MODEL_CONFIG
 from funclora.io.hf.checkpoint import Checkpoint
 from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
-from funclora.rules.base import Delta, Full
+from funclora.rules.dense import Delta, Full
 
 Progress = Callable[[int, int], None]
 

@@ -143,8 +143,8 @@ def _combined(
 
 
 def _report(found: CombinedFolders, adapters: list[Path], weights: list[float], kind: str, out: Path) -> dict[str, Any]:
-    from funclora._bind.apply import Adapters
-    from funclora.rules.base import LowRank
+    from funclora.rules.base import Adapters
+    from funclora.rules.low_rank import LowRank
 
     def facts(rules: Adapters) -> dict[str, Any]:
         return {

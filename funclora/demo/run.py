@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import funclora as fl
-from funclora._bind.apply import Params
 from funclora._files.atomic import replace_files
 from funclora.demo import corpus
 from funclora.demo.model import ByteLM, load_base, next_byte_loss
 from funclora.optim import per_member
+from funclora.rules.base import Params
 
 METHODS = ("LoRA", "DoRA")
 Progress = Callable[[str], None]

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._many.stack import Cohort, Specs, Stack, stack, unscaled
+from funclora._many.stack import Group, TreeSpecs, Stack, stack, unscaled
 from funclora.errors import ConfigError
 from funclora.optim._transforms import GradientTransformation
 
@@ -77,7 +77,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         def one(tree: Any, values: dict[str, Tensor]) -> Any:
             return {"values": values, "state": build(**values).init(tree)}
 
-        def cohort_of(cohort: Cohort[Any]) -> Cohort[Any]:
+        def cohort_of(cohort: Group[Any]) -> Group[Any]:
             device = cohort.values[0].device
             own = {name: tensor[list(cohort.members)].to(device) for name, tensor in tensors.items()}
             return _cohort(_mapped(one, unscaled(cohort.tree()), own), cohort.members)
@@ -128,12 +128,12 @@ def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
     return optree.tree_unflatten(spec_out, out)
 
 
-def _cohort(tree: Any, members: tuple[int, ...]) -> Cohort[Any]:
+def _cohort(tree: Any, members: tuple[int, ...]) -> Group[Any]:
     leaves, spec = optree.tree_flatten(tree)
-    return Cohort(tuple(leaves), Specs((spec,) * len(members)), members)
+    return Group(tuple(leaves), TreeSpecs((spec,) * len(members)), members)
 
 
-def _like(state: Stack[Any], members: Stack[Any]) -> list[Cohort[Any]]:
+def _like(state: Stack[Any], members: Stack[Any]) -> list[Group[Any]]:
     """The state's cohorts, in the grouping and order of another stack of the same members."""
     if not isinstance(state, Stack) or len(state) != len(members):
         got = f"one of {len(state)}" if isinstance(state, Stack) else f"a {type(state).__name__}"

@@ -1,28 +1,24 @@
 """Which torch operations are linear in a lazy weight, and how each is computed from the factors.
 
-`linear_maps` takes an operation to a function that turns its arguments into `(lazy weight, LinearMap)`, or raises
-`UnmappedError` where this call of the operation has no fast form.
+`linear_ops` takes an operation to a function that turns its arguments into `(lazy weight, LinearLayerOp)`, or raises
+`NoFormError` where this call of the operation has no fast form.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funclora.rules.layouts import Conv, ConvTranspose, Layout, Matrices
+from funclora._torch.functions import _CONVS
 
 
-class UnmappedError(Exception):
-    """This call of the operation has no fast form."""
-
-
-class Map(ABC):
-    """A torch operation seen as a linear function of one weight (`funclora.rules.base.LinearMap`)."""
+class LinearOp(ABC):
+    """A torch operation seen as a linear function of one weight (`funclora.rules.base.LinearLayerOp`)."""
 
     x: Tensor
     bias: Tensor | None = None
@@ -65,14 +61,14 @@ class Map(ABC):
         """The operation without bias on an input `[rows, *]` of this one."""
         return self.on(x).dense(weight, bias=False)
 
-    def on(self, x: Tensor) -> Map:
+    def on(self, x: Tensor) -> LinearOp:
         """The same operation on another input."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.x = x
         return new
 
-    def scaled_input(self, factor: Tensor) -> Map:
+    def scaled_input(self, factor: Tensor) -> LinearOp:
         return self.on((self.x * factor).to(self.x.dtype))
 
     def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
@@ -108,7 +104,7 @@ def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
 _EXACT = (torch.float32, torch.float64)
 
 
-class LinearMap(Map):
+class LinearLayerOp(LinearOp):
     """`F.linear(x, W, bias)`, x: `[*, in]`, W: `[out, in]`, or stored transposed and then backwards."""
 
     def __init__(self, x: Tensor, bias: Tensor | None, *, backwards: bool) -> None:
@@ -144,7 +140,7 @@ class LinearMap(Map):
         return vector
 
 
-class MatmulMap(LinearMap):
+class MatmulOp(LinearLayerOp):
     """`x @ W (+ bias)`, x: `[*lead, tokens, in]`, W: `[*lead, in, out]`, or stored as M and then backwards."""
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
@@ -157,14 +153,14 @@ class MatmulMap(LinearMap):
         return _input(self.x, a, dropout) @ first @ second
 
     def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
-        plain = Map if a.dim() > 2 else LinearMap
+        plain = LinearOp if a.dim() > 2 else LinearLayerOp
         return plain.add_low_rank(self, y, a, b, scaling, dropout)
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.unsqueeze(-2) if vector.dim() > 1 else vector
 
 
-class LeftMatmulMap(Map):
+class LeftMatmulOp(LinearOp):
     """`W @ x`, x: `[*lead, in, columns]`, W: `[*lead, out, in]`, or stored transposed and then backwards."""
 
     units = -2
@@ -184,7 +180,7 @@ class LeftMatmulMap(Map):
         return vector.unsqueeze(-1)
 
 
-class GroupedMap(Map):
+class GroupedMatmulOp(LinearOp):
     """`F.grouped_mm(x, W, offs=offs)`: rows of x sorted by expert, W: `[experts, in, out]`, or backwards."""
 
     def __init__(self, op: Callable[..., Tensor], x: Tensor, offs: Tensor, *, backwards: bool) -> None:
@@ -209,7 +205,7 @@ class GroupedMap(Map):
         return vector[torch.searchsorted(self.offs, rows, right=True)]
 
 
-class EmbeddingMap(Map):
+class EmbeddingOp(LinearOp):
     """Rows of a table, `[*ids, dim]`."""
 
     drops = False  # the input is a one-hot vector: to drop it would drop whole tokens. PEFT does not either
@@ -264,7 +260,7 @@ class EmbeddingMap(Map):
         return y
 
 
-class ConvMap(Map):
+class ConvOp(LinearOp):
     """A convolution; `[batch, out, *space]`, the batch dimension may be absent."""
 
     def __init__(self, conv: Callable[..., Tensor], x: Tensor, bias: Tensor | None, spatial: int,
@@ -305,180 +301,8 @@ class ConvMap(Map):
         return vector.reshape(*vector.shape, *(1 for _ in range(self.spatial)))
 
 
-class ConvTransposeMap(ConvMap):
+class ConvTransposeOp(ConvOp):
     """A transposed convolution."""
 
     def down(self, a: Tensor) -> Tensor:
         return super().down(a.transpose(0, 1))
-
-
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-H = TypeVar("H")
-# Any: a lazy weight; this module knows it only by its attributes `rule` and `base`.
-Mapped = tuple[Any, Map]
-
-
-def _is_lazy(x: object) -> bool:
-    return hasattr(x, "rule")
-
-
-def _layout(weight: Any, kind: type[Layout]) -> Any:
-    """The layout of the lazy weight's rule, if the operation can be computed with one of that kind."""
-    layout = getattr(weight.rule, "layout", None) if _is_lazy(weight) else None
-    if not isinstance(layout, kind):
-        raise UnmappedError
-    return layout
-
-
-def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Mapped:
-    backwards = _layout(weight, Matrices).transposed
-    if _is_lazy(input) or _is_lazy(bias):
-        raise UnmappedError
-    return weight, LinearMap(input, bias, backwards=backwards)
-
-
-def _matmul(input: Any, other: Any) -> Mapped:
-    if _is_lazy(input):
-        backwards = _layout(input, Matrices).transposed
-        if _is_lazy(other) or other.dim() < 2:
-            raise UnmappedError
-        return input, LeftMatmulMap(other, backwards=backwards)
-    if input.dim() < 2 and _is_lazy(other) and other.base.dim() > 2:
-        raise UnmappedError  # a vector for all experts: the product has no dimension of tokens
-    return other, MatmulMap(input, None, backwards=not _layout(other, Matrices).transposed)
-
-
-def _mm(input: Any, mat2: Any) -> Mapped:
-    return _matmul(input, mat2)
-
-
-def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Mapped:
-    if (beta, alpha) != (1, 1) or _is_lazy(input) or _is_lazy(mat1) or input.dim() != 1:
-        raise UnmappedError
-    weight, op = _matmul(mat1, mat2)
-    op.bias = input
-    return weight, op
-
-
-def _grouped_mm(op: Callable[..., Tensor]) -> Callable[..., Mapped]:
-    def as_map(
-        mat_a: Tensor, mat_b: Any, *, offs: Tensor | None = None, bias: None = None, out_dtype: None = None
-    ) -> Mapped:
-        backwards = not _layout(mat_b, Matrices).transposed
-        if _is_lazy(mat_a) or offs is None or mat_a.dim() != 2 or (bias, out_dtype) != (None, None):
-            raise UnmappedError
-        return mat_b, GroupedMap(op, mat_a, offs, backwards=backwards)
-
-    return as_map
-
-
-def _embedding(
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Mapped:
-    if not _layout(weight, Matrices).transposed:
-        raise UnmappedError
-    n_rows = weight.base.shape[0]
-    return weight, EmbeddingMap(input, n_rows, padding_idx, max_norm, norm_type, scale_grad_by_freq)
-
-
-def _conv(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Mapped]:
-    def as_map(
-        input: Tensor,
-        weight: Any,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Mapped:
-        if _layout(weight, Conv).groups != groups:
-            raise UnmappedError
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        return weight, ConvMap(conv, input, bias, spatial, options)
-
-    return as_map
-
-
-def _conv_transpose(conv: Callable[..., Tensor], spatial: int) -> Callable[..., Mapped]:
-    def as_map(
-        input: Tensor,
-        weight: Any,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Mapped:
-        if _layout(weight, ConvTranspose).groups != groups:
-            raise UnmappedError
-        options = {
-            "stride": stride,
-            "padding": padding,
-            "output_padding": output_padding,
-            "dilation": dilation,
-        }
-        return weight, ConvTransposeMap(conv, input, bias, spatial, options | {"groups": groups})
-
-    return as_map
-
-
-def table(
-    *,
-    linear: H,
-    matmul: H,
-    mm: H,
-    addmm: H,
-    embedding: H,
-    conv: Callable[[Callable[..., Tensor], int], H],
-    conv_transpose: Callable[[Callable[..., Tensor], int], H],
-    grouped_mm: Callable[[Callable[..., Tensor]], H],
-) -> dict[Callable[..., Any], H]:
-    """Every operation that is linear in a weight, with what is done there.
-
-    Args:
-        linear: for `F.linear`, and so on.
-        matmul: for `torch.matmul` and `@`.
-        mm: for `torch.mm` and `torch.bmm`, which name their arguments otherwise.
-        addmm: for `torch.addmm`.
-        embedding: for `F.embedding`.
-        conv: `(F.conv2d, 2)` -> what is done there.
-        conv_transpose: the same for transposed convolutions.
-        grouped_mm: the same for the products of experts.
-    """
-    found: dict[Callable[..., Any], H] = {
-        F.linear: linear,
-        F.embedding: embedding,
-        torch.addmm: addmm,
-        Tensor.addmm: addmm,
-    }
-    found |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
-    found |= dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), mm)
-    for spatial, op in _CONVS.items():
-        found[op] = conv(op, spatial)
-    for spatial, transposed in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1):
-        found[transposed] = conv_transpose(transposed, spatial)
-    for name in ("grouped_mm", "_grouped_mm"):  # the public one is new in torch 2.10
-        for space in (F, torch):
-            if grouped := getattr(space, name, None):
-                found[grouped] = grouped_mm(grouped)
-    return found
-
-
-linear_maps: dict[Callable[..., Any], Callable[..., Mapped]] = table(
-    linear=_linear,
-    matmul=_matmul,
-    mm=_mm,
-    addmm=_addmm,
-    embedding=_embedding,
-    conv=_conv,
-    conv_transpose=_conv_transpose,
-    grouped_mm=_grouped_mm,
-)

@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from funclora.errors import UnsupportedError
-from funclora.rules.base import DoRA, Full, LowRank, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Conv, Matrices
+from funclora.rules.low_rank import LowRank
 
 Shape = tuple[int, ...]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError, near
-from funclora.rules.base import LinearMap, Rule
+from funclora.rules.base import Rule
+from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Embedding, Matrices, Parameter
 
 
@@ -53,7 +54,7 @@ class TrainableTokens(Rule):
     def dense(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0 if self.layout.transposed else 1, self._index(weight), self._stored(weight))
 
-    def read(self, op: LinearMap, weight: Tensor, dropout: float) -> Tensor:
+    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         return op.replaced(weight, self._index(weight), self._stored(weight))
 
     def check(self, name: str, weight: Tensor) -> None:

@@ -58,7 +58,7 @@ class Status:
 
     @property
     def left(self) -> float | None:
-        """Seconds left, at the pace of this process."""
+        """ReorderedB left, at the pace of this process."""
         return (self.total - self.done) * self.seconds / self.fresh if self.fresh else None
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from funclora._apps.train import records
 from funclora._apps.train.base import Base, ByteTokenizer, load_base, load_tokenizer
 from funclora._apps.train.settings import Settings
-from funclora._bind.apply import Params
 from funclora._init.fresh import generator_of
 from funclora.errors import ConfigError, FormatError, near
+from funclora.rules.base import Params
 
 EVERY = 8  # of eight texts the last is held out
 

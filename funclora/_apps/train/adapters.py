@@ -10,14 +10,13 @@ import torch
 from funclora._apps.train.base import Base, Batch
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
 from funclora._apps.train.settings import Settings
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
 from funclora._init.eva import init_eva
 from funclora._init.fresh import init
 from funclora._init.relative import relative_to_original
 from funclora.errors import ConfigError
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Rule
 
 
 @dataclass(frozen=True, eq=False)

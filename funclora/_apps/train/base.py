@@ -19,8 +19,10 @@ from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Sett
 from funclora._apps.train.tokenizer import ByteTokenizer as ByteTokenizer
 from funclora._apps.train.tokenizer import begun, first_line
 from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
-from funclora._bind.apply import Params, base_params, bind
+from funclora._bind.apply import bind
+from funclora._bind.params import base_params
 from funclora.errors import ConfigError, UnsupportedError
+from funclora.rules.base import Params
 
 DEMO = "the demo's base"
 CPU = torch.device("cpu")

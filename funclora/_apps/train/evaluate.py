@@ -10,8 +10,9 @@ import torch
 from funclora._apps.train.batches import evaluation
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import autocast, moved
-from funclora._bind.apply import Adapters, bind
+from funclora._bind.apply import bind
 from funclora.errors import ConfigError
+from funclora.rules.base import Adapters
 
 if TYPE_CHECKING:
     from funclora._apps.train.base import Base

@@ -21,8 +21,8 @@ from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.tokenizer import transformers
-from funclora._bind.apply import base_params
 from funclora._bind.merge import merge
+from funclora._bind.params import base_params
 from funclora._bind.summary import summary
 from funclora._files.staging import check_out, staged_folder
 from funclora._quant.quantize import dequantize

@@ -23,9 +23,8 @@ from funclora._apps.train.checkpoint import Progress, Run, fingerprint, opened
 from funclora._apps.train.evaluate import evaluate
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import Steps
-from funclora._bind.apply import Adapters
 from funclora.errors import ConfigError, NonFiniteError
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Rule
 
 if TYPE_CHECKING:
     from funclora._apps.train.base import Base

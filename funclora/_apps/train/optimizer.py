@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from funclora._apps.train.settings import Settings
-from funclora._bind.apply import Adapters
 from funclora.errors import ConfigError
 from funclora.optim import (
     GradientTransformation,
@@ -23,7 +22,8 @@ from funclora.optim import (
     warmup_linear,
 )
 from funclora.optim._values import Schedule
-from funclora.rules.base import LowRank, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.low_rank import LowRank
 
 DECAYED, UNDECAYED = "decayed", "undecayed"
 

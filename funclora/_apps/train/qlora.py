@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
-from funclora._bind.apply import Params
 from funclora._config.config import DECOMPOSITIONS, LoraConfig
 from funclora._config.targets import select
 from funclora._quant.quantize import quantize
 from funclora.io.peft.config_file import HEADS
+from funclora.rules.base import Params
 
 # PEFT's names of the tasks.
 TASK_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS", SEQ2SEQ: "SEQ_2_SEQ_LM"}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from funclora._apps.train.batches import Batches
 from funclora._apps.train.optimizer import Vectors, optimizer, schedule, total_steps
 from funclora._apps.train.settings import Settings
-from funclora._bind.apply import Adapters, bind
+from funclora._bind.apply import bind
 from funclora._train.step import autograd, seeded, value_and_grad
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.optim import apply_updates, global_norm
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Rule
 
 if TYPE_CHECKING:
     from funclora._apps.train.base import Base

@@ -15,15 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.apply import Adapters, base_params, check_adapters
+from funclora._bind.checks import check_adapters
+from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
-from funclora._config.targets import select, weights_of
+from funclora._config.layers import weights_of
+from funclora._config.targets import select
 from funclora.errors import ConfigError, FormatError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.gguf.file import DTYPES, AdapterFile, package, read_adapter, write_adapter
 from funclora.io.gguf.names import MERGE, Slot, by_tensor, family_of, slots_of
-from funclora.rules.base import LoRA, Rule
+from funclora.rules.base import Adapters, Rule
 from funclora.rules.layouts import Conv1D, Embedding, Linear
+from funclora.rules.low_rank import LoRA
 
 # A factor nearer to 1 than this changes no number by more than float32's rounding.
 _ROUNDING = 2.0**-24

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from funclora._bind.apply import named_tensors
+from funclora._bind.params import named_tensors
 from funclora.errors import UnsupportedError
 
 MERGE = (

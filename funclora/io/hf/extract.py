@@ -14,7 +14,7 @@ from torch import Tensor
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora._config.targets import select
-from funclora._files.finite import within
+from funclora._files.safetensors import within
 from funclora._files.staging import check_out, staged_folder
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.errors import ConfigError, FormatError, TargetError, UnsupportedError
@@ -22,8 +22,10 @@ from funclora.io.hf.checkpoint import Checkpoint
 from funclora.io.hf.structure import Structure
 from funclora.io.hf.weights import Weights
 from funclora.io.peft.folder import save_peft
-from funclora.rules.base import Full, LoRA, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dense import Full
 from funclora.rules.layouts import Layout
+from funclora.rules.low_rank import LoRA
 
 Progress = Callable[[int, int], None]
 StrPath = str | os.PathLike[str]

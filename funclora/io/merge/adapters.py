@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError
 from funclora.io.peft.folder import PeftFolder
-from funclora.rules.base import Delta, DoRA, Full, LoRA, LowRank, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dense import Delta, Full
+from funclora.rules.dora import DoRA
+from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied, TrainableTokens, untied
 
 V = TypeVar("V")
@@ -26,7 +29,7 @@ _KINDS: dict[type[Rule], str] = {
 }
 
 
-class OnDemand(Mapping[str, V]):
+class LazyMapping(Mapping[str, V]):
     """A mapping whose values are made at every look-up, so that none is held."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], V]) -> None:
@@ -102,7 +105,7 @@ class WeightedAdapters:
         for index, opened in enumerate(self._opened):
             if index not in acting:
                 raise FormatError(f"{opened.folder}: every update in it is zero: merging it would change nothing.")
-            opened.refuse_rest(base, OnDemand([*opened.targets], opened.rule))
+            opened.refuse_rest(base, LazyMapping([*opened.targets], opened.rule))
             for message in opened.differences():
                 warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=4)
 

@@ -17,8 +17,8 @@ from funclora.errors import ConfigError, UnsupportedError
 from funclora.io.hf.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, untied, with_dtype
 from funclora.io.hf.structure import Part, Structure
 from funclora.io.hf.weights import Weights
-from funclora.io.merge.adapters import OnDemand, WeightedAdapters
-from funclora.rules.base import Full
+from funclora.io.merge.adapters import LazyMapping, WeightedAdapters
+from funclora.rules.dense import Full
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class MergePlan:
         self._weights = Weights(base, self.structure)
         self._parts = self._weights.parts
         self.adapters = WeightedAdapters(adapter_dirs, weights, self.structure.model)
-        self.adapters.check(OnDemand([*self.structure.shapes], self._weights.read))
+        self.adapters.check(LazyMapping([*self.structure.shapes], self._weights.read))
         self.config, self.untied, names = self._untie()
         if dtype is not None:
             if dtype not in NAMES:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from funclora._bind.merge import refuse_nonfinite
-from funclora._files.finite import within
+from funclora._files.safetensors import within
 from funclora.errors import NonFiniteError
 from funclora.io.hf.structure import Part, Shape
-from funclora.rules.base import DoRA, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dora import DoRA
 from funclora.rules.narrow import can_narrow, narrowed
 
 # Elements of a weight that are computed together: they stay in a core's cache from reading to rounding.

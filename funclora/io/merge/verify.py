@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import apply, base_params
+from funclora._bind.apply import apply
 from funclora._bind.merge import merge
+from funclora._bind.params import base_params
 from funclora._files.safetensors import DTYPES, fill
 from funclora._torch.memory import free_on_host
 from funclora.errors import FormatError

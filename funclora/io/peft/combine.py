@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator, nn
 
-from funclora._bind.apply import Adapters, base_params
+from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
 from funclora._config.targets import select
@@ -20,7 +20,8 @@ from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
 from funclora.io.peft.folder import load_peft, save_peft
 from funclora.io.peft.tensors import DTYPES
 from funclora.io.peft.without_model import read_bare
-from funclora.rules.base import LowRank, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.low_rank import LowRank
 
 
 @dataclass(frozen=True)

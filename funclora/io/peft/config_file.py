@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from funclora._config.config import LoraConfig, is_initialiser
-from funclora._config.embeddings import Tables
-from funclora._config.targets import named
+from funclora._config.embeddings import TiedEmbeddings
+from funclora._config.names import named
 from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError, near
 
@@ -213,7 +213,7 @@ def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
         config = LoraConfig(**_own_fields(raw))
     except (ConfigError, OverflowError) as error:
         raise FormatError(f"{file}: {error}") from error
-    if config.ensure_weight_tying and not Tables.of(model).tied:
+    if config.ensure_weight_tying and not TiedEmbeddings.of(model).tied:
         _warn(f"{file}: ensure_weight_tying has no effect, as in PEFT: the model ties nothing to its input embeddings.")
         config = config.replace(ensure_weight_tying=False)
     return config.replace(modules_to_save=_saved(config, model)), "megatron_core" in raw

@@ -8,25 +8,27 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig, pattern_matches
-from funclora._config.regex import matches
-from funclora._config.targets import layer_of, named
+from funclora._config.covers import _saved_above, covers
+from funclora._config.names import named
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.peft.config_file import HEADS
 from funclora.io.peft.decomposed import refuse_decomposed
-from funclora.io.peft.keys import Wrapped
-from funclora.io.peft.limits import obstacles, obstacles_of_ties
+from funclora.io.peft.keys import PeftTarget
+from funclora.io.peft.limits import unsupported_by_peft, unsupported_ties
 from funclora.io.peft.tensors import DTYPES
 from funclora.io.peft.ties import output_layer
-from funclora.rules.base import Delta, DoRA, Full, LoRA, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.dense import Delta, Full
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Attention, Conv, Conv1D, Embedding, Linear, Matrices, Parameter
+from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
 
 _INSTEAD = "Merge the adapter (funclora.merge) and save the weights instead."
 
 
-def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
+def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, PeftTarget]:
     """The low-rank rules as PEFT sees them, after checking that PEFT would compute the same from them.
 
     Raises:
@@ -44,10 +46,10 @@ def as_wrapped(adapters: Adapters, config: LoraConfig) -> dict[str, Wrapped]:
         if isinstance(rule, (LoRA, DoRA)):
             by_parameter = any(named(name, entry) for entry in config.target_parameters or ())
             module = name.rpartition(".")[0]
-            wrapped[name] = Wrapped(name, module, rule.layout, _weight_shape(name, rule), by_parameter)
+            wrapped[name] = PeftTarget(name, module, rule.layout, _weight_shape(name, rule), by_parameter)
     full = [name for name, rule in adapters.items() if isinstance(rule, Full)]
     saved = list(dict.fromkeys(module for name in full for module in _saved_above(name, config)))
-    for name, why in obstacles([*wrapped.values()], saved, config):
+    for name, why in unsupported_by_peft([*wrapped.values()], saved, config):
         raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")
     for w in wrapped.values():
         if isinstance(w.layout, Attention):  # readable, but PEFT never computes our outputs from it
@@ -95,7 +97,7 @@ def _weight_shape(name: str, rule: LoRA | DoRA) -> tuple[int, ...]:
     return shape
 
 
-def _check_covered(w: Wrapped, config: LoraConfig) -> None:
+def _check_covered(w: PeftTarget, config: LoraConfig) -> None:
     """Whether the configuration names the target of a low-rank rule."""
     covered = covers(config, w.module, linear=isinstance(w.layout, (Linear, Conv1D)))
     if not w.by_parameter and not covered:
@@ -109,7 +111,7 @@ def _check_covered(w: Wrapped, config: LoraConfig) -> None:
         )
 
 
-def _check_numbers(w: Wrapped, rule: Rule, config: LoraConfig) -> None:
+def _check_numbers(w: PeftTarget, rule: Rule, config: LoraConfig) -> None:
     """One low-rank rule against the numbers of the configuration."""
     assert isinstance(rule, (LoRA, DoRA))
     if isinstance(rule, DoRA) != config.use_dora:
@@ -135,7 +137,7 @@ def _check_numbers(w: Wrapped, rule: Rule, config: LoraConfig) -> None:
             )
 
 
-def _check_full(name: str, wrapped: Sequence[Wrapped], config: LoraConfig) -> None:
+def _check_full(name: str, wrapped: Sequence[PeftTarget], config: LoraConfig) -> None:
     owner, _, leaf = name.rpartition(".")
     is_bias = leaf == "bias" and (
         config.bias == "all" or (config.bias == "lora_only" and owner in {w.owner for w in wrapped})
@@ -147,7 +149,7 @@ def _check_full(name: str, wrapped: Sequence[Wrapped], config: LoraConfig) -> No
         )
 
 
-def _check_entries(wrapped: Sequence[Wrapped], full: Sequence[str], saved: Sequence[str], config: LoraConfig) -> None:
+def _check_entries(wrapped: Sequence[PeftTarget], full: Sequence[str], saved: Sequence[str], config: LoraConfig) -> None:
     """The entries of the configuration against the adapters."""
     if not wrapped:
         raise ConfigError("there is no low-rank adapter to save; PEFT needs at least one.")
@@ -178,7 +180,7 @@ def _check_entries(wrapped: Sequence[Wrapped], full: Sequence[str], saved: Seque
         )
 
 
-def _check_lora_biases(adapters: Adapters, wrapped: Mapping[str, Wrapped], config: LoraConfig) -> None:
+def _check_lora_biases(adapters: Adapters, wrapped: Mapping[str, PeftTarget], config: LoraConfig) -> None:
     deltas = {name: rule for name, rule in adapters.items() if isinstance(rule, Delta)}
     if deltas and not config.lora_bias:
         raise ConfigError(f"{next(iter(deltas))!r} has the rule Delta, but lora_bias=False. Set it to True.")
@@ -228,39 +230,12 @@ def _check_tokens(adapters: Adapters, config: LoraConfig) -> None:
             raise ConfigError(f"trainable_token_indices: {entry or 'the list'!r} names none of the adapters.")
 
 
-def _tied(adapters: Adapters, wrapped: Mapping[str, Wrapped], config: LoraConfig) -> dict[str, Wrapped]:
+def _tied(adapters: Adapters, wrapped: Mapping[str, PeftTarget], config: LoraConfig) -> dict[str, PeftTarget]:
     """The output layers that follow the low-rank rule of a table."""
     ties = {name: rule.to for name, rule in adapters.items() if isinstance(rule, Tied)}
-    for name, why in obstacles_of_ties({name: type(adapters[to]) for name, to in ties.items()}, ties, config):
+    for name, why in unsupported_ties({name: type(adapters[to]) for name, to in ties.items()}, ties, config):
         raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")
     layers = {name: output_layer(name, wrapped[to]) for name, to in ties.items() if to in wrapped}
     for w in layers.values():
         _check_numbers(w, adapters[ties[w.name]], config)
     return layers
-
-
-def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:
-    """True if `target_modules` targets the module of that full name; `linear` is what "all-linear" is about."""
-    if config.exclude_modules and _matches(module, config.exclude_modules):
-        return False
-    if not config.target_modules or _saved_above(f"{module}.weight", config):
-        return False
-    if config.all_linear:
-        return linear
-    if not _matches(module, config.target_modules):
-        return False
-    layers = config.layers
-    return layers is None or module in config.target_modules or layer_of(config, module) in layers
-
-
-def _matches(name: str, wanted: Collection[str]) -> bool:
-    if isinstance(wanted, str):
-        return matches(wanted, name)
-    return any(named(name, entry) for entry in wanted)
-
-
-def _saved_above(name: str, config: LoraConfig) -> list[str]:
-    """The full names of the modules of `modules_to_save` that a parameter lies in."""
-    parts = name.split(".")[:-1]
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return [path for path in paths if any(named(path, entry) for entry in config.modules_to_save or ())]

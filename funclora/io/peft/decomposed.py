@@ -10,8 +10,9 @@ from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
 from funclora._init.relative import relative_to_original
 from funclora.errors import ConfigError, FormatError, ParamsError, UnsupportedError
-from funclora.rules.base import LowRank, Rule
+from funclora.rules.base import Rule
 from funclora.rules.layouts import Conv1D, Linear
+from funclora.rules.low_rank import LowRank
 
 ADVICE = (
     "Export it relative to the original weights: save_peft(path, *relative_to_original(adapters, initial, config)), "

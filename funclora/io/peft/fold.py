@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig
-from funclora.rules.base import Delta, DoRA, LoRA, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.dense import Delta
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import padded
+from funclora.rules.low_rank import LoRA
 
 
 def folded(adapters: Adapters, config: LoraConfig) -> tuple[dict[str, Rule], LoraConfig]:

@@ -15,22 +15,23 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from funclora._bind.apply import Adapters, named_tensors
+from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
-from funclora._config.embeddings import Tables
-from funclora._config.targets import named, select
+from funclora._config.embeddings import TiedEmbeddings
+from funclora._config.names import named
+from funclora._config.targets import select
 from funclora._files.atomic import replace_files
 from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
 from funclora.io.peft.config_file import CONFIG_FILE, config_text, read_config
-from funclora.io.peft.consistency import as_wrapped
+from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.decomposed import on_the_original
 from funclora.io.peft.fold import folded
-from funclora.io.peft.keys import Keys, Wrapped
-from funclora.io.peft.limits import differences, obstacles, obstacles_in_model, obstacles_of_ties
+from funclora.io.peft.keys import Keys, PeftTarget
+from funclora.io.peft.limits import differences, unsupported_by_peft, unsupported_in_model, unsupported_ties
 from funclora.io.peft.rules import Reader, tensors_of
 from funclora.io.peft.tensors import COMPILED, WEIGHTS_FILE, StoredTensors
 from funclora.io.peft.ties import output_layer, tied_as_in_peft
-from funclora.rules.base import Rule
+from funclora.rules.base import Adapters, Rule
 from funclora.rules.tokens import Tied
 
 
@@ -71,7 +72,7 @@ def save_peft(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     config = tied_as_in_peft(config, adapters)
-    wrapped = as_wrapped(adapters, config)
+    wrapped = check_against_config(adapters, config)
     if fold_scaling:
         adapters, config = folded(adapters, config)
     tensors = tensors_of(adapters, wrapped)
@@ -159,7 +160,7 @@ class PeftFolder:
             raise TargetError(f"{file}: {error} {_advice(config, model)}") from error
         self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         wrapped = {
-            name: Wrapped(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
+            name: PeftTarget(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
             for name, t in targets.items()
             if t.layout is not None
         }
@@ -168,14 +169,14 @@ class PeftFolder:
         self._wrapped = [*wrapped.values()]
         saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
         reasons = (
-            *obstacles(self._wrapped, saved, config),
-            *obstacles_of_ties({name: targets[to].rule for name, to in self._ties.items()}, self._ties, config),
-            *obstacles_in_model(model, self._wrapped),
+            *unsupported_by_peft(self._wrapped, saved, config),
+            *unsupported_ties({name: targets[to].rule for name, to in self._ties.items()}, self._ties, config),
+            *unsupported_in_model(model, self._wrapped),
         )
         for name, why in reasons:
             raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
         self._keys = Keys(self._wrapped)
-        table = self.weights.get(f"{Tables.of(model).input}.weight")
+        table = self.weights.get(f"{TiedEmbeddings.of(model).input}.weight")
         self._stored = StoredTensors(
             folder / WEIGHTS_FILE,
             compiled=any(COMPILED in name for name in self.weights),

@@ -31,7 +31,7 @@ Leaves = dict[str, Tensor]  # by field of the rule: "a", "b", "magnitude"
 
 
 @dataclass(frozen=True)
-class Wrapped:
+class PeftTarget:
     """A weight with a low-rank rule, as PEFT sees it.
 
     Attributes:
@@ -82,22 +82,22 @@ class Wrapped:
 # --- leaves and the tensors of a file --------------------------------------------------------------------------
 
 
-def _same(leaves: Leaves, _: Wrapped) -> Leaves:
+def _same(leaves: Leaves, _: PeftTarget) -> Leaves:
     return leaves
 
 
-def _pack_conv(leaves: Leaves, wrapped: Wrapped) -> Leaves:
+def _pack_conv(leaves: Leaves, wrapped: PeftTarget) -> Leaves:
     """A magnitude broadcasts over the weight."""
     if "magnitude" not in leaves:
         return leaves
     return leaves | {"magnitude": leaves["magnitude"].reshape(1, -1, *(1 for _ in wrapped.shape[2:]))}
 
 
-def _unpack_conv(leaves: Leaves, _: Wrapped) -> Leaves:
+def _unpack_conv(leaves: Leaves, _: PeftTarget) -> Leaves:
     return leaves | {"magnitude": leaves["magnitude"].flatten()} if "magnitude" in leaves else leaves
 
 
-def _pack_parameter(leaves: Leaves, wrapped: Wrapped) -> Leaves:
+def _pack_parameter(leaves: Leaves, wrapped: PeftTarget) -> Leaves:
     """Experts lie side by side, expert by expert in A, but rank by rank in B.
 
     A plain matrix is `[out, in]` to PEFT, whatever its owner says.
@@ -108,7 +108,7 @@ def _pack_parameter(leaves: Leaves, wrapped: Wrapped) -> Leaves:
     return swapped(leaves) if wrapped.stored_as_in_out else leaves
 
 
-def _unpack_parameter(leaves: Leaves, wrapped: Wrapped) -> Leaves:
+def _unpack_parameter(leaves: Leaves, wrapped: PeftTarget) -> Leaves:
     a, b = leaves["a"], leaves["b"]
     if len(wrapped.shape) == 3:
         n = wrapped.experts
@@ -136,8 +136,8 @@ class Form:
     a: str = "lora_A.weight"
     b: str = "lora_B.weight"
     magnitude: str = "lora_magnitude_vector"
-    pack: Callable[[Leaves, Wrapped], Leaves] = _same
-    unpack: Callable[[Leaves, Wrapped], Leaves] = _same
+    pack: Callable[[Leaves, PeftTarget], Leaves] = _same
+    unpack: Callable[[Leaves, PeftTarget], Leaves] = _same
 
     def suffix(self, leaf: str) -> str:
         """The suffix of the key of a leaf."""
@@ -162,17 +162,17 @@ class Keys:
     """The keys of one adapter.
 
     Examples:
-        >>> linear = Wrapped("attn.q.weight", "attn.q", Linear(), (2, 2), by_parameter=False)
+        >>> linear = PeftTarget("attn.q.weight", "attn.q", Linear(), (2, 2), by_parameter=False)
         >>> keys = Keys([linear])
         >>> keys.leaf(linear, "a"), keys.full("attn.q.bias")
         ('base_model.model.attn.q.lora_A.weight', 'base_model.model.attn.q.base_layer.bias')
     """
 
-    def __init__(self, wrapped: Iterable[Wrapped]) -> None:
+    def __init__(self, wrapped: Iterable[PeftTarget]) -> None:
         # Every adapted parameter of target_parameters has a wrapper of its own around the module.
         self._wrappers = Counter(w.owner for w in wrapped)
 
-    def leaf(self, wrapped: Wrapped, leaf: str) -> str:
+    def leaf(self, wrapped: PeftTarget, leaf: str) -> str:
         """The key of a leaf of a low-rank rule."""
         inner = 0  # the parameter that was registered first has the innermost wrapper
         if isinstance(wrapped.layout, Parameter):

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from funclora._config.config import LoraConfig, pattern_matches
-from funclora._config.targets import inside
+from funclora._config.names import inside
 from funclora._quant.quantize import reads_packed_weights
-from funclora.io.peft.keys import FORMS, Wrapped
-from funclora.rules.base import DoRA, Full, Rule
+from funclora.io.peft.keys import FORMS, PeftTarget
+from funclora.rules.base import Rule
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Attention, Conv, Conv1D, Embedding, Linear, Parameter
 from funclora.rules.tokens import TrainableTokens
 
@@ -33,7 +35,7 @@ _ORTHOGONAL = (
 )
 
 
-def obstacles(wrapped: Sequence[Wrapped], saved: Sequence[str], config: LoraConfig) -> Reasons:
+def unsupported_by_peft(wrapped: Sequence[PeftTarget], saved: Sequence[str], config: LoraConfig) -> Reasons:
     """`(name, why)` for everything that PEFT refuses, or computes otherwise.
 
     Args:
@@ -55,7 +57,7 @@ def obstacles(wrapped: Sequence[Wrapped], saved: Sequence[str], config: LoraConf
             yield module, "PEFT cannot train a module in full that lies in an adapted module."
 
 
-def _of_module(w: Wrapped, config: LoraConfig) -> str | None:
+def _of_module(w: PeftTarget, config: LoraConfig) -> str | None:
     layout, kind = w.layout, type(w.layout).__name__
     if type(layout) not in FORMS:
         return _UNKNOWN.get(kind, f"PEFT has no form for the layout {kind}.")
@@ -77,7 +79,7 @@ def _of_module(w: Wrapped, config: LoraConfig) -> str | None:
     return None
 
 
-def _of_parameter(w: Wrapped, config: LoraConfig) -> str | None:
+def _of_parameter(w: PeftTarget, config: LoraConfig) -> str | None:
     if not isinstance(w.layout, (Linear, Conv1D, Embedding, Parameter)):
         return f"PEFT does not adapt a weight of layout {type(w.layout).__name__} through target_parameters."
     if isinstance(w.layout, Embedding) and w.layout.max_norm:
@@ -102,7 +104,7 @@ _ORDER = (
 _OUT_PROJ = "PEFT's adapter on out_proj of nn.MultiheadAttention has no effect until it is merged, and then it has one."
 
 
-def _between(wrapped: Sequence[Wrapped]) -> Reasons:
+def _between(wrapped: Sequence[PeftTarget]) -> Reasons:
     """What parameters of `target_parameters` do to each other and to the rest."""
     by_parameter = [w for w in wrapped if w.by_parameter]
     for w in by_parameter:
@@ -117,7 +119,7 @@ def _between(wrapped: Sequence[Wrapped]) -> Reasons:
             yield w.name, "PEFT cannot adapt transformers' Conv1D layers and target_parameters together."
 
 
-def obstacles_of_ties(followed: Mapping[str, type[Rule]], ties: Mapping[str, str], config: LoraConfig) -> Reasons:
+def unsupported_ties(followed: Mapping[str, type[Rule]], ties: Mapping[str, str], config: LoraConfig) -> Reasons:
     """`(name, why)` for tied parameters.
 
     Args:
@@ -142,7 +144,7 @@ def obstacles_of_ties(followed: Mapping[str, type[Rule]], ties: Mapping[str, str
             yield name, f"PEFT ties an output layer to {table!r}, and not another table."
 
 
-def obstacles_in_model(model: nn.Module, wrapped: Iterable[Wrapped]) -> Reasons:
+def unsupported_in_model(model: nn.Module, wrapped: Iterable[PeftTarget]) -> Reasons:
     """`(name, why)` for what only the model shows."""
     seen = {name for name, _ in model.named_modules()}  # as PEFT lists them: each module once
     for w in wrapped:
@@ -155,7 +157,7 @@ def obstacles_in_model(model: nn.Module, wrapped: Iterable[Wrapped]) -> Reasons:
                 yield w.name, _OUT_PROJ
 
 
-def differences(model: nn.Module, wrapped: Sequence[Wrapped], config: LoraConfig, *, by_peft: bool) -> Iterator[str]:
+def differences(model: nn.Module, wrapped: Sequence[PeftTarget], config: LoraConfig, *, by_peft: bool) -> Iterator[str]:
     """What the reader of a folder should know. `by_peft`: PEFT wrote the configuration, and so sorted it."""
     doubled = [w.name for w in wrapped if counts_twice(w)]
     if doubled:
@@ -179,7 +181,7 @@ def differences(model: nn.Module, wrapped: Sequence[Wrapped], config: LoraConfig
             return
 
 
-def counts_twice(w: Wrapped) -> bool:
+def counts_twice(w: PeftTarget) -> bool:
     """True for the output projection of an `nn.MultiheadAttention` that PEFT adapts."""
     return isinstance(w.layout, Attention) and w.name == f"{w.module}.out_proj.weight"
 
@@ -189,7 +191,7 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Multihead
 
 def _own_forward(module: nn.Module) -> bool:
     base = next((cls for cls in _PLAIN if isinstance(module, cls)), None)
-    # Tables that scale what they return (embed_scale) are known to PEFT, and so are the layers of bitsandbytes.
+    # TiedEmbeddings that scale what they return (embed_scale) are known to PEFT, and so are the layers of bitsandbytes.
     return (
         base is not None
         and type(module).forward is not base.forward

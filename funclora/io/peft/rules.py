@@ -8,19 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora.errors import FormatError
-from funclora.io.peft.keys import Keys, Leaves, Wrapped, swapped
+from funclora.io.peft.keys import Keys, Leaves, PeftTarget, swapped
 from funclora.io.peft.limits import counts_twice
 from funclora.io.peft.tensors import StoredTensors
-from funclora.rules.base import Delta, DoRA, Full, LoRA, Rule
+from funclora.rules.base import Adapters, Rule
+from funclora.rules.dense import Delta, Full
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Attention
+from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
 
 
-def tensors_of(adapters: Adapters, wrapped: Mapping[str, Wrapped]) -> dict[str, Tensor]:
+def tensors_of(adapters: Adapters, wrapped: Mapping[str, PeftTarget]) -> dict[str, Tensor]:
     """The tensors of a file, by key.
 
     Args:
@@ -59,7 +61,7 @@ class Reader:
     stored: StoredTensors
     keys: Keys
     config: LoraConfig
-    wrapped: Mapping[str, Wrapped]
+    wrapped: Mapping[str, PeftTarget]
 
     def rule(self, name: str, target: Target, weight: Tensor) -> Rule:
         """The rule of a parameter that follows no other one."""
@@ -93,7 +95,7 @@ class Reader:
             )
         return Tied(target.to)
 
-    def _low_rank(self, w: Wrapped, target: Target, weight: Tensor) -> LoRA | DoRA:
+    def _low_rank(self, w: PeftTarget, target: Target, weight: Tensor) -> LoRA | DoRA:
         stored, keys, config = self.stored, self.keys, self.config
         rows, wanted = stored.rows(keys.leaf(w, "a"), repr(w.name)), target.r * w.experts
         if rows != wanted:

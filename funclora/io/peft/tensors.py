@@ -10,13 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from funclora._bind.apply import Adapters
-from funclora._files.finite import within
-from funclora._files.safetensors import read_header
+from funclora._files.safetensors import read_header, within
 from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
 from funclora.io.peft.foreign_keys import refuse_foreign
 from funclora.io.peft.keys import PREFIX, Keys
-from funclora.rules.base import Full
+from funclora.rules.base import Adapters
+from funclora.rules.dense import Full
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"

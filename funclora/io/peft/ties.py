@@ -9,20 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from funclora._bind.apply import Adapters
 from funclora._config.config import LoraConfig
+from funclora._config.names import named
 from funclora._config.regex import matches
-from funclora._config.targets import named
 from funclora.errors import ConfigError, ParamsError
-from funclora.io.peft.keys import Wrapped
-from funclora.rules.base import DoRA, Full, LoRA
+from funclora.io.peft.keys import PeftTarget
+from funclora.rules.base import Adapters
+from funclora.rules.dense import Full
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Linear
+from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied
 
 
-def output_layer(name: str, table: Wrapped) -> Wrapped:
+def output_layer(name: str, table: PeftTarget) -> PeftTarget:
     """The weight of an output layer that follows the low-rank rule of a table."""
-    return Wrapped(name, name.rpartition(".")[0], Linear(), table.shape, by_parameter=False)
+    return PeftTarget(name, name.rpartition(".")[0], Linear(), table.shape, by_parameter=False)
 
 
 def tied_as_in_peft(config: LoraConfig, adapters: Adapters) -> LoraConfig:

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from funclora._config.config import LoraConfig
+from funclora._config.covers import covers
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io.peft.config_file import CONFIG_FILE, HEADS, read_config
-from funclora.io.peft.consistency import covers
 from funclora.io.peft.keys import FORMS, PREFIX
 from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
-from funclora.rules.base import DoRA, LoRA, Rule
+from funclora.rules.base import Rule
+from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Conv, Conv1D, Embedding, Layout, Linear
+from funclora.rules.low_rank import LoRA
 
 _A = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<suffix>lora_A\.weight|lora_embedding_A)$")
 _ADVICE = "Give the base model (--base on the command line, model= in Python)."

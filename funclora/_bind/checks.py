@@ -1,0 +1,91 @@
+"""What must hold before a model is bound, and after it ran."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from funclora._tracking.routed import Routed
+from funclora.errors import ParamsError, PurityError, UnsupportedError, near
+from funclora.rules.base import Adapters, Params, Rule
+from funclora.rules.tokens import untied
+
+
+@contextlib.contextmanager
+def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
+    """Raise `PurityError` if the block writes to a tensor that a bound module shares with its maker.
+
+    Those are the weights without an adapter, and the values of `Full`: a lazy weight itself refuses to be written to.
+    """
+    leaves = [(name, leaf) for name, rule in adapters.items() if rule.bind_dense for leaf in rule.leaves]
+    tensors = [*params.values(), *(getattr(adapters[name], leaf) for name, leaf in leaves)]
+    before = versions(tensors)
+    yield
+    after = versions(tensors)
+    if after != before:
+        names = [*(f"params[{name!r}]" for name in params), *(f"adapters[{name!r}].{leaf}" for name, leaf in leaves)]
+        name = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
+        raise PurityError(
+            f"{name} was written to in place while the model ran, and has lost the values that were passed in. Let the "
+            "model compute the new value out of place, or keep it in a buffer: a bound model has buffers of its own."
+        )
+
+
+def versions(tensors: list[Tensor]) -> list[int | None]:
+    """How often each tensor was written to, as autograd counts; for inference tensors it does not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
+    """How many rows a batch has for adapters that differ by row, and their repetitions; 1 if they do not differ."""
+    sizes = {(rule.n, rule.repeats): name for name, rule in adapters.items() if isinstance(rule, Routed)}
+    if len(sizes) > 1:
+        raise ParamsError(
+            "adapters are routed for batches of different sizes: "
+            + ", ".join(f"{name!r} for {n} rows" for (n, _), name in sizes.items())
+            + ". Take the rules of one call of route."
+        )
+    return next(iter(sizes), (1, 1))
+
+
+def check_adapters(params: Params, adapters: Adapters) -> None:
+    """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
+    for name, rule in untied(adapters).items():
+        weight = params.get(name)
+        if weight is None:
+            raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")
+        if not isinstance(rule, Rule):
+            raise ParamsError(f"adapters[{name!r}]: expected a rule (LoRA, DoRA, Full), got {type(rule).__name__}.")
+        rule.check(name, weight)
+
+
+def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:
+    """Raise `UnsupportedError` if a module runs other weights than those registered in it.
+
+    Args:
+        module: the module, without its children.
+        prefix: its full name with a dot at the end, "" for the model itself, None outside of the tree.
+    """
+    name = repr((prefix or "").rstrip(".") or "the model")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"{name} is a ScriptModule, whose weights cannot be bound without changing it. "
+            "Pass the Python module that it was scripted from."
+        )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        kind = type(module).__name__
+        raise UnsupportedError(
+            f"{name} is a {kind}, which copies its weights to other devices or averages gradients of its own "
+            f"parameters, not of adapters. Pass the module that it wraps ({kind}.module), without the prefix "
+            "'module.' in the names of params and adapters."
+        )
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedError(
+            f"{name} is a replica that nn.DataParallel made, and has no parameters of its own. Pass the module that "
+            "was replicated, with params and adapters moved to the device."
+        )
+

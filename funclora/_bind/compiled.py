@@ -1,0 +1,65 @@
+"""Binding while torch.compile traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from funclora._bind.checks import rows_of_batch
+from funclora._bind.rewrite import _rewritten
+from funclora._quant.quantize import reads_packed_weights
+from funclora._quant.tensor import plain_weight
+from funclora._tracking.entry import with_rows
+from funclora.errors import UnsupportedError
+from funclora.rules.base import Adapters, Params
+
+
+class _TracedModule:
+    """What `bind` returns while torch.compile traces, where module objects cannot be made.
+
+    A graph is captured once, by one thread, and holds the weights as its inputs: `functional_call` is safe there.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, adapters: Adapters) -> None:
+        self._model = model
+        self._rows = rows_of_batch(adapters)
+        self._tensors = {}
+        places: dict[tuple[int, str], str] = {}
+        for name, given in params.items():
+            # The tracer loses track of a quantised weight inside of a lazy one.
+            value = plain_weight(given) if name in adapters else given
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            twin = places.setdefault((id(owner), leaf), name)
+            if twin != name and (name in adapters or twin in adapters):
+                raise UnsupportedError(
+                    f"{twin!r} and {name!r} are one parameter of one module under two names. torch.compile cannot give "
+                    "it two weights: call apply outside of the compiled function, or adapt a model without the sharing."
+                )
+            is_buffer = leaf in owner._buffers
+            if reads_packed_weights(owner):
+                raise UnsupportedError(
+                    f"{name!r} belongs to a {type(owner).__name__} of bitsandbytes, which torch.compile cannot give "
+                    "another weight. Call apply outside of the compiled function, or on the model with plain layers."
+                )
+            self._tensors[name] = (
+                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, None, {})
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
+
+        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows, {})
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        if callable(value):
+            raise UnsupportedError(
+                f"bound.{name} is called under torch.compile, where only bound(...) itself is supported. Call it "
+                "outside of the compiled function."
+            )
+        return value
+

@@ -1,0 +1,52 @@
+"""A model's weights as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from funclora._quant.quantize import of_bitsandbytes
+from funclora.errors import ParamsError
+
+
+def base_params(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and persistent buffers as a value: detached, not copied.
+
+    Tied parameters appear under each of their names, as in `state_dict`. What bitsandbytes packed (a transformers model
+    that was loaded with `load_in_4bit` or `load_in_8bit`) appears as quantised weights, as `quantize` makes them.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Full name -> tensor, sharing storage with the model.
+
+    Raises:
+        ParamsError: a parameter of a lazy module has not been initialised yet.
+
+    Examples:
+        >>> sorted(base_params(nn.Linear(2, 3)))
+        ['bias', 'weight']
+    """
+    params = {}
+    for name, tensor, _, transient in named_tensors(model):
+        if is_lazy(tensor):
+            raise ParamsError(f"{name!r} is not initialised yet. Run the model once before asking for its params.")
+        if not transient:
+            params[name] = tensor.detach()
+    return params
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, bool]]:
+    """`(name, tensor, owner, is a buffer that is not saved)` for each registered name, tied ones included."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + name, of_bitsandbytes(dot + name, parameter, module, model), module, False
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield dot + name, buffer, module, name in module._non_persistent_buffers_set
+

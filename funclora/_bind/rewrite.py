@@ -1,0 +1,54 @@
+"""What takes the place of a parameter."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from funclora._lazy.weight import Placeholders, LazyWeight, requires_grad
+from funclora._torch.pytree import pytree_node
+from funclora.rules.base import Rule
+from funclora.rules.linear_ops import LinearOp
+from funclora.rules.layouts import Embedding, Layout
+
+
+def _rewritten(
+    name: str, weight: Tensor, rule: Rule | None, owner: nn.Module, uses: dict[str, str] | None, carriers: Placeholders
+) -> Tensor:
+    """What takes the place of a parameter of `owner`; `uses` records what becomes of it."""
+    if rule is None or (uses is None and rule.bind_dense):
+        plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
+        if plain.dim() != 2 or getattr(owner, "max_norm", None) is None:
+            return plain
+        # torch would renormalise the table in place.
+        weight, rule, uses = plain, Unchanged(), None
+    elif not (requires_grad(weight) or requires_grad(rule)):
+        rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
+    # The owner holds the weight: a weak reference back lets both die at once. The compiler follows none, needs none.
+    held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)
+    return LazyWeight.of(name, weight, rule, held, uses, carriers)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Unchanged(Rule):
+    """The base weight itself, read without the writes of `F.embedding(..., max_norm=...)` to its table."""
+
+    layout: Layout = field(default=Embedding())
+
+    leaves: ClassVar[tuple[str, ...]] = ()
+    bind_dense: ClassVar[bool] = True
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        return op.dense(weight, bias=True)
+
+    def check(self, name: str, weight: Tensor) -> None:
+        pass
+

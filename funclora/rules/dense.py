@@ -1,0 +1,97 @@
+"""Rules whose dense form costs nothing: a parameter that is replaced, or added to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from funclora._quant.tensor import Quantized
+from funclora._torch.pytree import pytree_node
+from funclora.errors import ParamsError
+from funclora.rules.base import Rule
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Full(Rule):
+    """Replaces the parameter (`modules_to_save`, trained biases).
+
+    Attributes:
+        value: the new value, of the parameter's shape. It is cast to the parameter's dtype where it is used.
+
+    Examples:
+        >>> import torch
+        >>> Full(torch.ones(2)).dense(torch.zeros(2))
+        tensor([1., 1.])
+    """
+
+    value: Tensor
+
+    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    bind_dense: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Tensor):
+            raise ParamsError(f"Full.value: expected a tensor, got {type(self.value).__name__}.")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.value
+
+    def check(self, name: str, weight: Tensor) -> None:
+        refuse_full(name, weight)
+        check_value(name, self.value, weight)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class Delta(Rule):
+    """Adds to the parameter: W + s·value (the bias of B, `lora_bias`).
+
+    Attributes:
+        value: what is added, of the parameter's shape.
+        scaling: s.
+
+    Examples:
+        >>> import torch
+        >>> Delta(torch.ones(2), scaling=0.5).dense(torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    value: Tensor
+    scaling: float = field(default=1.0, kw_only=True)
+
+    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    bind_dense: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, Tensor):
+            raise ParamsError(f"Delta.value: expected a tensor, got {type(self.value).__name__}.")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, self.value.dtype), torch.float32)
+        return torch.add(weight.to(dtype), self.value.to(dtype), alpha=self.scaling)
+
+    def check(self, name: str, weight: Tensor) -> None:
+        refuse_full(name, weight)
+        check_value(name, self.value, weight)
+
+
+def check_value(name: str, value: Tensor, weight: Tensor) -> None:
+    """Raise `ParamsError` unless a value has the shape of the parameter, and that can be trained."""
+    if value.shape != weight.shape:
+        raise ParamsError(f"adapter of {name!r}: value has shape {list(value.shape)}, expected {list(weight.shape)}.")
+    if not weight.is_floating_point():
+        raise ParamsError(f"{name!r} has dtype {weight.dtype} and cannot be trained.")
+
+
+def refuse_full(name: str, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight is quantised: training it in full would replace it, not adapt it."""
+    if isinstance(weight, Quantized):
+        raise ParamsError(
+            f"{name!r} is quantised and cannot be trained in full (modules_to_save, Full). Leave it out of the targets "
+            "of quantize, or put its dense value, weight.dequantize(), into params."
+        )
+

@@ -1,0 +1,182 @@
+"""DoRA, and the norms that it divides by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from funclora._quant.tensor import plain_weight
+from funclora._torch.functions import constant
+from funclora._torch.pytree import pytree_node
+from funclora.rules.linear_ops import LinearOp
+from funclora.rules.layouts import Layout
+from funclora.rules.low_rank import LowRank, _updated
+
+# A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
+NORM_BLOCK = 2**20
+# ... and at most this share of the weight, so that the weight as a whole never exists.
+NORM_SHARE = 8
+# What is left of the squares of two vectors where their difference is no more than float32's rounding of them.
+CANCELLED = 2.0**-46
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class DoRA(LowRank):
+    """The weight-decomposed update m·V/‖V‖ with V = W + s·B·A (Liu et al., arXiv 2402.09353, equation 5).
+
+    ‖V‖ is the norm of each row of V, one per output unit. Unless `exact_norm_grad` it is a constant of the
+    gradient (section 4.3 of the paper). A row of V that is zero stays zero. The bias is not scaled. Dropout
+    acts on the input of `a` only, not on that of W (PEFT drops both).
+
+    Attributes:
+        a: the factor that reads the input, `[r, in]`.
+        b: the factor that writes the output, `[out, r]`.
+        magnitude: m, `[*lead, out]`.
+        scaling: s.
+        dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
+        layout: where the matrix lies in the weight.
+        exact_norm_grad: differentiate through the norm too.
+
+    Examples:
+        >>> import torch
+        >>> rule = DoRA(torch.zeros(1, 2), torch.zeros(1, 1), torch.tensor([10.0]))
+        >>> rule.dense(torch.tensor([[3.0, 4.0]]))
+        tensor([[6., 8.]])
+    """
+
+    magnitude: Tensor
+    exact_norm_grad: bool = field(default=False, kw_only=True)
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+
+    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        return super().leaf_shapes(weight) | {"magnitude": self.layout.magnitude_shape(weight.shape)}
+
+    def prepared(self, weight: Tensor) -> PreparedDoRA:
+        if self.exact_norm_grad:
+            norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling)
+        else:
+            with constant():
+                norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
+        return self.gained(norm)
+
+    def gained(self, norm: Tensor) -> PreparedDoRA:
+        """This rule with the norms of its rows worked out, of a magnitude's shape."""
+        zero = norm == 0
+        gain = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+        return PreparedDoRA(self.a, self.b, gain, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.prepared(weight).dense(weight)
+
+    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        return self.prepared(weight).read(op, weight, dropout)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class PreparedDoRA(LowRank):
+    """gain·(W + s·B·A), one gain per output unit: DoRA with its norm worked out.
+
+    Attributes:
+        gain: m/‖W + s·B·A‖, `[*lead, out]`; 0 where the norm is zero.
+    """
+
+    gain: Tensor
+
+    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "gain")
+
+    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        return super().leaf_shapes(weight) | {"gain": self.layout.magnitude_shape(weight.shape)}
+
+    def dense(self, weight: Tensor) -> Tensor:
+        return self.layout.weight(self.gain.unsqueeze(-1) * self.update(weight), weight.shape)
+
+    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        gain = op.per_output(self.gain)
+        if op.backwards:
+            op = op.scaled_input(gain)
+            y = op.dense(weight, bias=True)
+            return self.add_update(op, y, dropout).to(y.dtype)
+        y = op.dense(weight, bias=False)
+        out = self.add_update(op, y, dropout)
+        if op.bias is None:
+            return (out * gain).to(y.dtype)
+        return torch.addcmul(op.per_output(op.bias).to(out.dtype), out, gain.to(out.dtype)).to(y.dtype)
+
+
+def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+    """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
+    weight = plain_weight(weight)
+    norms = []
+    for piece, a_piece in layout.pieces(weight, a, NORM_SHARE):
+        a_matrix, b_matrix = layout.factors(a_piece, b)
+        norms.append(output_norms(layout.matrix(piece), a_matrix, b_matrix, scaling))
+    combined: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return combined
+
+
+def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+    """The norms of the rows of M + s·B·A, without ever holding that matrix as a whole.
+
+    ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) costs the same number of operations,
+    but loses all digits where s·B·A nearly cancels M. Blocks of the sum itself are exact everywhere.
+
+    Args:
+        matrix: M, `[*lead, out, in]`.
+        a: `[*lead, r, in]`.
+        b: `[*lead, out, r]`.
+        scaling: s.
+
+    Returns:
+        `[*lead, out]`, in the dtype of `dense`.
+    """
+    norm: Callable[..., Tensor] = torch.linalg.vector_norm
+    n_out, n_in = matrix.shape[-2:]
+    if matrix.stride(-1) == 1:  # rows lie in memory one after the other: take some rows at a time
+        n = _block(n_out, matrix.numel())
+        blocks = zip(matrix.split(n, -2), b.split(n, -2), strict=True)
+        return torch.cat([norm(_updated(m, a, b_, scaling), dim=-1) for m, b_ in blocks], dim=-1)
+    n = _block(n_in, matrix.numel())
+    blocks = zip(matrix.split(n, -1), a.split(n, -1), strict=True)
+    return norm(torch.stack([norm(_updated(m, a_, b, scaling), dim=-1) for m, a_ in blocks]), dim=0)
+
+
+def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:
+    """`output_norms` for m updates of one matrix: the products of M with all their factors are one.
+
+    ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) in float64, which has digits to spare where
+    s·B·A cancels M up to the rounding of float32. Rows that it cancels further are zero.
+
+    Args:
+        matrix: M, `[out, in]`, in float32 or less, as are
+        a: `[m, r, in]`,
+        b: `[m, out, r]`.
+        scalings: s, `[m]`.
+
+    Returns:
+        `[m, out]`, in float32.
+    """
+    a, b, s = a.double(), b.double(), scalings.double()[:, None]
+    own, inner = b.new_zeros(matrix.shape[0]), torch.zeros_like(b.mT).flatten(0, 1)
+    with torch.autocast(matrix.device.type, enabled=False):
+        n = max(1, NORM_BLOCK // len(matrix))
+        for columns, a_ in zip(matrix.split(n, -1), a.split(n, -1), strict=True):
+            block = columns.double()
+            own = own + block.square().sum(-1)
+            inner = torch.addmm(inner, a_.flatten(0, 1), block.mT)
+        update = ((b @ (a @ a.mT)) * b).sum(-1) * s**2
+        squares = own + 2 * s * (inner.view_as(b.mT) * b.mT).sum(1) + update
+    squares = torch.where(squares > CANCELLED * (own + update), squares, 0.0)
+    return squares.sqrt().float()
+
+
+def _block(length: int, numel: int) -> int:
+    """How many of `length` slices of a tensor with `numel` elements to look at together."""
+    return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
+
