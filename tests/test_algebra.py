@@ -69,7 +69,7 @@ def lora(name: str, r: int, seed: int, dtype: torch.dtype = torch.float64, scali
 
 def change(rule: Any, name: str) -> Tensor:
     """What the rule adds to the weight, in float64."""
-    wide = replace(rule, **{leaf: getattr(rule, leaf).double() for leaf in rule.leaves})
+    wide = replace(rule, **{leaf: getattr(rule, leaf).double() for leaf in rule.leaf_names})
     weight = weight_of(name)
     result: Tensor = wide.dense(weight) - weight
     return result
@@ -237,12 +237,12 @@ def test_recompression_is_the_truncated_decomposition(name: str, dtype: torch.dt
         return
     assert found.scaling == 1
     layout, shape = WEIGHTS[name]
-    matrix = layout.matrix(change(rule, name))
+    matrix = layout.to_matrix(change(rule, name))
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    want = layout.weight(u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :], shape)
+    want = layout.from_matrix(u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :], shape)
     close(change(found, name), want, dtype)
     # Eckart and Young: what is left has the remaining singular values.
-    left = layout.matrix(change(rule, name) - change(found, name))
+    left = layout.to_matrix(change(rule, name) - change(found, name))
     rest = s[..., rank:].square().sum(-1).sqrt()
     torch.testing.assert_close(left.flatten(-2).norm(dim=-1), rest, rtol=1e-4, atol=1e-5 * s.max().item())
     rows = layout.factors(found.a.double(), found.b.double())[0]
@@ -252,7 +252,7 @@ def test_recompression_is_the_truncated_decomposition(name: str, dtype: torch.dt
 @LAYOUTS
 def test_recompression_at_full_rank_is_exact(name: str) -> None:
     layout, _ = WEIGHTS[name]
-    full = min(layout.matrix(weight_of(name)).shape[-2:])
+    full = min(layout.to_matrix(weight_of(name)).shape[-2:])
     rule = lora(name, full + 3, 0)
     found: Any = algebra.recompress({"w": rule}, full)["w"]
     assert found.r == full
@@ -315,7 +315,7 @@ def test_dora_keeps_its_magnitude() -> None:
 def test_methods_act_on_the_changes_of_every_layout(name: str) -> None:
     layout, _ = WEIGHTS[name]
     x, y = lora(name, 2, 0), lora(name, 2, 1)
-    rank = min(layout.matrix(weight_of(name)).shape[-2:])
+    rank = min(layout.to_matrix(weight_of(name)).shape[-2:])
     changes = [change(rule, name) for rule in (x, y)]
     pruned = []
     for each in changes:
@@ -388,7 +388,7 @@ def test_dora_is_combined_by_its_change(name: str) -> None:
     layout, _ = WEIGHTS[name]
     weight = weight_of(name)
     x, y = ({"w": make_rule(kind, layout, weight, gen(i), r=2)} for i, kind in enumerate(("dora", "lora")))
-    rank = min(layout.matrix(weight).shape[-2:])
+    rank = min(layout.to_matrix(weight).shape[-2:])
     want, size = total([x["w"], y["w"]], [0.5, -2], name)
     one = algebra.combine([x, y], [0.5, -2], svd_rank=rank, params={"w": weight})["w"]
     other = algebra.combine([y, x], [-2, 0.5], svd_rank=rank, params={"w": weight})["w"]

@@ -22,7 +22,10 @@ def test_names_load_on_first_use() -> None:
 
 
 def test_a_name_loads_what_it_needs() -> None:
-    code = "import sys, funclora as fl; fl.apply; print(*(f'funclora.{m}' in sys.modules for m in ('_bind.apply', 'io.merge.merge')))"
+    code = (
+        "import sys, funclora as fl; fl.apply; "
+        "print(*(f'funclora.{name}' in sys.modules for name in ('_bind.apply', 'io.merge.merge')))"
+    )
     assert python(code) == "True False"
 
 

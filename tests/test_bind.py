@@ -200,7 +200,7 @@ def test_backward_through_checkpoints_after_apply_has_returned(how: str, kind: s
         params = base_params(model)
         adapters = lora(params, "blocks.0.weight", "blocks.1.weight", kind=kind)
         leaves = [leaf.requires_grad_() for rule in adapters.values() for leaf in
-                  (getattr(rule, name) for name in rule.leaves)]  # fmt: skip
+                  (getattr(rule, name) for name in rule.leaf_names)]  # fmt: skip
         loss = apply(model, params, adapters, torch.randn(3, 4, dtype=torch.float64)).square().sum()
         grads[each] = torch.autograd.grad(loss, leaves)
     close(grads[how], grads["none"], 1e-12)
@@ -226,7 +226,8 @@ def test_a_bound_module_dies_with_its_last_reference(case: Case, kind: str) -> N
     bound = bind(s.model, s.params, adapters)
     bound(*s.args, **s.kwargs)
     dead = [weakref.ref(module) for module in bound.modules()] + [weakref.ref(p) for p in bound.parameters()]
-    alive = {id(value) for value in (*s.params.values(), *(getattr(r, n) for r in adapters.values() for n in r.leaves))}
+    leaves = (getattr(rule, name) for rule in adapters.values() for name in rule.leaf_names)
+    alive = {id(value) for value in (*s.params.values(), *leaves)}
     dead = [ref for ref in dead if id(ref()) not in alive]
     assert dead
     del bound

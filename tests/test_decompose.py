@@ -147,7 +147,7 @@ def test_olora_has_an_orthonormal_b() -> None:
         for name, rule in decompose(model, config(init_lora_weights="olora"))[1].items():
             assert isinstance(rule, fl.LoRA)
             close(rule.b.mT @ rule.b, torch.eye(3), 1e-6)
-            whole = rule.layout.matrix(model.state_dict()[name])
+            whole = rule.layout.to_matrix(model.state_dict()[name])
             close(rule.b.mT @ whole, rule.a, 1e-6)
 
 

@@ -331,5 +331,5 @@ def test_row_norms_survive_cancellation(layout: Layout) -> None:
     weight = torch.randn(3, 4, dtype=torch.float64)
     v = 1e-6 * torch.randn(3, 4, dtype=torch.float64)
     a, b = v - weight, torch.eye(3, dtype=torch.float64)
-    norms = output_norms(layout.matrix(weight if isinstance(layout, Linear) else weight.T.contiguous()), a, b, 1.0)
+    norms = output_norms(layout.to_matrix(weight if isinstance(layout, Linear) else weight.T.contiguous()), a, b, 1.0)
     torch.testing.assert_close(norms, v.square().sum(-1).sqrt(), rtol=1e-8, atol=0)

@@ -79,7 +79,7 @@ def fresh(model: nn.Module, seed: int = 0, **fields: Any) -> dict[str, Any]:
 
 
 def leaves(adapters: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {f"{name}/{leaf}": getattr(rule, leaf) for name, rule in adapters.items() for leaf in rule.leaves}
+    return {f"{name}/{leaf}": getattr(rule, leaf) for name, rule in adapters.items() for leaf in rule.leaf_names}
 
 
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -173,7 +173,7 @@ TREES = [
 def test_leaves_are_the_trainable_tensors(rule: Any, flatten: Any, unflatten: Any) -> None:
     leaves, spec = flatten({"w": rule})
     expected = [getattr(rule, f.name) for f in fields(rule) if isinstance(getattr(rule, f.name), Tensor)]
-    assert len(leaves) == len(expected) == len(rule.leaves)
+    assert len(leaves) == len(expected) == len(rule.leaf_names)
     assert all(got is want for got, want in zip(leaves, expected, strict=True))
 
     again = unflatten(spec, [leaf + 1 for leaf in leaves])["w"]
@@ -182,7 +182,7 @@ def test_leaves_are_the_trainable_tensors(rule: Any, flatten: Any, unflatten: An
         old, new = getattr(rule, f.name), getattr(again, f.name)
         assert torch.equal(new, old + 1) if isinstance(old, Tensor) else new == old
     # Transforms put markers where tensors were.
-    assert getattr(unflatten(spec, [None] * len(leaves))["w"], rule.leaves[0]) is None
+    assert getattr(unflatten(spec, [None] * len(leaves))["w"], rule.leaf_names[0]) is None
 
 
 @pytest.mark.parametrize(("flatten", "unflatten"), TREES)
@@ -207,7 +207,7 @@ def test_paths_name_the_fields() -> None:
 @every_rule
 def test_rules_cannot_be_assigned_to(rule: Any) -> None:
     with pytest.raises(FrozenInstanceError, match="cannot assign"):
-        setattr(rule, rule.leaves[0], torch.zeros(1))
+        setattr(rule, rule.leaf_names[0], torch.zeros(1))
 
 
 # --- 3: nothing that is passed in is written to ----------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_a_fresh_adapter_is_the_base_model(case: Case, kind: str, dtype: torch.d
         adapters[name] = replace(rule, b=zero)
         if kind == "dora":
             a, b = layout.factors(torch.zeros_like(rule.a), zero)
-            norms = output_norms(layout.matrix(s.params[name]), a, b, 0.0)
+            norms = output_norms(layout.to_matrix(s.params[name]), a, b, 0.0)
             adapters[name] = DoRA(rule.a, zero, norms, scaling=SCALING, layout=layout)
     with torch.no_grad(), plain_attention():
         output, base = apply(s.model, s.params, adapters, *s.args, **s.kwargs), dense_call(s, s.params)

@@ -193,14 +193,14 @@ class NoDenseWeight(TorchDispatchMode):
 
 
 def grads(output: Any, rule: Any, inputs: tuple[Tensor, ...] = ()) -> list[Tensor]:
-    leaves = [*(getattr(rule, name) for name in rule.leaves), *(x for x in inputs if x.requires_grad)]
+    leaves = [*(getattr(rule, name) for name in rule.leaf_names), *(x for x in inputs if x.requires_grad)]
     total = torch.stack([y.square().sum() for y in tensors(output)]).sum()
     return list(torch.autograd.grad(total, leaves))
 
 
 def trainable(kind: str, call: Call, weight: Tensor) -> Any:
     rule = make_rule(kind, call.layout, weight, gen(1))
-    return replace(rule, **{name: getattr(rule, name).requires_grad_() for name in rule.leaves})
+    return replace(rule, **{name: getattr(rule, name).requires_grad_() for name in rule.leaf_names})
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -408,9 +408,9 @@ def test_dropout_acts_on_the_input_of_the_low_rank_path_only(call: Call, kind: s
     dropped = F.dropout(x, P)
     assert not torch.equal(dropped, x)
     lora = oracle(params["w"], LoRA(rule.a, rule.b, scaling=rule.scaling, layout=rule.layout))
-    gain = oracle(params["w"], rule) / lora  # 1 for LoRA
+    scale = oracle(params["w"], rule) / lora  # 1 for LoRA
     zero = [torch.zeros_like(b) for b in bias]
-    expected = call.call(gain * params["w"], x, *bias) + call.call(gain * (lora - params["w"]), dropped, *zero)
+    expected = call.call(scale * params["w"], x, *bias) + call.call(scale * (lora - params["w"]), dropped, *zero)
     close(output, expected, 1e-4)
 
 

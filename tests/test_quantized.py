@@ -241,7 +241,7 @@ def test_vmap_over_members(case: Case) -> None:
                 out = leaves_of(apply(s.model, params, adapters, *s.args, **s.kwargs))
                 return torch.stack([y.square().sum() for y in out]).sum()
 
-            return [torch.func.vmap(torch.func.grad_and_value(loss))(cohort.tree()) for cohort in members.cohorts]
+            return [torch.func.vmap(torch.func.grad_and_value(loss))(group.tree()) for group in members.groups]
 
         close(grads(s.params), grads(dense), 1e-5)
 
@@ -666,7 +666,7 @@ def grads_of_peft(model: Any) -> dict[str, Tensor]:
 
 
 def by_leaf(adapters: Any) -> dict[str, Tensor]:
-    return {f"{name}.{leaf}": getattr(rule, leaf) for name, rule in adapters.items() for leaf in rule.leaves}
+    return {f"{name}.{leaf}": getattr(rule, leaf) for name, rule in adapters.items() for leaf in rule.leaf_names}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -44,7 +44,7 @@ def test_counts_are_the_numbers_of_elements(fields: dict[str, Any]) -> None:
     fields = {"r": 2, "target_modules": ["q", "conv", "embed"], **fields}
     adapters = init(model, LoraConfig(**fields))
     result = summary(base_params(model), adapters)
-    trainable = {name: sum(getattr(rule, leaf).numel() for leaf in rule.leaves) for name, rule in adapters.items()}
+    trainable = {name: sum(getattr(rule, leaf).numel() for leaf in rule.leaf_names) for name, rule in adapters.items()}
     assert {row.name: row.trainable for row in result.rows} == trainable
     assert [row.name for row in result.rows] == list(adapters)
     assert result.trainable == sum(trainable.values())

@@ -464,7 +464,7 @@ def test_a_bfloat16_base_with_float32_adapters(kind: str) -> None:
     expected = dense_grads(Problem(p.model, *wide))[1]
     for name, rule in p.adapters.items():
         dtype = torch.bfloat16 if isinstance(rule, Full) else torch.float32
-        for leaf in rule.leaves:
+        for leaf in rule.leaf_names:
             g, e = getattr(grads[name], leaf), getattr(expected[name], leaf)
             assert g.dtype is getattr(rule, leaf).dtype is dtype
             assert (g - e).norm() < 0.03 * e.norm()

@@ -83,9 +83,9 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             if name in adapters:
                 raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
             return value.clone()
-        return _rewritten(name, value, adapters.get(name), owner, uses, carriers)
+        return _rewritten(name, value, adapters.get(name), owner, uses, placeholders)
 
-    carriers: Placeholders = {}
+    placeholders: Placeholders = {}
     bound = clone_module(model, tensor)
     n, repeats = rows_of_batch(adapters)
     if n > 1:

@@ -20,7 +20,7 @@ def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
 
     Those are the weights without an adapter, and the values of `Full`: a lazy weight itself refuses to be written to.
     """
-    leaves = [(name, leaf) for name, rule in adapters.items() if rule.bind_dense for leaf in rule.leaves]
+    leaves = [(name, leaf) for name, rule in adapters.items() if rule.bind_dense for leaf in rule.leaf_names]
     tensors = [*params.values(), *(getattr(adapters[name], leaf) for name, leaf in leaves)]
     before = versions(tensors)
     yield
@@ -88,4 +88,3 @@ def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:
             f"{name} is a replica that nn.DataParallel made, and has no parameters of its own. Pass the module that "
             "was replicated, with params and adapters moved to the device."
         )
-

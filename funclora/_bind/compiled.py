@@ -62,4 +62,3 @@ class _TracedModule:
                 "outside of the compiled function."
             )
         return value
-

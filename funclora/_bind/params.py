@@ -49,4 +49,3 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, bo
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield dot + name, buffer, module, name in module._non_persistent_buffers_set
-

@@ -9,15 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from funclora._lazy.weight import Placeholders, LazyWeight, requires_grad
+from funclora._lazy.weight import LazyWeight, Placeholders, requires_grad
 from funclora._torch.pytree import pytree_node
 from funclora.rules.base import Rule
-from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Embedding, Layout
+from funclora.rules.linear_ops import LinearOp
 
 
 def _rewritten(
-    name: str, weight: Tensor, rule: Rule | None, owner: nn.Module, uses: dict[str, str] | None, carriers: Placeholders
+    name: str,
+    weight: Tensor,
+    rule: Rule | None,
+    owner: nn.Module,
+    uses: dict[str, str] | None,
+    placeholders: Placeholders,
 ) -> Tensor:
     """What takes the place of a parameter of `owner`; `uses` records what becomes of it."""
     if rule is None or (uses is None and rule.bind_dense):
@@ -30,7 +35,7 @@ def _rewritten(
         rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
     # The owner holds the weight: a weak reference back lets both die at once. The compiler follows none, needs none.
     held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)
-    return LazyWeight.of(name, weight, rule, held, uses, carriers)
+    return LazyWeight.of(name, weight, rule, held, uses, placeholders)
 
 
 @pytree_node
@@ -40,15 +45,14 @@ class Unchanged(Rule):
 
     layout: Layout = field(default=Embedding())
 
-    leaves: ClassVar[tuple[str, ...]] = ()
+    leaf_names: ClassVar[tuple[str, ...]] = ()
     bind_dense: ClassVar[bool] = True
 
     def dense(self, weight: Tensor) -> Tensor:
         return weight
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         return op.dense(weight, bias=True)
 
     def check(self, name: str, weight: Tensor) -> None:
         pass
-

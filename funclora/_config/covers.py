@@ -34,4 +34,3 @@ def _saved_above(name: str, config: LoraConfig) -> list[str]:
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return [path for path in paths if any(named(path, entry) for entry in config.modules_to_save or ())]
-

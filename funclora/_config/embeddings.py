@@ -86,7 +86,7 @@ def tied_targets(
                 f"ensure_weight_tying: {others[0]!r} lies in {module!r}, which modules_to_save would tie to "
                 f"{tables.input!r}, and PEFT would drop it. Leave ensure_weight_tying at False."
             )
-    return {f"{module}.weight": Target(module, None, rule=Tied, to=to) for module in tables.tied}
+    return {f"{module}.weight": Target(module, None, rule=Tied, tied_to=to) for module in tables.tied}
 
 
 def token_targets(
@@ -113,7 +113,7 @@ def token_targets(
             )
         tied = {}  # as in PEFT, each is then on its own
     targets = {f"{m}.weight": Target(m, None, rule=TrainableTokens, tokens=ids) for m, ids in rows.items()}
-    targets |= {f"{m}.weight": Target(m, None, rule=Tied, to=f"{to}.weight") for m, to in tied.items()}
+    targets |= {f"{m}.weight": Target(m, None, rule=Tied, tied_to=f"{to}.weight") for m, to in tied.items()}
     for name in targets:
         if name in found:
             where = "modules_to_save" if found[name].rule is Full else "target_modules"

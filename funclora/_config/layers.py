@@ -47,4 +47,3 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     """True for transformers' `Conv1D`, without importing transformers."""
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
-

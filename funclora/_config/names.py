@@ -29,4 +29,3 @@ def _suffixes(names: Iterable[str]) -> list[str]:
     """Last components first, then full names: what a user is likely to have meant."""
     listed = [n for n in names if n]
     return [*dict.fromkeys(n.rpartition(".")[2] for n in listed), *listed]
-

@@ -20,7 +20,7 @@ class Target:
         scaling: s.
         rule: the rule that it gets.
         tokens: the rows of a `TrainableTokens`.
-        to: the parameter that a `Tied` one follows.
+        tied_to: the parameter that a `Tied` one follows.
     """
 
     module: str
@@ -29,4 +29,4 @@ class Target:
     scaling: float = 1.0
     rule: type[Rule] = Full
     tokens: tuple[int, ...] = ()
-    to: str = ""
+    tied_to: str = ""

@@ -98,7 +98,7 @@ def _draft(folder: Path, name: str) -> Iterator[Path]:
             draft = _new_name(folder, name)
             draft.touch(exist_ok=False)
             with contextlib.suppress(OSError):  # some file systems have no locks, and nothing is removed there
-                held.enter_context(alone(draft, BlockingIOError()))
+                held.enter_context(lock_folder(draft, BlockingIOError()))
             if draft.exists():  # else another process has come before the lock
                 break
         yield draft
@@ -110,7 +110,7 @@ def _others_write(folder: Path, name: str, own: Path) -> bool:
     for file in folder.iterdir() if sys.platform != "win32" else ():
         if file != own and re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}\.tmp", file.name):
             try:
-                with alone(file, BlockingIOError()):
+                with lock_folder(file, BlockingIOError()):
                     file.unlink()
             except BlockingIOError:
                 others = True
@@ -130,7 +130,7 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path, busy: Exception) -> Iterator[None]:
+def lock_folder(path: Path, busy: Exception) -> Iterator[None]:
     """Keep other processes out, which ask in the same way, where the system has such locks.
 
     The lock is the system's: a process that is killed leaves none.

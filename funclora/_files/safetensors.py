@@ -183,16 +183,15 @@ def _width(tensor: tuple[str, str, tuple[int, ...], int]) -> float:
     return nbytes / max(1, math.prod(shape))
 
 
-def within(values: Tensor, limit: float) -> bool:
+def certainly_within(values: Tensor, limit: float) -> bool:
     """True if it is certain that all values lie within ±limit: their norm does, at a tenth of `isfinite`'s price.
 
     False may also mean that the norm is larger than every value, or overflows. NaN and infinity always give False.
 
     Examples:
         >>> import torch
-        >>> within(torch.ones(4), 10.0), within(torch.tensor([1.0, torch.nan]), 10.0), within(torch.ones(4), 1.5)
+        >>> certainly_within(torch.ones(4), 10.0), certainly_within(torch.tensor([1.0, torch.nan]), 10.0)
         (True, False, False)
     """
     flat = values.reshape(-1)
     return bool(flat.dot(flat) < limit * limit)
-

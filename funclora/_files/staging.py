@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from funclora._files.atomic import alone, flush_folder
+from funclora._files.atomic import flush_folder, lock_folder
 from funclora.errors import ConfigError
 
 
@@ -57,10 +57,10 @@ def staged_folder(out: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         try:
             if draft.exists():
-                held.enter_context(alone(draft, busy))
+                held.enter_context(lock_folder(draft, busy))
                 shutil.rmtree(draft)
             draft.mkdir()
-            held.enter_context(alone(draft, busy))
+            held.enter_context(lock_folder(draft, busy))
             yield draft
             flush_folder(draft)
             if out.is_dir():

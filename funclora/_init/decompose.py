@@ -184,7 +184,7 @@ def _negated(rule: LowRank) -> LoRA:
 
 def _matrix(rule: LowRank, weight: Tensor) -> Tensor:
     """The matrix in a weight, `[*lead, out, in]`, in float32 at least."""
-    return rule.layout.matrix(weight).to(torch.promote_types(weight.dtype, torch.float32))
+    return rule.layout.to_matrix(weight).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _check(name: str, rule: LowRank, weight: Tensor) -> None:
@@ -196,7 +196,7 @@ def _check(name: str, rule: LowRank, weight: Tensor) -> None:
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"{name!r} holds NaN or infinity and cannot be decomposed.")
-    n_out, n_in = rule.layout.matrix(weight).shape[-2:]
+    n_out, n_in = rule.layout.to_matrix(weight).shape[-2:]
     if rule.r > min(n_out, n_in):
         raise ConfigError(
             f"r: {name!r} is a matrix of {n_out} x {n_in}, which has no {rule.r} directions to move into the adapter. "

@@ -17,8 +17,8 @@ from funclora._torch.pytree import pytree_node
 from funclora.errors import NonFiniteError, ParamsError, UnsupportedError
 from funclora.rules import linear_ops as _maps
 from funclora.rules.base import Rule
-from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Conv1D, Layout, Linear
+from funclora.rules.linear_ops import LinearOp
 from funclora.rules.low_rank import LowRank
 
 Mask = Callable[[Any], Tensor | None]
@@ -153,13 +153,13 @@ class _Watched(Rule):
     see: Callable[[str, Tensor], None]
     layout: Layout = field(kw_only=True)
 
-    leaves: ClassVar[tuple[str, ...]] = ()
+    leaf_names: ClassVar[tuple[str, ...]] = ()
 
     def dense(self, weight: Tensor) -> Tensor:
         raise UnsupportedError(f"{self.name!r} is not only used as a linear layer, so that EVA cannot see its inputs.")
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
-        if not isinstance(op, _maps.LinearLayerOp) or op.backwards:
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        if not isinstance(op, _maps.LinearLayerOp) or op.transposed:
             return self.dense(weight)
         self.see(self.name, op.x)
         return op.dense(weight, bias=True)

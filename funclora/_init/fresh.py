@@ -102,7 +102,7 @@ def _fresh(
     dtype: torch.dtype | None,
 ) -> Rule:
     if target.rule is Tied:
-        return Tied(target.to)
+        return Tied(target.tied_to)
     if weight.is_meta and (config.use_dora or target.layout is None):
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if target.rule is Full:
@@ -141,7 +141,7 @@ def _factors(target: Target, weight: Tensor, config: LoraConfig, generator: torc
         return (torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound
 
     if kind == "orthogonal":  # both factors from disjoint halves of one orthogonal basis: B·A = 0
-        lead = target.layout.lead(weight.shape)
+        lead = target.layout.expert_dims(weight.shape)
         batch = a_shape[:lead]
         n_in, n_out = math.prod(a_shape) // (math.prod(batch) * r), b_shape[lead]
         q = torch.linalg.qr(normal(*batch, r, r)).Q
@@ -153,9 +153,9 @@ def _factors(target: Target, weight: Tensor, config: LoraConfig, generator: torc
     if kind == "gaussian":
         a = normal(*a_shape, std=1 / r)
     else:  # Kaiming-uniform with a=√5: the bound is 1/√(fan in)
-        fan_in = math.prod(a_shape[target.layout.lead(weight.shape) + 1 :])
+        fan_in = math.prod(a_shape[target.layout.expert_dims(weight.shape) + 1 :])
         a = uniform(*a_shape, bound=1 / math.sqrt(fan_in))
     if kind:
         return a, torch.zeros(b_shape, dtype=dtype)
-    n_in = r * math.prod(b_shape[: target.layout.lead(weight.shape)])  # to PEFT, experts are one layer with E·r inputs
+    n_in = r * math.prod(b_shape[: target.layout.expert_dims(weight.shape)])  # PEFT: one layer of E·r inputs
     return a, uniform(*b_shape, bound=1 / math.sqrt(n_in))

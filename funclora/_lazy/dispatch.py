@@ -41,21 +41,21 @@ def _layout(weight: Any, kind: type[Layout]) -> Any:
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Parsed:
-    backwards = _layout(weight, Matrices).transposed
+    transposed = _layout(weight, Matrices).transposed
     if _is_lazy(input) or _is_lazy(bias):
         raise NoFormError
-    return weight, LinearLayerOp(input, bias, backwards=backwards)
+    return weight, LinearLayerOp(input, bias, transposed=transposed)
 
 
 def _matmul(input: Any, other: Any) -> Parsed:
     if _is_lazy(input):
-        backwards = _layout(input, Matrices).transposed
+        transposed = _layout(input, Matrices).transposed
         if _is_lazy(other) or other.dim() < 2:
             raise NoFormError
-        return input, LeftMatmulOp(other, backwards=backwards)
+        return input, LeftMatmulOp(other, transposed=transposed)
     if input.dim() < 2 and _is_lazy(other) and other.base.dim() > 2:
         raise NoFormError  # a vector for all experts: the product has no dimension of tokens
-    return other, MatmulOp(input, None, backwards=not _layout(other, Matrices).transposed)
+    return other, MatmulOp(input, None, transposed=not _layout(other, Matrices).transposed)
 
 
 def _mm(input: Any, mat2: Any) -> Parsed:
@@ -74,10 +74,10 @@ def _grouped_mm(op: Callable[..., Tensor]) -> Callable[..., Parsed]:
     def as_map(
         mat_a: Tensor, mat_b: Any, *, offs: Tensor | None = None, bias: None = None, out_dtype: None = None
     ) -> Parsed:
-        backwards = not _layout(mat_b, Matrices).transposed
+        transposed = not _layout(mat_b, Matrices).transposed
         if _is_lazy(mat_a) or offs is None or mat_a.dim() != 2 or (bias, out_dtype) != (None, None):
             raise NoFormError
-        return mat_b, GroupedMatmulOp(op, mat_a, offs, backwards=backwards)
+        return mat_b, GroupedMatmulOp(op, mat_a, offs, transposed=transposed)
 
     return as_map
 
@@ -149,4 +149,3 @@ linear_ops: dict[Callable[..., Any], Callable[..., Parsed]] = table(
     conv_transpose=_conv_transpose,
     grouped_mm=_grouped_mm,
 )
-

@@ -72,22 +72,22 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if not isinstance(place, Place):
         raise lost(place, f"{lazy.target!r} differs by row and is read")
     rows = rows_first(out, place, rule.n)
-    if any(part.present is not None for _, part in rule.replacing()):
+    if any(group.present is not None for _, group in rule.replacing()):
         raise UnsupportedError(
             f"{lazy.target!r} is replaced as a whole by some members. Give route the ids as a list, not as a tensor."
         )
-    for several, part in rule.replacing():
-        for j in range(len(getattr(several, several.leaves[0]))):
+    for several, group in rule.replacing():
+        for j in range(len(getattr(several, several.leaf_names[0]))):
             one = member(several, j)
             value = lazy.like(base, one)
             if one.bind_dense:
                 value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
-            if part.rows is None:
+            if group.rows is None:
                 change = operation(value) - operation(base)
                 change = rows_first(rows_of(change)[0], place, rule.n)
-                rows = rows + change * spread(part.weights[:, j].to(change.dtype), change, ())
+                rows = rows + change * spread(group.weights[:, j].to(change.dtype), change, ())
                 continue
-            chosen = part.rows.of_member(j, out.device)
+            chosen = group.rows.of_member(j, out.device)
             rows = rows.index_copy(0, chosen, rows_first(operation(value, chosen), place, len(chosen)))
     out = rows_back(rows, place)
     return y.scope.enter(out, place) if isinstance(y, RowTensor) else out
@@ -143,17 +143,17 @@ def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
         raise UnsupportedError(f"{lazy.target!r} has low-rank updates that differ by row, and is read as a whole.")
     lazy.used("fast")
     values = base.expand(rule.n, *base.shape)
-    for several, part in zip(rule.rules, rule.parts, strict=True):
+    for several, group in zip(rule.rules, rule.groups, strict=True):
         value = torch.func.vmap(lambda one: one.dense(base))(several).to(base.dtype)
-        if part.present is not None:
-            present = part.present.reshape(-1, *[1] * base.dim())
+        if group.present is not None:
+            present = group.present.reshape(-1, *[1] * base.dim())
             values = torch.where(present, value, values)
-        elif part.rows is not None:
+        elif group.rows is not None:
             each = value.unsqueeze(1)
-            values = part.rows.put(values, each.expand(-1, part.rows.count, *base.shape))
+            values = group.rows.put(values, each.expand(-1, group.rows.count, *base.shape))
         else:
             change = value - base
-            values = values + (part.weights.to(base.dtype) @ change.flatten(1)).unflatten(1, base.shape)
+            values = values + (group.weights.to(base.dtype) @ change.flatten(1)).unflatten(1, base.shape)
     shape = [*base.shape, *[1] * (like.dim() - 2)] if channels_first else list(base.shape)
     if rule.n == 1:
         return cast(Tensor, values.reshape(shape))

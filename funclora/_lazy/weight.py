@@ -19,7 +19,7 @@ from funclora._lazy.dispatch import linear_ops
 from funclora._lazy.parameters import differs_by_row, operate_by_row
 from funclora._lazy.views import inlined, views
 from funclora._quant.tensor import held
-from funclora._torch.functions import LIKE, METADATA, NoFormError, carrier, written
+from funclora._torch.functions import LIKE, METADATA, NoFormError, placeholder, written
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 from funclora.rules.base import Rule
 
@@ -49,16 +49,16 @@ class LazyWeight(torch.Tensor):
 
     @staticmethod
     def of(
-        name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None, carriers: Placeholders
+        name: str, base: Tensor, rule: Rule, owner: nn.Module, uses: dict[str, str] | None, placeholders: Placeholders
     ) -> LazyWeight:
         """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`.
 
-        Those of one call that look alike share what carries them, in `carriers`.
+        Those of one call that look alike share what carries them, in `placeholders`.
         """
         kind = (base.shape, base.dtype, base.device)
-        if kind not in carriers:
-            carriers[kind] = carrier(*kind)
-        lazy = carriers[kind].as_subclass(LazyWeight)
+        if kind not in placeholders:
+            placeholders[kind] = placeholder(*kind)
+        lazy = placeholders[kind].as_subclass(LazyWeight)
         lazy.base = base
         lazy.rule = rule
         lazy.target = name
@@ -120,7 +120,7 @@ class LazyWeight(torch.Tensor):
             lazy, op = mapped
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
-            return op.finish(lazy.rule.read(op, held(lazy.base), dropout))
+            return op.finish(lazy.rule.apply_op(op, held(lazy.base), dropout))
         by_row = operate_by_row(func, args, kwargs)
         if by_row is not NotImplemented:
             return by_row
@@ -137,7 +137,7 @@ def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
     if isinstance(x, Tensor):
         return x.requires_grad
     if isinstance(x, Rule):
-        return any(requires_grad(getattr(x, leaf)) for leaf in x.leaves)
+        return any(requires_grad(getattr(x, leaf)) for leaf in x.leaf_names)
     return x is not None and any(map(requires_grad, x))
 
 

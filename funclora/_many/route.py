@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funclora._many.stack import Group, Stack
-from funclora._tracking.routed import RoutedGroup, RoutedGroups, Routed, Assignment
+from funclora._tracking.routed import Assignment, Routed, RoutedGroup, RoutedGroups
 from funclora.errors import ConfigError
 from funclora.rules.base import Rule
 from funclora.rules.layouts import padded
@@ -78,15 +78,15 @@ def route(
     if len(members) == 1:  # one row needs no telling apart
         return {} if members[0] < 0 else dict(stack[members[0]])
     found: dict[str, list[tuple[Rule, list[float], list[list[int]]]]] = {}
-    for cohort in stack.cohorts:
-        place = {member: k for k, member in enumerate(cohort.members)}
+    for group in stack.groups:
+        place = {member: k for k, member in enumerate(group.members)}
         rows: dict[int, list[int]] = {}
         for row, member in enumerate(members):
             if member in place:
                 rows.setdefault(place[member], []).append(row)
         for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=lambda k: rows[k])]):
-            for name, rule in untied(_members(cohort, ks)).items():
-                scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
+            for name, rule in untied(_members(group, ks)).items():
+                scalings = group.scalings().get(name) or [1.0] * len(group.members)
                 found.setdefault(name, []).append((rule, [scalings[k] for k in ks], [rows[k] for k in ks]))
     known: dict[Any, Any] = {}
     return {name: _routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
@@ -95,11 +95,11 @@ def route(
 def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
     """The members in an order in which those that `route` computes together follow each other."""
 
-    def kind(cohort: Group[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
-        rules = sorted(cohort.tree().items())
-        return [(type(rule).__name__, name, getattr(rule, rule.leaves[0]).shape[1:]) for name, rule in rules]
+    def kind(group: Group[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        rules = sorted(group.tree().items())
+        return [(type(rule).__name__, name, getattr(rule, rule.leaf_names[0]).shape[1:]) for name, rule in rules]
 
-    return [member for cohort in sorted(stack.cohorts, key=kind) for member in cohort.members]
+    return [member for group in sorted(stack.groups, key=kind) for member in group.members]
 
 
 def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[str, Rule]:
@@ -107,20 +107,20 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
     n = ids.shape[0]
     rows = Assignment(n, 1, None, None)
     found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
-    for cohort in stack.cohorts:
-        device = cohort.values[0].device
-        place = torch.full((len(stack) + 1,), len(cohort.members), device=device)  # the last entry is that of -1
-        place[torch.tensor(cohort.members, device=device)] = torch.arange(len(cohort.members), device=device)
+    for group in stack.groups:
+        device = group.values[0].device
+        place = torch.full((len(stack) + 1,), len(group.members), device=device)  # the last entry is that of -1
+        place[torch.tensor(group.members, device=device)] = torch.arange(len(group.members), device=device)
         index = place[ids.to(device)]
-        present = index < len(cohort.members)
-        values = tuple(torch.cat([x, torch.zeros_like(x[:1])])[index] for x in cohort.values)
-        tree = replace(cohort, values=values).tree()
+        present = index < len(group.members)
+        values = tuple(torch.cat([x, torch.zeros_like(x[:1])])[index] for x in group.values)
+        tree = replace(group, values=values).tree()
         for name, rule in untied(tree).items():
-            leaf = getattr(rule, rule.leaves[0])
-            scalings = _numbers([*(cohort.scalings().get(name) or [1.0] * len(cohort.members)), 1.0], leaf)[index]
+            leaf = getattr(rule, rule.leaf_names[0])
+            scalings = _numbers([*(group.scalings().get(name) or [1.0] * len(group.members)), 1.0], leaf)[index]
             found.setdefault(name, []).append((rule, RoutedGroup(scalings, rows, None, present)))
     return {
-        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(part for _, part in some), n, repeats)
+        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), n, repeats)
         for name, some in found.items()
     }
 
@@ -153,13 +153,13 @@ def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
     return [sorted(group, key=order.__getitem__) for group in groups]
 
 
-def _members(cohort: Group[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
-    """Some members of a cohort as one tree."""
-    if ks == list(range(len(cohort.members))):
-        return cohort.tree()
+def _members(group: Group[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
+    """Some members of a group as one tree."""
+    if ks == list(range(len(group.members))):
+        return group.tree()
     index = torch.tensor(ks)
-    values = tuple(value.index_select(0, index.to(value.device)) for value in cohort.values)
-    return replace(cohort, values=values).tree()
+    values = tuple(value.index_select(0, index.to(value.device)) for value in group.values)
+    return replace(group, values=values).tree()
 
 
 Found = tuple[Rule, list[float], list[list[int]]]
@@ -170,7 +170,7 @@ def _merged(parts: list[Found]) -> list[Found]:
     kinds: dict[Any, list[Found]] = {}
     for part in parts:
         rule = part[0]
-        key: Any = (type(rule), getattr(rule, rule.leaves[0]).dtype, getattr(rule, rule.leaves[0]).device)
+        key: Any = (type(rule), getattr(rule, rule.leaf_names[0]).dtype, getattr(rule, rule.leaf_names[0]).device)
         if isinstance(rule, LowRank):
             key = (*key, rule.layout, rule.dropout, getattr(rule, "exact_norm_grad", None))
         kinds.setdefault(key, []).append(part)
@@ -192,7 +192,7 @@ def _joined(parts: list[Found]) -> Found:
     rank = max(rule.a.shape[1] for rule in rules)
     leaves = {}
     dims = {"a": 1, "b": 2}  # that count ranks, behind that of members
-    for leaf in rules[0].leaves:
+    for leaf in rules[0].leaf_names:
         given = [getattr(rule, leaf) for rule in rules]
         leaves[leaf] = torch.cat([padded(x, dims[leaf], rank) for x in given] if leaf in dims else given)
     scalings = [s for _, some, _ in parts for s in some]
@@ -208,7 +208,7 @@ def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> 
     """The parts of one weight as a rule; `known` holds what other weights have worked out."""
     described = []
     for rule, scalings, rows in parts:
-        leaf = getattr(rule, rule.leaves[0])
+        leaf = getattr(rule, rule.leaf_names[0])
         key = tuple(map(tuple, rows)), leaf.device
         if key not in known:
             known[key] = Assignment.of(rows, n, leaf.device)
@@ -225,13 +225,13 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ConfigError(f"route: weights: expected a tensor [n_rows, {len(stack)}], one column a member, got {got}.")
     found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
-    for cohort in stack.cohorts:
-        some = weights[:, torch.tensor(cohort.members, device=weights.device)]
-        for name, rule in untied(cohort.tree()).items():
-            scalings = cohort.scalings().get(name) or [1.0] * len(cohort.members)
-            part = RoutedGroup(_numbers(scalings, getattr(rule, rule.leaves[0])), None, some)
+    for group in stack.groups:
+        some = weights[:, torch.tensor(group.members, device=weights.device)]
+        for name, rule in untied(group.tree()).items():
+            scalings = group.scalings().get(name) or [1.0] * len(group.members)
+            part = RoutedGroup(_numbers(scalings, getattr(rule, rule.leaf_names[0])), None, some)
             found.setdefault(name, []).append((rule, part))
     return {
-        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(part for _, part in some), len(weights), repeats)
+        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), len(weights), repeats)
         for name, some in found.items()
     }

@@ -56,7 +56,7 @@ class Group(Generic[T]):
     specs: TreeSpecs
     members: tuple[int, ...]
 
-    leaves: ClassVar[tuple[str, ...]] = ("values",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("values",)
 
     def member(self, k: int) -> T:
         """The k-th member as it was."""
@@ -82,7 +82,7 @@ class Stack(Generic[T]):
     some, in that order; iteration gives the members.
 
     Attributes:
-        cohorts: the members, by structure.
+        groups: the members, by structure.
 
     Examples:
         >>> from funclora import LoRA
@@ -92,12 +92,12 @@ class Stack(Generic[T]):
         (3, 2, Stack of 1)
     """
 
-    cohorts: tuple[Group[T], ...]
+    groups: tuple[Group[T], ...]
 
-    leaves: ClassVar[tuple[str, ...]] = ("cohorts",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("groups",)
 
     def __len__(self) -> int:
-        return sum(len(cohort.members) for cohort in self.cohorts)
+        return sum(len(group.members) for group in self.groups)
 
     def __iter__(self) -> Iterator[T]:
         return (self[i] for i in range(len(self)))
@@ -115,8 +115,8 @@ class Stack(Generic[T]):
             index = index.tolist()
         if isinstance(index, Sequence):
             return self._some(index)
-        cohort, k = self._place(index)
-        return cohort.member(k)
+        group, k = self._place(index)
+        return group.member(k)
 
     def _place(self, index: int) -> tuple[Group[T], int]:
         n = len(self)
@@ -128,32 +128,32 @@ class Stack(Generic[T]):
 
     @functools.cached_property
     def _places(self) -> dict[int, tuple[Group[T], int]]:
-        """Each member's cohort, and its position there."""
-        return {member: (cohort, k) for cohort in self.cohorts for k, member in enumerate(cohort.members)}
+        """Each member's group, and its position there."""
+        return {member: (group, k) for group in self.groups for k, member in enumerate(group.members)}
 
     def _some(self, indices: Iterable[int]) -> Stack[T]:
         chosen: dict[int, tuple[Group[T], list[int], list[int]]] = {}
         for position, index in enumerate(indices):
-            cohort, k = self._place(index)
-            _, inside, positions = chosen.setdefault(id(cohort), (cohort, [], []))
+            group, k = self._place(index)
+            _, inside, positions = chosen.setdefault(id(group), (group, [], []))
             inside.append(k)
             positions.append(position)
         return Stack(tuple(_selected(*each) for each in chosen.values()))
 
-    def in_order(self, by_cohort: Tensor) -> Tensor:
-        """Values of the members `[n_members, *]`, given cohort by cohort, in the members' own order."""
-        order = torch.tensor([i for cohort in self.cohorts for i in cohort.members]).argsort()
-        return by_cohort[order.to(by_cohort.device)]
+    def in_order(self, by_group: Tensor) -> Tensor:
+        """Values of the members `[n_members, *]`, given group by group, in the members' own order."""
+        order = torch.tensor([i for group in self.groups for i in group.members]).argsort()
+        return by_group[order.to(by_group.device)]
 
     def __repr__(self) -> str:
         return f"Stack of {len(self)}"
 
 
-def _selected(cohort: Group[T], inside: list[int], positions: list[int]) -> Group[T]:
-    values = cohort.values
-    if inside != list(range(len(cohort.members))):
+def _selected(group: Group[T], inside: list[int], positions: list[int]) -> Group[T]:
+    values = group.values
+    if inside != list(range(len(group.members))):
         values = tuple(value[torch.tensor(inside, device=value.device)] for value in values)
-    return Group(values, TreeSpecs(tuple(cohort.specs.each[k] for k in inside)), tuple(positions))
+    return Group(values, TreeSpecs(tuple(group.specs.each[k] for k in inside)), tuple(positions))
 
 
 def stack(members: Iterable[T]) -> Stack[T]:
@@ -179,7 +179,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
         >>> both[0]["weight"].scaling, both[1]["weight"].r
         (2.0, 4)
     """
-    cohorts: dict[Any, tuple[list[list[Tensor]], list[Any], list[int]]] = {}
+    groups: dict[Any, tuple[list[list[Tensor]], list[Any], list[int]]] = {}
     for i, member in enumerate(members):
         tree: Any = member
         leaves, spec = optree.tree_flatten(tree)
@@ -188,15 +188,15 @@ def stack(members: Iterable[T]) -> Stack[T]:
                 where = ".".join(map(str, path)) or "the member itself"
                 raise ParamsError(f"stack: member {i}: {where}: expected a tensor, got {type(leaf).__name__}.")
         key = (_structure(member), tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
-        values, specs, positions = cohorts.setdefault(key, ([], [], []))
+        values, specs, positions = groups.setdefault(key, ([], [], []))
         values.append(leaves)
         specs.append(spec)
         positions.append(i)
-    if not cohorts:
+    if not groups:
         raise ConfigError("stack: expected at least one member, got none.")
     return Stack(tuple(
         Group(tuple(map(torch.stack, zip(*values, strict=True))), TreeSpecs(tuple(specs)), tuple(positions))
-        for values, specs, positions in cohorts.values()
+        for values, specs, positions in groups.values()
     ))  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def unstack(stack: Stack[T]) -> list[T]:
 
 
 def _structure(member: Any) -> Any:
-    """The tree of a member without the scalings: members of a cohort may differ in them."""
+    """The tree of a member without the scalings: members of a group may differ in them."""
     return optree.tree_structure(unscaled(member))
 
 
@@ -229,7 +229,7 @@ def _is_rule(x: Any) -> bool:
 def vmap(function: Callable[..., Any], in_dims: Any = None, randomness: str = "error") -> Callable[..., Any]:
     """`torch.func.vmap` over the members of a stack.
 
-    General but slower than `route`: any model, any loss, members of any structure. Each cohort is mapped at once.
+    General but slower than `route`: any model, any loss, members of any structure. Each group is mapped at once.
 
     Args:
         function: `function(adapters, *args)`, called with one member (its tensors are batched by `vmap`).
@@ -254,10 +254,10 @@ def vmap(function: Callable[..., Any], in_dims: Any = None, randomness: str = "e
     def mapped(stack: Stack[Any], *args: Any) -> Any:
         dims = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
         results = []
-        for cohort in stack.cohorts:
-            index = torch.tensor(cohort.members)
+        for group in stack.groups:
+            index = torch.tensor(group.members)
             some = [_at(arg, dim, index, len(stack)) for arg, dim in zip(args, dims, strict=True)]
-            scalings = _scalings(cohort)
+            scalings = _scalings(group)
 
             def call(tree: Any, scalings: dict[str, Tensor], *args: Any) -> Any:
                 for name, scaling in scalings.items():
@@ -265,7 +265,7 @@ def vmap(function: Callable[..., Any], in_dims: Any = None, randomness: str = "e
                 return function(tree, *args)
 
             by_member = torch.func.vmap(call, (0, 0, *dims), randomness=randomness)
-            results.append(by_member(cohort.tree(), scalings, *some))
+            results.append(by_member(group.tree(), scalings, *some))
         try:
             return optree.tree_map(lambda *parts: stack.in_order(torch.cat(parts)), *results)
         except (ValueError, RuntimeError) as error:
@@ -286,11 +286,11 @@ def _at(arg: Any, dim: int | None, index: Tensor, n: int) -> Any:
     return arg if dim is None else optree.tree_map(some, arg)
 
 
-def _scalings(cohort: Group[Any]) -> dict[str, Tensor]:
-    """The scalings `[n_members]` of the rules in which members of a cohort differ."""
-    tree: Any = cohort.tree()
+def _scalings(group: Group[Any]) -> dict[str, Tensor]:
+    """The scalings `[n_members]` of the rules in which members of a group differ."""
+    tree: Any = group.tree()
     return {
         name: torch.tensor(scalings, device=tree[name].a.device, dtype=tree[name].a.dtype)
-        for name, scalings in cohort.scalings().items()
+        for name, scalings in group.scalings().items()
         if len(set(scalings)) > 1 and isinstance(tree[name], LowRank)  # and not tied to one
     }

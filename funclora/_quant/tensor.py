@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclora._quant.packing import Packing, Parts
-from funclora._torch.functions import LIKE, METADATA, carrier, table, written
-from funclora._tracking.tensor import RowTensor, placed, rows_of
+from funclora._torch.functions import LIKE, METADATA, NoFormError, placeholder, table, written
 from funclora.errors import PurityError, UnsupportedError
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
@@ -72,6 +71,7 @@ class Quantized(torch.Tensor):
         tensor([1., 1., 1.])
     """
 
+    holds_no_rows = True  # a constant of the batch: a tracked tensor lets it compute, and says where the rows are
     source: Source
     parts: Parts
     _held: list[Tensor] | None = None  # the dense weight, where `held` keeps it
@@ -80,7 +80,7 @@ class Quantized(torch.Tensor):
     def of(source: Source, parts: Parts) -> Quantized:
         """The weight that `source` unpacks from `parts`."""
         device = getattr(parts[0], "device", torch.device("cpu"))  # transforms fill trees with what are no tensors
-        weight = source.viewed(carrier(source.stored, source.dtype, device)).as_subclass(Quantized)
+        weight = source.viewed(placeholder(source.stored, source.dtype, device)).as_subclass(Quantized)
         weight.source = source
         weight.parts = parts
         return weight
@@ -118,17 +118,15 @@ class Quantized(torch.Tensor):
         if func in METADATA or func in LIKE or func == _REQUIRES_GRAD:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if any(hasattr(x, "rule") for x in (*args, *kwargs.values()) if isinstance(x, Tensor)):
-            return NotImplemented  # it is a lazy weight's turn
+        if any(kind is not Quantized and kind not in _PLAIN for kind in types):
+            return NotImplemented  # the turn of a lazy weight, or of a tensor that tracks its rows
         if func in _OWN:
             return _OWN[func](*args, **kwargs)
         if func in _VIEWS and not kwargs and _is_static(args[1:]):
             return _viewed(func, *args)
         if func in _operations:
-            plain, by_row = _without_rows(args, kwargs)
             with contextlib.suppress(NoFormError):
-                out = _operations[func](*plain[0], **plain[1])
-                return placed(func, args, kwargs, out) if by_row else out
+                return _operations[func](*args, **kwargs)
         if any(isinstance(x, Quantized) for x in written(func, args, kwargs)):
             raise PurityError(
                 f"{getattr(func, '__name__', func)} would write to a quantised weight, which is a constant. Compute "
@@ -162,7 +160,7 @@ def _mapped_tree(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 # A quantised weight is a node, so that transforms (torch.func.grad over params, for example) reach its parts: they
-# would wrap the carrier.
+# would wrap the placeholder.
 def _flatten(weight: Quantized) -> tuple[list[Any], Source]:
     return list(weight.parts), weight.source
 
@@ -265,10 +263,6 @@ def _is_product(op: Op, source: Source) -> bool:
     return (
         op in _PRODUCTS and len(source.stored) == 2 and all(view is not Tensor.__getitem__ for view, _ in source.steps)
     )
-
-
-class NoFormError(Exception):
-    """This call of the operation needs the dense weight."""
 
 
 def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -413,18 +407,7 @@ def _requires_grad_(x: Quantized, requires_grad: bool = True) -> Quantized:
     return x
 
 
-def _without_rows(args: Any, kwargs: Any) -> tuple[Any, bool]:
-    """The arguments with plain tensors in place of those that know their rows, and whether there were any."""
-    given = (*args, *kwargs.values())
-    if not any(isinstance(x, RowTensor) for x in given):
-        return (args, kwargs), False
-
-    def plain(x: Any) -> Any:
-        return rows_of(x)[0] if isinstance(x, RowTensor) else x
-
-    return (tuple(map(plain, args)), {name: plain(x) for name, x in kwargs.items()}), True
-
-
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _CASTS = frozenset((
     Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16,

@@ -1,1 +1,1 @@
-"""What touches torch's own machinery: private or fragile parts of torch and Python, each with the reason and the version seen."""
+"""What touches torch's own machinery: every private name of torch stands here, with the reason for it."""

@@ -1,7 +1,8 @@
-"""Tensors that stand for others: a shape, a dtype and a device over storage that holds nothing but one NaN.
+"""torch's functions as data: which are questions, which write, which are linear in a weight; and placeholders.
 
-A subclass of `torch.Tensor` made from a carrier answers operations by `__torch_function__`. Whatever slips past that
-is loud, never silently a wrong value.
+A placeholder stands for another tensor: a shape, a dtype and a device over storage that holds nothing but one NaN. A
+subclass of `torch.Tensor` made from one answers operations by `__torch_function__`. Whatever slips past that is loud,
+never silently a wrong value.
 """
 
 from __future__ import annotations
@@ -17,17 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from funclora._tracking.propagation import (
-    constant,
-)  # fmt: skip
 
-
-def carrier(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of that kind that takes up one element: NaN."""
     return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
-# Questions that the carrier can answer, as far as this version of torch has them.
+# Questions that a placeholder can answer, as far as this version of torch has them.
 METADATA: frozenset[Callable[..., Any]] = frozenset(
     [getattr(Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "names", "grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
@@ -102,8 +99,8 @@ _writers = {
 
 
 @contextlib.contextmanager
-def constant() -> Iterator[None]:
-    """What is computed here is a constant of reverse mode and of forward mode."""
+def no_gradients() -> Iterator[None]:
+    """Disables reverse- and forward-mode differentiation in this block."""
     with torch.no_grad(), _set_fwd_grad_enabled(False):
         yield
 
@@ -114,7 +111,7 @@ def _is_mapped(*tensors: Tensor) -> bool:
 
 
 class NoFormError(Exception):
-    """This call of the operation has no fast form."""
+    """This call of an operation has no form without the dense weight."""
 
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -162,4 +159,3 @@ def table(
             if grouped := getattr(space, name, None):
                 found[grouped] = grouped_mm(grouped)
     return found
-

@@ -1,11 +1,10 @@
-"""Singular value decompositions of weights and activations, exact and by random projection."""
+"""Singular value decompositions, exact and by random projection, and principal components of batches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
 
-from funclora._torch.linalg import randomized_svd, svd
 from funclora.errors import NonFiniteError
 
 
@@ -54,6 +53,7 @@ def randomized_svd(
         basis = torch.linalg.qr(matrix @ basis).Q
     u, s, vh = svd(name, basis.mT @ matrix)
     return basis @ u, s, vh
+
 
 # Randomized decompositions look for so many directions per component, and go to and fro so often, as in PEFT.
 _OVERSAMPLING = 2
@@ -111,4 +111,3 @@ class IncrementalPca:
     def explained(self) -> Tensor:
         """The share of each component in the variance of all rows, `[n]`."""
         return self.singular.double().square() / self.variation
-

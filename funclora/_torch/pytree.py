@@ -15,8 +15,8 @@ C = TypeVar("C", bound=type[Any])
 
 
 def pytree_node(cls: C) -> C:
-    """Register a frozen dataclass as a pytree node: `cls.leaves` name its children, all else is static."""
-    names: tuple[str, ...] = cls.leaves
+    """Register a frozen dataclass as a pytree node: `cls.leaf_names` name its children, all else is static."""
+    names: tuple[str, ...] = cls.leaf_names
     static = tuple(f.name for f in fields(cls) if f.name not in names)
 
     def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from funclora._tracking.propagation import Place
-from funclora._tracking.tensor import RowTensor, ForwardCall, rows_of
+from funclora._tracking.tensor import ForwardCall, RowTensor, rows_of
 from funclora.errors import UnsupportedError
 
 

@@ -1,7 +1,7 @@
 """What torch's operations do to the rows of a batch: for each, where the rows lie in its result.
 
-`rules` takes an operation to a function of a `OpCall` that gives the place of the rows, or raises `LostError`. What is
-not in that table mixes rows, or nothing is known about it.
+`propagations` takes an operation to a function of an `OpCall` that gives the place of the rows, or raises `LostError`.
+What is not in that table mixes rows, or nothing is known about it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class OpCall:
         return x.place  # type: ignore[attr-defined, no-any-return]
 
 
-# A rule gives the place of the rows in a result, None for a result that holds nothing of them, or one for each part.
+# A propagation gives the place of the rows in a result, None for a result that holds nothing of them, or one for
+# each part.
 Places = Place | tuple[Place | str | None, ...] | str | None
 Propagation = Callable[[OpCall], Places]
 
@@ -123,7 +124,7 @@ def _reshaped(call: OpCall) -> Places:
 def _viewed(func: Callable[..., Any]) -> Propagation:
     """Views that move, cut or add dimensions: seen on strides, with a stride along the rows alone."""
 
-    def rule(call: OpCall) -> Places:
+    def propagation(call: OpCall) -> Places:
         place = (
             call.place_of(call.x) if func is Tensor.expand_as else call.place()
         )  # expand_as looks at the shape alone
@@ -140,7 +141,7 @@ def _viewed(func: Callable[..., Any]) -> Propagation:
 
         return found(out) if isinstance(out, Tensor) else tuple(found(view) for view in out)
 
-    return rule
+    return propagation
 
 
 _sliced = _viewed(Tensor.__getitem__)
@@ -160,7 +161,7 @@ def _indexed(call: OpCall) -> Places:
 def _joined(*, new_dim: bool) -> Propagation:
     """cat and stack, along another dimension than the rows'."""
 
-    def rule(call: OpCall) -> Places:
+    def propagation(call: OpCall) -> Places:
         places = {place for _, place in call.rows()}
         dim = call.arg(1, "dim", "axis", default=0) % call.out.dim()
         place = places.pop()
@@ -169,13 +170,13 @@ def _joined(*, new_dim: bool) -> Propagation:
             raise LostError
         return Place(at, place.inner)
 
-    return rule
+    return propagation
 
 
 def _along(position: int, default: Any = None) -> Propagation:
     """Operations along some dimensions (all, if none is given), which must not be that of the rows."""
 
-    def rule(call: OpCall) -> Places:
+    def propagation(call: OpCall) -> Places:
         dims = call.arg(position, "dim", "axis", default=default)
         place, n_dims = call.place(), call.x.dim()
         if dims is None or isinstance(dims, (bool, Tensor)):
@@ -190,7 +191,7 @@ def _along(position: int, default: Any = None) -> Propagation:
             return Place(place.dim - sum(d < place.dim for d in along), place.inner)
         raise LostError
 
-    return rule
+    return propagation
 
 
 def _extreme(call: OpCall) -> Places:
@@ -216,7 +217,7 @@ def _linear(call: OpCall) -> Places:
 def _product(first: int) -> Propagation:
     """matmul and its kind: rows along batch dimensions, or along the outer dimension of one factor alone."""
 
-    def rule(call: OpCall) -> Places:
+    def propagation(call: OpCall) -> Places:
         left = call.arg(first, "mat1", "batch1", *(() if first else ("input", "self")))
         right = call.arg(first + 1, "other", "mat2", "batch2")
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.dim() < 2 or right.dim() < 2:
@@ -229,7 +230,7 @@ def _product(first: int) -> Propagation:
             raise LostError
         return place
 
-    return rule
+    return propagation
 
 
 def _einsum(call: OpCall) -> Places:
@@ -264,14 +265,14 @@ def _alone(call: OpCall) -> Places:
 def _batched(spatial: int) -> Propagation:
     """Convolutions, pooling: the first dimension of a batch."""
 
-    def rule(call: OpCall) -> Places:
+    def propagation(call: OpCall) -> Places:
         out = call.out if isinstance(call.out, Tensor) else call.out[0]
         place = call.place()
         if place.dim or (spatial and out.dim() != spatial + 2):
             raise LostError
         return place
 
-    return rule
+    return propagation
 
 
 def _images(call: OpCall) -> Places:
@@ -326,12 +327,12 @@ def _triangle(call: OpCall) -> Places:
     return place
 
 
-rules: dict[Callable[..., Any], Propagation] = {}
+propagations: dict[Callable[..., Any], Propagation] = {}
 _matmul = _product(0)
 
 
-def _know(rule: Any, names: str, *spaces: Any, by_function: bool = False) -> None:
-    """Enter a rule for the functions of those names, wherever torch has them, their in-place forms too."""
+def _know(propagation: Any, names: str, *spaces: Any, by_function: bool = False) -> None:
+    """Enter a propagation for the functions of those names, wherever torch has them, their in-place forms too."""
     for name in names.split():
         for space in spaces or (torch, Tensor, F, torch.special, torch.linalg):
             for form in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
@@ -340,10 +341,10 @@ def _know(rule: Any, names: str, *spaces: Any, by_function: bool = False) -> Non
                     function = function.__get__
                 if by_function and form == f"{name}_":
                     continue  # it changes the shape of its argument: whatever knows that is too old
-                if form == f"__r{name}__" and rule is _matmul:
+                if form == f"__r{name}__" and propagation is _matmul:
                     continue  # its factors are the other way round
                 if callable(function):
-                    rules[function] = rule(function) if by_function else rule
+                    propagations[function] = propagation(function) if by_function else propagation
 
 
 _know(question, """shape dtype device ndim layout names requires_grad is_cuda is_cpu is_meta is_mps is_xpu is_sparse
@@ -401,9 +402,9 @@ _numbers = """item tolist numpy is_nonzero equal allclose __bool__ __int__ __flo
 for _space in (Tensor, torch):
     for _name in _numbers.split():
         if callable(getattr(_space, _name, None)):
-            rules[getattr(_space, _name)] = number
+            propagations[getattr(_space, _name)] = number
 
 
 def is_elementwise(func: Callable[..., Any]) -> bool:
     """Whether an operation broadcasts its arguments against each other and does nothing else with them."""
-    return rules.get(func) is _aligned
+    return propagations.get(func) is _aligned

@@ -1,8 +1,8 @@
 """A different adapter for every row of the batch, in one ordinary forward pass.
 
 The operation on the base weight runs once, on all rows. What differs by row is small: the low-rank path runs as one
-batched product over the members (rows of one member together), and a DoRA member's gain is a vector per row.
-For a row with member j, s its scaling and g its gain (m/‖V‖ for DoRA, else 1):
+batched product over the members (rows of one member together), and a DoRA member's norm_scale is a vector per row.
+For a row with member j, s its scaling and g its norm_scale (m/‖V‖ for DoRA, else 1):
 
     y = g_j ∘ (x·Wᵀ) + (x·A_jᵀ)·(s·g_j ∘ B_j)ᵀ + bias
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import constant
+from funclora._torch.functions import no_gradients
 from funclora._torch.pytree import pytree_node
 from funclora._tracking.propagation import Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
@@ -126,7 +126,7 @@ class RoutedGroup(NamedTuple):
 
 
 class RoutedGroups(tuple[RoutedGroup, ...]):
-    """The parts of a rule as static data of a tree: two are equal if they are the same."""
+    """The groups of a rule as static data of a tree: two are equal if they are the same."""
 
     __slots__ = ()
     __eq__ = object.__eq__
@@ -139,18 +139,18 @@ class Routed(Rule):
     """Another member of a stack for every row of the batch. Made by `route`.
 
     Attributes:
-        rules: for each part the members' rule, its leaves `[m, *]`.
-        parts: for each rule the rows that use its members.
+        rules: for each group the members' rule, its leaves `[m, *]`.
+        groups: for each rule the rows that use its members.
         n: the number of rows.
         repeats: how many times in succession the model may be given each of them.
     """
 
     rules: tuple[Rule, ...]
-    parts: RoutedGroups
+    groups: RoutedGroups
     n: int
     repeats: int
 
-    leaves: ClassVar[tuple[str, ...]] = ("rules",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("rules",)
 
     @property
     def dropout_p(self) -> float:
@@ -163,12 +163,12 @@ class Routed(Rule):
 
     def replacing(self) -> list[tuple[Rule, RoutedGroup]]:
         """The members whose weight is no low-rank update of the base's."""
-        return [(r, part) for r, part in zip(self.rules, self.parts, strict=True) if not isinstance(r, LowRank)]
+        return [(r, group) for r, group in zip(self.rules, self.groups, strict=True) if not isinstance(r, LowRank)]
 
     def updating(self) -> Routed | None:
         """The rule of the other members, if there are any."""
-        kept = [(rule, part) for rule, part in zip(self.rules, self.parts, strict=True) if isinstance(rule, LowRank)]
-        return replace(self, rules=tuple(r for r, _ in kept), parts=RoutedGroups(p for _, p in kept)) if kept else None
+        kept = [(rule, group) for rule, group in zip(self.rules, self.groups, strict=True) if isinstance(rule, LowRank)]
+        return replace(self, rules=tuple(r for r, _ in kept), groups=RoutedGroups(p for _, p in kept)) if kept else None
 
     def dense(self, weight: Tensor) -> Tensor:
         raise UnsupportedError(
@@ -179,7 +179,7 @@ class Routed(Rule):
     def check(self, name: str, weight: Tensor) -> None:
         for rule in self.rules:
             member(rule, 0).check(name, weight)
-            if isinstance(rule, LowRank) and rule.layout.lead(weight.shape):
+            if isinstance(rule, LowRank) and rule.layout.expert_dims(weight.shape):
                 raise UnsupportedError(
                     f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
                     "token belongs to is not known there. Call the model once for each member, or leave the target out."
@@ -188,39 +188,41 @@ class Routed(Rule):
     def prepared(self, weight: Tensor) -> Rule:
         if self.replacing():
             return self
-        gained = (_gained(rule, part, weight) for rule, part in zip(self.rules, self.parts, strict=True))
-        return Prepared(tuple(gained), self.parts, self.n, _in_succession(self.parts, self.n), ReorderedB())
+        prepared = (_prepared(rule, group, weight) for rule, group in zip(self.rules, self.groups, strict=True))
+        return Prepared(tuple(prepared), self.groups, self.n, _in_succession(self.groups, self.n), ReorderedB())
 
-    def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
-        return self.prepared(weight).read(op, weight, dropout)
+    def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+        return self.prepared(weight).apply_op(op, weight, dropout)
 
-    def flipped(self) -> Routed:
+    def transposed(self) -> Routed:
         """The rule of the transposed weight."""
-        return replace(self, rules=tuple(rule.flipped() for rule in self.rules))  # type: ignore[attr-defined]
+        return replace(self, rules=tuple(rule.transposed() for rule in self.rules))  # type: ignore[attr-defined]
 
-    def rows(self, start: int, length: int) -> Routed:
+    def narrow_outputs(self, start: int, length: int) -> Routed:
         """The rule of the output units from `start` on."""
-        return replace(self, rules=tuple(rule.rows(start, length) for rule in self.rules))  # type: ignore[attr-defined]
+        return replace(self, rules=tuple(rule.narrow_outputs(start, length) for rule in self.rules))  # type: ignore[attr-defined]
 
 
-def _gained(rule: Rule, part: RoutedGroup, weight: Tensor) -> LowRank:
-    """The rule of the members of a part, DoRA's norms worked out."""
+def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> LowRank:
+    """The rule of the members of a group, DoRA's norms worked out."""
     assert isinstance(rule, LowRank)
     if not isinstance(rule, DoRA):
         return rule
     wide = torch.promote_types(weight.dtype, rule.a.dtype) == torch.float64
     if wide or rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
-        by_member = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).prepared(weight).gain, chunk_size=CHUNK)
-        return PreparedDoRA(rule.a, rule.b, by_member(rule, part.scalings), dropout=rule.dropout, layout=rule.layout)
-    with constant():
+        by_member = torch.func.vmap(
+            lambda rule, s: replace(rule, scaling=s).prepared(weight).norm_scale, chunk_size=CHUNK
+        )
+        return PreparedDoRA(rule.a, rule.b, by_member(rule, group.scalings), dropout=rule.dropout, layout=rule.layout)
+    with no_gradients():
         a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
-        norms = output_norms_of_many(rule.layout.matrix(plain_weight(weight)), a, b, part.scalings).detach()
-    return rule.gained(norms)
+        norms = output_norms_of_many(rule.layout.to_matrix(plain_weight(weight)), a, b, group.scalings).detach()
+    return rule.with_norms(norms)
 
 
 def member(rule: Rule, j: int) -> Rule:
     """The rule of the j-th of some members, whose rule has leaves `[m, *]`."""
-    one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaves})
+    one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaf_names})
     return one
 
 
@@ -234,15 +236,15 @@ class ReorderedB:
     def __init__(self) -> None:
         self.known: dict[int, Tensor] = {}
 
-    def of(self, part: int, b: Tensor, rows: int) -> Tensor:
-        """B, `[m, out, r]`, of that part of the rule, for products with that many rows."""
+    def of(self, group: int, b: Tensor, rows: int) -> Tensor:
+        """B, `[m, out, r]`, of that group of the rule, for products with that many rows."""
         if rows > FEW or b.dim() != 3 or torch.compiler.is_compiling():
             return b
-        if part in self.known:
-            if self.known[part] is b:
-                self.known[part] = b.mT.contiguous().mT
-            return self.known[part]
-        self.known[part] = b
+        if group in self.known:
+            if self.known[group] is b:
+                self.known[group] = b.mT.contiguous().mT
+            return self.known[group]
+        self.known[group] = b
         return b
 
 
@@ -255,17 +257,17 @@ class Prepared(Rule):
         rules: as in `Routed`.
         parts: as in `Routed`.
         n: the number of rows.
-        succession: the parts in the order of their rows, if these follow each other and are all there are.
+        succession: the groups in the order of their rows, if these follow each other and are all there are.
         seconds: the factors B, in the order in which they are read.
     """
 
     rules: tuple[LowRank, ...]
-    parts: RoutedGroups
+    groups: RoutedGroups
     n: int
     succession: tuple[int, ...]
     seconds: ReorderedB
 
-    leaves: ClassVar[tuple[str, ...]] = ("rules",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("rules",)
     dense = Routed.dense
     check = Routed.check
     dropout_p = Routed.dropout_p
@@ -275,7 +277,7 @@ class Prepared(Rule):
         """Where the matrix lies in the weight."""
         return self.rules[0].layout
 
-    def read(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+    def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         x, place = rows_of(op.x)
         if self.n == 1:
             place = WHOLE_TENSOR
@@ -285,98 +287,98 @@ class Prepared(Rule):
             raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
         if self.n > 1 and not _keeps(op, x, place):
             raise lost(type(op).__name__.removesuffix("LinearOp"), "a weight that differs by row is read along rows")
-        rows, op, track = rows_first(x, place, self.n), op.on(x), op.x
-        gains = any(isinstance(rule, PreparedDoRA) for rule in self.rules)
+        rows, op, track = rows_first(x, place, self.n), op.with_input(x), op.x
+        norm_scales = any(isinstance(rule, PreparedDoRA) for rule in self.rules)
         inputs = rows
-        if gains and op.backwards:
-            inputs = _scaled(op, rows, self._gain()).to(x.dtype)
-            op = op.on(rows_back(inputs, place))
-        y = op.dense(weight, bias=not gains)
+        if norm_scales and op.transposed:
+            inputs = _scaled(op, rows, self._norm_scale()).to(x.dtype)
+            op = op.with_input(rows_back(inputs, place))
+        y = op.dense(weight, bias=not norm_scales)
         dtype, out = y.dtype, rows_first(y, place, self.n)
-        if self.parts[0].weights is not None:
+        if self.groups[0].weights is not None:
             out = self._mixed(op, rows, out, dropout)
         elif self.succession:
             out = self._by_part(op, inputs, out, dropout)
         else:
             out = self._gathered(op, inputs, out, dropout)
-        if gains and op.bias is not None:
+        if norm_scales and op.bias is not None:
             bias = op.per_output(op.bias)
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
         out = rows_back(out.to(dtype), place)
         return out if self.n == 1 else track.scope.enter(out, place)
 
     def _by_part(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """The rows of a result, rewritten part by part; x is the operation's input by rows."""
-        sizes = [end - start for start, end in (self.parts[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]
+        """The rows of a result, rewritten group by group; x is the operation's input by rows."""
+        sizes = [end - start for start, end in (self.groups[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]
         # One split has one gradient; each slice would have one of the size of all rows.
         pieces = zip(*([z] if len(sizes) == 1 else z.split(sizes) for z in (x, y)), strict=True)
         outs = []
         for i, (inputs, base) in zip(self.succession, pieces, strict=True):
-            rule, rows = self.rules[i], self.parts[i].rows
+            rule, rows = self.rules[i], self.groups[i].rows
             assert rows is not None
             u = self._grouped(i, op, inputs.reshape(-1, rows.count, *inputs.shape[1:]), dropout)
             out = base.reshape(u.shape) + u
-            if isinstance(rule, PreparedDoRA) and not op.backwards:
-                out = _scaled(op, out, rule.gain)
+            if isinstance(rule, PreparedDoRA) and not op.transposed:
+                out = _scaled(op, out, rule.norm_scale)
             outs.append(out.flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _gathered(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """The same, where the rows of the parts lie among each other, or some have no member."""
-        for i, part in enumerate(self.parts):
-            assert part.rows is not None
-            y = part.rows.added(y, self._grouped(i, op, part.rows.gathered(x), dropout))
-        return y if op.backwards else _scaled(op, y, self._gain())
+        """The same, where the rows of the groups lie among each other, or some have no member."""
+        for i, group in enumerate(self.groups):
+            assert group.rows is not None
+            y = group.rows.added(y, self._grouped(i, op, group.rows.gathered(x), dropout))
+        return y if op.transposed else _scaled(op, y, self._norm_scale())
 
     def _grouped(self, i: int, op: Any, inputs: Tensor, dropout: float) -> Tensor:
-        """The low-rank updates of the i-th part's rows `[m, count, *]`, of that shape."""
-        rule, part = self.rules[i], self.parts[i]
-        assert part.rows is not None
-        if dropout and rule.dropout and op.drops:
-            inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, part.rows.first(), part.rows.n)
-        b = rule.b if op.backwards else self.seconds.of(i, rule.b, inputs.shape[1:-1].numel())
-        updates: Tensor = op.grouped(inputs, rule.a, b, part.scalings, 0.0)
+        """The low-rank updates of the i-th group's rows `[m, count, *]`, of that shape."""
+        rule, group = self.rules[i], self.groups[i]
+        assert group.rows is not None
+        if dropout and rule.dropout and op.takes_dropout:
+            inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, group.rows.first(), group.rows.n)
+        b = rule.b if op.transposed else self.seconds.of(i, rule.b, inputs.shape[1:-1].numel())
+        updates: Tensor = op.grouped(inputs, rule.a, b, group.scalings, 0.0)
         return updates
 
     def _mixed(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """The rows of a result under weighted sums of all members: gains are summed, updates keep their own."""
-        if not op.backwards:
-            y = _scaled(op, y, self._gain())
-        for rule, part in zip(self.rules, self.parts, strict=True):
-            assert part.weights is not None
-            weights = part.weights * part.scalings.to(part.weights.dtype)
+        """The rows of a result under weighted sums of all members: norm_scales are summed, updates keep their own."""
+        if not op.transposed:
+            y = _scaled(op, y, self._norm_scale())
+        for rule, group in zip(self.rules, self.groups, strict=True):
+            assert group.weights is not None
+            weights = group.weights * group.scalings.to(group.weights.dtype)
             for j, w in enumerate(weights.unbind(1)):
                 a, b, inputs = rule.a[j : j + 1], rule.b[j : j + 1], x
-                gain = op.per_output(rule.gain[j]) if isinstance(rule, PreparedDoRA) else None
-                if gain is not None and op.backwards:
-                    inputs = (x * gain).to(x.dtype)
+                norm_scale = op.per_output(rule.norm_scale[j]) if isinstance(rule, PreparedDoRA) else None
+                if norm_scale is not None and op.transposed:
+                    inputs = (x * norm_scale).to(x.dtype)
                 u = op.grouped(inputs.unsqueeze(0), a, b, None, rule.dropout if dropout else 0.0)[0]
-                if gain is not None and not op.backwards:
-                    u = u * gain
+                if norm_scale is not None and not op.transposed:
+                    u = u * norm_scale
                 y = y + u * spread(w.to(u.dtype), u, ())
         return y
 
-    def _gain(self) -> Tensor | None:
+    def _norm_scale(self) -> Tensor | None:
         """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
-        gain: Tensor | None = None
-        for rule, part in zip(self.rules, self.parts, strict=True):
+        norm_scale: Tensor | None = None
+        for rule, group in zip(self.rules, self.groups, strict=True):
             if not isinstance(rule, PreparedDoRA):
                 continue
-            own = rule.gain
-            if gain is None:
-                gain = own.new_ones(self.n, own.shape[-1])
-            if part.present is not None:
-                gain = torch.where(part.present.unsqueeze(-1), own, gain)
-            elif part.rows is not None:
-                gain = part.rows.put(gain, own.unsqueeze(1).expand(-1, part.rows.count, -1))
+            own = rule.norm_scale
+            if norm_scale is None:
+                norm_scale = own.new_ones(self.n, own.shape[-1])
+            if group.present is not None:
+                norm_scale = torch.where(group.present.unsqueeze(-1), own, norm_scale)
+            elif group.rows is not None:
+                norm_scale = group.rows.put(norm_scale, own.unsqueeze(1).expand(-1, group.rows.count, -1))
             else:
-                gain = gain + part.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
-        return gain
+                norm_scale = norm_scale + group.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
+        return norm_scale
 
 
-def _in_succession(parts: RoutedGroups, n: int) -> tuple[int, ...]:
-    """The order in which the rows of the parts follow each other and are all there are; empty if they do not."""
-    spans = [part.rows.span if part.rows is not None else None for part in parts]
+def _in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:
+    """The order in which the rows of the groups follow each other and are all there are; empty if they do not."""
+    spans = [group.rows.span if group.rows is not None else None for group in groups]
     found = sorted((span, i) for i, span in enumerate(spans) if span is not None)
     ends = [0, *(end for (_, end), _ in found)]
     follow = (
@@ -385,9 +387,9 @@ def _in_succession(parts: RoutedGroups, n: int) -> tuple[int, ...]:
     return tuple(i for _, i in found) if follow else ()
 
 
-def _scaled(op: Any, rows: Tensor, gain: Tensor | None) -> Tensor:
-    """Assignment `[n, *]` times the gains of their output units, `[n, out]`."""
-    return rows if gain is None else rows * spread(gain, rows, op.per_output(gain[0]).shape)
+def _scaled(op: Any, rows: Tensor, norm_scale: Tensor | None) -> Tensor:
+    """Assignment `[n, *]` times the norm_scales of their output units, `[n, out]`."""
+    return rows if norm_scale is None else rows * spread(norm_scale, rows, op.per_output(norm_scale[0]).shape)
 
 
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:

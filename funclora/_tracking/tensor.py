@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from funclora._torch.functions import undispatched, written
 from funclora._tracking.propagation import (
-    OpCall,
     LostError,
+    OpCall,
     Place,
     Places,
     Propagation,
     batch_norm,
     constant,
     number,
+    propagations,
     question,
-    rules,
 )  # fmt: skip
 from funclora.errors import UnsupportedError
 
@@ -42,7 +42,7 @@ class ForwardCall:
     Attributes:
         n: the number of rows.
         active: false when the call is over; its tensors are then like any other.
-        known: what earlier operations found, by the operation and all that its rule looks at.
+        known: what earlier operations found, by the operation and all that its propagation looks at.
         spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
         taken: the tensors that `take` took.
         read: the operation by which Python learnt values of rows, "" if none did: numbers cannot be followed.
@@ -129,37 +129,44 @@ class RowTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        constants = False
         for kind in kinds:
             if kind is not RowTensor and kind not in _PLAIN and not issubclass(kind, RowTensor):
-                return NotImplemented  # it is a lazy weight's turn
+                if not getattr(kind, "holds_no_rows", False):
+                    return NotImplemented  # it is a lazy weight's turn
+                constants = True
         kwargs = kwargs or {}
-        rule = rules.get(func)
-        if rule is question:
+        propagation = propagations.get(func)
+        if propagation is question:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is F.dropout and _streams.get() is not None:
             return _dropout(*args, **kwargs)
-        if rule is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
+        if propagation is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
             return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
+        if constants:  # their own class computes, on plain tensors; where the rows are is said here
+            out = func(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
+            with torch._C.DisableTorchFunctionSubclass():
+                return _placed(func, propagation, args, kwargs, out)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            if rule is None or torch.compiler.is_compiling():
-                return _placed(func, rule, args, kwargs, out)
+            if propagation is None or torch.compiler.is_compiling():
+                return _placed(func, propagation, args, kwargs, out)
             if type(out) is not Tensor:
                 if func in _MAY_RETURN_SELF and out is args[0]:
                     return out
-                return _placed(func, rule, args, kwargs, out)
+                return _placed(func, propagation, args, kwargs, out)
             # The layers of a model ask the same questions again and again.
             key, scope = _looks(func, args, kwargs)
             if scope is None:
-                return _placed(func, rule, args, kwargs, out)
+                return _placed(func, propagation, args, kwargs, out)
             place = scope.known.get(key)
             if place is not None and not (scope.spoilt or scope.read):
                 if any(x is out for x in args):
                     return scope.enter(out, place)
                 out.__class__ = RowTensor  # nobody knows it yet: no alias is needed
                 return scope.enter_as(cast(RowTensor, out), place)
-            placed = _placed(func, rule, args, kwargs, out)
+            placed = _placed(func, propagation, args, kwargs, out)
             if type(placed) is RowTensor and isinstance(placed.place, Place):
                 scope.known[key] = placed.place
             return placed
@@ -170,7 +177,7 @@ _NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.devi
 
 
 def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ForwardCall | None]:
-    """All of an operation's arguments that its rule may look at, to be compared, and the call whose rows they hold.
+    """All arguments of an operation that its propagation may look at, to compare, and the call whose rows they hold.
 
     None in place of the call, if there are several or the arguments cannot be compared.
     """
@@ -222,6 +229,10 @@ def rows_of(x: Tensor) -> tuple[Tensor, Place | str]:
         return x.view_as(x), (x.scope.lost(x) or x.place) if x.scope.active else ""
 
 
+def _plain(x: Any) -> Any:
+    return rows_of(x)[0] if isinstance(x, RowTensor) else x
+
+
 def rows_first(x: Tensor, place: Place, n: int) -> Tensor:
     """A plain tensor with n rows as `[n, *]`: the positions of one row stay in the rows' place."""
     if place.inner == 0:  # one row, which is the whole tensor
@@ -254,30 +265,24 @@ def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: b
     return input.scope.enter(rows_back(out, place), place)
 
 
-def placed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-    """The result that an operation gave on the plain tensors, with the place of the rows in it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return _placed(func, rules.get(func), args, kwargs, out)
-
-
 def _placed(
-    func: Callable[..., Any], rule: Propagation | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    func: Callable[..., Any], propagation: Propagation | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> Any:
     """The result of an operation, with the place of the rows in it. Torch functions of subclasses are off here."""
     writes = written(func, args, kwargs)
-    if not (writes or rule is number or isinstance(out, (Tensor, tuple, list))):
+    if not (writes or propagation is number or isinstance(out, (Tensor, tuple, list))):
         return out
     call = OpCall(args, kwargs, out)
     scope = call.scope
     if scope is None:
         return _kept(func, args, out)
-    if rule is number:
+    if propagation is number:
         scope.read = func.__name__
         return out
-    if rule is constant and not any(isinstance(x, RowTensor) for x in call.tensors if x is not call.x):
+    if propagation is constant and not any(isinstance(x, RowTensor) for x in call.tensors if x is not call.x):
         return out
-    places = _places(func, rule, call)
-    if rule is batch_norm and isinstance(places, str):  # in training mode the statistics of all rows are kept
+    places = _places(func, propagation, call)
+    if propagation is batch_norm and isinstance(places, str):  # in training mode the statistics of all rows are kept
         writes = [x for x in call.tensors if x is call.arg(1, "running_mean") or x is call.arg(2, "running_var")]
         for x in writes:
             _note_write(scope, x, places)
@@ -294,7 +299,7 @@ def _placed(
     return parts if isinstance(out, list) else tuple(parts) if type(out) is tuple else type(out)(parts)
 
 
-def _places(func: Callable[..., Any], rule: Propagation | None, call: OpCall) -> Places:
+def _places(func: Callable[..., Any], propagation: Propagation | None, call: OpCall) -> Places:
     name = getattr(func, "__name__", str(func))
     cause: str = call.scope.lost(*call.tensors) if call.scope else ""
     if cause:
@@ -305,13 +310,13 @@ def _places(func: Callable[..., Any], rule: Propagation | None, call: OpCall) ->
         if isinstance(x, RowTensor) and x.scope is not call.scope and x.scope.active:
             return f"{name} of two models' rows"
     try:
-        return name if rule is None else _proven(rule(call), call, name)
+        return name if propagation is None else _proven(propagation(call), call, name)
     except LostError:
         return name
 
 
 def _proven(places: Places, call: OpCall, name: str) -> Places:
-    """The places that a rule gives, those that do not fit the results' shapes replaced by the operation's name."""
+    """The places that a propagation gives; the operation itself in place of those that do not fit the results."""
 
     def checked(place: Place | str | None, out: Any) -> Place | str | None:
         if isinstance(place, Place) and isinstance(out, Tensor):

@@ -14,9 +14,9 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funclora._many.stack import Group, TreeSpecs, Stack
+from funclora._many.stack import Group, Stack, TreeSpecs
 from funclora._torch.memory import Peak, budget, is_out_of_memory
-from funclora._train.population import MemberModel, Population, BatchedModel, batch_dims, batch_size, check_members
+from funclora._train.population import BatchedModel, MemberModel, Population, batch_dims, batch_size, check_members
 from funclora.errors import ConfigError
 from funclora.rules.base import Params
 
@@ -135,7 +135,7 @@ class _Plan:
 
 
 class _Passes:
-    """The members' sums over the rows so far. Members are counted in the order of their cohorts."""
+    """The members' sums over the rows so far. Members are counted in the order of their groups."""
 
     def __init__(self, model: nn.Module, params: Params, members: Population, metric: Metric, plan: _Plan) -> None:
         self.model = model
@@ -245,15 +245,15 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
 
 
 def _some(members: Population, start: int, stop: int) -> Population:
-    """Members in the order of their cohorts, as views."""
-    cohorts: list[Group[Any]] = []
+    """Members in the order of their groups, as views."""
+    groups: list[Group[Any]] = []
     before = taken = 0
-    for cohort in members.cohorts:
+    for group in members.groups:
         part = slice(max(0, start - before), max(0, stop - before))
-        each = cohort.specs.each[part]
+        each = group.specs.each[part]
         if each:
             places = tuple(range(taken, taken + len(each)))
-            cohorts.append(Group(tuple(value[part] for value in cohort.values), TreeSpecs(each), places))
-        before += len(cohort.members)
+            groups.append(Group(tuple(value[part] for value in group.values), TreeSpecs(each), places))
+        before += len(group.members)
         taken += len(each)
-    return Stack(tuple(cohorts))
+    return Stack(tuple(groups))

@@ -136,11 +136,11 @@ class AdapterModule(nn.Module):
         self.adapter = nn.Module()
         blank = torch.empty(0, device="meta")
         self._rules: dict[str, Rule] = {  # without their tensors
-            name: replace(cast(Any, rule), **dict.fromkeys(rule.leaves, blank)) for name, rule in adapters.items()
+            name: replace(cast(Any, rule), **dict.fromkeys(rule.leaf_names, blank)) for name, rule in adapters.items()
         }
         self._slots: list[tuple[str, str, nn.Module, str]] = []  # each leaf's rule, name there, owner and name here
         for name, rule in sorted(adapters.items()):  # optimizers know parameters by their order
-            for leaf in rule.leaves:
+            for leaf in rule.leaf_names:
                 path = ".".join(filter(None, (name, _LEAVES.get(leaf, leaf))))
                 self._slots.append((name, leaf, *_register(self.adapter, path, getattr(rule, leaf))))
         self._adapter_config = config

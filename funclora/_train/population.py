@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from funclora._bind.apply import bind
 from funclora._bind.checks import unwritten
 from funclora._many.route import in_groups, route
-from funclora._many.stack import Group, TreeSpecs, Stack
+from funclora._many.stack import Group, Stack, TreeSpecs
 from funclora._tracking.tensor import streams
 from funclora._train.step import LossFn, autograd, checked_loss, mean, micro_batches
 from funclora.errors import ConfigError, ParamsError, UnsupportedError
@@ -93,7 +93,7 @@ def population_step(
         loss, aux = mean([loss for loss, *_ in parts]), [aux for _, aux, _ in parts]
         del parts
         with torch.no_grad():
-            norm = grads.in_order(torch.cat([torch.func.vmap(global_norm)(c.values) for c in grads.cohorts]))
+            norm = grads.in_order(torch.cat([torch.func.vmap(global_norm)(c.values) for c in grads.groups]))
             updates, state = by_member.update(grads, state, params=members)
             del grads  # as large as the weights, which are made anew now
             members = apply_updates(members, updates)
@@ -144,7 +144,7 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
         members: Population = Stack((Group(copies, TreeSpecs((spec,) * n), tuple(range(n))),))
         examples = optree.tree_map(lambda x: x.unsqueeze(1) if isinstance(x, Tensor) else x, batch)
         losses, aux, grads = _value_and_grad(loss_fn, model, params, members, examples, 0, None)
-        by_example: dict[str, Rule] = grads.cohorts[0].tree()
+        by_example: dict[str, Rule] = grads.groups[0].tree()
         return ((losses, aux) if has_aux else losses), by_example
 
     return run
@@ -336,5 +336,5 @@ def _generators(seeds: Sequence[int] | None, members: Stack[Any]) -> list[torch.
         return None
     if len(seeds) != len(members):
         raise ConfigError(f"seeds: expected one int for each of {len(members)} members, got {len(seeds)}.")
-    device = next((value.device for cohort in members.cohorts for value in cohort.values), "cpu")
+    device = next((value.device for group in members.groups for value in group.values), "cpu")
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

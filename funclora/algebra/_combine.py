@@ -215,7 +215,7 @@ def _change(name: str, rule: LoRA | DoRA, terms: Sequence[Term], params: Params 
     """What the rule adds to the weight, as a matrix `[*lead, out, in]`."""
     if isinstance(rule, LoRA):
         return rule.delta()
-    return rule.layout.matrix(change(rule, base_of(name, terms, params, _DORA)))
+    return rule.layout.to_matrix(change(rule, base_of(name, terms, params, _DORA)))
 
 
 def _wide(rule: LoRA | DoRA) -> LoRA | DoRA:

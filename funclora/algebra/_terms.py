@@ -171,7 +171,7 @@ def _check_fit(name: str, terms: Sequence[Term]) -> None:
         "shapes of a, but for the rank": {_without(rule.a, lead(rule)) for rule in low_rank},
         "shapes of b, but for the rank": {_without(rule.b, lead(rule) + 1) for rule in low_rank},
         "shapes": {tuple(term.rule.value.shape) for term in terms if isinstance(term.rule, Full)},
-        "devices": {str(getattr(term.rule, leaf).device) for term in terms for leaf in term.rule.leaves},
+        "devices": {str(getattr(term.rule, leaf).device) for term in terms for leaf in term.rule.leaf_names},
     }
     for what, values in seen.items():
         if len(values) > 1:

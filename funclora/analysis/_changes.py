@@ -185,7 +185,7 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
     if isinstance(rule, LowRank):
         return _of_low_rank(name, rule, weight)
     if isinstance(rule, TrainableTokens) and weight is not None:
-        return Change(name, rule, replace(rule, layout=Parameter()), rule.layout.matrix(weight))
+        return Change(name, rule, replace(rule, layout=Parameter()), rule.layout.to_matrix(weight))
     if weight is None and not isinstance(rule, Delta):
         raise ParamsError(
             f"{name!r}: {type(rule).__name__} replaces values, and what it changes depends on the base weight. Give "
@@ -270,7 +270,7 @@ def _of_low_rank(name: str, rule: LowRank, weight: Tensor | None) -> Change:
     a, b = rule.layout.factors(rule.a, rule.b)
     flat = replace(rule, a=a, b=b, layout=Parameter())
     if weight is not None:
-        return Change(name, rule, flat, rule.layout.matrix(weight))
+        return Change(name, rule, flat, rule.layout.to_matrix(weight))
     part = LoRA(a, b, scaling=rule.scaling, layout=Parameter())
     return Change(name, rule, part, None, low_rank_part=not isinstance(rule, LoRA))
 
@@ -278,7 +278,7 @@ def _of_low_rank(name: str, rule: LowRank, weight: Tensor | None) -> Change:
 def _as_rows(tensor: Tensor, layout: Layout | None) -> Tensor:
     """The matrices of a weight, `[*lead, out, in]`; rows of its first dimension where nobody knows them."""
     if layout is not None:
-        return layout.matrix(tensor)
+        return layout.to_matrix(tensor)
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 
@@ -295,7 +295,7 @@ def _of_rows(rule: Rule, start: int, length: int) -> Rule:
     if isinstance(rule, (Full, Delta)):
         return replace(rule, value=rule.value.narrow(-2, start, length))
     assert isinstance(rule, (LowRank, TrainableTokens))
-    return rule.rows(start, length)
+    return rule.narrow_outputs(start, length)
 
 
 def _norm(tensor: Tensor) -> float:

@@ -119,7 +119,7 @@ def _adapter(folder: Path, base: Path | None, singular: bool, progress: Progress
         layouts = None if model is None else model.structure.model
         for done, each in enumerate(changes(found.rules, params, layouts), start=1):
             rows.append(measured(each, singular=singular))
-            parameters += sum(getattr(each.given, leaf).numel() for leaf in each.given.leaves)
+            parameters += sum(getattr(each.given, leaf).numel() for leaf in each.given.leaf_names)
             progress(done, len(names))
     return _inspection("adapter", folder, base, facts(found), parameters, rows, (), tuple(found.notes))
 

@@ -150,7 +150,7 @@ def _report(found: CombinedFolders, adapters: list[Path], weights: list[float], 
         return {
             "targets": len(rules),
             "ranks": sorted({rule.r for rule in rules.values() if isinstance(rule, LowRank)}),
-            "parameters": sum(getattr(rule, leaf).numel() for rule in rules.values() for leaf in rule.leaves),
+            "parameters": sum(getattr(rule, leaf).numel() for rule in rules.values() for leaf in rule.leaf_names),
         }
 
     sources = [

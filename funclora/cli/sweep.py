@@ -110,7 +110,7 @@ def _run(
     config = {**source, **trained, "members": [asdict(member) for member in members], **task.digests()}
     store = Store(out, config, len(members))
     console = Console(stderr=as_json, quiet=as_json)
-    with store.alone():
+    with store.lock():
         live = Live(console=console, auto_refresh=False, transient=True)
 
         drawn = 0.0

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._many.stack import Group, TreeSpecs, Stack, stack, unscaled
+from funclora._many.stack import Group, Stack, TreeSpecs, stack, unscaled
 from funclora.errors import ConfigError
 from funclora.optim._transforms import GradientTransformation
 
@@ -77,12 +77,12 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         def one(tree: Any, values: dict[str, Tensor]) -> Any:
             return {"values": values, "state": build(**values).init(tree)}
 
-        def cohort_of(cohort: Group[Any]) -> Group[Any]:
-            device = cohort.values[0].device
-            own = {name: tensor[list(cohort.members)].to(device) for name, tensor in tensors.items()}
-            return _cohort(_mapped(one, unscaled(cohort.tree()), own), cohort.members)
+        def group_of(group: Group[Any]) -> Group[Any]:
+            device = group.values[0].device
+            own = {name: tensor[list(group.members)].to(device) for name, tensor in tensors.items()}
+            return _group(_mapped(one, unscaled(group.tree()), own), group.members)
 
-        return Stack(tuple(map(cohort_of, members.cohorts)))
+        return Stack(tuple(map(group_of, members.groups)))
 
     def update(grads: Stack[Any], state: Stack[Any], params: Stack[Any] | None = None) -> tuple[Any, Any]:
         def one(grads: Any, before: Any, params: Any) -> Any:
@@ -91,12 +91,12 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
             return updates, {"values": before["values"], "state": inner}
 
         updates, after = [], []
-        for i, (g, s) in enumerate(zip(grads.cohorts, _like(state, grads), strict=True)):
-            # A cohort's tree has its first member's scaling, and who is first may have changed since `init`.
-            given = (unscaled(g.tree()), s.tree(), unscaled(params.cohorts[i].tree()) if params is not None else None)
+        for i, (g, s) in enumerate(zip(grads.groups, _like(state, grads), strict=True)):
+            # A group's tree has its first member's scaling, and who is first may have changed since `init`.
+            given = (unscaled(g.tree()), s.tree(), unscaled(params.groups[i].tree()) if params is not None else None)
             new, inner = _mapped(one, *given)
             updates.append(replace(g, values=tuple(optree.tree_leaves(new))))
-            after.append(_cohort(inner, g.members))
+            after.append(_group(inner, g.members))
         return Stack(tuple(updates)), Stack(tuple(after))
 
     return MemberTransformation(init, update)
@@ -128,21 +128,21 @@ def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
     return optree.tree_unflatten(spec_out, out)
 
 
-def _cohort(tree: Any, members: tuple[int, ...]) -> Group[Any]:
+def _group(tree: Any, members: tuple[int, ...]) -> Group[Any]:
     leaves, spec = optree.tree_flatten(tree)
     return Group(tuple(leaves), TreeSpecs((spec,) * len(members)), members)
 
 
 def _like(state: Stack[Any], members: Stack[Any]) -> list[Group[Any]]:
-    """The state's cohorts, in the grouping and order of another stack of the same members."""
+    """The state's groups, in the grouping and order of another stack of the same members."""
     if not isinstance(state, Stack) or len(state) != len(members):
         got = f"one of {len(state)}" if isinstance(state, Stack) else f"a {type(state).__name__}"
         raise ConfigError(f"per_member: update: expected the state of {len(members)} members, got {got}.")
-    if [c.members for c in state.cohorts] == [c.members for c in members.cohorts]:
-        return list(state.cohorts)
+    if [c.members for c in state.groups] == [c.members for c in members.groups]:
+        return list(state.groups)
     grouped = []
-    for cohort in members.cohorts:
-        same = stack([state[i] for i in cohort.members]).cohorts
+    for group in members.groups:
+        same = stack([state[i] for i in group.members]).groups
         if len(same) != 1:
             raise ConfigError("per_member: update: the state is that of other members than the gradients.")
         grouped.append(same[0])

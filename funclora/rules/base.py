@@ -7,7 +7,7 @@
 
 A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows two
 things: its dense form (`dense`), and how an operation that is linear in the weight is computed without that
-dense form (`read`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of tables of
+dense form (`apply_op`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of tables of
 tokens are in `_tokens`.
 """
 
@@ -25,7 +25,7 @@ from funclora.rules.linear_ops import LinearOp
 class Rule(ABC):
     """Rewrites one weight. Subclasses are frozen dataclasses whose tensors come first."""
 
-    leaves: ClassVar[tuple[str, ...]]
+    leaf_names: ClassVar[tuple[str, ...]]
     # The dense form costs nothing: it is used as it is, no lazy weight stands for it.
     bind_dense: ClassVar[bool] = False
 
@@ -40,7 +40,7 @@ class Rule(ABC):
             A tensor of the weight's shape.
         """
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         """The result of `op` on the rewritten weight, in the dtype that `op` gives on the base weight.
 
         Args:
@@ -62,6 +62,7 @@ class Rule(ABC):
     def dropout_p(self) -> float:
         """The dropout probability on the rule's own input in training mode."""
         return 0.0
+
+
 Adapters = Mapping[str, Rule]
 Params = Mapping[str, Tensor]
-

@@ -30,7 +30,7 @@ class Full(Rule):
 
     value: Tensor
 
-    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("value",)
     bind_dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Delta(Rule):
     value: Tensor
     scaling: float = field(default=1.0, kw_only=True)
 
-    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("value",)
     bind_dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -94,4 +94,3 @@ def refuse_full(name: str, weight: Tensor) -> None:
             f"{name!r} is quantised and cannot be trained in full (modules_to_save, Full). Leave it out of the targets "
             "of quantize, or put its dense value, weight.dequantize(), into params."
         )
-

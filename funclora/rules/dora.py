@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import constant
+from funclora._torch.functions import no_gradients
 from funclora._torch.pytree import pytree_node
-from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Layout
+from funclora.rules.linear_ops import LinearOp
 from funclora.rules.low_rank import LowRank, _updated
 
 # A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
@@ -52,7 +52,7 @@ class DoRA(LowRank):
     magnitude: Tensor
     exact_norm_grad: bool = field(default=False, kw_only=True)
 
-    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
 
     def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
         return super().leaf_shapes(weight) | {"magnitude": self.layout.magnitude_shape(weight.shape)}
@@ -61,62 +61,62 @@ class DoRA(LowRank):
         if self.exact_norm_grad:
             norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling)
         else:
-            with constant():
+            with no_gradients():
                 norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
-        return self.gained(norm)
+        return self.with_norms(norm)
 
-    def gained(self, norm: Tensor) -> PreparedDoRA:
+    def with_norms(self, norm: Tensor) -> PreparedDoRA:
         """This rule with the norms of its rows worked out, of a magnitude's shape."""
         zero = norm == 0
-        gain = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
-        return PreparedDoRA(self.a, self.b, gain, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
+        norm_scale = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+        return PreparedDoRA(self.a, self.b, norm_scale, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
 
     def dense(self, weight: Tensor) -> Tensor:
         return self.prepared(weight).dense(weight)
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
-        return self.prepared(weight).read(op, weight, dropout)
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        return self.prepared(weight).apply_op(op, weight, dropout)
 
 
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class PreparedDoRA(LowRank):
-    """gain·(W + s·B·A), one gain per output unit: DoRA with its norm worked out.
+    """norm_scale·(W + s·B·A), one norm_scale per output unit: DoRA with its norm worked out.
 
     Attributes:
-        gain: m/‖W + s·B·A‖, `[*lead, out]`; 0 where the norm is zero.
+        norm_scale: m/‖W + s·B·A‖, `[*lead, out]`; 0 where the norm is zero.
     """
 
-    gain: Tensor
+    norm_scale: Tensor
 
-    leaves: ClassVar[tuple[str, ...]] = ("a", "b", "gain")
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "norm_scale")
 
     def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        return super().leaf_shapes(weight) | {"gain": self.layout.magnitude_shape(weight.shape)}
+        return super().leaf_shapes(weight) | {"norm_scale": self.layout.magnitude_shape(weight.shape)}
 
     def dense(self, weight: Tensor) -> Tensor:
-        return self.layout.weight(self.gain.unsqueeze(-1) * self.update(weight), weight.shape)
+        return self.layout.from_matrix(self.norm_scale.unsqueeze(-1) * self.update(weight), weight.shape)
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
-        gain = op.per_output(self.gain)
-        if op.backwards:
-            op = op.scaled_input(gain)
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        norm_scale = op.per_output(self.norm_scale)
+        if op.transposed:
+            op = op.scaled_input(norm_scale)
             y = op.dense(weight, bias=True)
             return self.add_update(op, y, dropout).to(y.dtype)
         y = op.dense(weight, bias=False)
         out = self.add_update(op, y, dropout)
         if op.bias is None:
-            return (out * gain).to(y.dtype)
-        return torch.addcmul(op.per_output(op.bias).to(out.dtype), out, gain.to(out.dtype)).to(y.dtype)
+            return (out * norm_scale).to(y.dtype)
+        return torch.addcmul(op.per_output(op.bias).to(out.dtype), out, norm_scale.to(out.dtype)).to(y.dtype)
 
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
     weight = plain_weight(weight)
     norms = []
-    for piece, a_piece in layout.pieces(weight, a, NORM_SHARE):
+    for piece, a_piece in layout.split_inputs(weight, a, NORM_SHARE):
         a_matrix, b_matrix = layout.factors(a_piece, b)
-        norms.append(output_norms(layout.matrix(piece), a_matrix, b_matrix, scaling))
+        norms.append(output_norms(layout.to_matrix(piece), a_matrix, b_matrix, scaling))
     combined: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return combined
 
@@ -179,4 +179,3 @@ def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor)
 def _block(length: int, numel: int) -> int:
     """How many of `length` slices of a tensor with `numel` elements to look at together."""
     return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
-

@@ -30,7 +30,7 @@ class Layout(ABC):
     """The place of the matrix `[*lead, out, in]` in a weight. One subclass per kind of owner."""
 
     @abstractmethod
-    def matrix(self, weight: Tensor) -> Tensor:
+    def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as a matrix.
 
         Args:
@@ -41,8 +41,8 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
-        """The inverse of `matrix`: the tensor of the given shape that holds `matrix: [*lead, out, in]`."""
+    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
+        """The inverse of `to_matrix`: the tensor of the given shape that holds `matrix: [*lead, out, in]`."""
 
     @abstractmethod
     def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -50,14 +50,14 @@ class Layout(ABC):
 
     def magnitude_shape(self, shape: Shape) -> tuple[int, ...]:
         """The shape of a DoRA magnitude, one value per output unit: `[*lead, out]`."""
-        return self.factor_shapes(shape, 1)[1][: self.lead(shape) + 1]
+        return self.factor_shapes(shape, 1)[1][: self.expert_dims(shape) + 1]
 
     @property
     def transposed(self) -> bool:
         """True if the weight stores `[*lead, in, out]`."""
         return False
 
-    def lead(self, shape: Shape) -> int:
+    def expert_dims(self, shape: Shape) -> int:
         """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
         return 0
 
@@ -70,8 +70,8 @@ class Layout(ABC):
         """The factors as matrices `[*lead, r, in]` and `[*lead, out, r]`."""
         return a, b
 
-    def pieces(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """The weight and `a` cut along the inputs into about n pieces, where `matrix` would copy; else as they are."""
+    def split_inputs(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The weight and `a`, cut along the inputs into about n pieces where `to_matrix` would copy."""
         return [(weight, a)]
 
 
@@ -91,13 +91,13 @@ class Matrices(Layout):
     def rank_dims(self) -> tuple[int, int]:
         return -2, -1
 
-    def lead(self, shape: Shape) -> int:
+    def expert_dims(self, shape: Shape) -> int:
         return len(shape) - 2
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
-    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
         return matrix.mT if self.transposed else matrix
 
     def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -185,10 +185,10 @@ class Conv(Layout):
     dilated: bool = False
     padding_mode: str = "zeros"
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
         return matrix.reshape(shape)
 
     def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -209,11 +209,11 @@ class ConvTranspose(Layout):
 
     groups: int = 1
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    def to_matrix(self, weight: Tensor) -> Tensor:
         grouped: Tensor = weight.unflatten(0, (self.groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def weight(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
         n_in, n_out, *kernel = shape
         grouped = matrix.reshape(self.groups, n_out, n_in // self.groups, *kernel)
         return grouped.transpose(1, 2).reshape(shape)
@@ -225,7 +225,7 @@ class ConvTranspose(Layout):
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.flatten(1), b.flatten(1)
 
-    def pieces(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def split_inputs(self, weight: Tensor, a: Tensor, n: int) -> Iterable[tuple[Tensor, Tensor]]:
         grouped: Tensor = weight.unflatten(0, (self.groups, -1))
         size = -(-grouped.shape[1] // n)
         for piece, a_piece in zip(grouped.split(size, 1), a.split(size, 1), strict=True):

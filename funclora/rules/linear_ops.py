@@ -1,8 +1,4 @@
-"""Which torch operations are linear in a lazy weight, and how each is computed from the factors.
-
-`linear_ops` takes an operation to a function that turns its arguments into `(lazy weight, LinearLayerOp)`, or raises
-`NoFormError` where this call of the operation has no fast form.
-"""
+"""Operations that are linear in a weight, each with how it is computed from the factors of an update."""
 
 from __future__ import annotations
 
@@ -18,24 +14,39 @@ from funclora._torch.functions import _CONVS
 
 
 class LinearOp(ABC):
-    """A torch operation seen as a linear function of one weight (`funclora.rules.base.LinearLayerOp`)."""
+    """A torch operation seen as a linear function of one of its weights: `y = op(W) + bias`.
+
+    With M the weight's matrix `[*lead, out, in]`, the operation either takes inputs to output units (`x·Mᵀ`, the
+    usual case) or, `transposed`, output units to inputs (`x·M`, as a tied embedding does as output layer).
+
+    Attributes:
+        x: the input.
+        bias: what is added to the result, or None.
+        transposed: the operation computes `x·M`.
+        takes_dropout: dropout acts on its input.
+        feature_dim: the dimension of its input and of its result that the matrix acts on.
+    """
 
     x: Tensor
     bias: Tensor | None = None
-    backwards: bool = False
-    drops: bool = True  # dropout acts on its input
-    units: int = -1  # the dimension of its input and of its result that the matrix acts on
+    transposed: bool = False
+    takes_dropout: bool = True
+    feature_dim: int = -1
 
     @abstractmethod
-    def dense(self, weight: Tensor, *, bias: bool) -> Tensor: ...
+    def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
+        """The operation on a plain weight, with or without its bias."""
 
     @abstractmethod
-    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor: ...
+    def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+        """The operation on the weight B·A, through its two factors; dropout acts on the input of the first."""
 
     @abstractmethod
-    def per_output(self, vector: Tensor) -> Tensor: ...
+    def per_output(self, vector: Tensor) -> Tensor:
+        """A vector `[*lead, out]`, shaped to broadcast over the result (over the input, if `transposed`)."""
 
     def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+        """`y + s·low_rank(a, b, dropout)`, in the wider dtype of the two."""
         return added(y, self.low_rank(a, b, dropout), scaling)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
@@ -53,15 +64,15 @@ class LinearOp(ABC):
         """
         randomness = "different" if dropout else "error"
         b = scaled(b, scalings)
-        by_group = torch.func.vmap(lambda x, a, b: self.on(x).low_rank(a, b, dropout), randomness=randomness)
+        by_group = torch.func.vmap(lambda x, a, b: self.with_input(x).low_rank(a, b, dropout), randomness=randomness)
         out: Tensor = by_group(x, a, b)
         return out
 
     def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operation without bias on an input `[rows, *]` of this one."""
-        return self.on(x).dense(weight, bias=False)
+        return self.with_input(x).dense(weight, bias=False)
 
-    def on(self, x: Tensor) -> LinearOp:
+    def with_input(self, x: Tensor) -> LinearOp:
         """The same operation on another input."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
@@ -69,15 +80,23 @@ class LinearOp(ABC):
         return new
 
     def scaled_input(self, factor: Tensor) -> LinearOp:
-        return self.on((self.x * factor).to(self.x.dtype))
+        """The same operation on `input · factor`."""
+        return self.with_input((self.x * factor).to(self.x.dtype))
 
     def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
-        if self.backwards:  # M's inputs are what the operation puts out
+        """The operation, with its bias, on the weight in which some columns of M are others.
+
+        Args:
+            weight: the base weight.
+            index: `[n]`, which columns: the inputs of M.
+            value: these columns as the weight stores them: `[n, out]` if it is `[in, out]`, else `[out, n]`.
+        """
+        if self.transposed:  # M's inputs are what the operation puts out
             y, part = self.dense(weight, bias=True), self.dense(value, bias=False)
             part = part if self.bias is None else part + self.bias[index]
-            return y.index_copy(self.units, index, part.to(y.dtype))
-        kept, others = self.x.index_fill(self.units, index, 0), self.x.index_select(self.units, index)
-        return self.on(kept).dense(weight, bias=True) + self.on(others).dense(value, bias=False)
+            return y.index_copy(self.feature_dim, index, part.to(y.dtype))
+        kept, others = self.x.index_fill(self.feature_dim, index, 0), self.x.index_select(self.feature_dim, index)
+        return self.with_input(kept).dense(weight, bias=True) + self.with_input(others).dense(value, bias=False)
 
     def finish(self, y: Tensor) -> Tensor:
         """What the operation does to its result after the linear part."""
@@ -105,33 +124,33 @@ _EXACT = (torch.float32, torch.float64)
 
 
 class LinearLayerOp(LinearOp):
-    """`F.linear(x, W, bias)`, x: `[*, in]`, W: `[out, in]`, or stored transposed and then backwards."""
+    """`F.linear(x, W, bias)`, x: `[*, in]`, W: `[out, in]`, or stored transposed and then transposed."""
 
-    def __init__(self, x: Tensor, bias: Tensor | None, *, backwards: bool) -> None:
+    def __init__(self, x: Tensor, bias: Tensor | None, *, transposed: bool) -> None:
         self.x = x
         self.bias = bias
-        self.backwards = backwards
+        self.transposed = transposed
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
         return F.linear(self.x, weight, self.bias if bias else None)
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        h, second = self._halfway(a, b, dropout)
+        h, second = self._project_down(a, b, dropout)
         return F.linear(h, second)
 
-    def _halfway(self, a: Tensor, b: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-        first, second = (b.mT, a.mT) if self.backwards else (a, b)
+    def _project_down(self, a: Tensor, b: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        first, second = (b.mT, a.mT) if self.transposed else (a, b)
         return F.linear(_input(self.x, a, dropout), first), second
 
     def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
-        h, second = self._halfway(a, b, dropout)
+        h, second = self._project_down(a, b, dropout)
         if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in _EXACT:
             return added(y, F.linear(h, second), scaling)
         # The product is added where it is made: one pass over the outputs less, forward and backward.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
-        first, second = (b.mT, a) if self.backwards else (a, b.mT)
+        first, second = (b.mT, a) if self.transposed else (a, b.mT)
         h = first @ _input(x, a, dropout).flatten(1, -2).mT  # in this order, batches of small products are fast
         y = scaled(h, scalings).mT @ second
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -141,7 +160,7 @@ class LinearLayerOp(LinearOp):
 
 
 class MatmulOp(LinearLayerOp):
-    """`x @ W (+ bias)`, x: `[*lead, tokens, in]`, W: `[*lead, in, out]`, or stored as M and then backwards."""
+    """`x @ W (+ bias)`, x: `[*lead, tokens, in]`, W: `[*lead, in, out]`, or stored as M and then transposed."""
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
         if bias and self.bias is not None:
@@ -149,7 +168,7 @@ class MatmulOp(LinearLayerOp):
         return self.x @ weight
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        first, second = (b, a) if self.backwards else (a.mT, b.mT)
+        first, second = (b, a) if self.transposed else (a.mT, b.mT)
         return _input(self.x, a, dropout) @ first @ second
 
     def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
@@ -161,19 +180,19 @@ class MatmulOp(LinearLayerOp):
 
 
 class LeftMatmulOp(LinearOp):
-    """`W @ x`, x: `[*lead, in, columns]`, W: `[*lead, out, in]`, or stored transposed and then backwards."""
+    """`W @ x`, x: `[*lead, in, columns]`, W: `[*lead, out, in]`, or stored transposed and then transposed."""
 
-    units = -2
+    feature_dim = -2
 
-    def __init__(self, x: Tensor, *, backwards: bool) -> None:
+    def __init__(self, x: Tensor, *, transposed: bool) -> None:
         self.x = x
-        self.backwards = backwards
+        self.transposed = transposed
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
         return weight @ self.x
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        first, second = (b.mT, a.mT) if self.backwards else (a, b)
+        first, second = (b.mT, a.mT) if self.transposed else (a, b)
         return second @ (first @ _input(self.x, a, dropout))
 
     def per_output(self, vector: Tensor) -> Tensor:
@@ -181,13 +200,13 @@ class LeftMatmulOp(LinearOp):
 
 
 class GroupedMatmulOp(LinearOp):
-    """`F.grouped_mm(x, W, offs=offs)`: rows of x sorted by expert, W: `[experts, in, out]`, or backwards."""
+    """`F.grouped_mm(x, W, offs=offs)`: rows of x sorted by expert, W: `[experts, in, out]`, or transposed."""
 
-    def __init__(self, op: Callable[..., Tensor], x: Tensor, offs: Tensor, *, backwards: bool) -> None:
+    def __init__(self, op: Callable[..., Tensor], x: Tensor, offs: Tensor, *, transposed: bool) -> None:
         self.op = op
         self.x = x
         self.offs = offs
-        self.backwards = backwards
+        self.transposed = transposed
 
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
         return self.op(self.x, weight, offs=self.offs)
@@ -196,7 +215,7 @@ class GroupedMatmulOp(LinearOp):
         # The kernel wants rows of a multiple of 16 bytes: ranks are padded with zeros, which add nothing.
         missing = -a.shape[-2] % (16 // a.element_size())
         a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
-        first, second = (b, a) if self.backwards else (a.mT, b.mT)
+        first, second = (b, a) if self.transposed else (a.mT, b.mT)
         x = _input(self.x, a, dropout)
         return self.op(self.op(x, first, offs=self.offs), second, offs=self.offs)
 
@@ -208,7 +227,7 @@ class GroupedMatmulOp(LinearOp):
 class EmbeddingOp(LinearOp):
     """Rows of a table, `[*ids, dim]`."""
 
-    drops = False  # the input is a one-hot vector: to drop it would drop whole tokens. PEFT does not either
+    takes_dropout = False  # the input is a one-hot vector: to drop it would drop whole tokens. PEFT does not either
 
     def __init__(
         self,

@@ -13,8 +13,8 @@ from funclora._torch.functions import _is_mapped
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
-from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Layout, Linear, Parameter
+from funclora.rules.linear_ops import LinearOp
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +36,10 @@ class LowRank(Rule):
     dropout: float = field(default=0.0, kw_only=True)
     layout: Layout = field(default=Linear(), kw_only=True)
 
-    leaves: ClassVar[tuple[str, ...]] = ("a", "b")
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def __post_init__(self) -> None:
-        for name in self.leaves:
+        for name in self.leaf_names:
             value = getattr(self, name)
             if not isinstance(value, Tensor):
                 raise ParamsError(f"{type(self).__name__}.{name}: expected a tensor, got {type(value).__name__}.")
@@ -69,17 +69,17 @@ class LowRank(Rule):
                     f"shape {list(weight.shape)} with layout {type(self.layout).__name__} and rank {self.r}."
                 )
 
-    def select(self, index: Any) -> LowRank:
+    def select_experts(self, index: Any) -> LowRank:
         """The rule of `weight[index]`, where the index selects among leading dimensions (experts)."""
-        leaves = {name: getattr(self, name)[index] for name in self.leaves}
+        leaves = {name: getattr(self, name)[index] for name in self.leaf_names}
         return replace(self, **leaves, layout=Parameter(self.layout.transposed))
 
-    def rows(self, start: int, length: int) -> LowRank:
+    def narrow_outputs(self, start: int, length: int) -> LowRank:
         """The rule of the output units from `start` on."""
-        vectors = {name: getattr(self, name).narrow(-1, start, length) for name in self.leaves[2:]}
+        vectors = {name: getattr(self, name).narrow(-1, start, length) for name in self.leaf_names[2:]}
         return replace(self, b=self.b.narrow(-2, start, length), **vectors, layout=Parameter(self.layout.transposed))
 
-    def flipped(self) -> LowRank:
+    def transposed(self) -> LowRank:
         """The rule of the transposed weight."""
         return replace(self, layout=Parameter(not self.layout.transposed))
 
@@ -96,7 +96,7 @@ class LowRank(Rule):
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
         a, b = self.layout.factors(self.a, self.b)
-        return _updated(self.layout.matrix(plain_weight(weight)), a, b, self.scaling)
+        return _updated(self.layout.to_matrix(plain_weight(weight)), a, b, self.scaling)
 
 
 @pytree_node
@@ -119,12 +119,12 @@ class LoRA(LowRank):
                 [0.5000, 0.5000, 0.5000]])
     """
 
-    leaves: ClassVar[tuple[str, ...]] = ("a", "b")
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def dense(self, weight: Tensor) -> Tensor:
-        return self.layout.weight(self.update(weight), weight.shape)
+        return self.layout.from_matrix(self.update(weight), weight.shape)
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         y = op.dense(weight, bias=True)
         return self.add_update(op, y, dropout).to(y.dtype)
 
@@ -154,4 +154,3 @@ def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> T
         if matrix.dim() == 2:
             return torch.addmm(matrix, b, a, alpha=scaling)
         return torch.add(matrix, b @ a, alpha=scaling)
-

@@ -52,11 +52,11 @@ def narrowed(rule: Rule, shape: Shape, dim: int, start: int, length: int) -> Rul
     def cut(names: tuple[str, ...], at: int) -> dict[str, Any]:
         return {name: getattr(rule, name).narrow(at, start, length) for name in names}
 
-    vectors = rule.leaves[2:]
+    vectors = rule.leaf_names[2:]
     if isinstance(rule.layout, Conv):
         return replace(rule, **cut(("b", *vectors), 0))
     if dim < len(shape) - 2:  # one of several matrices
-        return replace(rule, **cut(rule.leaves, dim))
+        return replace(rule, **cut(rule.leaf_names, dim))
     if dim == _in_dim(rule, shape):
         return replace(rule, **cut(("a",), -1))
     return replace(rule, **cut(("b",), -2), **cut(vectors, -1))

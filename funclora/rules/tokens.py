@@ -12,8 +12,8 @@ from torch import Tensor
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError, near
 from funclora.rules.base import Rule
-from funclora.rules.linear_ops import LinearOp
 from funclora.rules.layouts import Embedding, Matrices, Parameter
+from funclora.rules.linear_ops import LinearOp
 
 
 @pytree_node
@@ -40,7 +40,7 @@ class TrainableTokens(Rule):
     token_indices: tuple[int, ...] = field(kw_only=True)
     layout: Matrices = field(default=Embedding(), kw_only=True)
 
-    leaves: ClassVar[tuple[str, ...]] = ("value",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("value",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, Tensor):
@@ -54,7 +54,7 @@ class TrainableTokens(Rule):
     def dense(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0 if self.layout.transposed else 1, self._index(weight), self._stored(weight))
 
-    def read(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         return op.replaced(weight, self._index(weight), self._stored(weight))
 
     def check(self, name: str, weight: Tensor) -> None:
@@ -75,11 +75,11 @@ class TrainableTokens(Rule):
                 "the table for each token."
             )
 
-    def flipped(self) -> TrainableTokens:
+    def transposed(self) -> TrainableTokens:
         """The rule of the transposed table."""
         return replace(self, layout=Parameter(not self.layout.transposed))
 
-    def rows(self, start: int, length: int) -> TrainableTokens:
+    def narrow_outputs(self, start: int, length: int) -> TrainableTokens:
         """The rule of the dimensions of the embedding from `start` on."""
         return replace(self, value=self.value.narrow(-1, start, length), layout=Parameter(self.layout.transposed))
 
@@ -111,7 +111,7 @@ class Tied(Rule):
 
     to: str
 
-    leaves: ClassVar[tuple[str, ...]] = ()
+    leaf_names: ClassVar[tuple[str, ...]] = ()
 
     def dense(self, weight: Tensor) -> Tensor:
         self._alone()

@@ -215,7 +215,7 @@ def test_each_member_goes_the_way_it_would_go_alone(tmp_path: Path, task: Task) 
         adapters, heldout = alone(task, member, settings)
         assert [found[member.id, step] for step in (2, 4)] == pytest.approx(heldout, abs=2e-5)
         for name, rule in search.adapters(member.id).items():
-            for leaf in rule.leaves:
+            for leaf in rule.leaf_names:
                 torch.testing.assert_close(getattr(rule, leaf), getattr(adapters[name], leaf), rtol=1e-3, atol=2e-4)
     assert max(found.values()) - min(found.values()) > 0.01  # they differ by more than they may deviate
 

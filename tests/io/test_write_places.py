@@ -16,7 +16,7 @@ from checkpoints import contents, save_adapter, save_base
 from typer.testing import CliRunner
 
 import funclora as fl
-from funclora._files.atomic import alone, replace_files
+from funclora._files.atomic import lock_folder, replace_files
 from funclora.cli._app import app
 from funclora.errors import ConfigError, FormatError
 
@@ -212,7 +212,7 @@ def test_two_writers_of_one_adapter(root: Path) -> None:
 def test_a_draft_in_use_is_not_removed(tmp_path: Path) -> None:
     draft = tmp_path / f".a.{'f' * 32}.tmp"
     draft.write_text("at work")
-    with alone(draft, BlockingIOError()):
+    with lock_folder(draft, BlockingIOError()):
         replace_files(tmp_path, {"a": lambda file: file.write_text("new") and None})  # type: ignore[dict-item]
     assert draft.exists()
     assert (tmp_path / "a").read_text() == "new"

@@ -121,7 +121,7 @@ def test_twenty_steps_are_those_of_peft_in_transformers_trainer(
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([entry["learning_rate"] for entry in logged]))
     close(outcome.adapters, want, 20 * tolerance)
     for name, rule in fresh(base, given, **options).items():
-        for leaf in rule.leaves:
+        for leaf in rule.leaf_names:
             assert not torch.equal(getattr(rule, leaf), getattr(outcome.adapters[name], leaf)), "trained"
 
 

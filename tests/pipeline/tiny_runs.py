@@ -103,7 +103,7 @@ def same(got: Any, want: Any) -> None:
     """Adapters alike, bit for bit."""
     assert {*got} == {*want}
     for name, rule in want.items():
-        for leaf in rule.leaves:
+        for leaf in rule.leaf_names:
             assert torch.equal(getattr(got[name], leaf), getattr(rule, leaf)), (name, leaf)
 
 
@@ -111,5 +111,5 @@ def close(got: Any, want: Any, tolerance: float) -> None:
     """Adapters alike, up to rounding."""
     assert {*got} == {*want}
     for name, rule in want.items():
-        for leaf in rule.leaves:
+        for leaf in rule.leaf_names:
             torch.testing.assert_close(getattr(got[name], leaf), getattr(rule, leaf), rtol=tolerance, atol=tolerance)

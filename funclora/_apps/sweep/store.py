@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from funclora._files.atomic import alone, replace_files
+from funclora._files.atomic import lock_folder, replace_files
 from funclora.errors import ConfigError, FormatError
 
 CONFIG, STATE, RESULTS = "sweep.json", "state.json", "results.jsonl"
@@ -129,10 +129,10 @@ class Store:
             prefix = f"{i}/"
             return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes out of the folder."""
         busy = ConfigError(f"--out: another process is at work in {self.folder}. Use another folder.")
-        return alone(self.folder / CONFIG, busy)
+        return lock_folder(self.folder / CONFIG, busy)
 
     def _sweep_up(self) -> None:
         """Remove what no commit refers to: tensors of before, and drafts of a process that was killed."""

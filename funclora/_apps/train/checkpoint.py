@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funclora._apps.train.settings import Settings
-from funclora._files.atomic import alone, read_json, replace_files
+from funclora._files.atomic import lock_folder, read_json, replace_files
 from funclora.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def opened(settings: Settings) -> Iterator[Run]:
         ) from error
     busy = ConfigError(f"out: another process is at work in {folder}. Wait for its end, or use another folder.")
     try:
-        with alone(folder, busy):
+        with lock_folder(folder, busy):
             _check(settings)
             for parent in (folder, folder / CHECKPOINTS):
                 for draft in parent.glob(".*.tmp"):  # of a process that was killed

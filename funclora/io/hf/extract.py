@@ -14,7 +14,7 @@ from torch import Tensor
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora._config.targets import select
-from funclora._files.safetensors import within
+from funclora._files.safetensors import certainly_within
 from funclora._files.staging import check_out, staged_folder
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.errors import ConfigError, FormatError, TargetError, UnsupportedError
@@ -206,7 +206,7 @@ class _Extraction:
         if old.is_meta or new.is_meta:
             return  # integers count and index, they are not trained
         delta = new.double() - old.double() if old.numel() <= _DOUBLE else new.float() - old.float()
-        if not within(delta, 1e15):
+        if not certainly_within(delta, 1e15):
             raise FormatError(f"{name!r} holds NaN, infinity or huge values in one of the models.")
         target = self._targets.get(name)
         if not delta.any():
@@ -266,7 +266,7 @@ def _nearest(
     name: str, delta: Tensor, layout: Layout, r: int, niter: int | None
 ) -> tuple[Tensor, Tensor, float, float]:
     """The factors in float32 of the best update of rank r, ‖Δ‖, and the part of it that they leave out."""
-    matrix = layout.matrix(delta)
+    matrix = layout.to_matrix(delta)
     k = min(r, *matrix.shape[-2:])
     if niter is None:
         u, s, vh = svd(name, matrix)

@@ -120,7 +120,7 @@ class WeightedAdapters:
     def follows(self, name: str) -> str | None:
         """The parameter whose new value this one gets too, because the only adapter of both ties them."""
         (target, *others) = [opened.targets[name] for opened in self._opened if name in opened.targets]
-        return target.to if target.rule is Tied and not others else None
+        return target.tied_to if target.rule is Tied and not others else None
 
     def _given(self, name: str) -> list[tuple[int, Rule]]:
         return [(i, _followed(opened, name)) for i, opened in enumerate(self._opened) if name in opened.targets]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funclora._bind.merge import refuse_nonfinite
-from funclora._files.safetensors import within
+from funclora._files.safetensors import certainly_within
 from funclora.errors import NonFiniteError
 from funclora.io.hf.structure import Part, Shape
 from funclora.rules.base import Rule
@@ -78,7 +78,7 @@ class PartRewriter:
 
 
 def _as_double(rule: Rule) -> Rule:
-    return replace(rule, **{leaf: getattr(rule, leaf).double() for leaf in rule.leaves})  # type: ignore[type-var]
+    return replace(rule, **{leaf: getattr(rule, leaf).double() for leaf in rule.leaf_names})  # type: ignore[type-var]
 
 
 def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -88,7 +88,7 @@ def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         NonFiniteError: a value is NaN or infinite, or too large for the dtype.
     """
     result = value.to(dtype).contiguous()
-    if not within(value, torch.finfo(dtype).max):
+    if not certainly_within(value, torch.finfo(dtype).max):
         refuse_nonfinite(name, value, result)
     return result
 

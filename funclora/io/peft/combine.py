@@ -143,4 +143,4 @@ def _cast(rule: Rule, dtype: torch.dtype) -> Rule:
     """The rule with its factors in that dtype; a parameter that is trained in full keeps its own."""
     if not isinstance(rule, LowRank):
         return rule
-    return replace(rule, **{leaf: getattr(rule, leaf).to(dtype) for leaf in rule.leaves})
+    return replace(rule, **{leaf: getattr(rule, leaf).to(dtype) for leaf in rule.leaf_names})

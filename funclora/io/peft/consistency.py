@@ -69,7 +69,7 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
 
 
 def _check_leaves(name: str, rule: Rule) -> None:
-    for leaf in rule.leaves:
+    for leaf in rule.leaf_names:
         tensor: Tensor = getattr(rule, leaf)
         if tensor.dtype not in DTYPES:
             raise ParamsError(f"{name!r}: {leaf} has dtype {tensor.dtype}, expected a floating-point one.")
@@ -149,7 +149,9 @@ def _check_full(name: str, wrapped: Sequence[PeftTarget], config: LoraConfig) ->
         )
 
 
-def _check_entries(wrapped: Sequence[PeftTarget], full: Sequence[str], saved: Sequence[str], config: LoraConfig) -> None:
+def _check_entries(
+    wrapped: Sequence[PeftTarget], full: Sequence[str], saved: Sequence[str], config: LoraConfig
+) -> None:
     """The entries of the configuration against the adapters."""
     if not wrapped:
         raise ConfigError("there is no low-rank adapter to save; PEFT needs at least one.")

@@ -164,7 +164,7 @@ class PeftFolder:
             for name, t in targets.items()
             if t.layout is not None
         }
-        self._ties = {name: target.to for name, target in targets.items() if target.rule is Tied}
+        self._ties = {name: target.tied_to for name, target in targets.items() if target.rule is Tied}
         wrapped |= {name: output_layer(name, wrapped[to]) for name, to in self._ties.items() if to in wrapped}
         self._wrapped = [*wrapped.values()]
         saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]

@@ -39,7 +39,7 @@ def tensors_of(adapters: Adapters, wrapped: Mapping[str, PeftTarget]) -> dict[st
             tensors[keys.bias_of_b(name)] = followed.value
         elif isinstance(followed, (LoRA, DoRA)):
             w = wrapped[name]
-            leaves = {leaf: getattr(followed, leaf) for leaf in followed.leaves}
+            leaves = {leaf: getattr(followed, leaf) for leaf in followed.leaf_names}
             leaves = w.form.pack(leaves if followed is rule else swapped(leaves), w)
             tensors |= {keys.leaf(w, leaf): tensor for leaf, tensor in leaves.items()}
         elif isinstance(rule, TrainableTokens):  # what is tied to its table has no rows of its own
@@ -89,11 +89,12 @@ class Reader:
             pairs = [(own.a, same["a"]), (own.b, same["b"])]
         if not all(torch.equal(one, other) for one, other in pairs):
             raise FormatError(
-                f"{self.stored.file}: the adapters of {name!r} and {target.to!r} are tied by ensure_weight_tying, but "
+                f"{self.stored.file}: the adapters of {name!r} and {target.tied_to!r} are tied by "
+                f"ensure_weight_tying, but "
                 "have other values: PEFT loses the tie on a base in half precision. To read them as two adapters, set "
                 f"ensure_weight_tying to false and add {target.module!r} to target_modules in the configuration."
             )
-        return Tied(target.to)
+        return Tied(target.tied_to)
 
     def _low_rank(self, w: PeftTarget, target: Target, weight: Tensor) -> LoRA | DoRA:
         stored, keys, config = self.stored, self.keys, self.config

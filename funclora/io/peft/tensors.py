@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from funclora._files.safetensors import read_header, within
+from funclora._files.safetensors import certainly_within, read_header
 from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
 from funclora.io.peft.foreign_keys import refuse_foreign
 from funclora.io.peft.keys import PREFIX, Keys
@@ -109,7 +109,7 @@ class StoredTensors:
             )
         self._taken.add(key)
         tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
-        if not within(tensor, 1e15) and not torch.isfinite(tensor).all():
+        if not certainly_within(tensor, 1e15) and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
         return tensor
 
