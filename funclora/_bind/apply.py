@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from funclora._bind.checks import check_adapters, refuse_unbindable, rows_of_batch, unwritten
 from funclora._bind.clone import clone_module
-from funclora._bind.compiled import _TracedModule
+from funclora._bind.compiled import TracedModule
 from funclora._bind.params import named_tensors
-from funclora._bind.rewrite import _rewritten
+from funclora._bind.rewrite import rewritten
 from funclora._lazy.weight import Placeholders
 from funclora._quant.quantize import of_bitsandbytes, read_any_weight, reads_packed_weights
 from funclora._tracking.entry import Entrance
@@ -59,7 +59,7 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
     check_adapters(params, adapters)
     adapters = untied(adapters)
     if torch.compiler.is_compiling():
-        return cast(M, _TracedModule(model, params, adapters))
+        return cast(M, TracedModule(model, params, adapters))
     unused = set(params)
 
     def tensor(name: str, original: Tensor, owner: nn.Module, is_buffer: bool) -> Tensor:
@@ -83,7 +83,7 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             if name in adapters:
                 raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
             return value.clone()
-        return _rewritten(name, value, adapters.get(name), owner, uses, placeholders)
+        return rewritten(name, value, adapters.get(name), owner, uses, placeholders)
 
     placeholders: Placeholders = {}
     bound = clone_module(model, tensor)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from funclora._bind.checks import rows_of_batch
-from funclora._bind.rewrite import _rewritten
+from funclora._bind.rewrite import rewritten
 from funclora._quant.quantize import reads_packed_weights
 from funclora._quant.tensor import plain_weight
 from funclora._tracking.entry import with_rows
@@ -16,7 +16,7 @@ from funclora.errors import UnsupportedError
 from funclora.rules.base import Adapters, Params
 
 
-class _TracedModule:
+class TracedModule:
     """What `bind` returns while torch.compile traces, where module objects cannot be made.
 
     A graph is captured once, by one thread, and holds the weights as its inputs: `functional_call` is safe there.
@@ -45,7 +45,7 @@ class _TracedModule:
                     "another weight. Call apply outside of the compiled function, or on the model with plain layers."
                 )
             self._tensors[name] = (
-                value.clone() if is_buffer else _rewritten(name, value, adapters.get(name), owner, None, {})
+                value.clone() if is_buffer else rewritten(name, value, adapters.get(name), owner, None, {})
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from funclora.rules.layouts import Embedding, Layout
 from funclora.rules.linear_ops import LinearOp
 
 
-def _rewritten(
+def rewritten(
     name: str,
     weight: Tensor,
     rule: Rule | None,

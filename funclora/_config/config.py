@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, Literal, cast
 
+from funclora._config.peft_fields import DECOMPOSITIONS, INITIALISERS, niter_of, own_fields_of, to_peft
 from funclora._config.regex import matches, refuse_slow
 from funclora.errors import ConfigError, near
 
@@ -21,8 +22,6 @@ LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _DEEPEST = 50
 _LARGEST = 2**31 - 1
 
-DECOMPOSITIONS = ("pissa", "olora", "loftq")
-INITIALISERS = (True, False, "gaussian", "orthogonal", *DECOMPOSITIONS, "eva")
 BIASES = ("none", "all", "lora_only")
 TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -201,7 +200,7 @@ class LoraConfig:
     @property
     def niter(self) -> int | None:
         """The iterations of the fast decomposition that "pissa_niter_[k]" asks for; None for all else."""
-        return _niter(self.init_lora_weights)
+        return niter_of(self.init_lora_weights)
 
     @property
     def decomposition(self) -> str | None:
@@ -253,9 +252,7 @@ class LoraConfig:
             >>> LoraConfig.from_peft({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}).r
             4
         """
-        from funclora.io.peft.config_file import from_peft  # io is built on this module
-
-        return from_peft(config)
+        return cls(**own_fields_of(config, [f.name for f in fields(cls)]))
 
     def to_peft(self) -> Any:
         """The `peft.LoraConfig` that means the same.
@@ -267,19 +264,7 @@ class LoraConfig:
             >>> LoraConfig(r=4, target_modules=["q_proj"]).to_peft().r
             4
         """
-        from funclora.io.peft.config_file import to_peft
-
-        return to_peft(self)
-
-
-def is_initialiser(value: str) -> bool:
-    """Whether `init_lora_weights` may have that value."""
-    return value in INITIALISERS or _niter(value) is not None
-
-
-def _niter(value: object) -> int | None:
-    found = re.fullmatch(r"pissa_niter_([0-9]+)", value) if isinstance(value, str) else None
-    return int(found[1]) if found else None
+        return to_peft({f.name: getattr(self, f.name) for f in fields(self)})
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

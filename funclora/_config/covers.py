@@ -13,7 +13,7 @@ def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:
     """True if `target_modules` targets the module of that full name; `linear` is what "all-linear" is about."""
     if config.exclude_modules and _matches(module, config.exclude_modules):
         return False
-    if not config.target_modules or _saved_above(f"{module}.weight", config):
+    if not config.target_modules or saved_above(f"{module}.weight", config):
         return False
     if config.all_linear:
         return linear
@@ -29,7 +29,7 @@ def _matches(name: str, wanted: Collection[str]) -> bool:
     return any(named(name, entry) for entry in wanted)
 
 
-def _saved_above(name: str, config: LoraConfig) -> list[str]:
+def saved_above(name: str, config: LoraConfig) -> list[str]:
     """The full names of the modules of `modules_to_save` that a parameter lies in."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -25,7 +25,7 @@ def inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def _suffixes(names: Iterable[str]) -> list[str]:
+def suffixes(names: Iterable[str]) -> list[str]:
     """Last components first, then full names: what a user is likely to have meant."""
     listed = [n for n in names if n]
     return [*dict.fromkeys(n.rpartition(".")[2] for n in listed), *listed]

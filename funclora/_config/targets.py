@@ -11,7 +11,8 @@ from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig, pattern_matches
 from funclora._config.embeddings import TiedEmbeddings, tied_targets, token_targets
 from funclora._config.layers import SUPPORTED, is_hf_conv1d, weights_of
-from funclora._config.names import _suffixes, inside, layer_of, named
+from funclora._config.names import inside, layer_of, named, suffixes
+from funclora._config.peft_fields import HEADS
 from funclora._config.regex import matches
 from funclora._config.target import Target
 from funclora.errors import ParamsError, TargetError, near
@@ -21,13 +22,6 @@ from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Layout
 from funclora.rules.low_rank import LoRA, refuse_low_rank
 from funclora.rules.tokens import Tied
-
-# The heads that PEFT trains in full for a task type, where the model has them.
-_HEADS = {
-    "SEQ_CLS": ("score", "classifier"),
-    "TOKEN_CLS": ("score", "classifier"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def select(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
@@ -150,14 +144,14 @@ class _Selection:
             if "" in matched and weights_of(self.model) is None:
                 del matched[""]  # as in PEFT, an expression like ".*" does not mean the model as a whole
             if not matched:
-                hint = near(wanted, _suffixes(self.modules))
+                hint = near(wanted, suffixes(self.modules))
                 raise TargetError(
                     f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
                 )
             return matched
         for entry in wanted:
             if not any(named(n, entry) for n in self.modules):
-                raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}")
+                raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, suffixes(self.modules))}")
         return {n: m for n, m in self.modules.items() if any(named(n, entry) for entry in wanted)}
 
     def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -183,21 +177,19 @@ class _Selection:
             return []
         head = self.model.get_output_embeddings()
         if head is None and self.config.task_type == "SEQ_CLS":
-            head = next((h for h in (getattr(self.model, n, None) for n in _HEADS["SEQ_CLS"]) if h is not None), None)
+            head = next((h for h in (getattr(self.model, n, None) for n in HEADS["SEQ_CLS"]) if h is not None), None)
         return [] if head is None else [head]
 
     def _saved_modules(self) -> list[str]:
         """The full names of the modules that `modules_to_save` names, and of the heads that the task type implies."""
         saved: list[str] = []
-        implied = _HEADS.get(self.config.task_type or "", ())
+        implied = HEADS.get(self.config.task_type or "", ())
         entries = list(dict.fromkeys([*(self.config.modules_to_save or ()), *implied]))
         by_name = {n for n in self.modules if any(named(n, entry) for entry in entries)}
         for entry in entries:
             matched = [n for n in self.modules if named(n, entry)]
             if not matched and entry not in implied:
-                raise TargetError(
-                    f"modules_to_save: {entry!r} matches no module.{near(entry, _suffixes(self.modules))}"
-                )
+                raise TargetError(f"modules_to_save: {entry!r} matches no module.{near(entry, suffixes(self.modules))}")
             loose = [n for n in self.modules if n.endswith(entry) and n not in by_name]
             if loose:
                 found = repr(matched[0]) if matched else "no module"
@@ -249,7 +241,7 @@ class _Selection:
         for entry in self.config.target_parameters or ():
             matched = [n for n in self.tensors if n in self.parameters and named(n, entry)]
             if not matched:
-                hint = near(entry, _suffixes(self.parameters))
+                hint = near(entry, suffixes(self.parameters))
                 raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
             names += matched
         found: dict[str, Target] = {}

@@ -11,7 +11,8 @@ from torch import Generator, Tensor, nn
 
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
-from funclora._config.config import DECOMPOSITIONS, LoraConfig
+from funclora._config.config import LoraConfig
+from funclora._config.peft_fields import DECOMPOSITIONS
 from funclora._init.fresh import draw_root, generator_of, init
 from funclora._quant.quantize import quantize as quantize_params
 from funclora._quant.tensor import Quantized, plain_weight

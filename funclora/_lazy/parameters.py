@@ -11,14 +11,14 @@ from torch import Tensor
 
 from funclora._lazy.dispatch import linear_ops
 from funclora._tracking.propagation import Place, is_elementwise
-from funclora._tracking.routed import WHOLE_TENSOR, Prepared, Routed, lost, member, spread
+from funclora._tracking.routed import WHOLE_TENSOR, PreparedRouted, Routed, lost, member, spread
 from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 
 
 def differs_by_row(x: Any) -> bool:
     """True for a lazy weight that is another one for every row."""
-    return isinstance(getattr(x, "rule", None), (Routed, Prepared))
+    return isinstance(getattr(x, "rule", None), (Routed, PreparedRouted))
 
 
 def operate_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

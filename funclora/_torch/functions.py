@@ -105,7 +105,7 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def _is_mapped(*tensors: Tensor) -> bool:
+def is_mapped(*tensors: Tensor) -> bool:
     """True inside of a transform of `torch.func` over one of the tensors."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
@@ -114,7 +114,7 @@ class NoFormError(Exception):
     """This call of an operation has no form without the dense weight."""
 
 
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 H = TypeVar("H")
 
@@ -150,7 +150,7 @@ def table(
     }
     found |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
     found |= dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), mm)
-    for spatial, op in _CONVS.items():
+    for spatial, op in CONVS.items():
         found[op] = conv(op, spatial)
     for spatial, transposed in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1):
         found[transposed] = conv_transpose(transposed, spatial)

@@ -189,7 +189,7 @@ class Routed(Rule):
         if self.replacing():
             return self
         prepared = (_prepared(rule, group, weight) for rule, group in zip(self.rules, self.groups, strict=True))
-        return Prepared(tuple(prepared), self.groups, self.n, _in_succession(self.groups, self.n), ReorderedB())
+        return PreparedRouted(tuple(prepared), self.groups, self.n, _in_succession(self.groups, self.n), ReorderedB())
 
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).apply_op(op, weight, dropout)
@@ -250,7 +250,7 @@ class ReorderedB:
 
 @pytree_node
 @dataclass(frozen=True, eq=False)
-class Prepared(Rule):
+class PreparedRouted(Rule):
     """A `Routed` rule of low-rank updates whose norms are worked out.
 
     Attributes:

@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funclora.analysis._changes import Change, Tuned, paired
 from funclora.analysis._data import Data
+from funclora.analysis._figure import MOST_NAMES, StrPath, draw_heatmap, name_rows, new_figure, write_figure
 from funclora.rules.base import Params
 
 
@@ -58,8 +60,6 @@ class Comparison(Data):
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        from funclora.analysis._plots import plot_comparison
-
         plot_comparison(self, file)
 
 
@@ -143,3 +143,30 @@ def _products(one: Change, two: Change) -> tuple[float, float, float, float]:
         sums += torch.stack(parts).cpu()
     first, second, dot, distance = sums.tolist()
     return first**0.5, second**0.5, dot, distance**0.5
+
+
+def plot_comparison(found: Comparison, file: StrPath, grids: Sequence[tuple[str, Any]] = ()) -> None:
+    """Norms, cosine and relative distance of each parameter; grids of φ beside them, by title."""
+    figure, axes = new_figure(1, 3 + len(grids), 4.4, max(4.2, 0.2 * min(len(found.rows), MOST_NAMES)))
+    places = range(len(found.rows))
+    for side, name, offset in ((0, "first", -0.2), (1, "second", 0.2)):
+        norms = [row.norms[side] or 0.0 for row in found.rows]
+        axes[0].barh([place + offset for place in places], norms, height=0.4, label=name)
+    axes[0].legend(fontsize=8)
+    axes[0].set_title("norm of the update")
+    for axis, title, values in (
+        (axes[1], "cosine", [row.cosine for row in found.rows]),
+        (axes[2], "relative distance", [row.relative_distance for row in found.rows]),
+    ):
+        axis.barh(places, [value or 0.0 for value in values], color="tab:green")
+        axis.set_title(title)
+    axes[1].set_xlim(-1, 1)
+    for axis in axes[:3]:
+        axis.invert_yaxis()
+        axis.set_yticks([])
+    name_rows(axes[0], [row.name for row in found.rows])
+    for axis, (title, grid) in zip(axes[3:], grids, strict=True):
+        draw_heatmap(axis, grid)
+        axis.set_title(title)
+        figure.colorbar(axis.images[0], ax=axis)
+    write_figure(figure, file)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from funclora.analysis._changes import Change, Tuned, changes
 from funclora.analysis._data import Data
+from funclora.analysis._figure import StrPath, colors_of, new_figure, write_figure
 from funclora.errors import ConfigError, ParamsError
 from funclora.rules.base import Params
 
@@ -110,8 +111,6 @@ class Movements(Data):
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        from funclora.analysis._plots import plot_movements
-
         plot_movements(self, file, relative=relative)
 
 
@@ -235,3 +234,37 @@ def _direction_distances(change: Change, per: Per, old: Tensor, new: Tensor) -> 
     total = _joined(found, per)
     # A zero vector has no direction: with one of them the sum is 1, and stands for 1 − 0.
     return torch.where((old > 0) == (new > 0), total / 2, 1.0)
+
+
+_MARKERS = "os^Dv<>P*X"
+
+
+def plot_movements(found: Movements, file: StrPath, *, relative: bool) -> None:
+    """ΔM over ΔD: a panel for each label, a colour for each parameter, a marker for each step."""
+    labels = found.labels
+    names = list(dict.fromkeys(row.name for row in found.rows))
+    steps = sorted({row.step for row in found.rows if row.step is not None})
+    figure, axes = new_figure(1, max(1, len(labels)), 4.6, 4.2)
+    colors = colors_of(len(names))
+    for axis, label in zip(axes, labels, strict=True):
+        of_label = found.of(label)
+        for row in of_label.rows:
+            marker = _MARKERS[steps.index(row.step) % len(_MARKERS)] if row.step is not None else "o"
+            color = colors[names.index(row.name)]
+            axis.scatter(row.delta_d, row.height(relative=relative), color=color, marker=marker, s=26, alpha=0.85)
+        line = of_label.trend(relative=relative)
+        title = label or "all"
+        if line.slope is not None and line.intercept is not None:
+            ends = [min(row.delta_d for row in of_label.rows), max(row.delta_d for row in of_label.rows)]
+            axis.plot(ends, [line.intercept + line.slope * x for x in ends], color="black", linewidth=1)
+            title += f": correlation {line.correlation:+.2f}"
+        axis.set_title(title)
+        axis.set_xlabel("ΔD, mean of 1 − cos")
+        axis.set_ylabel("ΔM / mean magnitude" if relative else "ΔM")
+        axis.ticklabel_format(scilimits=(-3, 4))
+    for i, step in enumerate(steps):
+        axes[-1].scatter([], [], color="gray", marker=_MARKERS[i % len(_MARKERS)], label=f"step {step}")
+    if steps:
+        axes[-1].legend(loc="best", fontsize=8)
+    figure.suptitle(f"Magnitude and direction, one point for each weight{' and step' if steps else ''}")
+    write_figure(figure, file)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from funclora.analysis._changes import Change, Tuned, changes, describe
 from funclora.analysis._data import Data
+from funclora.analysis._figure import MOST_NAMES, StrPath, colors_of, name_rows, new_figure, write_figure
 from funclora.errors import NonFiniteError
 from funclora.rules.base import Params
 from funclora.rules.dora import NORM_BLOCK
@@ -107,8 +108,6 @@ class Spectra(Data):
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        from funclora.analysis._plots import plot_spectra
-
         plot_spectra(self, file)
 
 
@@ -203,3 +202,25 @@ def _of_dense(matrix: Tensor) -> Tensor:
         gram += block @ block.mT
     squares: Tensor = torch.linalg.eigvalsh(gram)
     return squares.clamp(min=0).sqrt().flip(-1)
+
+
+def plot_spectra(found: Spectra, file: StrPath) -> None:
+    """Singular values as parts of the largest, and how far each weight moves."""
+    figure, (left, right) = new_figure(1, 2, 6.5, max(4.2, 0.16 * min(len(found.rows), MOST_NAMES)))
+    colors = colors_of(len(found.rows))
+    for row, color in zip(found.rows, colors, strict=True):
+        for values in row.singular_values or ():
+            kept = [value / values[0] for value in values if values[0] and value > 1e-9 * values[0]]
+            left.plot(range(1, len(kept) + 1), kept, color=color, linewidth=0.9, alpha=0.8)
+    left.set_yscale("log")
+    left.set_xlabel("i")
+    left.set_ylabel("σᵢ / σ₁")
+    what = "‖" + ", ".join(dict.fromkeys(row.of for row in found.rows)) + "‖"
+    left.set_title("singular values of each weight" if what == "‖W‖" else "singular values of each update")
+    with_base = all(row.base_norm is not None for row in found.rows)
+    sizes = [(row.share if with_base else row.norm) or 0.0 for row in found.rows]
+    right.barh(range(len(sizes)), sizes, color=colors)
+    right.invert_yaxis()
+    name_rows(right, [row.name for row in found.rows])
+    right.set_title("‖ΔW‖ / ‖W‖" if with_base else what)
+    write_figure(figure, file)

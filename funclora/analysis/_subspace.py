@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from funclora._torch.linalg import svd
 from funclora.analysis._changes import Change, Tuned, paired, refuse_nonfinite
 from funclora.analysis._data import Data
+from funclora.analysis._figure import StrPath, draw_heatmap, mean_grid, new_figure, write_figure
 from funclora.errors import ConfigError, ParamsError
 from funclora.rules.base import Params
 from funclora.rules.low_rank import LowRank
@@ -59,8 +60,6 @@ class Similarities(Data):
             UnsupportedError: matplotlib is not installed.
             ParamsError: every grid is empty.
         """
-        from funclora.analysis._plots import plot_similarities
-
         plot_similarities(self, file)
 
 
@@ -183,3 +182,15 @@ def directions(change: Change, of: Of) -> list[Tensor] | None:
     vectors, s = vectors.reshape(-1, *vectors.shape[-2:]), s.reshape(-1, s.shape[-1])
     counts = (s > _NOISE * s[:, :1]).sum(-1).tolist()
     return [each[:, :n] for each, n in zip(vectors, counts, strict=True)]
+
+
+def plot_similarities(found: Similarities, file: StrPath) -> None:
+    """The mean of the grids φ(i, j), over the parameters and matrices that have such i and j."""
+    grids = [grid for row in found.rows for grid in row.grids if grid]
+    if not grids:
+        raise ParamsError("there is nothing to draw: one of the adapters is zero in every parameter.")
+    figure, (axis,) = new_figure(1, 1, 5.6, 4.6)
+    draw_heatmap(axis, mean_grid(grids))
+    axis.set_title(f"φ(i, j) of {found.rows[0].of}, mean of {len(grids)}")
+    figure.colorbar(axis.images[0], ax=axis)
+    write_figure(figure, file)

@@ -70,7 +70,8 @@ class Difference(Data):
 
     def plot(self, file: Path) -> None:
         """Draw norms, cosines, distances and the mean of φ as a PNG."""
-        from funclora.analysis._plots import mean_grid, plot_comparison
+        from funclora.analysis._compare import plot_comparison
+        from funclora.analysis._figure import mean_grid
 
         grids = []
         for of in SIDES:

@@ -31,7 +31,7 @@ def check_plot(file: Path | None) -> None:
     """
     if file is None:
         return
-    from funclora.analysis._plots import needs_matplotlib
+    from funclora.analysis._figure import needs_matplotlib
     from funclora.errors import ConfigError
 
     if file.suffix.lower() != ".png" or file.is_dir():

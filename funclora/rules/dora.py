@@ -14,7 +14,7 @@ from funclora._torch.functions import no_gradients
 from funclora._torch.pytree import pytree_node
 from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import LinearOp
-from funclora.rules.low_rank import LowRank, _updated
+from funclora.rules.low_rank import LowRank, updated
 
 # A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
 NORM_BLOCK = 2**20
@@ -141,10 +141,10 @@ def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) 
     if matrix.stride(-1) == 1:  # rows lie in memory one after the other: take some rows at a time
         n = _block(n_out, matrix.numel())
         blocks = zip(matrix.split(n, -2), b.split(n, -2), strict=True)
-        return torch.cat([norm(_updated(m, a, b_, scaling), dim=-1) for m, b_ in blocks], dim=-1)
+        return torch.cat([norm(updated(m, a, b_, scaling), dim=-1) for m, b_ in blocks], dim=-1)
     n = _block(n_in, matrix.numel())
     blocks = zip(matrix.split(n, -1), a.split(n, -1), strict=True)
-    return norm(torch.stack([norm(_updated(m, a_, b, scaling), dim=-1) for m, a_ in blocks]), dim=0)
+    return norm(torch.stack([norm(updated(m, a_, b, scaling), dim=-1) for m, a_ in blocks]), dim=0)
 
 
 def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:

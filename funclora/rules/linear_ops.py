@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funclora._torch.functions import _CONVS
+from funclora._torch.functions import CONVS
 
 
 class LinearOp(ABC):
@@ -300,7 +300,7 @@ class ConvOp(LinearOp):
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
         h = self.conv(_input(self.x, a, dropout), self.down(a), None, **self.options)
-        return _CONVS[self.spatial](h, b, groups=self.groups)
+        return CONVS[self.spatial](h, b, groups=self.groups)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         several = x.shape[1 : -self.spatial - 1]

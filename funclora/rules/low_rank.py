@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import _is_mapped
+from funclora._torch.functions import is_mapped
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
@@ -91,12 +91,12 @@ class LowRank(Rule):
         """s·B·A as a matrix `[*lead, out, in]`, in float32 at least."""
         a, b = self.layout.factors(self.a, self.b)
         nothing = a.new_zeros(()).expand(*a.shape[:-2], b.shape[-2], a.shape[-1])
-        return _updated(nothing, a, b, self.scaling)
+        return updated(nothing, a, b, self.scaling)
 
     def update(self, weight: Tensor) -> Tensor:
         """M + s·B·A as a matrix `[*lead, out, in]`, in the dtype of `dense`."""
         a, b = self.layout.factors(self.a, self.b)
-        return _updated(self.layout.to_matrix(plain_weight(weight)), a, b, self.scaling)
+        return updated(self.layout.to_matrix(plain_weight(weight)), a, b, self.scaling)
 
 
 @pytree_node
@@ -142,13 +142,13 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
         raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot carry an update.")
 
 
-def _updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+def updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
     dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
     given, matrix, a, b = matrix, matrix.to(dtype), a.to(dtype), b.to(dtype)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
-    if matrix is not given and torch.is_inference_mode_enabled() and matrix.dim() == 2 and not _is_mapped(matrix, a, b):
+    if matrix is not given and torch.is_inference_mode_enabled() and matrix.dim() == 2 and not is_mapped(matrix, a, b):
         return matrix.addmm_(b, a, alpha=scaling)  # into the copy, which saves a pass over memory
     with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
         if matrix.dim() == 2:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
-from funclora._config.config import DECOMPOSITIONS, LoraConfig
+from funclora._config.config import LoraConfig
+from funclora._config.peft_fields import DECOMPOSITIONS, HEADS
 from funclora._config.targets import select
 from funclora._quant.quantize import quantize
-from funclora.io.peft.config_file import HEADS
 from funclora.rules.base import Params
 
 # PEFT's names of the tasks.

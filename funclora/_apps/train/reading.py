@@ -15,7 +15,7 @@ from typing import Any
 
 from funclora._apps.train.config_file import table
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
-from funclora._config.config import INITIALISERS, is_initialiser
+from funclora._config.peft_fields import INITIALISERS, is_initialiser
 from funclora._files.atomic import replace_files
 from funclora.errors import ConfigError, near
 

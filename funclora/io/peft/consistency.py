@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from funclora._config.config import LoraConfig, pattern_matches
-from funclora._config.covers import _saved_above, covers
+from funclora._config.covers import covers, saved_above
 from funclora._config.names import named
+from funclora._config.peft_fields import HEADS
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
-from funclora.io.peft.config_file import HEADS
 from funclora.io.peft.decomposed import refuse_decomposed
 from funclora.io.peft.keys import PeftTarget
 from funclora.io.peft.limits import unsupported_by_peft, unsupported_ties
@@ -48,7 +48,7 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
             module = name.rpartition(".")[0]
             wrapped[name] = PeftTarget(name, module, rule.layout, _weight_shape(name, rule), by_parameter)
     full = [name for name, rule in adapters.items() if isinstance(rule, Full)]
-    saved = list(dict.fromkeys(module for name in full for module in _saved_above(name, config)))
+    saved = list(dict.fromkeys(module for name in full for module in saved_above(name, config)))
     for name, why in unsupported_by_peft([*wrapped.values()], saved, config):
         raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")
     for w in wrapped.values():
@@ -142,7 +142,7 @@ def _check_full(name: str, wrapped: Sequence[PeftTarget], config: LoraConfig) ->
     is_bias = leaf == "bias" and (
         config.bias == "all" or (config.bias == "lora_only" and owner in {w.owner for w in wrapped})
     )
-    if not is_bias and not _saved_above(name, config):
+    if not is_bias and not saved_above(name, config):
         raise UnsupportedError(
             f"{name!r} is trained in full, but a PEFT folder holds only biases (bias={config.bias!r}) and the modules "
             f"of modules_to_save ({config.modules_to_save!r}). Name its module there, or merge it. {_INSTEAD}"

@@ -11,8 +11,9 @@ from torch import nn
 
 from funclora._config.config import LoraConfig
 from funclora._config.covers import covers
+from funclora._config.peft_fields import HEADS
 from funclora.errors import FormatError, UnsupportedError
-from funclora.io.peft.config_file import CONFIG_FILE, HEADS, read_config
+from funclora.io.peft.config_file import CONFIG_FILE, read_config
 from funclora.io.peft.keys import FORMS, PREFIX
 from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
 from funclora.rules.base import Rule

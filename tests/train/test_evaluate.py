@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import funclora as fl
 from funclora._torch.memory import Peak, is_out_of_memory, nbytes
-from funclora._train.step import evaluate as _evaluate
+from funclora._train import evaluate as evaluating
 from funclora.errors import ConfigError, ParamsError
 
 VOCAB = 11
@@ -115,7 +115,7 @@ def test_passes_keep_to_the_budget_and_use_it(monkeypatch: pytest.MonkeyPatch) -
             peaks.append(self.peak)
             super().__exit__(*args)
 
-    monkeypatch.setattr(_evaluate, "Peak", Watched)
+    monkeypatch.setattr(evaluating, "Peak", Watched)
     model, stack = Model(), fl.stack([members()[2]] * 60)
     batches = [torch.randint(VOCAB, (16, 9)) for _ in range(3)]
     passes = []

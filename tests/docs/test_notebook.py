@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "demo.ipynb"
 AGAIN = "write it anew: jupyter execute --inplace examples/demo.ipynb"
 NUMBER = re.compile(r"\d+\.\d+")

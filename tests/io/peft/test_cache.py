@@ -15,7 +15,7 @@ from torch import nn
 
 import funclora as fl
 from funclora.errors import ConfigError, FormatError
-from funclora.io.peft.folder import cache as _cache
+from funclora.io.peft import cache as caching
 from funclora.io.peft.folder import load_peft
 
 SIZE = (4 * 2 + 2 * 3) * 4  # of one adapter, in bytes
@@ -45,7 +45,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return load_peft(path, model)
 
-    monkeypatch.setattr(_cache, "load_peft", load)
+    monkeypatch.setattr(caching, "load_peft", load)
     return names
 
 
@@ -176,7 +176,7 @@ def test_threads_that_ask_for_one_adapter_load_it_once(
         time.sleep(0.05)
         return load_peft(path, model)
 
-    monkeypatch.setattr(_cache, "load_peft", slow)
+    monkeypatch.setattr(caching, "load_peft", slow)
     cache = fl.AdapterCache(model, folder, 4 * SIZE)
     orders = [["a", "b"], ["b", "a"], ["a"], ["b", "c", "a"]]
     found = _together(lambda i: [cache[name] if len(orders[i]) == 1 else cache.route(orders[i]) for name in "a"], 4)
@@ -197,7 +197,7 @@ def test_a_thread_is_not_hurt_by_what_another_failed_at(
             waits.wait(5)
         return load_peft(path, model)
 
-    monkeypatch.setattr(_cache, "load_peft", slow)
+    monkeypatch.setattr(caching, "load_peft", slow)
     cache = fl.AdapterCache(model, folder, 4 * SIZE)
     with ThreadPoolExecutor(2) as pool:
         fails = pool.submit(cache.route, ["b", "c"])  # has promised c when it fails at b

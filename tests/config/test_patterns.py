@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import funclora as fl
-from funclora._config.config import regex as _patterns
+from funclora._config import regex
 from funclora.errors import ConfigError
 
 ATOMS = st.sampled_from(
@@ -37,12 +37,12 @@ PATTERNS: st.SearchStrategy[str] = st.recursive(
 @example(r"(?:a$|b)*", "aa")
 @given(PATTERNS, st.text("ab.0 _\n", min_size=1, max_size=6))
 def test_the_answers_are_those_of_python(pattern: str, name: str) -> None:
-    tree = _patterns._parsed(pattern)
-    found = len(name) in _patterns._Matcher(name).after(tree, 0)
+    tree = regex._parsed(pattern)
+    found = len(name) in regex._Matcher(name).after(tree, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert found == (re.fullmatch(pattern, name) is not None)
-    assert _patterns.matches(pattern, name) == found
+    assert regex.matches(pattern, name) == found
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_expressions_that_python_does_not_finish(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", [r"(?:(a)\1*)*x", "(?i)(.*)*x", "(?:(?<=a)a*)*x", "(?:(?i:a)*)*x"])
 def test_what_cannot_be_bounded_is_refused(pattern: str) -> None:
     with pytest.raises(ConfigError, match=r"may take for ever.*Write a simpler one"):
-        _patterns.matches(pattern, "a" * 90)
+        regex.matches(pattern, "a" * 90)
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_what_cannot_be_bounded_is_refused(pattern: str) -> None:
     ],
 )
 def test_usual_expressions_are_left_to_python(pattern: str, slow: bool) -> None:
-    assert (_patterns._quantifiers(_patterns._parsed(pattern)) > _patterns._FEW) == slow
+    assert (regex._quantifiers(regex._parsed(pattern)) > regex._FEW) == slow

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import funclora as fl
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name: str) -> Any:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclora._tracking.entry import with_rows
-from funclora._tracking.propagation import Place, _aligned, constant, number, question, rules
-from funclora._tracking.tensor import Scope, rows_first, rows_of
+from funclora._tracking.propagation import Place, _aligned, constant, number, propagations, question
+from funclora._tracking.tensor import ForwardCall, rows_first, rows_of
 from funclora.errors import UnsupportedError
 
 N = 3
@@ -48,7 +48,7 @@ Function = Callable[..., Any]
 def carry_out(func: Function, given: Any, known: dict[Any, Place]) -> tuple[list[Result], bool]:
     """All tensors that an operation returns or is given, as it leaves them; and whether Python learnt a value."""
     torch.default_generator.manual_seed(0)  # not torch.manual_seed, which is slow
-    scope = Scope(N, known)
+    scope = ForwardCall(N, known)
 
     def entered(x: Any) -> Any:
         if not isinstance(x, Given):
@@ -214,7 +214,7 @@ def name_of(func: Any) -> str:
     return f"{getattr(owner, '__name__', owner)}.{prop}{func.__name__}"
 
 
-KNOWN = sorted((f for f, rule in rules.items() if rule not in (question, constant, number)), key=name_of)
+KNOWN = sorted((f for f, rule in propagations.items() if rule not in (question, constant, number)), key=name_of)
 CALLS = [list(arguments(shape, place, whole)) for shape, place in LAYOUTS for whole in (False, True)]
 PARTS = 3
 
@@ -226,7 +226,7 @@ def test_no_known_function_claims_what_is_not_so(part: int) -> None:
         draw = random.Random(name_of(func))
         known: dict[Any, Place] = {}  # shared by all calls: what was found for one must not be taken for another
         # Arguments that do not fit in one layout are not tried in the next; few are tried of elementwise functions.
-        fits = draw.sample(range(len(CALLS[0])), 8 if rules[func] is _aligned else 60)
+        fits = draw.sample(range(len(CALLS[0])), 8 if propagations[func] is _aligned else 60)
         for calls in draw.sample(CALLS, len(CALLS)):
             fitting = []
             for k in fits:
@@ -242,7 +242,7 @@ def test_no_known_function_claims_what_is_not_so(part: int) -> None:
                     continue
                 fitting.append(k)
                 claims += sum(isinstance(each, Place) for each in found)
-            fits = draw.sample(fitting, min(len(fitting), 1 if rules[func] is _aligned else 4))
+            fits = draw.sample(fitting, min(len(fitting), 1 if propagations[func] is _aligned else 4))
     assert claims > 100
 
 

@@ -266,7 +266,7 @@ def test_svd_is_a_sum_recompressed(name: str) -> None:
     want: Any = algebra.recompress(algebra.task_arithmetic([x, y], [0.5, -2]), 2)["w"]
     close(change(found, name), change(want, name))
     by_default: Any = algebra.combine([x, y], [0.5, -2])["w"]
-    assert by_default.r == min(3, *WEIGHTS[name][0].matrix(weight_of(name)).shape[-2:])
+    assert by_default.r == min(3, *WEIGHTS[name][0].to_matrix(weight_of(name)).shape[-2:])
 
 
 class Largest(TorchDispatchMode):

@@ -517,10 +517,14 @@ def test_the_whole_is_that_of_all_directions(of: Any) -> None:
 
 
 def test_a_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from funclora.analysis import _plots
+    from funclora.analysis import _spectrum
 
     titles: list[list[str]] = []
-    monkeypatch.setattr(_plots, "_write", lambda figure, file: titles.append([a.get_title() for a in figure.axes]))
+
+    def titles_of(figure: Any, file: Any) -> None:
+        titles.append([axis.get_title() for axis in figure.axes])
+
+    monkeypatch.setattr(_spectrum, "write_figure", titles_of)
     (row,) = analysis.spectra({"w": torch.eye(3)}, {"w": torch.zeros(3, 3)}).rows
     weight = replace(row, of="W", base_norm=None)
     zero = replace(row, base_norm=0.0, share=None)
