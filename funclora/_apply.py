@@ -17,7 +17,7 @@ from funclora._clone import clone_module, refuse_unbindable
 from funclora._entrance import Entrance, with_rows
 from funclora._layout import Embedding, Layout
 from funclora._lazy import Carriers, LazyWeight, requires_grad
-from funclora._quantize import of_bitsandbytes, read_any_weight, reads_packed_weights
+from funclora._quantize import of_bitsandbytes, read_any_weight, reads_packed_weights, refuse_repacked
 from funclora._quantized import plain_weight
 from funclora._routed import Routed
 from funclora._rules import LinearMap, Rule
@@ -44,6 +44,7 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ParamsError: a parameter of a lazy module has not been initialised yet.
+        UnsupportedError: bitsandbytes has repacked a weight, with a loss of precision, when the model itself was run.
 
     Examples:
         >>> sorted(base_params(nn.Linear(2, 3)))
@@ -53,6 +54,7 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor, _, transient in named_tensors(model):
         if is_lazy(tensor):
             raise ParamsError(f"{name!r} is not initialised yet. Run the model once before asking for its params.")
+        refuse_repacked(tensor)
         if not transient:
             params[name] = tensor.detach()
     return params
