@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from funclora._quant.quantize import of_bitsandbytes
+from funclora._quant.quantize import of_bitsandbytes, refuse_repacked
 from funclora.errors import ParamsError
 
 
@@ -25,6 +25,7 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ParamsError: a parameter of a lazy module has not been initialised yet.
+        UnsupportedError: bitsandbytes has repacked a weight, with a loss of precision, when the model itself was run.
 
     Examples:
         >>> sorted(base_params(nn.Linear(2, 3)))
@@ -34,6 +35,7 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor, _, transient in named_tensors(model):
         if is_lazy(tensor):
             raise ParamsError(f"{name!r} is not initialised yet. Run the model once before asking for its params.")
+        refuse_repacked(tensor)
         if not transient:
             params[name] = tensor.detach()
     return params

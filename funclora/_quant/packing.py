@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,35 @@ class FourBit(Packing):
             offset = nested[0]
             state2 = kind(nested[1], blocksize=256, code=nested[2], dtype=torch.float32)
         return kind(absmax, shape, code, self.blocksize, self.kind, dtype, offset, state2)
+
+
+@dataclass(frozen=True)
+class Repacked(Packing):
+    """4-bit values that bitsandbytes has reordered for this CPU's instructions, with magnitudes rounded to bfloat16.
+
+    A `Linear4bit` does so with its own weight, in its first forward pass in evaluation mode. Shape, dtype and device of
+    the weight are as before; asking for values raises `UnsupportedError`.
+
+    Attributes:
+        name: the weight's full name, for the error.
+    """
+
+    name: str
+
+    def refuse(self) -> NoReturn:
+        raise UnsupportedError(
+            f"{self.name!r} was repacked by a forward pass in evaluation mode, for this CPU's instructions, with a "
+            "loss of precision. Load the model again and take base_params before the model itself is run."
+        )
+
+    def pack(self, weight: Tensor) -> Parts:
+        self.refuse()
+
+    def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        self.refuse()
+
+    def rows(self, parts: Parts, shape: torch.Size, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+        self.refuse()
 
 
 @dataclass(frozen=True)

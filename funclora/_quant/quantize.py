@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funclora._quant.packing import FourBit, Int8, Packing
+from funclora._quant.packing import FourBit, Int8, Packing, Repacked
 from funclora._quant.tensor import DTYPES, Quantized, Source
 from funclora._torch.memory import place_of
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, TargetError, UnsupportedError, near
@@ -169,14 +169,18 @@ def of_bitsandbytes(name: str, tensor: V, owner: nn.Module, model: nn.Module) ->
     state = weight.quant_state if weight.quant_state is not None else getattr(owner, "quant_state", None)
     if state is None:
         raise ParamsError(f"{name!r} is a Params4bit without its quant_state. Load the model again.")
-    if getattr(state, "packing_format_for_cpu", False):
-        raise UnsupportedError(
-            f"{name!r} was repacked by a forward pass in evaluation mode, for this CPU's instructions, with a loss of "
-            "precision. Load the model again and take base_params before the model itself is run."
-        )
     dtype = getattr(owner, "compute_dtype", None) or state.dtype
+    shape = torch.Size(state.shape)
+    if hasattr(state, "packing_format_for_cpu"):  # False: brought back into the old order, with what rounding has left
+        return Quantized.of(Source(Repacked(name), shape, dtype), (weight.data,))
     packing = FourBit(state.quant_type, state.blocksize, state.nested)
-    return Quantized.of(Source(packing, torch.Size(state.shape), dtype), FourBit.parts(weight.data, state))
+    return Quantized.of(Source(packing, shape, dtype), FourBit.parts(weight.data, state))
+
+
+def refuse_repacked(tensor: Tensor) -> None:
+    """Raise `UnsupportedError` for a weight whose values cannot be read any more."""
+    if isinstance(tensor, Quantized) and isinstance(tensor.source.packing, Repacked):
+        tensor.source.packing.refuse()
 
 
 def _int8(name: str, weight: Any, owner: Any, model: nn.Module) -> Quantized:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ def code(page: Path) -> list[Block]:
     return [b for b in blocks(page) if b.language in RUN and not b.snippets and not b.title.endswith(".py")]
 
 
-def named(page: Path) -> Any:
+def named(page: Path, *more: Any) -> Any:
     marks = [pytest.mark.filterwarnings(text) for text in QUIET.get(page.name, [])]
-    return pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks)
+    name = "-".join([str(page.relative_to(ROOT)), *(f"{value}" for value in more if value is not None)])
+    return pytest.param(page, *more, id=name, marks=marks)
 
 
 def test_the_example_runs() -> None:
@@ -54,9 +56,22 @@ def test_the_example_runs() -> None:
     torch.testing.assert_close(model(names["x"]), names["logits"])
 
 
-@pytest.mark.parametrize("page", [named(page) for page in PAGES if page != README and code(page)])
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def runs() -> Iterator[Any]:
+    """(page, what bitsandbytes takes the processor for): on those with AVX512-BF16 its layers repack their weights."""
+    for page in PAGES:
+        if page != README and code(page):
+            packs = any("bitsandbytes" in block.code for block in code(page))
+            for avx512_bf16 in (False, True) if packs else (None,):
+                yield named(page, avx512_bf16)
+
+
+@pytest.mark.parametrize(("page", "avx512_bf16"), [*runs()])
+def test_the_code_of_a_page_runs(
+    page: Path, avx512_bf16: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the order of the page, in one namespace; a block under "PEFT" and the next under "funclora" have one value."""
+    if avx512_bf16 is not None:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: avx512_bf16)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     waiting: list[tuple[Block, Any]] = []

@@ -669,6 +669,20 @@ def by_leaf(adapters: Any) -> dict[str, Tensor]:
     return {f"{name}.{leaf}": getattr(rule, leaf) for name, rule in adapters.items() for leaf in rule.leaf_names}
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "avx512-bf16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bitsandbytes takes this processor for.
+
+    With AVX512-BF16 its layers repack their weights in evaluation mode, with a loss of precision. References are in
+    training mode, where they do not, and without dropout.
+    """
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: request.param)
+
+
+on_both_processors = pytest.mark.usefixtures("processor")
+
+
+@on_both_processors
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -683,7 +697,7 @@ def test_a_model_loaded_in_4_bits_is_peft_s(
     assert {type(params[name]) for name in adapters} == {Quantized}
     assert len(adapters) == {"llama": 14, "gpt2": 8}[name]
     fl.save_peft(tmp_path, adapters, config)
-    reference = peft.PeftModel.from_pretrained(load(folder, dtype), tmp_path, is_trainable=True)
+    reference = peft.PeftModel.from_pretrained(load(folder, dtype), tmp_path, is_trainable=True).train()
     tolerance = 2e-6 if dtype == torch.float32 else 4e-2
     close(apply(model, params, adapters, IDS).logits, reference(IDS).logits, tolerance)
     loss, grads = fl.value_and_grad(language_loss)(model, params, adapters, IDS)
@@ -698,13 +712,14 @@ def test_a_model_loaded_in_4_bits_is_peft_s(
         close(apply(model, params, fl.load_peft(tmp_path, model)[0], IDS).logits, reference(IDS).logits, tolerance)
 
 
+@on_both_processors
 def test_training_in_4_bits_is_peft_s(llama: Path, tmp_path: Path) -> None:
     model = load(llama)
     params = base_params(model)
     config = fl.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     adapters = changed(fl.init(model, config, params=params))
     fl.save_peft(tmp_path, adapters, config)
-    reference = peft.PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True)
+    reference = peft.PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True).train()
     theirs = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.1)
     ours = fl.optim.sgd(0.1)
     step, state = fl.train_step(model, language_loss, ours), ours.init(adapters)
@@ -716,10 +731,11 @@ def test_training_in_4_bits_is_peft_s(llama: Path, tmp_path: Path) -> None:
         theirs.step()
         close(metrics["loss"], expected.detach(), 1e-5)
     fl.save_peft(tmp_path / "ours", adapters, config)
-    again = peft.PeftModel.from_pretrained(load(llama), tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(load(llama), tmp_path / "ours").train()
     close(again(IDS).logits, reference(IDS).logits, 1e-4)
 
 
+@on_both_processors
 def test_a_loaded_model_keeps_its_weights_and_takes_others(llama: Path) -> None:
     model, plain = load(llama), AutoModelForCausalLM.from_pretrained(llama)
     expected = model(IDS).logits
@@ -747,6 +763,7 @@ def test_a_loaded_model_keeps_its_weights_and_takes_others(llama: Path) -> None:
     assert isinstance(bound.model.layers[0].mlp.down_proj, bnb.nn.Linear4bit)
 
 
+@on_both_processors
 def test_a_loaded_model_trains_under_checkpointing(llama: Path) -> None:
     model = load(llama)
     params = base_params(model)
@@ -779,16 +796,44 @@ def test_a_model_loaded_in_8_bits(llama: Path, tmp_path: Path) -> None:
     assert (logits - truth).abs().mean() < (theirs - truth).abs().mean()
 
 
-def test_a_weight_that_was_repacked_for_this_cpu_is_refused(llama: Path) -> None:
-    model = load(llama)
-    layer = model.model.layers[0].self_attn.q_proj
+def repack(layer: Any) -> None:
+    """What a forward pass in evaluation mode does to a 4-bit layer on a processor with AVX512-BF16."""
     layer.weight.data, layer.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
         layer.weight.data, layer.weight.quant_state
     )
+
+
+def test_a_weight_that_was_repacked_for_this_cpu_is_refused(llama: Path) -> None:
+    model = load(llama)
+    repack(model.model.layers[0].self_attn.q_proj)
     with pytest.raises(UnsupportedError, match=r"q_proj.weight' was repacked .* Load the model again"):
         base_params(model)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_weight_that_lost_precision_is_refused_in_its_old_order_too(double_quant: bool) -> None:
+    layer = bnb.nn.Linear4bit(128, 32, compress_statistics=double_quant, quant_type="nf4").to("cpu")
+    repack(layer)
+    layer.state_dict()  # brings the values back into their old order, and plain magnitudes not
+    with pytest.raises(UnsupportedError, match="'weight' was repacked"):
+        base_params(layer)
+
+
+def test_params_outlive_the_repacking_of_their_model(llama: Path, tmp_path: Path) -> None:
+    model = load(llama)
+    params = base_params(model)
+    config = fl.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    adapters = changed(fl.init(model, config, params=params, generator=gen(0)))
+    fl.save_peft(tmp_path, adapters, config)
+    expected = apply(model, params, adapters, IDS).logits
+    for block in model.model.layers:
+        repack(block.self_attn.q_proj)
+    close(apply(model, params, adapters, IDS).logits, expected, 0)
+    close(by_leaf(changed(fl.init(model, config, params=params, generator=gen(0)))), by_leaf(adapters), 0)
+    close(by_leaf(fl.load_peft(tmp_path, model)[0]), by_leaf(adapters), 0)
+
+
+@on_both_processors
 @pytest.mark.parametrize(
     "options",
     [{"quant_storage": torch.bfloat16}, {"compute_dtype": torch.bfloat16}, {"compress_statistics": False}],
