@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_read_is_found() -> None:
 
 
 def test_a_script_on_a_page_is_run_by_the_tests_of_the_examples() -> None:
-    tests = (ROOT / "tests" / "test_examples.py").read_text(encoding="utf-8")
+    tests = (ROOT / "tests" / "docs" / "test_examples.py").read_text(encoding="utf-8")
     found = [(block, *snippet) for page in PAGES for block in blocks(page) for snippet in block.snippets]
     assert found
     for block, file, section in found:
