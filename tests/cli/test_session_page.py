@@ -19,8 +19,15 @@ from funclora.cli._app import app
 PAGE = DOCS / "session.md"
 # Told every ten seconds: how often depends on the machine.
 NOW_AND_THEN = re.compile(r"^step \d+ of \d+: .*$")
-# How far the run was when it was killed.
-GOING_ON = re.compile(r"^Going on after step \d+ of 60\.$")
+# A run in the background is killed as soon as it has written a file. There it waits for that, however fast it is.
+UNTIL = re.compile(r"until \[ -f (\S+) \];.* kill -9")
+WAITS = """
+import pathlib, signal; replace = pathlib.Path.replace
+def replace_and_wait(self, target):
+    replace(self, target)
+    if str(target).endswith("{file}"): signal.pause()
+pathlib.Path.replace = replace_and_wait
+"""
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.\d+(?:e[-+]\d+)?")
 CLI = "import sys; sys.argv[0] = 'funclora'; from funclora.cli import main; main()"
 
@@ -33,8 +40,7 @@ def steps(text: str) -> Iterator[tuple[str, str]]:
 
 
 def lines(text: str) -> list[str]:
-    kept = (line.rstrip() for line in text.splitlines() if not NOW_AND_THEN.match(line))
-    return [GOING_ON.sub("Going on.", line) for line in kept]
+    return [line.rstrip() for line in text.splitlines() if not NOW_AND_THEN.match(line)]
 
 
 def same(command: str, printed: str, shown: str) -> None:
@@ -56,10 +62,11 @@ def spoken(command: str, together: list[str]) -> str:
         result = CliRunner().invoke(app, words[1:], env={"COLUMNS": "80"})
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
         return result.output
-    program = shlex.quote(sys.executable)
+    program, file = shlex.quote(sys.executable), UNTIL.search(command)
+    cli = (WAITS.format(file=file[1]) if file else "") + CLI
     script = [
         f'python() {{ {program} "$@"; }}',
-        f'funclora() {{ exec {program} -c "{CLI}" "$@"; }}',
+        f'funclora() {{ exec {program} -c {shlex.quote(cli)} "$@"; }}',
         *together,
         command,
         "{ wait; } 2> /dev/null",  # until what was killed is gone
@@ -70,7 +77,6 @@ def spoken(command: str, together: list[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}"

@@ -7,9 +7,9 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -401,36 +401,23 @@ def command(out: Path, *more: str) -> list[str]:
     return ["sweep", "--out", str(out), *options.split(), *tail, *more]
 
 
-def process(out: Path) -> "subprocess.Popen[str]":
-    environment = {
-        **os.environ, "PYTHONPATH": str(Path(funclora.__file__).parents[1]), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"
-    }  # fmt: skip
-    code = "from funclora.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *command(out)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+def process(out: Path, dies: int | None = None) -> int:
+    """The exit code of the command, killed that many calls of functions after its first commit."""
+    paths = [str(Path(funclora.__file__).parents[1]), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    code = "" if dies is None else f"import dying; dying.die_after_writing('state.json', {dies}); "
+    code += "from funclora.cli import main; main()"
+    argv = [sys.executable, "-c", code, *command(out)]
+    return subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
 
 
 def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    reference = process(whole)
-    rng, killed = random.Random(0), 0
+    assert process(whole) == 0
+    moments = random.Random(0)
     for _ in range(2):
-        running = process(out)
-        seen = (out / "state.json").read_bytes() if (out / "state.json").exists() else b""
-        while running.poll() is None and (
-            not (out / "state.json").exists() or (out / "state.json").read_bytes() == seen
-        ):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.3)
-        running.kill()
-        running.communicate()
-        killed += running.returncode == -9
-    last = process(out)
-    last.communicate()
-    reference.communicate()
-    assert last.returncode == reference.returncode == 0
-    assert killed >= 1
+        assert process(out, dies=moments.randrange(20_000)) == -signal.SIGKILL
+    assert process(out) == 0
     assert comparable(out) == comparable(whole)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len({(line["member"], line["step"]) for line in lines}) == len(lines)

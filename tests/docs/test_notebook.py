@@ -56,7 +56,7 @@ def test_texts_are_compared_with_their_numbers() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_stored_outputs_are_those_of_the_code(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, 4)
-    NotebookClient(notebook, timeout=250, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for old, new in zip(stored(), ran, strict=True):
         (text, kinds), (new_text, new_kinds) = shown(old), shown(new)

@@ -1,12 +1,13 @@
 """A process that is ready to train, and does so in children that can be killed: the imports are paid for once.
 
-Reads a line of JSON for each child: {"out": folder, "resume": ..., other settings, "kill_at": n}. With `kill_at` the
-child kills itself at the n-th moment in which the disk is written to. Answers with the child's process id, and after
-another line, when it has ended, with its exit code (negative: the signal).
+Reads a line of JSON for each child: {"out": folder, "resume": ..., other settings, "kill_at": n, "kill_in": [step, n]}.
+With `kill_at` the child kills itself at the n-th moment in which the disk is written to, with `kill_in` at the n-th
+call of a function from its step-th step on. Answers with its exit code (negative: the signal).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dying import die_after
 from tiny_runs import run, settings
 
+from funclora._apps.train import loop
 from funclora._apps.train._sinks import Metrics
 
 
@@ -62,6 +65,17 @@ class Moments:
 
 
 def child(given: dict[str, Any]) -> None:
+    if within := given.pop("kill_in", None):
+        nth, calls = within
+        training: Any = loop._Training
+        step, counter = training._step, itertools.count(1)
+
+        def counted(self: Any) -> None:
+            if next(counter) == nth:
+                die_after(calls)
+            step(self)
+
+        training._step = counted
     at = given.pop("kill_at", 0)
     if at:
         moments = Moments(at)
@@ -86,8 +100,6 @@ def main() -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        print(pid, flush=True)  # noqa: T201
-        sys.stdin.readline()  # until it is asked for, the child is a zombie at least: its number is nobody else's
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
 

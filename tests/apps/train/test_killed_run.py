@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,25 +26,18 @@ class Server:
     """Children that train; see `run_server`."""
 
     def __init__(self) -> None:
-        paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+        paths = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "run_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
-    def begin(self, out: Path, **given: Any) -> int:
-        """Start a child; its process id."""
-        return self._ask(json.dumps({"out": str(out), **given}))
-
-    def end(self) -> int:
-        """Wait for the child; its exit code."""
-        return self._ask("")
-
-    def _ask(self, line: str) -> int:
+    def run(self, out: Path, **given: Any) -> int:
+        """The exit code of a child."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        self.process.stdin.write(line + "\n")
+        self.process.stdin.write(json.dumps({"out": str(out), **given}) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, self.process.stderr.read()
@@ -72,21 +64,15 @@ def steps(out: Path) -> list[int]:
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(server: Server, seed: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 8, "method": ("lora", "dora")[seed % 2]}
     whole, out = tmp_path / "whole", tmp_path / "run"
-    server.begin(whole, **options)
-    started = time.monotonic()
-    assert server.end() == 0
-    takes = time.monotonic() - started
+    assert server.run(whole, **options) == 0
     moments = random.Random(seed)
     went_on = set()
     for _ in range(6):
-        pid = server.begin(out, resume=holds_a_run(out), **options)
-        time.sleep(moments.uniform(0, takes / 2))
-        os.kill(pid, signal.SIGKILL)
-        assert server.end() in (-signal.SIGKILL, 0)
+        moment = moments.randint(1, 5), moments.randrange(15_000)
+        assert server.run(out, resume=holds_a_run(out), kill_in=moment, **options) == -signal.SIGKILL
         went_on |= {*steps(out)[-1:]}
-    assert went_on, "some were killed after a checkpoint"
-    server.begin(out, resume=holds_a_run(out), **options)
-    assert server.end() == 0
+    assert len(went_on) > 1, "some were killed after a checkpoint, and went on from it"
+    assert server.run(out, resume=holds_a_run(out), **options) == 0
     ends = [run(settings(folder, resume=True, **options))[0] for folder in (whole, out)]
     same(ends[1].adapters, ends[0].adapters)
     assert ends[1].losses == ends[0].losses
@@ -101,8 +87,7 @@ def test_killed_in_each_moment_in_which_it_writes(server: Server, tmp_path: Path
     seen = set()
     for at in range(1, 100):
         out = tmp_path / f"{at}"
-        server.begin(out, kill_at=at, **options)
-        code = server.end()
+        code = server.run(out, kill_at=at, **options)
         if code == 0:
             break
         assert code == -signal.SIGKILL

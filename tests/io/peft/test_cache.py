@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -166,49 +166,57 @@ def _together(work: Callable[[int], Any], n: int) -> list[Any]:
         return list(pool.map(one, range(n)))
 
 
-def test_threads_that_ask_for_one_adapter_load_it_once(
-    model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = []
+@contextlib.contextmanager
+def after_claiming(then: Callable[[list[str]], Any]) -> Iterator[None]:
+    """Calls `then` with the ids that a thread asks for, when it knows which it loads itself and for which it waits."""
+    claim = fl.AdapterCache._claim
 
-    def slow(path: Path, model: nn.Module) -> Any:
-        loaded.append(path.name)
-        time.sleep(0.05)
-        return load_peft(path, model)
+    def claiming(cache: fl.AdapterCache, ids: list[str], found: Any) -> Any:
+        claimed = claim(cache, ids, found)
+        then(ids)
+        return claimed
 
-    monkeypatch.setattr(caching, "load_peft", slow)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fl.AdapterCache, "_claim", claiming)
+        yield
+
+
+def test_threads_that_ask_for_one_adapter_load_it_once(model: nn.Module, folder: Path, loads: list[str]) -> None:
     cache = fl.AdapterCache(model, folder, 4 * SIZE)
     orders = [["a", "b"], ["b", "a"], ["a"], ["b", "c", "a"]]
-    found = _together(lambda i: [cache[name] if len(orders[i]) == 1 else cache.route(orders[i]) for name in "a"], 4)
-    assert sorted(loaded) == ["a", "b", "c"]
+    all_claimed = threading.Barrier(len(orders))
+    with after_claiming(lambda ids: all_claimed.wait()), ThreadPoolExecutor(len(orders)) as pool:
+        found = [*pool.map(lambda ids: cache[ids[0]] if len(ids) == 1 else cache.route(ids), orders)]
+    assert sorted(loads) == ["a", "b", "c"]
     assert cache.stats().misses == 3
-    assert found[2][0] is cache["a"]
+    assert found[2] is cache["a"]
 
 
 def test_a_thread_is_not_hurt_by_what_another_failed_at(
     model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _break(folder)
-    waits, begun = threading.Event(), threading.Event()
+    begun, other_claimed = threading.Event(), threading.Event()
 
-    def slow(path: Path, model: nn.Module) -> Any:
+    def load(path: Path, model: nn.Module) -> Any:
         if path.name == "b":
             begun.set()
-            waits.wait(5)
+            other_claimed.wait()
         return load_peft(path, model)
 
-    monkeypatch.setattr(caching, "load_peft", slow)
+    def claimed(ids: list[str]) -> None:
+        if ids == ["c"]:
+            other_claimed.set()
+
+    monkeypatch.setattr(caching, "load_peft", load)
     cache = fl.AdapterCache(model, folder, 4 * SIZE)
-    with ThreadPoolExecutor(2) as pool:
+    with after_claiming(claimed), ThreadPoolExecutor(2) as pool:
         fails = pool.submit(cache.route, ["b", "c"])  # has promised c when it fails at b
-        assert begun.wait(5)
-        waiting = pool.submit(cache.__getitem__, "c")
-        time.sleep(0.05)
-        assert not waiting.done()
-        waits.set()
+        begun.wait()
+        waits = pool.submit(cache.__getitem__, "c")
         with pytest.raises(FormatError, match="b"):
-            fails.result(5)
-        assert same(waiting.result(5), load_peft(folder / "c", model)[0])
+            fails.result()
+        assert same(waits.result(), load_peft(folder / "c", model)[0])
     assert cache.held() == ["c"]
 
 
