@@ -12,8 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = ROOT / "docs"
-PAGES = (README, *sorted(DOCS.rglob("*.md")))
+PAGES = (README, CONTRIBUTING, *sorted(DOCS.rglob("*.md")))
 
 FENCE = re.compile(r"(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>.*)")
 INFO = re.compile(r"(?P<language>\w*)(?:\s+title=\"(?P<title>[^\"]*)\")?")
