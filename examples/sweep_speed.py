@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 import funclora as fl
-from funclora._apps.sweep.settings import Settings
+from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Member, Space
 from funclora._apps.sweep.task import Task, demo_task
 from funclora.optim import per_member
@@ -40,7 +40,7 @@ def fresh(task: Task, member: Member) -> dict[str, fl.Rule]:
     return fl.init(task.model, member.config(), generator=torch.Generator().manual_seed(member.seed))
 
 
-def train_together(task: Task, members: list[Member], settings: Settings) -> tuple[float, list[float]]:
+def train_together(task: Task, members: list[Member], settings: SearchSettings) -> tuple[float, list[float]]:
     optimizer = per_member(settings.optimizer(), lr=[m.lr for m in members])
     step = fl.population_step(task.model, task.loss, optimizer)
     stack = fl.stack([fresh(task, member) for member in members])
@@ -59,7 +59,7 @@ def later(schedule: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.T
     return lambda step: schedule(step + 1)
 
 
-def train_one_by_one(task: Task, members: list[Member], settings: Settings) -> tuple[float, list[float]]:
+def train_one_by_one(task: Task, members: list[Member], settings: SearchSettings) -> tuple[float, list[float]]:
     losses = []
     seconds = 0.0
     for member in members:
@@ -79,7 +79,7 @@ def train_one_by_one(task: Task, members: list[Member], settings: Settings) -> t
     return seconds, losses
 
 
-def train_nothing(task: Task, members: list[Member], settings: Settings) -> float:
+def train_nothing(task: Task, members: list[Member], settings: SearchSettings) -> float:
     """ReorderedB of forward and backward passes through the base alone, on the rows of all members."""
     # Down to the first layer's output, as adapters in it would need.
     nudge = {name: torch.zeros((), requires_grad=True) for name in task.params if "embed" in name}
@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> Result:
     task = demo_task("asyncio", context=options.context, windows=1)
     space = Space(lr="1e-4:1e-2", rank=options.rank, method=options.method, targets=options.targets, seeds="0,1,2,3")
     members = space.draws(options.members, seed=0)
-    settings = Settings(steps=options.steps, warmup=min(4, options.steps), batch=options.batch)
-    warm = Settings(steps=1, warmup=0, batch=options.batch)  # what is only slow once is not counted
+    settings = SearchSettings(steps=options.steps, warmup=min(4, options.steps), batch=options.batch)
+    warm = SearchSettings(steps=1, warmup=0, batch=options.batch)  # what is only slow once is not counted
     train_together(task, members, warm)
     train_one_by_one(task, members[:1], warm)
     together, losses = train_together(task, members, settings)

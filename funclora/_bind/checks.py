@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from funclora._torch.functions import plain_tensors
 from funclora._tracking.routed import Routed
 from funclora.errors import ParamsError, PurityError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params, Rule
@@ -36,7 +37,7 @@ def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
 
 def versions(tensors: list[Tensor]) -> list[int | None]:
     """How often each tensor was written to, as autograd counts; for inference tensors it does not."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with plain_tensors():
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funclora._bind.checks import check_adapters
 from funclora._quant.tensor import Quantized
+from funclora._torch.functions import is_mapped
 from funclora._torch.memory import place_of
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
 from funclora.rules.base import Adapters, Params
@@ -64,7 +65,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
         merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
         # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
-        if not torch._C._functorch.is_functorch_wrapped_tensor(dense):
+        if not is_mapped(dense):
             refuse_nonfinite(name, dense, merged[name])
     for name, tie in adapters.items():
         if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:

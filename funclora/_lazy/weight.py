@@ -19,7 +19,7 @@ from funclora._lazy.dispatch import linear_ops
 from funclora._lazy.parameters import differs_by_row, operate_by_row
 from funclora._lazy.views import inlined, views
 from funclora._quant.tensor import held
-from funclora._torch.functions import LIKE, METADATA, NoFormError, placeholder, written
+from funclora._torch.functions import LIKE, METADATA, NoFormError, placeholder, plain_tensors, written
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 from funclora.rules.base import Rule
 
@@ -102,7 +102,7 @@ class LazyWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_tensors():
                 return func(*args, **kwargs)
         if func in LIKE:
             return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))

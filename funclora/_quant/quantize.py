@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funclora._quant.packing import FourBit, Int8, Packing, Repacked
-from funclora._quant.tensor import DTYPES, Quantized, Source
+from funclora._quant.tensor import UNPACKED_DTYPES, Quantized, Source
 from funclora._torch.memory import place_of
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, TargetError, UnsupportedError, near
 
@@ -65,8 +65,8 @@ def quantize(
         torch.Size([3, 2])
     """
     packing = _packing(kind, double_quant, blocksize)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"quantize: dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+    if dtype is not None and dtype not in UNPACKED_DTYPES:
+        raise ConfigError(f"quantize: dtype: expected one of {', '.join(map(str, UNPACKED_DTYPES))}, got {dtype}.")
     packed = dict(params)
     done: dict[Any, Quantized] = {}  # tied weights stay tied
     for name in _targeted(params, targets):
@@ -135,9 +135,9 @@ def _targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]
 def _check(name: str, weight: Tensor) -> None:
     if isinstance(weight, Quantized):
         raise ParamsError(f"quantize: {name!r} is quantised already: {weight!r}.")
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in UNPACKED_DTYPES:
         raise ParamsError(
-            f"quantize: {name!r} has dtype {weight.dtype}, expected one of {', '.join(map(str, DTYPES))}."
+            f"quantize: {name!r} has dtype {weight.dtype}, expected one of {', '.join(map(str, UNPACKED_DTYPES))}."
         )
     if weight.is_meta or not weight.numel():
         what = "is on the meta device" if weight.is_meta else f"has shape {list(weight.shape)}"
@@ -189,7 +189,7 @@ def _int8(name: str, weight: Any, owner: Any, model: nn.Module) -> Quantized:
     if scales is None:
         raise ParamsError(f"{name!r} is an Int8Params without its scales SCB. Load the model again.")
     # The module computes in whatever its input is; that is the dtype of the weights that are not packed.
-    dtype = next((p.dtype for p in model.parameters() if p.dtype in DTYPES), torch.float32)
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in UNPACKED_DTYPES), torch.float32)
     return Quantized.of(Source(Int8(), weight.shape, dtype), (weight.data, scales))
 
 

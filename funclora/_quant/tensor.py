@@ -21,14 +21,23 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclora._quant.packing import Packing, Parts
-from funclora._torch.functions import LIKE, METADATA, NoFormError, placeholder, table, written
+from funclora._torch.functions import (
+    LIKE,
+    METADATA,
+    NoFormError,
+    in_transform,
+    placeholder,
+    plain_tensors,
+    table,
+    written,
+)
 from funclora.errors import PurityError, UnsupportedError
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
 # An operation linear in its first argument, the input; the second is the dense weight.
 Op = Callable[[Tensor, Tensor], Tensor]
 # What bitsandbytes unpacks to.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNPACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Source(NamedTuple):
@@ -41,7 +50,7 @@ class Source(NamedTuple):
 
     def dense(self, parts: Parts) -> Tensor:
         """The dense weight."""
-        dtype = self.dtype if self.dtype in DTYPES else torch.float32
+        dtype = self.dtype if self.dtype in UNPACKED_DTYPES else torch.float32
         return self.viewed(self.packing.unpack(parts, self.stored, dtype).to(self.dtype))
 
     def viewed(self, weight: Tensor) -> Tensor:
@@ -116,7 +125,7 @@ class Quantized(torch.Tensor):
         if is_cast:
             return _cast(func, *args, **kwargs)
         if func in METADATA or func in LIKE or func == _REQUIRES_GRAD:
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_tensors():
                 return func(*args, **kwargs)
         if any(kind is not Quantized and kind not in _PLAIN for kind in types):
             return NotImplemented  # the turn of a lazy weight, or of a tensor that tracks its rows
@@ -193,7 +202,7 @@ class _Through(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if dense is not None:
                 return op(x, dense)
-            if op is F.linear and not source.steps and source.dtype in DTYPES:
+            if op is F.linear and not source.steps and source.dtype in UNPACKED_DTYPES:
                 return source.packing.linear(x, parts, source.stored)
             return op(x, source.dense(parts))
 
@@ -334,8 +343,7 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     source = weight.source
-    in_transform = torch._C._functorch.peek_interpreter_stack() is not None  # it may map over the ids
-    if max_norm is not None or source.steps or in_transform or source.dtype not in DTYPES:
+    if max_norm is not None or source.steps or in_transform() or source.dtype not in UNPACKED_DTYPES:
         raise NoFormError
     rows = source.packing.rows(weight.parts, source.stored, input, source.dtype)
     if rows is None:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 
@@ -105,9 +107,30 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+# What runs in `with plain_tensors():` treats tensors of every subclass as plain ones. It is what torch's own subclasses
+# use, private since torch 1.13.
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+
+
 def is_mapped(*tensors: Tensor) -> bool:
     """True inside of a transform of `torch.func` over one of the tensors."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+def in_transform() -> bool:
+    """True inside of a transform of `torch.func`, over whatever argument: ordinary autograd does not work there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def vmapped_once() -> bool:
+    """True inside of one `torch.func.vmap` and no other transform."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    return level is not None and level.key() == TransformType.Vmap and level.level() == 1
+
+
+def is_differentiated() -> bool:
+    """True where reverse or forward mode records what is computed."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 class NoFormError(Exception):

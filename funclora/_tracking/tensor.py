@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funclora._torch.functions import undispatched, written
+from funclora._torch.functions import plain_tensors, undispatched, written
 from funclora._tracking.propagation import (
     LostError,
     OpCall,
@@ -138,7 +138,7 @@ class RowTensor(torch.Tensor):
         kwargs = kwargs or {}
         propagation = propagations.get(func)
         if propagation is question:
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_tensors():
                 return func(*args, **kwargs)
         if func is F.dropout and _streams.get() is not None:
             return _dropout(*args, **kwargs)
@@ -146,9 +146,9 @@ class RowTensor(torch.Tensor):
             return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
         if constants:  # their own class computes, on plain tensors; where the rows are is said here
             out = func(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_tensors():
                 return _placed(func, propagation, args, kwargs, out)
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             out = func(*args, **kwargs)
             if propagation is None or torch.compiler.is_compiling():
                 return _placed(func, propagation, args, kwargs, out)
@@ -225,7 +225,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, Place | str]:
     """The plain tensor, and the place of its rows, or the operation that lost them; "" if it never had any."""
     if not isinstance(x, RowTensor):
         return x, ""
-    with torch._C.DisableTorchFunctionSubclass():  # not as_subclass, which cannot be traced back
+    with plain_tensors():  # not as_subclass, which cannot be traced back
         return x.view_as(x), (x.scope.lost(x) or x.place) if x.scope.active else ""
 
 

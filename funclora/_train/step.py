@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from funclora._bind.apply import bind
 from funclora._bind.checks import unwritten
+from funclora._torch.functions import in_transform
 from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import apply_updates, global_norm
 from funclora.optim._members import Optimizer, is_pure
@@ -66,7 +67,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         leaves: list[Any] = optree.tree_leaves(tree)
         if not leaves:
             raise ConfigError("adapters: there is nothing to train, the dict holds no rule with tensors.")
-        if torch.compiler.is_compiling() or _is_transformed():
+        if torch.compiler.is_compiling() or in_transform():
             grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
         else:
             loss, aux, grads = autograd(loss_and_aux, tree)
@@ -224,11 +225,6 @@ def _kind(value: Any) -> str:
 
 def _detached(tree: Any) -> Any:
     return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
-
-
-def _is_transformed() -> bool:
-    """True inside a torch.func transform of whatever argument: ordinary autograd does not work there."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:

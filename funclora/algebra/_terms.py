@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funclora._many.stack import Stack
+from funclora._torch.functions import is_mapped
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.dense import Full
@@ -156,7 +157,7 @@ def rounded(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """The value in that dtype, or `NonFiniteError` if that leaves its range."""
     result = value.to(dtype)
     # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
-    if not torch._C._functorch.is_functorch_wrapped_tensor(result) and not torch.isfinite(result).all():
+    if not is_mapped(result) and not torch.isfinite(result).all():
         raise NonFiniteError(
             f"{where} of the result holds NaN or infinity in {dtype}. Check the adapters, or give them a wider dtype."
         )

@@ -20,7 +20,7 @@ from funclora.rules.base import Rule
 from funclora.rules.tokens import Tied
 
 
-class Base:
+class BaseFolder:
     """The folder of a base model, whose weights are read one at a time.
 
     Attributes:
@@ -56,7 +56,7 @@ class AdapterFolder:
         NonFiniteError: a tensor holds NaN or infinity.
     """
 
-    def __init__(self, folder: Path, base: Base | None) -> None:
+    def __init__(self, folder: Path, base: BaseFolder | None) -> None:
         self.folder = folder
         self.rules: Mapping[str, Rule]
         self.notes: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,12 @@ from funclora.analysis import Spectra, Spectrum
 from funclora.analysis._changes import change, changes
 from funclora.analysis._data import Data
 from funclora.analysis._spectrum import measured
-from funclora.cli._folders import AdapterFolder, Base
+from funclora.cli._folders import AdapterFolder, BaseFolder
 from funclora.errors import FormatError, near
 from funclora.io.hf.checkpoint import CONFIG_FILE as MODEL_CONFIG
-from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.checkpoint import Checkpoint, OnProgress
 from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
 from funclora.rules.dense import Delta, Full
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Inspection(Data):
 
 
 def inspect_folder(
-    folder: Path, base: Path | None = None, *, singular: bool = True, progress: Progress | None = None
+    folder: Path, base: Path | None = None, *, singular: bool = True, progress: OnProgress | None = None
 ) -> Inspection:
     """Look into the folder of an adapter or of a model.
 
@@ -92,13 +90,13 @@ def inspect_folder(
 
 
 @contextlib.contextmanager
-def opened_base(folder: Path | None) -> Iterator[Base | None]:
+def opened_base(folder: Path | None) -> Iterator[BaseFolder | None]:
     """The base model, open for reading; None for none."""
     if folder is None:
         yield None
         return
     with Checkpoint(folder) as checkpoint:
-        yield Base(checkpoint)
+        yield BaseFolder(checkpoint)
 
 
 def facts(found: AdapterFolder) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def facts(found: AdapterFolder) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _adapter(folder: Path, base: Path | None, singular: bool, progress: Progress) -> Inspection:
+def _adapter(folder: Path, base: Path | None, singular: bool, progress: OnProgress) -> Inspection:
     with opened_base(base) as model:
         found = AdapterFolder(folder, model)
         names, rows, parameters = [*found.rules], [], 0
@@ -125,7 +123,7 @@ def _adapter(folder: Path, base: Path | None, singular: bool, progress: Progress
 
 
 @torch.no_grad()
-def _model(folder: Path, base: Path | None, singular: bool, progress: Progress) -> Inspection:
+def _model(folder: Path, base: Path | None, singular: bool, progress: OnProgress) -> Inspection:
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(Checkpoint(folder))
         other = None if base is None else stack.enter_context(Checkpoint(base))

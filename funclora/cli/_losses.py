@@ -25,7 +25,7 @@ from funclora.errors import FormatError
 BATCH = 64
 PAD = -1
 
-Progress = Callable[[str, int], None]
+OnProgress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def losses(
     rows: int | None,
     memory: int | None,
     device: str,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Losses:
     """Losses of saved adapters on files.
 

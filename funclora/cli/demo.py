@@ -38,9 +38,9 @@ def demo(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading", total=None)
         from funclora.demo.plot import gains
-        from funclora.demo.run import Settings, as_json, run
+        from funclora.demo.run import DemoSettings, as_json, run
 
-        settings = Settings(domains=domains, steps=steps, r=rank, seed=seed)
+        settings = DemoSettings(domains=domains, steps=steps, r=rank, seed=seed)
         bar.update(task, total=settings.ticks)
 
         def progress(description: str) -> None:

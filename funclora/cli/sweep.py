@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from funclora._apps.sweep.search import Search, Status
-    from funclora._apps.sweep.settings import Settings
+    from funclora._apps.sweep.settings import SearchSettings
     from funclora._apps.sweep.space import Member
     from funclora._apps.sweep.task import Task
 
@@ -76,10 +76,10 @@ def sweep(
     space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
     members = space.draws(random, seed) if random else space.grid()
     from funclora._apps.sweep.memory import parse_size
-    from funclora._apps.sweep.settings import Settings
+    from funclora._apps.sweep.settings import SearchSettings
     from funclora._apps.sweep.task import demo_task, folder_task
 
-    settings = Settings(
+    settings = SearchSettings(
         steps, batch, every, halving, rungs, warmup, clip, weight_decay, parse_size(memory) if memory else None,
         population,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def _run(
     out: Path,
     task: Task,
     members: list[Member],
-    settings: Settings,
+    settings: SearchSettings,
     source: dict[str, Any],
     save: int,
     as_json: bool,

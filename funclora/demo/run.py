@@ -20,11 +20,11 @@ from funclora.optim import per_member
 from funclora.rules.base import Params
 
 METHODS = ("LoRA", "DoRA")
-Progress = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """How long and how large.
 
     Attributes:
@@ -90,7 +90,7 @@ class Results:
         continuations: adapter name -> text.
     """
 
-    settings: Settings
+    settings: DemoSettings
     trained: list[Trained]
     seconds: float
     base: dict[str, float]
@@ -101,7 +101,7 @@ class Results:
     continuations: dict[str, str]
 
 
-def run(out: Path, settings: Settings, progress: Progress) -> Results:
+def run(out: Path, settings: DemoSettings, progress: OnProgress) -> Results:
     """Train, evaluate, save, merge and generate.
 
     Args:
@@ -141,7 +141,7 @@ def run(out: Path, settings: Settings, progress: Progress) -> Results:
 
 
 def _train(
-    model: ByteLM, params: Params, texts: dict[str, bytes], settings: Settings, progress: Progress
+    model: ByteLM, params: Params, texts: dict[str, bytes], settings: DemoSettings, progress: OnProgress
 ) -> list[Trained]:
     """Adapters of each method for every text, as one population: each sees its own text and nothing of the others."""
     kinds = [(domain, method) for domain in texts for method in METHODS]
@@ -177,7 +177,7 @@ def _train(
 
 
 def _evaluate(
-    model: ByteLM, params: Params, trained: list[Trained], heldout: dict[str, Tensor], progress: Progress
+    model: ByteLM, params: Params, trained: list[Trained], heldout: dict[str, Tensor], progress: OnProgress
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Held-out losses of the base model by domain, and of each adapter: `losses[name][domain]`."""
     members = fl.stack([{}, *(t.adapters for t in trained)])

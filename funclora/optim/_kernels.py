@@ -13,18 +13,15 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
+
+from funclora._torch.functions import in_transform, is_differentiated, vmapped_once
 
 _KINDS = {(dtype, device) for dtype in (torch.float32, torch.float64) for device in ("cpu", "cuda")}
 
 
 def fits_kernel(*trees: Any) -> bool:
     """Whether the kernel gives what the formula gives, here and for these leaves."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    level = torch._C._functorch.peek_interpreter_stack()
-    if level is not None and (level.key() != TransformType.Vmap or level.level() != 1):
+    if is_differentiated() or torch.compiler.is_compiling() or (in_transform() and not vmapped_once()):
         return False
     kinds = {(leaf.dtype, leaf.device) for tree in trees for leaf in optree.tree_leaves(tree)}
     return len(kinds) == 1 and all((dtype, device.type) in _KINDS for dtype, device in kinds)

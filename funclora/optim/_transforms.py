@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import optree
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from funclora._torch.functions import in_transform, is_differentiated
 from funclora.errors import ConfigError
 from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
@@ -372,12 +372,7 @@ def _overwriting() -> Callable[..., Tensor]:
 
     Fresh memory for every result would be a good part of the cost of a step.
     """
-    watched = (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
 
     def over(op: Callable[..., Tensor], x: Tensor, *rest: Tensor, **options: float) -> Tensor:
         return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)

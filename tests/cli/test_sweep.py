@@ -24,7 +24,7 @@ import funclora
 import funclora as fl
 from funclora._apps.sweep import memory, report
 from funclora._apps.sweep.search import Search
-from funclora._apps.sweep.settings import Settings
+from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Member, Space
 from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, Store
 from funclora._apps.sweep.task import Task, demo_task, folder_task
@@ -35,7 +35,7 @@ from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.errors import ConfigError, FormatError
 
 TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
-SETTINGS = Settings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
+SETTINGS = SearchSettings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
 EIGHT = Space(lr="1e-3,1e-2,3e-2,1e-1", rank="2", targets="q_proj", method="lora,dora")
 MIXED = Space(lr="1e-2", rank="2,4", targets="all-linear,q_proj+v_proj")
 
@@ -49,7 +49,7 @@ def task() -> Task:
 
 
 def searched(
-    folder: Path, task: Task, members: list[Member], settings: Settings = SETTINGS, save: int | None = None
+    folder: Path, task: Task, members: list[Member], settings: SearchSettings = SETTINGS, save: int | None = None
 ) -> Search:
     config = {"members": [member.values for member in members], "steps": settings.steps}
     search = Search(task, members, settings, Store(folder, config, len(members)))
@@ -188,7 +188,7 @@ def test_the_peak_sees_a_large_tensor() -> None:
 # Trajectories
 
 
-def alone(task: Task, member: Member, settings: Settings) -> tuple[dict[str, fl.Rule], list[float]]:
+def alone(task: Task, member: Member, settings: SearchSettings) -> tuple[dict[str, fl.Rule], list[float]]:
     """The member's training, written with what the library offers for one adapter."""
     adapters = fl.init(task.model, member.config(), generator=torch.Generator().manual_seed(member.seed))
     schedule = fl.optim.warmup_cosine(member.lr, settings.warmup, settings.steps + 1)
@@ -241,7 +241,7 @@ def test_data_are_a_function_of_seed_and_step(task: Task) -> None:
 
 
 def test_cuts_and_points() -> None:
-    settings = Settings(steps=81, every=20, halving=3, rungs=3)
+    settings = SearchSettings(steps=81, every=20, halving=3, rungs=3)
     assert settings.cuts(32) == [9, 27]
     assert settings.points(32) == [9, 20, 27, 40, 60, 80, 81]
     assert settings.cuts(8) == [27]

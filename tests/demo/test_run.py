@@ -13,12 +13,12 @@ import funclora as fl
 from funclora.cli._app import app
 from funclora.demo import corpus
 from funclora.demo.model import load_base, next_byte_loss
-from funclora.demo.run import METHODS, Settings, run
+from funclora.demo.run import METHODS, DemoSettings, run
 
 
 @pytest.mark.slow
 def test_everything_promised_is_there_and_true(tmp_path: Path) -> None:
-    settings = Settings(domains=2, steps=20, batch=4, context=128, windows=8)
+    settings = DemoSettings(domains=2, steps=20, batch=4, context=128, windows=8)
     seen: list[str] = []
     results = run(tmp_path, settings, seen.append)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import funclora as fl
 from funclora._apps.sweep import memory
-from funclora._apps.sweep.settings import Settings
+from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Member
-from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, Progress, Store
+from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, MemberProgress, Store
 from funclora._apps.sweep.task import Task
 from funclora._many.stack import Stack
 from funclora._torch.pytree import keyed_copies, leaf_keys
@@ -69,7 +69,7 @@ class Search:
         self,
         task: Task,
         members: Sequence[Member],
-        settings: Settings,
+        settings: SearchSettings,
         store: Store,
         observe: Callable[[Status], None] = lambda status: None,
     ) -> None:
@@ -83,7 +83,7 @@ class Search:
         self._specs: dict[int, Any] = {}
 
     @property
-    def progress(self) -> dict[int, Progress]:
+    def progress(self) -> dict[int, MemberProgress]:
         """How far each member is."""
         return self.store.state.members
 

@@ -15,7 +15,7 @@ from funclora.optim import GradientTransformation, adamw, chain, clip_by_global_
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """How the members are trained and compared.
 
     Attributes:

@@ -28,7 +28,7 @@ LIVE, HALVED, NOT_FINITE = "live", "halved", "not finite"
 
 
 @dataclass
-class Progress:
+class MemberProgress:
     """How far a member is.
 
     Attributes:
@@ -58,7 +58,7 @@ class State:
         done: whether everything is written.
     """
 
-    members: dict[int, Progress]
+    members: dict[int, MemberProgress]
     size: int | None = None
     budget: int | None = None
     rung: int = 0
@@ -85,7 +85,7 @@ class Store:
             _agree(folder, _read(folder / CONFIG), given)
         else:
             replace_files(folder, {CONFIG: _writer(_json(given))})
-        self.state = State({i: Progress() for i in range(n)})
+        self.state = State({i: MemberProgress() for i in range(n)})
         if (folder / STATE).exists():
             self.state = self._load()
         self._sweep_up()
@@ -93,7 +93,7 @@ class Store:
     def _load(self) -> State:
         raw = _read(self.folder / STATE)
         try:
-            members = {int(i): Progress(**each) for i, each in raw.pop("members").items()}
+            members = {int(i): MemberProgress(**each) for i, each in raw.pop("members").items()}
             state = State(members, **raw)
             with (self.folder / RESULTS).open(encoding="utf-8") as file:
                 state.records = [json.loads(line) for line, _ in zip(file, range(state.lines), strict=False)]

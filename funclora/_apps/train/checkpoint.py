@@ -36,7 +36,7 @@ _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == 
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run is: all that it must remember, but for tensors.
 
     Attributes:
@@ -113,7 +113,7 @@ class Run:
                 "or another --out."
             )
 
-    def save(self, progress: Progress, tree: Any) -> None:
+    def save(self, progress: RunProgress, tree: Any) -> None:
         """Write a checkpoint, which takes effect as a whole, and remove those that are no longer kept.
 
         Args:
@@ -141,14 +141,14 @@ class Run:
         self.last = progress.step
         self.prune(progress)
 
-    def prune(self, progress: Progress) -> None:
+    def prune(self, progress: RunProgress) -> None:
         """Remove the checkpoints that are no longer kept."""
         kept = {*self._steps()[-self.settings.keep :], progress.best[0] if progress.best else progress.step}
         for step in self._steps():
             if step not in kept:
                 self.file(step).unlink(missing_ok=True)
 
-    def load(self, step: int, like: Any) -> tuple[Progress, Any]:
+    def load(self, step: int, like: Any) -> tuple[RunProgress, Any]:
         """The progress and the tree of a checkpoint.
 
         Args:
@@ -270,10 +270,10 @@ def plain(settings: Settings) -> dict[str, Any]:
     return raw
 
 
-def _progress(text: str, step: int) -> Progress:
+def _progress(text: str, step: int) -> RunProgress:
     """The progress in a checkpoint of a step; `ValueError`, `TypeError` or `KeyError` if there is none."""
     raw = json.loads(text)
-    default = Progress()
+    default = RunProgress()
     values = {key: raw.pop(key) for key in asdict(default)}
     if raw or values["step"] != step:
         raise ValueError(f"it is of step {values['step']!r}, with unknown {sorted(raw)}")
@@ -283,7 +283,7 @@ def _progress(text: str, step: int) -> Progress:
         if type(value) is not wanted:
             raise TypeError(f"{key}: expected {wanted.__name__}, got {value!r}")
     pairs = [(float(loss), float(norm)) for loss, norm in pending]
-    return Progress(**values, pending=pairs, best=None if best is None else (int(best[0]), float(best[1])))
+    return RunProgress(**values, pending=pairs, best=None if best is None else (int(best[0]), float(best[1])))
 
 
 def _writer(content: str | bytes) -> Any:

@@ -19,7 +19,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._apps.train.checkpoint import Progress, Run, fingerprint, opened
+from funclora._apps.train.checkpoint import Run, RunProgress, fingerprint, opened
 from funclora._apps.train.evaluate import evaluate
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import Steps
@@ -117,7 +117,7 @@ class _Training:
         self.values = self.steps.vectors.of(adapters)
         self.state = self.steps.init(self.values)
         self.unseen: list[Tensor] = []  # numbers of steps that were not looked at yet
-        self.progress = Progress()
+        self.progress = RunProgress()
         run.begin({"data": data.digest(), "base model": fingerprint(base.params)})
         if run.last is not None:
             self.progress = self._restore(run.last)
@@ -273,7 +273,7 @@ class _Training:
         self.run.save(progress, self._tree())
         self.saved = (progress.step, progress.evaluated)
 
-    def _restore(self, step: int) -> Progress:
+    def _restore(self, step: int) -> RunProgress:
         progress, tree = self.run.load(step, self._tree())
         self.values, self.state = self.steps.vectors.of(tree["adapters"]), tree["optimizer"]
         torch.set_rng_state(tree["generators"]["cpu"])

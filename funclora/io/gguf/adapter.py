@@ -22,7 +22,7 @@ from funclora._config.infer import configured
 from funclora._config.layers import weights_of
 from funclora._config.targets import select
 from funclora.errors import ConfigError, FormatError, NonFiniteError, ParamsError, UnsupportedError, near
-from funclora.io.gguf.file import DTYPES, AdapterFile, package, read_adapter, write_adapter
+from funclora.io.gguf.file import GGUF_DTYPES, AdapterFile, package, read_adapter, write_adapter
 from funclora.io.gguf.names import MERGE, Slot, by_tensor, family_of, slots_of
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.layouts import Conv1D, Embedding, Linear
@@ -68,8 +68,8 @@ def save_gguf(
         ...     sorted(read_adapter(Path(folder, "adapter.gguf")).tensors)
         ['blk.0.attn_q.weight.lora_a', 'blk.0.attn_q.weight.lora_b']
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected {' or '.join(map(str, DTYPES))}, got {dtype!r}.")
+    if dtype not in GGUF_DTYPES:
+        raise ConfigError(f"dtype: expected {' or '.join(map(str, GGUF_DTYPES))}, got {dtype!r}.")
     gguf = package()
     family, slots = family_of(model), slots_of(model, gguf)
     rules = {name: _supported(name, rule, slots) for name, rule in adapters.items()}

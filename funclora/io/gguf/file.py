@@ -16,7 +16,7 @@ from funclora._files.atomic import replace_files
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io.gguf.container import Container
 
-DTYPES = (torch.float32, torch.float16)
+GGUF_DTYPES = (torch.float32, torch.float16)
 # The types that are views of their bytes; the others are unpacked from them.
 _VIEWS = {"F32": np.float32, "F16": np.float16}
 

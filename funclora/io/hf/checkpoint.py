@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from funclora._files.atomic import read_json
 from funclora._files.safetensors import Stored, read_header
 from funclora.errors import FormatError, UnsupportedError, near
 from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
+
+OnProgress = Callable[[int, int], None]  # what is done of how much
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -14,19 +14,18 @@ from pathlib import Path
 import torch
 
 from funclora._files.safetensors import DTYPES, Stored, copy_range, spill
-from funclora.io.hf.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
+from funclora.io.hf.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, OnProgress
 from funclora.io.hf.structure import Part
 from funclora.io.merge.plan import MergePlan, Written
 from funclora.io.merge.rewrite import PartRewriter, cast, ranges, rounded
 
-Progress = Callable[[int, int], None]
 Job = Callable[[], int]  # does a piece of the work and says how many bytes of the result it was
 
 _COPY = 64 << 20  # bytes that a job copies
 _COMPUTE = 16 << 20  # bytes that a job computes
 
 
-def write(plan: MergePlan, folder: Path, progress: Progress) -> None:
+def write(plan: MergePlan, folder: Path, progress: OnProgress) -> None:
     """Write the result of a plan into an empty folder. As with `cp`, the system decides when it reaches the disk.
 
     Raises:

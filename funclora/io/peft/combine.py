@@ -18,7 +18,7 @@ from funclora.algebra import combine
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
 from funclora.io.peft.folder import load_peft, save_peft
-from funclora.io.peft.tensors import DTYPES
+from funclora.io.peft.tensors import SAVED_DTYPES
 from funclora.io.peft.without_model import read_bare
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.low_rank import LowRank
@@ -95,8 +95,8 @@ def combine_peft(
         ...     load_peft(f"{folder}/both", model)[1].r, both.config.lora_alpha
         (4, 4)
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}.")
+    if dtype not in SAVED_DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(map(str, SAVED_DTYPES))}, got {dtype!r}.")
     if Path(out).resolve() in {Path(path).resolve() for path in paths}:
         raise ConfigError(f"out: {os.fspath(out)!r} is one of the adapters to combine. Name another folder.")
     if model is None:

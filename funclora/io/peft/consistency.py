@@ -16,7 +16,7 @@ from funclora.errors import ConfigError, NonFiniteError, ParamsError, Unsupporte
 from funclora.io.peft.decomposed import refuse_decomposed
 from funclora.io.peft.keys import PeftTarget
 from funclora.io.peft.limits import unsupported_by_peft, unsupported_ties
-from funclora.io.peft.tensors import DTYPES
+from funclora.io.peft.tensors import SAVED_DTYPES
 from funclora.io.peft.ties import output_layer
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.dense import Delta, Full
@@ -71,7 +71,7 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
 def _check_leaves(name: str, rule: Rule) -> None:
     for leaf in rule.leaf_names:
         tensor: Tensor = getattr(rule, leaf)
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in SAVED_DTYPES:
             raise ParamsError(f"{name!r}: {leaf} has dtype {tensor.dtype}, expected a floating-point one.")
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{name!r}: {leaf} holds NaN or infinity. Such an adapter is not saved.")

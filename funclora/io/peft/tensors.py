@@ -19,7 +19,7 @@ from funclora.rules.dense import Full
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SAVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Keys as PEFT's modules have them in memory, with the name of the adapter in them, load as well.
 _IN_MEMORY = (
@@ -69,7 +69,7 @@ class StoredTensors:
                 key = pattern.sub(short, key)
             if key in self._tensors:
                 raise FormatError(f"{file}: {given!r} is there twice, under another name for the same thing.")
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in SAVED_DTYPES:
                 raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected a floating-point one.")
             self._tensors[key] = tensor
         self.notes: list[str] = []

@@ -25,7 +25,7 @@ from tiny_runs import byte_base, data, run, same, settings
 import funclora as fl
 from funclora._apps.train import checkpoint
 from funclora._apps.train.base import Base
-from funclora._apps.train.checkpoint import CHECKPOINTS, RUN, Progress, Run, fingerprint, opened
+from funclora._apps.train.checkpoint import CHECKPOINTS, RUN, Run, RunProgress, fingerprint, opened
 from funclora._apps.train.settings import Settings
 from funclora.errors import ConfigError, FormatError, FuncloraError
 
@@ -43,7 +43,7 @@ def at(out: Path, step: int) -> Path:
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8])
 PROGRESS = st.builds(
-    Progress,
+    RunProgress,
     step=st.integers(0, 10**6),
     evaluated=st.integers(-1, 10**6),
     best=st.none() | st.tuples(st.integers(0, 99), st.floats(allow_nan=False)),
@@ -57,7 +57,7 @@ PROGRESS = st.builds(
 
 
 @given(st.lists(st.tuples(SHAPES, DTYPES), min_size=1, max_size=4), PROGRESS, st.booleans())
-def test_what_is_saved_comes_back_bit_for_bit(kinds: Any, progress: Progress, shared: bool) -> None:
+def test_what_is_saved_comes_back_bit_for_bit(kinds: Any, progress: RunProgress, shared: bool) -> None:
     def leaf(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         values = torch.randn([*shape, 2]).mul(100).to(dtype)
         return values[..., 0] if shared else values[..., 0].clone()  # strided, a part of another's memory
@@ -373,7 +373,7 @@ def test_no_space_at_any_call(call: str, tmp_path: Path, monkeypatch: pytest.Mon
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise full
 
-    def at_six(store: Run, progress: Progress, tree: Any) -> None:
+    def at_six(store: Run, progress: RunProgress, tree: Any) -> None:
         with monkeypatch.context() as patch:
             if progress.step == 6:
                 where: Any = {"write": checkpoint, "fsync": os, "replace": Path}[call]
