@@ -159,7 +159,7 @@ def trace_targets(
         >>> from funclora import LoRA
         >>> model = nn.Linear(2, 1, bias=False)
         >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
-        >>> trace_targets(model, base_params(model), adapters, torch.ones(3, 2))
+        >>> trace_targets(model, {"weight": torch.zeros(1, 2)}, adapters, torch.ones(3, 2))
         {'weight': 'fast'}
     """
     uses = dict.fromkeys(adapters, "untouched")

@@ -191,7 +191,7 @@ def certainly_within(values: Tensor, limit: float) -> bool:
     Examples:
         >>> import torch
         >>> certainly_within(torch.ones(4), 10.0), certainly_within(torch.tensor([1.0, torch.nan]), 10.0)
-        (True, False, False)
+        (True, False)
     """
     flat = values.reshape(-1)
     return bool(flat.dot(flat) < limit * limit)

@@ -213,7 +213,8 @@ def test_clipped_gradients_move_no_further_than_one_example_may() -> None:
     start: Any = fl.init(model, fl.LoraConfig(r=2, target_modules=["0"]))
     generator = torch.Generator().manual_seed(0)
     step = module.private_step(model, fl.optim.sgd(1.0), clip=0.01, noise=0.0, size=1.0)
-    batch = 100 * torch.randn(1, 4), torch.tensor([1])
+    x = 100 * torch.randn(1, 4)
+    batch = x, model(x).argmin(-1)  # the class that the model takes for the least likely: its gradient is large
     after, _ = step(params, start, fl.optim.sgd(1.0).init(start), batch, generator)
     moved = torch.cat([(after["0.weight"].a - start["0.weight"].a).flatten(), after["0.weight"].b.flatten()])
     torch.testing.assert_close(moved.norm(), torch.tensor(0.01))

@@ -153,7 +153,8 @@ def test_olora_has_an_orthonormal_b() -> None:
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 9), (2, 7, 9)])
 def test_the_fast_decomposition_is_that_of_torch_with_a_generator_of_its_own(shape: tuple[int, ...]) -> None:
-    matrix = torch.randn(shape, dtype=torch.float64)
+    outer, _, inner = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = outer * 0.5 ** torch.arange(outer.shape[-1]) @ inner  # singular values apart from each other
     state = torch.get_rng_state()
     u, s, vh = randomized_svd("w", matrix, 3, 2, gen(5))
     assert torch.equal(torch.get_rng_state(), state)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, apply, base_params, merge
-from funclora.rules import base as rules
+from funclora.rules import dora
 from funclora.rules.base import Rule
 from funclora.rules.dora import output_norms
 from funclora.rules.layouts import Conv1D, Embedding, Layout, Linear
@@ -318,8 +318,8 @@ def test_row_norms_of_any_shape_in_blocks_of_any_size(
     matrix = torch.randn(*lead, n_in, n_out).mT if transposed else torch.randn(*lead, n_out, n_in)
     a, b = torch.randn(*lead, r, n_in), torch.randn(*lead, n_out, r)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "NORM_BLOCK", block)
-        patch.setattr(rules, "NORM_SHARE", share)
+        patch.setattr(dora, "NORM_BLOCK", block)
+        patch.setattr(dora, "NORM_SHARE", share)
         norms = output_norms(matrix, a, b, 1.5)
     expected = (matrix.double() + 1.5 * b.double() @ a.double()).square().sum(-1).sqrt()
     torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=1e-5)

@@ -285,6 +285,7 @@ def test_an_overflowing_merge_raises() -> None:
     model = One(nn.Linear(2, 2, bias=False)).half()
     theirs = wrap(model, target_modules=["layer"])
     with torch.no_grad():
+        theirs.base_model.model.layer.lora_A["default"].weight.fill_(1)
         theirs.base_model.model.layer.lora_B["default"].weight.fill_(1e5)
     assert not theirs.merge_and_unload().layer.weight.isfinite().all()
     rule = LoRA(torch.ones(1, 2), torch.full((2, 1), 1e5))
