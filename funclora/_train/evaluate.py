@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from funclora._many.stack import Group, Stack, TreeSpecs
 from funclora._torch.memory import Peak, budget, is_out_of_memory
-from funclora._train.population import BatchedModel, MemberModel, Population, batch_dims, batch_size, check_members
+from funclora._train.members import BatchedModel, MemberModel, Population
+from funclora._train.population import batch_dims, batch_size, check_members
 from funclora.errors import ConfigError
 from funclora.rules.base import Params
 

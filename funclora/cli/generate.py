@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from funclora.cli._converse import BASE, converse, refuse_bytes, spoken, write_text
 from funclora.cli._output import AsJson, json_line, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from funclora._apps.train.base import Base
-    from funclora._apps.train.records import Record
     from funclora._apps.train.settings import Settings
     from funclora.cli._generate import Answer, Generator, Sampling
     from funclora.cli._prompts import Prompt, Reader
-
-BASE = "(base)"
 # Logits over less would be infinite, or as good as that.
 LEAST = 1e-3
 
@@ -91,26 +89,8 @@ def generate(
     """
     from funclora.errors import ConfigError
 
-    if prompt is not None and file is not None:
-        raise ConfigError("--prompt and --file: give one of them.")
-    if out is not None and file is None:
-        raise ConfigError("--out is for the answers to --file. Leave it out, or give a file of prompts.")
-    if chat and file is not None:
-        raise ConfigError('--chat: the records of --file say it themselves: "messages" in place of "prompt".')
-    if json and prompt is None and file is None:
-        raise ConfigError("--json: a conversation has no end to print. Give --prompt or --file.")
-    if out is not None and out.exists() and not overwrite:
-        raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
-    if 0 < temperature < LEAST:
-        raise ConfigError(f"--temperature: expected 0, or {LEAST} at least, got {temperature!r}. 0 is the limit.")
-    if seed is not None and not -(1 << 63) <= seed < 1 << 63:
-        raise ConfigError(f"--seed: expected a number of 64 bits, got {seed}.")
-    if temperature == 0:
-        for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
-            if value is not None:
-                raise ConfigError(f"{name}: without --temperature nothing is drawn. Give one above 0, or leave it out.")
-    if top_p == 0:
-        raise ConfigError("--top-p: expected a share above 0. To take the likeliest token always, leave it out.")
+    _check_options(prompt=prompt, file=file, out=out, overwrite=overwrite, chat=chat, json=json)
+    _check_sampling(temperature, top_p, top_k, seed)
     from funclora.cli._adapters import adapter_folders
     from funclora.cli._prompts import known, read_prompts
 
@@ -145,10 +125,44 @@ def generate(
             ((answer,),) = generator.batches([row], 1)
             print_json({"model": base.name, "sampling": asdict(sampling), **_result(row, answer)})
         else:
-            generator.stream(row, _write)
-            _write("\n")
+            generator.stream(row, write_text)
+            write_text("\n")
     else:
-        _converse(generator, reader, default, list(folders), base, chat=chat)
+        converse(generator, reader, default, list(folders), base, chat=chat)
+
+
+def _check_options(
+    *, prompt: str | None, file: Path | None, out: Path | None, overwrite: bool, chat: bool, json: bool
+) -> None:
+    """Raise `ConfigError` for options that contradict each other."""
+    from funclora.errors import ConfigError
+
+    if prompt is not None and file is not None:
+        raise ConfigError("--prompt and --file: give one of them.")
+    if out is not None and file is None:
+        raise ConfigError("--out is for the answers to --file. Leave it out, or give a file of prompts.")
+    if chat and file is not None:
+        raise ConfigError('--chat: the records of --file say it themselves: "messages" in place of "prompt".')
+    if json and prompt is None and file is None:
+        raise ConfigError("--json: a conversation has no end to print. Give --prompt or --file.")
+    if out is not None and out.exists() and not overwrite:
+        raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
+
+
+def _check_sampling(temperature: float, top_p: float | None, top_k: int | None, seed: int | None) -> None:
+    """Raise `ConfigError` for what no token can be drawn by."""
+    from funclora.errors import ConfigError
+
+    if 0 < temperature < LEAST:
+        raise ConfigError(f"--temperature: expected 0, or {LEAST} at least, got {temperature!r}. 0 is the limit.")
+    if seed is not None and not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"--seed: expected a number of 64 bits, got {seed}.")
+    if temperature == 0:
+        for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
+            if value is not None:
+                raise ConfigError(f"{name}: without --temperature nothing is drawn. Give one above 0, or leave it out.")
+    if top_p == 0:
+        raise ConfigError("--top-p: expected a share above 0. To take the likeliest token always, leave it out.")
 
 
 def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Settings, Reader]:
@@ -168,24 +182,10 @@ def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple
 
 
 def _asked(reader: Reader, text: str, adapter: str | None, where: str, *, chat: bool) -> Prompt:
-    _refuse_bytes(text, where)
+    refuse_bytes(text, where)
     if chat:
-        return reader.messages(_said([{"role": "user", "content": text}], where), adapter)
+        return reader.messages(spoken([{"role": "user", "content": text}], where), adapter)
     return reader.text(text, adapter, where)
-
-
-def _refuse_bytes(text: str, where: str) -> None:
-    """Raise for what Python makes of bytes that are no text, which no tokenizer takes."""
-    from funclora.errors import ConfigError
-
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{where}: holds bytes that are not UTF-8: {text!a:.60}. Give it as UTF-8.")
-
-
-def _said(messages: list[dict[str, str]], where: str) -> Record:
-    from funclora._apps.train.records import Record
-
-    return Record({"messages": messages}, where, where)
 
 
 def _result(prompt: Prompt, answer: Answer) -> dict[str, Any]:
@@ -249,71 +249,3 @@ def _save(out: Path, results: Sequence[Mapping[str, Any]]) -> None:
             stream.writelines(json_line(result) + "\n" for result in results)
 
     replace_files(out.parent, {out.name: write})
-
-
-def _converse(
-    generator: Generator, reader: Reader, adapter: str | None, names: list[str], base: Base, *, chat: bool
-) -> None:
-    """Prompts from the terminal, or from what is piped in, each answered as it comes."""
-    import sys
-
-    from funclora.cli._prompts import known
-    from funclora.errors import ConfigError
-
-    asks = sys.stdin.isatty()
-    if asks:
-        typer.echo(f"{base.name} under {adapter or BASE}. Ctrl-D ends it.", err=True)
-    said: list[dict[str, str]] = []
-    for number in range(1, 1 << 62):
-        line = _line(f"{adapter or BASE}> " if asks else None)
-        if line is None:
-            return
-        where = f"line {number}"
-        try:
-            word, _, rest = line.strip().partition(" ")
-            if word in ("/adapter", "/base"):
-                adapter = None if word == "/base" else known(rest.strip(), names, where)
-                generator.load([adapter])
-                said = []
-                continue
-            if not line.strip():
-                continue
-            _refuse_bytes(line, where)
-            if chat:
-                row = reader.messages(_said([*said, {"role": "user", "content": line}], where), adapter)
-            else:
-                row = reader.text(line, adapter, where)
-        except ConfigError as error:
-            if not asks:
-                raise
-            typer.echo(" ".join(str(error).split()), err=True)
-            continue
-        try:
-            answer = generator.stream(row, _write)
-            said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer.text}]
-        except KeyboardInterrupt:
-            if not asks:
-                raise
-        _write("\n")
-
-
-def _line(sign: str | None) -> str | None:
-    """A line without its end; None if there is no other."""
-    import sys
-
-    if sign is None:
-        line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
-    import contextlib
-
-    with contextlib.suppress(ImportError):  # makes the arrow keys work
-        import readline  # noqa: F401
-    try:
-        return input(sign)
-    except EOFError:
-        typer.echo("", err=True)
-        return None
-
-
-def _write(text: str) -> None:
-    typer.echo(text, nl=False)

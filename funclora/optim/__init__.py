@@ -11,17 +11,9 @@ adapter is alone, and its values are `[]`. The state counts the steps taken in a
 """
 
 from funclora.optim._members import per_member
+from funclora.optim._optimizers import adamw, lora_plus, sgd
 from funclora.optim._schedules import constant, warmup_cosine, warmup_linear
-from funclora.optim._transforms import (
-    GradientTransformation,
-    adamw,
-    apply_updates,
-    chain,
-    clip_by_global_norm,
-    global_norm,
-    lora_plus,
-    sgd,
-)
+from funclora.optim._transforms import GradientTransformation, apply_updates, chain, clip_by_global_norm, global_norm
 
 __all__ = [
     "GradientTransformation",

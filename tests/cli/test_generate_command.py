@@ -470,7 +470,7 @@ def test_bytes_that_are_no_text(folders: Path, monkeypatch: pytest.MonkeyPatch) 
     for chat in ([], ["--chat"]):
         args = ("--model", folders / "model", *chat)
         assert "--prompt: holds bytes that are not UTF-8: 'w1 \\udcff'. Give" in complaint(*args, "-p", "w1 \udcff")
-        monkeypatch.setattr("funclora.cli.generate._line", lambda sign: "w1 \udcff")
+        monkeypatch.setattr("funclora.cli._converse._line", lambda sign: "w1 \udcff")
         assert "line 1: holds bytes that are not UTF-8" in complaint(*args)
 
 

@@ -24,7 +24,7 @@ from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, MemberProgress,
 from funclora._apps.sweep.task import Task
 from funclora._many.stack import Stack
 from funclora._torch.pytree import keyed_copies, leaf_keys
-from funclora._train.population import Population
+from funclora._train.members import Population
 from funclora.errors import ConfigError
 from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation

@@ -1,0 +1,79 @@
+"""Arithmetic over trees of tensors, with one number or one for each member of a stack."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funclora._torch.functions import in_transform, is_differentiated
+from funclora.errors import ConfigError
+from funclora.optim._transforms import PyTree
+from funclora.optim._values import PerMember, wide
+
+
+def by_member(value: PerMember, leaf: Tensor) -> PerMember:
+    """`value` so that it broadcasts over `leaf`: a number or `[]` to all, `[n]` along the leading axis."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 1:
+        if value.shape != leaf.shape[:1]:
+            raise ConfigError(
+                f"n_adapters: expected leaves [{len(value)}, ...] for {len(value)} values, one per adapter, "
+                f"got a leaf of shape {list(leaf.shape)}; stack the adapters, or pass one number for all"
+            )
+        value = value.reshape(-1, *[1] * (leaf.dim() - 1))
+    return value.to(leaf.device, leaf.dtype)
+
+
+def scaled(leaf: Tensor, factor: PerMember) -> Tensor:
+    x = leaf.to(wide(leaf.dtype))
+    return (x * by_member(factor, x)).to(leaf.dtype)
+
+
+def overwriting() -> Callable[..., Tensor]:
+    """`op(x, ...)`, written over x, a temporary of the caller's own, unless autograd, a transform or a tracer looks on.
+
+    Fresh memory for every result would be a good part of the cost of a step.
+    """
+    watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
+
+    def over(op: Callable[..., Tensor], x: Tensor, *rest: Tensor, **options: float) -> Tensor:
+        return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)
+
+    return over
+
+
+def widest(tree: PyTree) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in optree.tree_leaves(tree)), torch.float32)
+
+
+def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> Any:
+    """`optree.tree_map` over trees with names; refuses other structures, and shapes that would broadcast.
+
+    With `outputs` other than 1, `fn` returns a tuple of that length and there are as many trees.
+    """
+    (first, tree), *others = trees.items()
+    leaves, spec = optree.tree_flatten(tree)
+    columns = [leaves]
+    for name, other in others:
+        try:
+            column: list[Any] = spec.flatten_up_to(other)
+        except ValueError as error:
+            raise ConfigError(f"{name}: expected the tree of {first}, got another one: {error}") from error
+        for i, (x, y) in enumerate(zip(leaves, column, strict=True)):
+            if not isinstance(y, Tensor) or x.shape != y.shape:
+                got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise ConfigError(
+                    f"{name} at {spec.paths()[i]}: expected a tensor {list(x.shape)} as in {first}, "
+                    f"got {got}; gradients, parameters and state must belong to the same adapters"
+                )
+        columns.append(column)
+    if outputs == 1:
+        return optree.tree_unflatten(spec, map(fn, *columns))
+    rows = list(map(fn, *columns))
+    return tuple(optree.tree_unflatten(spec, [row[i] for row in rows]) for i in range(outputs))
