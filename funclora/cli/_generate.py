@@ -15,10 +15,10 @@ from torch import Tensor
 import funclora as fl
 from funclora._apps.train.base import Base, ByteTokenizer, takes
 from funclora._apps.train.settings import CAUSAL
-from funclora._apps.train.tokenizer import first_line
 from funclora.cli._adapters import for_base
 from funclora.cli._prompts import Prompt
 from funclora.errors import ConfigError
+from funclora.io.hf.library import first_line
 from funclora.io.peft.tensors import WEIGHTS_FILE
 
 # Adapters that are kept between batches may take so many bytes, or what the largest takes if that is more.

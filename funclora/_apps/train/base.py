@@ -17,11 +17,12 @@ from funclora._apps.train.qlora import forget, pack, packed_names, splits_weight
 from funclora._apps.train.rows import IGNORED
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.tokenizer import ByteTokenizer as ByteTokenizer
-from funclora._apps.train.tokenizer import begun, first_line
+from funclora._apps.train.tokenizer import begun
 from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
 from funclora._bind.apply import bind
 from funclora._bind.params import base_params
 from funclora.errors import ConfigError, UnsupportedError
+from funclora.io.hf.library import first_line
 from funclora.rules.base import Params
 
 DEMO = "the demo's base"

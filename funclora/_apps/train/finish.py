@@ -20,14 +20,13 @@ from funclora._apps.train.loop import Outcome
 from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
-from funclora._apps.train.tokenizer import transformers
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
 from funclora._bind.summary import summary
 from funclora._files.staging import check_out, staged_folder
 from funclora._quant.quantize import dequantize
 from funclora.errors import ConfigError
-from funclora.io.hf.quiet import quiet
+from funclora.io.hf.library import quiet, transformers
 from funclora.io.merge.merge import merge_checkpoint
 from funclora.io.peft.folder import save_peft
 from funclora.rules.base import Rule

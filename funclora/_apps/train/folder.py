@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
-from funclora._apps.train.tokenizer import LOADING, first_line, model_folder, transformers
+from funclora._apps.train.tokenizer import model_folder
+from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError
-from funclora.io.hf.quiet import quiet
-from funclora.io.hf.structure import named_class, without_weights
+from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
+from funclora.io.hf.library import OPTIONS, check_config, reading, transformers
+from funclora.io.hf.structure import at_most, named_class, without_weights
+
+_PARAMETERS = 200_000  # more than any model has
+_ROOM = 1 << 27  # values that need not be stored: buffers, new heads
 
 CLASSES = {
     CAUSAL: "AutoModelForCausalLM",
@@ -52,24 +57,19 @@ def load_model(
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
     cls = _class(folder, config, task)
-    library = transformers()
-    with torch.random.fork_rng(devices=[]), quiet(library):
+    _check_size(folder, _empty(folder, config, cls, task))
+    remedy = " Give a folder with config.json and whole .safetensors files."
+    with torch.random.fork_rng(devices=[]), reading(folder, f"model: transformers cannot load {folder}", remedy):
         torch.default_generator.manual_seed(seed)
-        try:
-            model, report = cls.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=task in (SEQUENCE, TOKEN),
-            )
-        except (*LOADING, SafetensorError) as error:
-            raise FormatError(
-                f"model: transformers cannot load {folder}: {first_line(error)}. Give a folder with config.json and "
-                "whole .safetensors files."
-            ) from error
+        model, report = cls.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=task in (SEQUENCE, TOKEN),
+            **OPTIONS,
+        )
     missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     new = tuple(dict.fromkeys(_new_module(folder, model, key, task) for key in sorted(missing)))
     return model.eval().requires_grad_(False), new
@@ -80,13 +80,12 @@ def load_config(folder: Path) -> Any:
 
     Raises:
         FormatError: it cannot be read.
+        UnsupportedError: it needs code that is not in transformers.
     """
-    model_folder(folder)
-    library = transformers()
-    try:
-        return library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except LOADING as error:
-        raise FormatError(f"model: {folder / 'config.json'} cannot be read: {first_line(error)}") from error
+    file = model_folder(folder) / CONFIG_FILE
+    check_config(folder, read_json(file))
+    with reading(folder, f"model: {file} cannot be read"):
+        return transformers().AutoConfig.from_pretrained(str(folder), **OPTIONS)
 
 
 def empty_model(folder: Path, task: str | None) -> nn.Module:
@@ -101,15 +100,7 @@ def empty_model(folder: Path, task: str | None) -> nn.Module:
         ConfigError: transformers has no model for that task of this architecture.
     """
     config = load_config(folder)
-    cls = _class(folder, config, task)
-    try:
-        if task is None:
-            return without_weights(cls, config)
-        with torch.device("meta"), quiet(transformers()):
-            model: nn.Module = cls.from_config(config)
-    except LOADING as error:
-        raise FormatError(f"model: {folder} has a config.json that makes no model: {first_line(error)}") from error
-    return model
+    return _empty(folder, config, _class(folder, config, task), task)
 
 
 def longest_context(model: nn.Module) -> int | None:
@@ -146,6 +137,27 @@ def _class(folder: Path, config: Any, task: str | None) -> Any:
             f"{', '.join(fitting) or 'no task of this command'}."
         )
     return getattr(library, CLASSES[task])
+
+
+def _empty(folder: Path, config: Any, cls: Any, task: str | None) -> nn.Module:
+    """The model of a configuration on the meta device."""
+    with reading(folder, f"model: {folder} has a config.json that makes no model"), at_most(_PARAMETERS):
+        if task is None:
+            return without_weights(cls, config)
+        with torch.device("meta"):
+            model: nn.Module = cls.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _check_size(folder: Path, model: nn.Module) -> None:
+    """Raise `FormatError` if a model needs much more memory than what is stored of it: transformers fills the rest."""
+    stored = sum(tensor.nbytes for tensor in stored_tensors(folder).values())
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    needed = sum(tensor.numel() for tensor in tensors)
+    if needed > 8 * stored + _ROOM:  # a byte holds two values of four bits
+        raise FormatError(
+            f"model: {folder / CONFIG_FILE} asks for {needed:,} values, and the files of weights hold {stored:,} bytes."
+        )
 
 
 def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> str:

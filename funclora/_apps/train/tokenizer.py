@@ -8,6 +8,8 @@ from typing import Any
 
 from funclora._apps.train.settings import Settings
 from funclora.errors import ConfigError, FormatError, UnsupportedError
+from funclora.io.hf.library import OPTIONS, reading, transformers
+from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
 
 
 class ByteTokenizer:
@@ -57,13 +59,9 @@ def load_tokenizer(settings: Settings) -> Any:
     if settings.model is None:
         return ByteTokenizer()
     folder = model_folder(settings.model)
-    try:
-        tokenizer = transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except LOADING as error:
-        raise FormatError(
-            f"model: transformers finds no tokenizer in {folder} ({first_line(error)}). Put the tokenizer's files next "
-            "to the model's, as tokenizer.save_pretrained(folder) does."
-        ) from error
+    remedy = " Put the tokenizer's files next to the model's, as tokenizer.save_pretrained(folder) does."
+    with reading(folder, f"model: transformers finds no tokenizer in {folder}", remedy):
+        tokenizer = transformers().AutoTokenizer.from_pretrained(str(folder), **OPTIONS)
     if tokenizer.pad_token_id is None:
         token = tokenizer.eos_token or tokenizer.unk_token
         if token is None:
@@ -108,6 +106,7 @@ def model_folder(folder: Path) -> Path:
 
     Raises:
         FormatError: it does not.
+        UnsupportedError: it is an adapter's as well.
     """
     if not folder.is_dir():
         raise FormatError(f"model: {folder} is no folder. Give the folder of a transformers model.")
@@ -116,26 +115,9 @@ def model_folder(folder: Path) -> Path:
             f"model: {folder} holds no config.json. Give the folder of a transformers model, as save_pretrained "
             "writes it."
         )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UnsupportedError(
+            f"model: {folder} holds an adapter too ({ADAPTER_CONFIG}), and transformers would load the base of that "
+            "in its place. Move the adapter to a folder of its own."
+        )
     return folder
-
-
-def transformers() -> Any:
-    """The library.
-
-    Raises:
-        UnsupportedError: it is not installed.
-    """
-    try:
-        import transformers as library
-    except ModuleNotFoundError as error:
-        raise UnsupportedError("model: a folder needs transformers. Type: pip install 'funclora[train]'") from error
-    return library
-
-
-# What reading a broken or foreign folder raises: transformers has no error of its own for it.
-LOADING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -54,7 +54,7 @@ class Checkpoint:
                 f"{folder}: its weights are quantised (quantization_config), and rounding a merged weight again loses "
                 "digits. Give the folder of the model before it was quantised."
             )
-        self.tensors = self._tensors()
+        self.tensors = stored_tensors(folder)
         self.files = [*dict.fromkeys(tensor.file for tensor in self.tensors.values())]
         self.small: list[Path] = []
         self.left: list[Path] = []
@@ -72,36 +72,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def _tensors(self) -> dict[str, Stored]:
-        index = self.folder / INDEX_FILE
-        if (self.folder / SINGLE_FILE).is_file():  # transformers looks for it first
-            return read_header(self.folder / SINGLE_FILE)
-        if not index.is_file():
-            pickles = sorted(self.folder.glob("*.bin"))
-            if pickles:
-                raise UnsupportedError(
-                    f"{pickles[0]} is a pickle, which can run code when it is read. Load the model with transformers "
-                    "if you trust it, and save it again."
-                )
-            raise FormatError(f"{self.folder}: there is neither {SINGLE_FILE} nor {INDEX_FILE} in this folder.")
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise FormatError(f"{index}: weight_map: expected a JSON object, got {reprlib.repr(weight_map)}.")
-        tensors: dict[str, Stored] = {}
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise FormatError(f"{index}: expected names of files in this folder, got {reprlib.repr(name)}.")
-        for name in dict.fromkeys(weight_map.values()):
-            if not (self.folder / name).is_file():
-                raise FormatError(f"{index}: it names {name}, which is not there.")
-            found = read_header(self.folder / name)
-            # transformers loads what the files hold, named in the index or not
-            tensors |= {key: tensor for key, tensor in found.items() if weight_map.get(key, name) == name}
-        for key, name in weight_map.items():
-            if key not in tensors:
-                raise FormatError(f"{index}: {key!r} is not in {name}.{near(key, tensors, n=3)}")
-        return tensors
 
     def descriptor(self, file: Path) -> int:
         """The file, open for reading."""
@@ -125,6 +95,43 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Where each tensor of a model's folder lies, file after file, as transformers finds them.
+
+    Raises:
+        FormatError: there is none, a file is broken, or the index does not fit the files.
+        UnsupportedError: there are pickles instead.
+    """
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():  # transformers looks for it first
+        return read_header(folder / SINGLE_FILE)
+    if not index.is_file():
+        pickles = sorted(folder.glob("*.bin"))
+        if pickles:
+            raise UnsupportedError(
+                f"{pickles[0]} is a pickle, which can run code when it is read. Load the model with transformers "
+                "if you trust it, and save it again."
+            )
+        raise FormatError(f"{folder}: there is neither {SINGLE_FILE} nor {INDEX_FILE} in this folder.")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: weight_map: expected a JSON object, got {reprlib.repr(weight_map)}.")
+    tensors: dict[str, Stored] = {}
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FormatError(f"{index}: expected names of files in this folder, got {reprlib.repr(name)}.")
+    for name in dict.fromkeys(weight_map.values()):
+        if not (folder / name).is_file():
+            raise FormatError(f"{index}: it names {name}, which is not there.")
+        found = read_header(folder / name)
+        # transformers loads what the files hold, named in the index or not
+        tensors |= {key: tensor for key, tensor in found.items() if weight_map.get(key, name) == name}
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise FormatError(f"{index}: {key!r} is not in {name}.{near(key, tensors, n=3)}")
+    return tensors
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:

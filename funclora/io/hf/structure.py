@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from funclora.errors import FormatError, UnsupportedError
+from funclora.io.hf.library import check_config, transformers
 
 Shape = tuple[int, ...]
 
@@ -116,21 +117,16 @@ def named_class(folder: Path, architectures: object) -> Any:
     Raises:
         UnsupportedError: it names none, or one that the installed transformers does not have, or there is none.
     """
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "this needs transformers, which knows the models. Type: pip install 'funclora[hf]'"
-        ) from error
+    library = transformers()
     if not isinstance(architectures, list) or not architectures:
         raise UnsupportedError(f"{folder}: config.json names no class of model (architectures).")
     name = architectures[0]
     cls = None
     with contextlib.suppress(AttributeError, ImportError, RuntimeError):  # transformers imports it now
-        cls = getattr(transformers, name) if isinstance(name, str) else None
-    if not inspect.isclass(cls) or not issubclass(cls, transformers.PreTrainedModel):
+        cls = getattr(library, name) if isinstance(name, str) else None
+    if not inspect.isclass(cls) or not issubclass(cls, library.PreTrainedModel):
         raise UnsupportedError(
-            f"{folder}: transformers {transformers.__version__} has no class {reprlib.repr(name)} of models, which "
+            f"{folder}: transformers {library.__version__} has no class {reprlib.repr(name)} of models, which "
             "config.json names (architectures)."
         )
     return cls
@@ -150,11 +146,12 @@ def without_weights(cls: Any, config: Any) -> nn.Module:
 
 def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
     """The model of a configuration that may be broken, of so many parameters at most."""
+    check_config(folder, config)
     cls = named_class(folder, config.get("architectures"))
     if not isinstance(config.get("model_type", ""), str):
         raise FormatError(f"{folder}: config.json: model_type: expected a string, got {config['model_type']!r}.")
     try:
-        with _at_most(limit):
+        with at_most(limit):
             return without_weights(cls, cls.config_class.from_dict(dict(config)))
     except Exception as error:  # each of transformers' classes has its own ways to fail
         said = " ".join(str(error).split())
@@ -162,13 +159,13 @@ def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _at_most(limit: int) -> Iterator[None]:
+def at_most(limit: int) -> Iterator[None]:
     """Inside the block this thread makes so many parameters at most."""
     made, thread = count(1), threading.get_ident()
 
     def hook(_module: nn.Module, name: str, _parameter: nn.Parameter) -> None:
         if threading.get_ident() == thread and next(made) > limit:
-            raise FormatError(f"it asks for more than {limit} parameters, ten times what the checkpoint holds.")
+            raise FormatError(f"it asks for more than {limit} parameters, many times what the checkpoint holds.")
 
     handle = register_module_parameter_registration_hook(hook)
     try:

@@ -18,7 +18,7 @@ from funclora._files.safetensors import DTYPES, fill
 from funclora._torch.memory import free_on_host
 from funclora.errors import FormatError
 from funclora.io.hf.checkpoint import Checkpoint
-from funclora.io.hf.quiet import quiet
+from funclora.io.hf.library import OPTIONS, reading
 from funclora.io.merge import rewrite as _rewrite
 from funclora.io.merge.plan import MergePlan, Written
 from funclora.io.merge.rewrite import PartRewriter
@@ -161,10 +161,8 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
 
 
 def _load(cls: Any, folder: Path) -> Any:
-    import transformers
-
-    with quiet(transformers):
-        return cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    with reading(folder, f"{folder}: transformers cannot load it"):
+        return cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **OPTIONS).eval()
 
 
 def _adapted(plan: MergePlan, base: Any, inputs: dict[str, Tensor]) -> Any:

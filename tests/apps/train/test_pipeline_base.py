@@ -307,10 +307,10 @@ def test_folders_that_are_no_models(folders: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"finds no tokenizer in .* Put the tokenizer's files next"):
         base(tmp_path)
     load_tokenizer(Settings(model=folders["llama"])).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match="transformers cannot load"):
+    with pytest.raises(FormatError, match=r"there is neither model\.safetensors nor"):
         base(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folders["llama"] / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(FormatError, match="transformers cannot load"):
+    with pytest.raises(FormatError, match=r"model\.safetensors: .*header"):
         base(tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_pickles_are_not_opened(folders: dict[str, Path], tmp_path: Path) -> Non
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save(load_file(folders["llama"] / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(FormatError, match=r"transformers cannot load .* whole .safetensors"):
+    with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin is a pickle, which can run"):
         loaded(tmp_path, CAUSAL)
 
 
