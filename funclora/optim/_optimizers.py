@@ -12,8 +12,8 @@ from torch import Tensor
 
 from funclora.errors import ConfigError
 from funclora.optim._kernels import AdamKernel, fits_kernel
-from funclora.optim._transforms import GradientTransformation, PyTree
-from funclora.optim._trees import by_member, overwriting, scaled, tree_map, widest
+from funclora.optim._transforms import GradientTransformation
+from funclora.optim._trees import PyTree, by_member, overwriting, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 
 
@@ -229,7 +229,7 @@ def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
             f"lora_plus: expected a tree with `b` factors, got {len(paths)} leaves and no `b` among them, "
             f"beginning {paths[:3]}; pass adapters with LoRA or DoRA rules, or use the base optimizer alone"
         )
-    scaled = [scaled(x, ratio) if b else x for x, b in zip(leaves, is_b, strict=True)]
+    scaled = [times(x, ratio) if b else x for x, b in zip(leaves, is_b, strict=True)]
     return optree.tree_unflatten(spec, scaled)
 
 

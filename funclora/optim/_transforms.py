@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
 from funclora.errors import ConfigError
-from funclora.optim._trees import by_member, scaled, tree_map
+from funclora.optim._trees import PyTree, by_member, times, tree_map
 from funclora.optim._values import PerMember, check, wide
-
-PyTree: TypeAlias = Any
 
 
 class GradientTransformation(NamedTuple):
@@ -98,7 +96,7 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
             norm = global_norm(leaves)
         factor = (by_member(max_norm, norm) / (norm + 1e-6)).clamp(max=1.0)
         factor = torch.where(norm.isfinite(), factor, math.nan)
-        return tree_map(lambda g: scaled(g, factor), grads=grads), state
+        return tree_map(lambda g: times(g, factor), grads=grads), state
 
     return GradientTransformation(lambda params: (), update)
 

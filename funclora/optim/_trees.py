@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from funclora._torch.functions import in_transform, is_differentiated
 from funclora.errors import ConfigError
-from funclora.optim._transforms import PyTree
 from funclora.optim._values import PerMember, wide
+
+PyTree: TypeAlias = Any
 
 
 def by_member(value: PerMember, leaf: Tensor) -> PerMember:
@@ -30,7 +31,7 @@ def by_member(value: PerMember, leaf: Tensor) -> PerMember:
     return value.to(leaf.device, leaf.dtype)
 
 
-def scaled(leaf: Tensor, factor: PerMember) -> Tensor:
+def times(leaf: Tensor, factor: PerMember) -> Tensor:
     x = leaf.to(wide(leaf.dtype))
     return (x * by_member(factor, x)).to(leaf.dtype)
 
