@@ -59,6 +59,7 @@ def adamw(
         ConfigError: If an argument is out of range; in `update`, if trees differ or decay lacks `params`.
 
     Examples:
+        >>> from funclora.optim import apply_updates
         >>> params, grads = {"w": torch.ones(2)}, {"w": torch.tensor([3.0, -3.0])}
         >>> optimizer = adamw(lr=0.1)
         >>> updates, state = optimizer.update(grads, optimizer.init(params), params)

@@ -35,6 +35,7 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
         ConfigError: If there is none, or one is no such pair (a factory that was not called, for example).
 
     Examples:
+        >>> from funclora.optim import sgd
         >>> grads = {"w": torch.tensor([3.0, 4.0])}
         >>> optimizer = chain(clip_by_global_norm(1.0), sgd(lr=0.1))
         >>> optimizer.update(grads, optimizer.init(grads))[0]["w"]
