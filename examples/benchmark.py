@@ -336,7 +336,7 @@ class Bench:
 
 
 def measure(bench: Bench, runs: dict[str, Run], rounds: int, calls: int, tick: Tick) -> dict[str, list[float]]:
-    """ReorderedB per contender and round."""
+    """Seconds per contender and round."""
     names, seconds = list(runs), {name: [] for name in runs}  # type: tuple[list[str], dict[str, list[float]]]
     gc.collect()
     for run in runs.values():

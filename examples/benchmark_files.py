@@ -41,7 +41,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """ReorderedB for all adapters, by what was done."""
+    """Seconds for all adapters, by what was done."""
     parser = argparse.ArgumentParser(description="Saving and loading adapters, against PEFT.")
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)

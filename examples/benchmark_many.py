@@ -41,7 +41,7 @@ LOOPS = 16  # merged models and vmap are run up to that many members: each merge
 
 @dataclasses.dataclass
 class Cell:
-    """ReorderedB by round of contenders that took turns, for members × rows of each × tokens."""
+    """Seconds by round of contenders that took turns, for members × rows of each × tokens."""
 
     work: str
     size: tuple[int, int, int]
@@ -292,10 +292,10 @@ def targets(cells: Sequence[Cell]) -> Iterator[str]:
 def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) -> Iterator[str]:
     yield "# Benchmarks of many adapters\n"
     yield "One frozen Llama (6 layers, 512 wide, random weights, float32) and many adapters of rank "
-    yield f'{RANK} on all its linear layers. `members × rows of each × tokens of each row`. "rows" is one batch with'
-    yield "`fl.route`, a train step is `fl.population_step` with AdamW. PEFT's mixed batch is its `adapter_names`; "
-    yield "one by one, each member takes its own step. Times are medians over rounds in which all took turns; a ratio"
-    yield "is the median of the ratios within each round, with the lowest and the highest in brackets.\n"
+    yield f'{RANK} on all its linear layers. Sizes are `members × rows of each × tokens of each row`. "rows" is one'
+    yield "batch with `fl.route`; a training step is `fl.population_step` with AdamW. PEFT's mixed batch uses its"
+    yield '`adapter_names`. "One by one" trains each member in its own step. Times are medians over alternating rounds.'
+    yield "A ratio is the median of the ratios within each round, with the lowest and the highest in brackets.\n"
     yield f"- {about['machine']}, {about['threads']} threads; load when it began: {about['load']:.1f}"
     yield f"- torch {torch.__version__}, peft {peft.__version__}, {about['date']}, {about['minutes']:.0f} minutes"
     yield f"- `{about['command']}`\n"
@@ -319,18 +319,18 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
         own = peaks[0]
         first, *others = sorted(set(peaks) - {0})
         yield "\n## Memory of a train step\n"
-        yield "Peak of the process, one row of 16 tokens for each member. A member brings with it"
-        yield f"{own / 2**20:.1f} MiB: its weights, its optimizer state, and what backward needs of its row. A step is"
-        yield "a pure function: while it makes the new weights and state, the old ones are still there.\n"
-        yield from head("members", "MiB", "MiB for each further member", "against one and what the others bring")
+        yield "Peak memory of the process, with one row of 16 tokens for each member. A member itself needs"
+        yield f"{own / 2**20:.1f} MiB: its weights, its optimizer state, and the activations of its row. A step is"
+        yield "a pure function: while it computes the new weights and state, the old ones are still in memory.\n"
+        yield from head("members", "MiB", "MiB for each further member", "relative to one member plus own needs")
         yield table_row(first, f"{peaks[first] / 2**20:.0f}", "", "")
         for n in others:
             each, needed = (peaks[n] - peaks[first]) / (n - first), peaks[first] + (n - first) * own
             yield table_row(n, f"{peaks[n] / 2**20:.0f}", f"{each / 2**20:.1f}", f"{peaks[n] / needed:.2f}")
-    yield "\n## Where the gain ends\n"
-    yield "Each row costs the base model's own arithmetic, whoever it belongs to. With few tokens for each adapter the "
-    yield "base weights are read once instead of once for each adapter, and that is the gain. With many tokens for each"
-    yield "adapter the arithmetic is all there is: mixing adapters then saves little more than the calls."
+    yield "\n## When it is faster\n"
+    yield "Each row needs the base model's own arithmetic, whatever its adapter. With few tokens for each adapter, "
+    yield "the gain is that the base weights are read once instead of once for each adapter. With many tokens for each"
+    yield "adapter, the arithmetic dominates: mixing adapters then saves little more than the overhead of the calls."
 
 
 def draw(path: Path, cells: Sequence[Cell]) -> None:

@@ -35,7 +35,7 @@ class Ratio(NamedTuple):
 
 @dataclasses.dataclass
 class Row:
-    """ReorderedB per round of contenders that took turns."""
+    """Seconds per round of contenders that took turns."""
 
     model: str
     r: int
@@ -155,24 +155,24 @@ def targets() -> Iterator[Target]:
 
 INTRODUCTION = """# Benchmarks
 
-funclora, [PEFT](https://github.com/huggingface/peft) and the bare base model, taking turns in one process:
-A B C, then backwards, then from B on, so that whatever slows the machine slows them all. Times are medians over
-the rounds; a ratio is the median of the ratios within each round, with the lowest and the highest in brackets.
+This page compares funclora, [PEFT](https://github.com/huggingface/peft) and the base model without adapters. They
+alternate in one process, in changing order, so that a slower phase of the machine affects all of them. Times are
+medians over the rounds. A ratio is the median of the ratios within each round, with the lowest and the highest in
+brackets.
 
 - Base weights are random and in float32. B is not zero, and α = 2r.
-- Before anything is timed, PEFT and funclora get the same A, B and m, and must agree in their outputs and in every
-  gradient.
+- Before any timing, PEFT and funclora get the same A, B and m, and must agree in their outputs and in every gradient.
 - Forward passes run in evaluation mode under `torch.no_grad()` and without a KV cache. `apply` is
-  `fl.apply(model, params, adapters, x)`; `bound(x)` has `bound = fl.bind(model, params, adapters)` made once, which is
-  how one serves a model: DoRA's norms are then computed once too.
-- A train step is forward, backward and an AdamW update of the adapter: `fl.train_step` with `fl.optim.adamw`, and
+  `fl.apply(model, params, adapters, x)`. For `bound(x)`, `bound = fl.bind(model, params, adapters)` is called once
+  before, as in serving, so DoRA's norms are also computed only once.
+- A training step is forward, backward and an AdamW update of the adapter: `fl.train_step` with `fl.optim.adamw`, and
   `torch.optim.AdamW` for PEFT.
-- PEFT keeps nothing between calls by default. "PEFT cached" is its `DoraCaching`, which keeps a second dense weight
+- By default PEFT caches nothing between calls. "PEFT cached" is its `DoraCaching`, which keeps a second dense weight
   per layer.
-- One token (one image) is the time of a call that follows another by the same contender.
+- The time for one token (one image) is measured in a call that follows another call of the same contender.
 
-[benchmarks.json](benchmarks.json) has the seconds of every round. The loop of `funclora train` has
-[a page of its own](benchmarks-train.md).
+[benchmarks.json](benchmarks.json) has the seconds of every round. The training loop of `funclora train` has
+[its own page](benchmarks-train.md).
 """
 
 

@@ -80,7 +80,7 @@ def train_one_by_one(task: Task, members: list[Member], settings: SearchSettings
 
 
 def train_nothing(task: Task, members: list[Member], settings: SearchSettings) -> float:
-    """ReorderedB of forward and backward passes through the base alone, on the rows of all members."""
+    """Seconds of forward and backward passes through the base alone, on the rows of all members."""
     # Down to the first layer's output, as adapters in it would need.
     nudge = {name: torch.zeros((), requires_grad=True) for name in task.params if "embed" in name}
     started = time.perf_counter()

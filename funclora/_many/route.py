@@ -166,7 +166,7 @@ Found = tuple[Rule, list[float], list[list[int]]]
 
 
 def _merged(parts: list[Found]) -> list[Found]:
-    """RoutedGroups that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
+    """Groups that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
     kinds: dict[Any, list[Found]] = {}
     for part in parts:
         rule = part[0]

@@ -99,7 +99,7 @@ def with_rows(
         if isinstance(place, str) and place and x.dim():
             raise UnsupportedError(
                 f"the model returns a tensor of shape {list(x.shape)} whose rows {place} may have mixed or reordered. "
-                "OpCall the model once for each member, or use funclora.vmap over the stack."
+                "Call the model once for each member, or use funclora.vmap over the stack."
             )
         if alone and place != Place(0, 1):
             raise UnsupportedError(

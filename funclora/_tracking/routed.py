@@ -388,7 +388,7 @@ def _in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:
 
 
 def _scaled(op: Any, rows: Tensor, norm_scale: Tensor | None) -> Tensor:
-    """Assignment `[n, *]` times the norm_scales of their output units, `[n, out]`."""
+    """Rows `[n, *]` times the norm_scales of their output units, `[n, out]`."""
     return rows if norm_scale is None else rows * spread(norm_scale, rows, op.per_output(norm_scale[0]).shape)
 
 
