@@ -198,8 +198,9 @@ def _csv(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for row in rows:
         if row and not names:
             names = row
+            first = {name: i for i, name in reversed([*enumerate(names)])}
             for i, name in enumerate(names):
-                if not name.strip() or name in names[:i]:
+                if not name.strip() or first[name] < i:
                     problem = "is there twice" if name.strip() else "is blank"
                     raise FormatError(f"{file}:{begin}: column {i + 1}: the name {_short(name)} {problem}.")
         elif row:
