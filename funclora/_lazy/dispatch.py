@@ -34,7 +34,7 @@ def _is_lazy(x: object) -> bool:
 
 def _layout(weight: Any, kind: type[Layout]) -> Any:
     """The layout of the lazy weight's rule, if the operation can be computed with one of that kind."""
-    layout = getattr(weight.rule, "layout", None) if _is_lazy(weight) else None
+    layout = weight.rule.layout if _is_lazy(weight) else None
     if not isinstance(layout, kind):
         raise NoFormError
     return layout

@@ -22,14 +22,21 @@ from funclora.rules.layouts import Matrices
 
 def _rule(lazy: Any) -> Any:
     rule = getattr(lazy, "rule", None)
-    if not isinstance(getattr(rule, "layout", None), Matrices) or not hasattr(rule, "transposed"):
+    if rule is None or not isinstance(rule.layout, Matrices):
         raise NoFormError
     return rule
 
 
+def _view(lazy: Any, base: Tensor, rule: Any) -> Any:
+    """The lazy weight of a view; `rule` is its rule, None if there is none."""
+    if rule is None:
+        raise NoFormError
+    return lazy.like(base, rule)
+
+
 def _transposed(lazy: Any) -> Any:
     rule = _rule(lazy)
-    return lazy.like(lazy.base.mT, rule.transposed())
+    return _view(lazy, lazy.base.mT, rule.transposed())
 
 
 def _transpose_2d(lazy: Any) -> Any:
@@ -57,7 +64,7 @@ def _getitem(lazy: Any, index: Any) -> Any:
     rule = _rule(lazy)
     if lazy.base.dim() < 3 or not (isinstance(index, (int, slice)) or _counts(index, lazy.base.dim() - 2)):
         raise NoFormError
-    return lazy.like(lazy.base[index], rule.select_experts(index))
+    return _view(lazy, lazy.base[index], rule.select_experts(index))
 
 
 def _counts(index: Any, lead: int) -> bool:
@@ -70,7 +77,7 @@ def _narrow(lazy: Any, dim: int, start: int, length: int) -> Any:
     rows = -1 if rule.layout.transposed else -2
     if dim % lazy.base.dim() != rows % lazy.base.dim():
         raise NoFormError
-    return lazy.like(lazy.base.narrow(dim, start, length), rule.narrow_outputs(start, length))
+    return _view(lazy, lazy.base.narrow(dim, start, length), rule.narrow_outputs(start, length))
 
 
 def _split(lazy: Any, split_size: Any, dim: int = 0) -> tuple[Any, ...]:

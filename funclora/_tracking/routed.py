@@ -11,7 +11,7 @@ With weights w over the members it is the base's weight plus the weighted sum of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -157,9 +157,9 @@ class Routed(Rule):
         return max(rule.dropout_p for rule in self.rules)
 
     @property
-    def layout(self) -> Layout | None:
+    def layout(self) -> Layout | None:  # type: ignore[override]
         """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
-        return None if self.replacing() else self.rules[0].layout  # type: ignore[attr-defined]
+        return None if self.replacing() else self.rules[0].layout
 
     def replacing(self) -> list[tuple[Rule, RoutedGroup]]:
         """The members whose weight is no low-rank update of the base's."""
@@ -194,13 +194,17 @@ class Routed(Rule):
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).apply_op(op, weight, dropout)
 
-    def transposed(self) -> Routed:
-        """The rule of the transposed weight."""
-        return replace(self, rules=tuple(rule.transposed() for rule in self.rules))  # type: ignore[attr-defined]
+    def transposed(self) -> Rule | None:
+        return _of_each(self, lambda rule: rule.transposed())
 
-    def narrow_outputs(self, start: int, length: int) -> Routed:
-        """The rule of the output units from `start` on."""
-        return replace(self, rules=tuple(rule.narrow_outputs(start, length) for rule in self.rules))  # type: ignore[attr-defined]
+    def narrow_outputs(self, start: int, length: int) -> Rule | None:
+        return _of_each(self, lambda rule: rule.narrow_outputs(start, length))
+
+
+def _of_each(routed: Routed, form: Callable[[Rule], Rule | None]) -> Routed | None:
+    """The rule of a view of the weight; None if one of the members has none."""
+    rules = tuple(map(form, routed.rules))
+    return None if None in rules else replace(routed, rules=cast(tuple[Rule, ...], rules))
 
 
 def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> LowRank:
@@ -273,7 +277,7 @@ class PreparedRouted(Rule):
     dropout_p = Routed.dropout_p
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Layout:  # type: ignore[override]
         """Where the matrix lies in the weight."""
         return self.rules[0].layout
 

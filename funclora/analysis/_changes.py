@@ -294,8 +294,9 @@ def _of_rows(rule: Rule, start: int, length: int) -> Rule:
     """The rule of the rows from `start` on."""
     if isinstance(rule, (Full, Delta)):
         return replace(rule, value=rule.value.narrow(-2, start, length))
-    assert isinstance(rule, (LowRank, TrainableTokens))
-    return rule.narrow_outputs(start, length)
+    part = rule.narrow_outputs(start, length)
+    assert part is not None
+    return part
 
 
 def _norm(tensor: Tensor) -> float:

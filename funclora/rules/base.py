@@ -15,19 +15,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from funclora.rules.layouts import Layout, Shape
 from funclora.rules.linear_ops import LinearOp
 
 
 class Rule(ABC):
-    """Rewrites one weight. Subclasses are frozen dataclasses whose tensors come first."""
+    """Rewrites one weight. Subclasses are frozen dataclasses whose tensors come first.
+
+    `dense` and `check` are a rule's own. All else has a default that is right for every rule: `None` where a rule has
+    no such form, and then the dense weight is computed, or an error says what is missing.
+
+    Attributes:
+        leaf_names: the fields that hold the trainable tensors.
+        bind_dense: the dense form costs nothing: it is used as it is, no lazy weight stands for it.
+        layout: where the matrix that the rule rewrites is in the weight. None: `apply_op` is never called, every
+            operation gets the dense weight.
+    """
 
     leaf_names: ClassVar[tuple[str, ...]]
-    # The dense form costs nothing: it is used as it is, no lazy weight stands for it.
     bind_dense: ClassVar[bool] = False
+    layout: Layout | None = None
 
     @abstractmethod
     def dense(self, weight: Tensor) -> Tensor:
@@ -57,6 +68,42 @@ class Rule(ABC):
     def prepared(self, weight: Tensor) -> Rule:
         """A rule with the same results that has computed what depends on nothing but itself and the weight."""
         return self
+
+    def transposed(self) -> Rule | None:
+        """The rule of the transposed weight; None if there is no such rule."""
+        return None
+
+    def narrow_outputs(self, start: int, length: int) -> Rule | None:
+        """The rule of `length` output units from `start` on; None if there is no such rule."""
+        return None
+
+    def narrow_inputs(self, start: int, length: int) -> Rule | None:
+        """The rule of `length` inputs from `start` on; None if there is no such rule."""
+        return None
+
+    def select_experts(self, index: Any) -> Rule | None:
+        """The rule of `weight[index]`, where the index selects among leading dimensions (experts); None if none."""
+        return None
+
+    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Rule | None:
+        """The rule of `weight.narrow(dim, start, length)`; None if there is no such rule.
+
+        Args:
+            shape: the shape of the weight.
+            dim: the dimension, counted from the front.
+            start: the first slice.
+            length: how many.
+        """
+        if (start, length) == (0, shape[dim]):
+            return self
+        what = None if self.layout is None else self.layout.counts(shape, dim)
+        if what == "outputs":
+            return self.narrow_outputs(start, length)
+        if what == "inputs":
+            return self.narrow_inputs(start, length)
+        if what == "experts":
+            return self.select_experts((slice(None),) * dim + (slice(start, start + length),))
+        return None
 
     @property
     def dropout_p(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from funclora._quant.tensor import Quantized
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
+from funclora.rules.layouts import Shape
 
 
 @pytree_node
@@ -39,6 +40,9 @@ class Full(Rule):
 
     def dense(self, weight: Tensor) -> Tensor:
         return self.value
+
+    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Full:
+        return replace(self, value=self.value.narrow(dim, start, length))
 
     def check(self, name: str, weight: Tensor) -> None:
         refuse_full(name, weight)
@@ -73,6 +77,9 @@ class Delta(Rule):
     def dense(self, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(weight.dtype, self.value.dtype), torch.float32)
         return torch.add(weight.to(dtype), self.value.to(dtype), alpha=self.scaling)
+
+    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Delta:
+        return replace(self, value=self.value.narrow(dim, start, length))
 
     def check(self, name: str, weight: Tensor) -> None:
         refuse_full(name, weight)

@@ -74,6 +74,9 @@ class DoRA(LowRank):
     def dense(self, weight: Tensor) -> Tensor:
         return self.prepared(weight).dense(weight)
 
+    def narrow_inputs(self, start: int, length: int) -> None:
+        return None  # the norm is that of all inputs
+
     def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).apply_op(op, weight, dropout)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Size, Tensor
@@ -61,6 +62,14 @@ class Layout(ABC):
         """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
         return 0
 
+    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+        """What a dimension of the weight, counted from the front, counts; None if it is none of these alone."""
+        return None
+
+    def of_outputs(self) -> Layout | None:
+        """The layout of a weight with some of the output units; None if they are no slices of the weight."""
+        return self
+
     @property
     def rank_dims(self) -> tuple[int, int]:
         """The dimensions of `a` and `b` that count ranks."""
@@ -93,6 +102,14 @@ class Matrices(Layout):
 
     def expert_dims(self, shape: Shape) -> int:
         return len(shape) - 2
+
+    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+        if dim < len(shape) - 2:
+            return "experts"
+        return "inputs" if (dim == len(shape) - 1) != self.transposed else "outputs"
+
+    def of_outputs(self) -> Layout:
+        return Parameter(self.transposed)  # no module's own weight any more
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
@@ -185,6 +202,9 @@ class Conv(Layout):
     dilated: bool = False
     padding_mode: str = "zeros"
 
+    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+        return "outputs" if dim == 0 else None
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
@@ -208,6 +228,12 @@ class ConvTranspose(Layout):
     """
 
     groups: int = 1
+
+    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+        return "outputs" if dim == 1 and self.groups == 1 else None
+
+    def of_outputs(self) -> Layout | None:
+        return self if self.groups == 1 else None
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         grouped: Tensor = weight.unflatten(0, (self.groups, -1))

@@ -13,7 +13,7 @@ from funclora._torch.functions import is_mapped
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
-from funclora.rules.layouts import Layout, Linear, Parameter
+from funclora.rules.layouts import Layout, Linear, Matrices, Parameter
 from funclora.rules.linear_ops import LinearOp
 
 
@@ -69,19 +69,27 @@ class LowRank(Rule):
                     f"shape {list(weight.shape)} with layout {type(self.layout).__name__} and rank {self.r}."
                 )
 
-    def select_experts(self, index: Any) -> LowRank:
-        """The rule of `weight[index]`, where the index selects among leading dimensions (experts)."""
+    def transposed(self) -> LowRank | None:
+        layout = self.layout
+        return replace(self, layout=Parameter(not layout.transposed)) if isinstance(layout, Matrices) else None
+
+    def narrow_outputs(self, start: int, length: int) -> LowRank | None:
+        layout, dim = self.layout.of_outputs(), self.layout.rank_dims[1] - 1
+        if layout is None:
+            return None
+        vectors = {name: getattr(self, name).narrow(-1, start, length) for name in self.leaf_names[2:]}
+        return replace(self, b=self.b.narrow(dim, start, length), **vectors, layout=layout)
+
+    def narrow_inputs(self, start: int, length: int) -> LowRank | None:
+        if not isinstance(self.layout, Matrices):
+            return None
+        return replace(self, a=self.a.narrow(-1, start, length), layout=Parameter(self.layout.transposed))
+
+    def select_experts(self, index: Any) -> LowRank | None:
+        if not isinstance(self.layout, Matrices):
+            return None
         leaves = {name: getattr(self, name)[index] for name in self.leaf_names}
         return replace(self, **leaves, layout=Parameter(self.layout.transposed))
-
-    def narrow_outputs(self, start: int, length: int) -> LowRank:
-        """The rule of the output units from `start` on."""
-        vectors = {name: getattr(self, name).narrow(-1, start, length) for name in self.leaf_names[2:]}
-        return replace(self, b=self.b.narrow(-2, start, length), **vectors, layout=Parameter(self.layout.transposed))
-
-    def transposed(self) -> LowRank:
-        """The rule of the transposed weight."""
-        return replace(self, layout=Parameter(not self.layout.transposed))
 
     def add_update(self, op: LinearOp, y: Tensor, dropout: float) -> Tensor:
         """`y + s·op(B·A)`, in the wider dtype of the two."""

@@ -76,11 +76,9 @@ class TrainableTokens(Rule):
             )
 
     def transposed(self) -> TrainableTokens:
-        """The rule of the transposed table."""
         return replace(self, layout=Parameter(not self.layout.transposed))
 
     def narrow_outputs(self, start: int, length: int) -> TrainableTokens:
-        """The rule of the dimensions of the embedding from `start` on."""
         return replace(self, value=self.value.narrow(-1, start, length), layout=Parameter(self.layout.transposed))
 
     def _index(self, weight: Tensor) -> Tensor:

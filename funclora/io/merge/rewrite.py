@@ -10,11 +10,10 @@ from torch import Tensor
 
 from funclora._bind.merge import refuse_nonfinite
 from funclora._files.safetensors import certainly_within
-from funclora.errors import NonFiniteError
+from funclora.errors import NonFiniteError, UnsupportedError
 from funclora.io.hf.structure import Part, Shape
 from funclora.rules.base import Rule
 from funclora.rules.dora import DoRA
-from funclora.rules.narrow import can_narrow, narrowed
 
 # Elements of a weight that are computed together: they stay in a core's cache from reading to rounding.
 BLOCK = 2**19
@@ -37,7 +36,7 @@ class PartRewriter:
         self._part, self._read = part, read
         shape = [*whole]
         for dim, start, length in part.cuts:
-            rules = [narrowed(rule, tuple(shape), dim, start, length) for rule in rules]
+            rules = [_narrowed(rule, tuple(shape), dim, start, length) for rule in rules]
             shape[dim] = length
         self._shape = tuple(shape)
         # The dimension of the parameter that is the tensor's first: what stands before it has length 1.
@@ -46,11 +45,15 @@ class PartRewriter:
             rules = [_as_double(rule) for rule in rules]
         rules = [self._with_norm(rule) for rule in rules]
         self._rules = rules
-        self.divisible = bool(part.shape) and all(can_narrow(rule, self._shape, self._dim) for rule in rules)
+        self.divisible = bool(part.shape) and all(map(self._is_divisible, rules))
+
+    def _is_divisible(self, rule: Rule) -> bool:
+        """True if the rule has a part for each slice."""
+        return rule.narrow(self._shape, self._dim, 0, 0) is not None
 
     def _with_norm(self, rule: Rule) -> Rule:
         """A DoRA rule whose norms run across the slices gets them now, from the whole weight."""
-        if not isinstance(rule, DoRA) or can_narrow(rule, self._shape, self._dim):
+        if not isinstance(rule, DoRA) or self._is_divisible(rule):
             return rule
         weight = self._base(0, self._part.shape[0])
         return rule.prepared(weight.double() if rule.a.dtype == torch.float64 else weight)
@@ -68,13 +71,20 @@ class PartRewriter:
         base = self._base(first, length)
         value = base
         for rule in self._rules:
-            own = narrowed(rule, self._shape, self._dim, first, length) if self.divisible else rule
+            own = _narrowed(rule, self._shape, self._dim, first, length) if self.divisible else rule
             value = own.dense(value)
         return base.reshape(length, *self._part.shape[1:]), value.reshape(length, *self._part.shape[1:])
 
     def _base(self, first: int, length: int) -> Tensor:
         values = self._read(self._part.key, self._part.first + first, length)
         return values.reshape(*self._shape[: self._dim], length, *self._shape[self._dim + 1 :])
+
+
+def _narrowed(rule: Rule, shape: Shape, dim: int, start: int, length: int) -> Rule:
+    part = rule.narrow(shape, dim, start, length)
+    if part is None:
+        raise UnsupportedError(f"{type(rule).__name__} has no part along dimension {dim} of a weight {list(shape)}.")
+    return part
 
 
 def _as_double(rule: Rule) -> Rule:
