@@ -1,7 +1,8 @@
 """Fails when the API pages and the package disagree.
 
-Every public name must stand on a page, as `::: funclora.name`, and have a docstring of its own, with examples
-under "Examples:" (elsewhere they are not shown as code). Every name on a page must exist.
+Every public name must stand on a page, as `::: funclora.name` or another public name of the same object, and have a
+docstring of its own, with examples under "Examples:" (elsewhere they are not shown as code). Every name on a page must
+exist.
 """
 
 import importlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import griffe
 
 DOCS = Path(__file__).parent
-NAMESPACES = ("funclora", "funclora.algebra", "funclora.analysis", "funclora.optim")
+NAMESPACES = ("funclora", "funclora.algebra", "funclora.analysis", "funclora.io", "funclora.optim")
 
 
 def documented() -> dict[str, str]:
@@ -54,19 +55,26 @@ def stray_examples(node: griffe.Object | griffe.Alias) -> list[str]:
     return found
 
 
+def node_of(package: griffe.Object | griffe.Alias, name: str) -> griffe.Object | griffe.Alias:
+    """What the full name stands for."""
+    found: griffe.Object | griffe.Alias = package if name == package.path else package[name.removeprefix("funclora.")]
+    return found
+
+
 def complaints() -> list[str]:
     """What is wrong, one line each."""
     on_pages = documented()
     # Read from the source, as the pages are: an inherited or generated docstring does not count.
     package = griffe.load("funclora", search_paths=[DOCS.parent], resolve_aliases=True)
     found = [f"{place}: {name} does not exist" for name, place in on_pages.items() if not exists(name)]
+    shown = {node_of(package, name).canonical_path for name in on_pages if exists(name)}
     for name in [*NAMESPACES, *public()]:
-        node = package[name.removeprefix("funclora").removeprefix(".")] if name != "funclora" else package
+        node = node_of(package, name)
         if not node.has_docstring:
             found.append(f"{node.filepath}:{node.lineno}: {name} has no docstring")
         if name not in NAMESPACES:
             found += [f"{path}: put its example under 'Examples:'" for path in stray_examples(node)]
-        if name not in NAMESPACES and name not in on_pages:
+        if name not in NAMESPACES and node.canonical_path not in shown:
             found.append(f"{name} is public and on no page of {DOCS.name}/: add '::: {name}'")
     return found
 

@@ -20,12 +20,12 @@ import funclora as fl
 
 
 class Result(NamedTuple):
-    report: fl.MergeReport
+    report: fl.io.MergeReport
     difference: float  # of the merged model's logits from those of the base under the adapter
     effect: float  # of the adapter on the logits
     tied: bool
     files: list[str]
-    extracted: fl.ExtractReport
+    extracted: fl.io.ExtractReport
 
 
 def make_base(folder: Path) -> None:

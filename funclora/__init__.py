@@ -4,38 +4,56 @@ An adapter is a value: a dict from parameter names to rewriting rules. `apply` r
 weights, `merge` returns them, `train_step` improves them; no module is ever changed.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from funclora._api import *  # noqa: F403 -- the list of names stands there, once
-    from funclora._api import __all__ as __all__
-else:
-    from functools import cache
-
-    @cache
-    def _places() -> dict[str, str]:
-        """Public name -> module that has it, read off the imports of `_api`: to run them would load everything."""
-        import ast
-        from importlib.util import find_spec
-
-        spec = find_spec("funclora._api")
-        imports = [node for node in ast.parse(spec.loader.get_source(spec.name)).body if hasattr(node, "module")]
-        return {alias.name: node.module for node in imports for alias in node.names}
-
-    def __getattr__(name: str) -> object:
-        # Import machinery asks for names like __path__, which no public name looks like.
-        if name == "__all__":
-            return sorted(_places())
-        if name.startswith("_") or name not in _places():
-            raise AttributeError(f"module 'funclora' has no attribute {name!r}")
-        from importlib import import_module
-
-        place = _places()[name]
-        value = import_module(f"funclora.{name}") if place == "funclora" else getattr(import_module(place), name)
-        return globals().setdefault(name, value)
-
-    def __dir__() -> list[str]:
-        return sorted([*globals(), *_places()])
-
+from funclora._names import attach
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "funclora": ("algebra", "analysis", "errors", "io", "optim"),
+        "funclora._bind.apply": ("apply", "bind", "trace_targets"),
+        "funclora._bind.merge": ("merge",),
+        "funclora._bind.params": ("base_params",),
+        "funclora._bind.summary": ("Summary", "SummaryRow", "summary"),
+        "funclora._config.config": ("LoraConfig",),
+        "funclora._init.decompose": ("decompose",),
+        "funclora._init.eva": ("init_eva",),
+        "funclora._init.fresh": ("init",),
+        "funclora._init.relative": ("relative_to_original",),
+        "funclora._many.route": ("route",),
+        "funclora._many.stack": ("Stack", "stack", "unstack", "vmap"),
+        "funclora._quant.quantize": ("dequantize", "quantize"),
+        "funclora._quant.tensor": ("Quantized",),
+        "funclora._train.evaluate": ("Metric", "evaluate"),
+        "funclora._train.module": ("AdapterModule", "as_module"),
+        "funclora._train.members": ("Population",),
+        "funclora._train.population": ("per_example_value_and_grad", "population_step"),
+        "funclora._train.step": ("LossFn", "train_step", "value_and_grad"),
+        "funclora.errors": ("strict",),
+        "funclora.io.gguf.adapter": ("load_gguf", "save_gguf"),
+        "funclora.io.hf.extract": ("extract_adapter",),
+        "funclora.io.merge.merge": ("merge_checkpoint",),
+        "funclora.io.peft.cache": ("AdapterCache",),
+        "funclora.io.peft.combine": ("combine_peft",),
+        "funclora.io.peft.folder": ("load_peft", "save_peft"),
+        "funclora.optim": ("Optimizer",),
+        "funclora.rules.base": ("Adapters", "Params", "Rule"),
+        "funclora.rules.dense": ("Delta", "Full"),
+        "funclora.rules.dora": ("DoRA",),
+        "funclora.rules.layouts": ("Layout",),
+        "funclora.rules.low_rank": ("LoRA",),
+        "funclora.rules.tokens": ("Tied", "TrainableTokens"),
+    },
+    moved={
+        "funclora.io": (
+            "CacheStats",
+            "CombinedFolders",
+            "ExtractReport",
+            "ExtractedWeight",
+            "MergeReport",
+            "MergeVerification",
+            "MergedWeight",
+        )
+    },
+)

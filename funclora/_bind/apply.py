@@ -156,7 +156,7 @@ def trace_targets(
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
 
     Examples:
-        >>> from funclora import LoRA
+        >>> from funclora import LoRA, base_params
         >>> model = nn.Linear(2, 1, bias=False)
         >>> adapters = {"weight": LoRA(torch.ones(1, 2), torch.ones(1, 1))}
         >>> trace_targets(model, {"weight": torch.zeros(1, 2)}, adapters, torch.ones(3, 2))

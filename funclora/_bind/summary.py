@@ -12,7 +12,7 @@ from funclora.rules.low_rank import LowRank
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One target: its name, rule, weight shape, rank (None for fully trained parameters) and trainable count."""
 
     name: str
@@ -32,7 +32,7 @@ class Summary:
         total: number of floating-point values of the base, tied ones counted once.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SummaryRow, ...]
     trainable: int
     total: int
 
@@ -84,7 +84,7 @@ def summary(params: Params, adapters: Adapters) -> Summary:
     """
     check_adapters(params, adapters)
     rows = tuple(
-        Row(
+        SummaryRow(
             name,
             type(rule).__name__,
             tuple(params[name].shape),

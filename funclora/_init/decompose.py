@@ -36,7 +36,7 @@ def decompose(
     generator: Generator | None = None,
     params: Params | None = None,
     dtype: torch.dtype | None = None,
-    quantize: Quantize | None = None,
+    quantize: Callable[[Tensor], Tensor] | None = None,
     iterations: int = 1,
 ) -> tuple[dict[str, Tensor], dict[str, Rule]]:
     """Split the weights of the targets into an adapter and the rest, by `init_lora_weights` of the configuration.

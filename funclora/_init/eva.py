@@ -16,13 +16,11 @@ from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
 from funclora._config.names import named
-from funclora._init.eva_inputs import Inputs, Mask
+from funclora._init.eva_inputs import Inputs
 from funclora._init.fresh import draw_root, init
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
 from funclora.rules.base import Params, Rule
 from funclora.rules.low_rank import LowRank
-
-Forward = Callable[[nn.Module, Any], Any]
 
 IGNORED = -100  # the label of tokens that count in no loss
 
@@ -55,8 +53,8 @@ def init_eva(
     tau: float = 0.99,
     whiten: bool = False,
     adjust_scaling: bool = True,
-    forward: Forward | None = None,
-    mask: Mask = label_mask,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    mask: Callable[[Any], Tensor | None] = label_mask,
     max_batches: int = 1000,
     generator: Generator | None = None,
     params: Params | None = None,

@@ -22,6 +22,7 @@ from funclora.errors import ConfigError
 from funclora.rules.base import Params
 
 Metric = Callable[[Any, Any], Any]
+"""A metric: `metric(bound, batch)` -> a value for each row `[n_rows]`, or one for the batch `[]`, or a tree of them."""
 
 
 def evaluate(

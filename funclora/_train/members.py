@@ -17,6 +17,7 @@ from funclora.errors import ConfigError, UnsupportedError
 from funclora.rules.base import Params, Rule
 
 Population = Stack[dict[str, Rule]]
+"""A stack of adapters."""
 
 
 class BatchedModel:

@@ -20,6 +20,7 @@ from funclora.optim._members import Optimizer, is_pure
 from funclora.rules.base import Adapters, Params, Rule
 
 LossFn = Callable[..., Any]
+"""A loss: `loss_fn(bound, batch)` -> a scalar tensor, or `(loss, aux)` with `has_aux=True`."""
 
 
 def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:

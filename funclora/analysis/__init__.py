@@ -4,21 +4,25 @@ Norms and spectra of updates, magnitude and direction, and how two adapters rela
 `to_json`, and can draw itself with `plot` (which needs matplotlib).
 """
 
+from funclora.analysis._changes import Tuned
 from funclora.analysis._compare import ComparedUpdate, Comparison, compare
-from funclora.analysis._direction import Movement, Movements, Trend, magnitude_direction
+from funclora.analysis._direction import Movement, Movements, Per, Trend, magnitude_direction
 from funclora.analysis._spectrum import Spectra, Spectrum, effective_rank, spectra, stable_rank
-from funclora.analysis._subspace import Similarities, Similarity, phi, subspace_similarity
+from funclora.analysis._subspace import Of, Similarities, Similarity, phi, subspace_similarity
 
 __all__ = [
     "ComparedUpdate",
     "Comparison",
     "Movement",
     "Movements",
+    "Of",
+    "Per",
     "Similarities",
     "Similarity",
     "Spectra",
     "Spectrum",
     "Trend",
+    "Tuned",
     "compare",
     "effective_rank",
     "magnitude_direction",

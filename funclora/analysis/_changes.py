@@ -25,6 +25,7 @@ from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied, TrainableTokens
 
 Tuned = Mapping[str, Rule] | Mapping[str, Tensor]
+"""What is analysed: an adapter, or tuned weights. A mapping that reads on demand is read one by one."""
 
 # Changes of more elements are kept in float32, which takes half the memory.
 _DOUBLE = 2**20

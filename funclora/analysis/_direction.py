@@ -17,6 +17,8 @@ from funclora.errors import ConfigError, ParamsError
 from funclora.rules.base import Params
 
 Per = Literal["output", "input"]
+"""The units whose vectors are compared, see `magnitude_direction`."""
+
 # The dimension of `[out, in]` that a unit's vector runs along.
 _ACROSS: dict[Per, int] = {"output": -1, "input": -2}
 

@@ -18,6 +18,8 @@ from funclora.rules.base import Params
 from funclora.rules.low_rank import LowRank
 
 Of = Literal["A", "B", "right", "left"]
+"""What the subspaces are of, see `subspace_similarity`."""
+
 # Directions whose singular values are below this part of the largest are rounding.
 _NOISE = 2.0**-23
 

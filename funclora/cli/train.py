@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from funclora._apps.train.plan import Plan
     from funclora._apps.train.run import Result
-    from funclora._bind.summary import Row
+    from funclora._bind.summary import SummaryRow
 
 
 def train(
@@ -167,9 +167,9 @@ def _plan(settings: Settings, *, as_json: bool) -> None:
     _print_plan(made, Console())
 
 
-def _alike(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+def _alike(rows: Iterable[SummaryRow]) -> Iterator[tuple[str, SummaryRow]]:
     """The rows; those that differ only in the first number of their names in one: `layers.{0-31}.up_proj.weight`."""
-    found: dict[tuple[str, str, Row], list[int]] = {}
+    found: dict[tuple[str, str, SummaryRow], list[int]] = {}
     for row in rows:
         before, number, after = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.)(.*))?", row.name).groups()  # type: ignore[union-attr]
         members = found.setdefault((before, after or "", replace(row, name="")), [])

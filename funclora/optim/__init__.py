@@ -10,13 +10,26 @@ adapter is alone, and its values are `[]`. The state counts the steps taken in a
 `[n_adapters]` where the states of single adapters were stacked.
 """
 
-from funclora.optim._members import per_member
+from funclora.optim._members import MemberTransformation, Optimizer, per_member
 from funclora.optim._optimizers import adamw, lora_plus, sgd
 from funclora.optim._schedules import constant, warmup_cosine, warmup_linear
-from funclora.optim._transforms import GradientTransformation, apply_updates, chain, clip_by_global_norm, global_norm
+from funclora.optim._transforms import (
+    GradientTransformation,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    global_norm,
+)
+from funclora.optim._trees import PyTree
+from funclora.optim._values import PerMember, Schedule
 
 __all__ = [
     "GradientTransformation",
+    "MemberTransformation",
+    "Optimizer",
+    "PerMember",
+    "PyTree",
+    "Schedule",
     "adamw",
     "apply_updates",
     "chain",

@@ -15,6 +15,7 @@ from funclora.errors import ConfigError
 from funclora.optim._values import PerMember, wide
 
 PyTree: TypeAlias = Any
+"""A tree of tensors, in containers that optree knows: dicts, tuples, lists, rules, stacks."""
 
 
 def by_member(value: PerMember, leaf: Tensor) -> PerMember:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from funclora.errors import ConfigError
 
-PerMember: TypeAlias = float | Tensor  # a tensor is [] or [n_adapters]
+PerMember: TypeAlias = float | Tensor
+"""A number, or a tensor `[]` or `[n_adapters]`."""
+
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
+"""The learning rate by the number of steps taken, `[]` or `[n_adapters]`."""
 
 
 def check(name: str, value: object, holds: Callable[[float], bool], need: str, hint: str, tensor: bool = False) -> None:

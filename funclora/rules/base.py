@@ -112,4 +112,7 @@ class Rule(ABC):
 
 
 Adapters = Mapping[str, Rule]
+"""One adapter: full name of a parameter -> rule."""
+
 Params = Mapping[str, Tensor]
+"""A model's weights: full name -> tensor, as from `base_params`."""

@@ -18,7 +18,7 @@ from funclora._files.safetensors import certainly_within
 from funclora._files.staging import check_out, staged_folder
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.errors import ConfigError, FormatError, TargetError, UnsupportedError
-from funclora.io.hf.checkpoint import Checkpoint, OnProgress
+from funclora.io.hf.checkpoint import Checkpoint
 from funclora.io.hf.structure import Structure
 from funclora.io.hf.weights import Weights
 from funclora.io.peft.folder import save_peft
@@ -26,8 +26,6 @@ from funclora.rules.base import Rule
 from funclora.rules.dense import Full
 from funclora.rules.layouts import Layout
 from funclora.rules.low_rank import LoRA
-
-StrPath = str | os.PathLike[str]
 
 # Differences of more elements are decomposed in float32, which takes half the time and memory.
 _DOUBLE = 2**20
@@ -69,16 +67,16 @@ class ExtractReport:
 
 
 def extract_adapter(
-    base_dir: StrPath,
-    tuned_dir: StrPath,
-    out_dir: StrPath,
+    base_dir: str | os.PathLike[str],
+    tuned_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
     *,
     r: int,
     target_modules: str | Collection[str] | None = "all-linear",
     target_parameters: Collection[str] | None = None,
     rest: Literal["error", "save", "ignore"] = "error",
     niter: int | None = None,
-    progress: OnProgress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
     """The LoRA adapter of rank r that is nearest to a full fine-tuning, as a PEFT folder.
 

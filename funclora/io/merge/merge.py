@@ -17,8 +17,6 @@ from funclora.io.merge.verify import MergeVerification
 from funclora.io.merge.verify import verify as verified
 from funclora.io.merge.write import write
 
-StrPath = str | os.PathLike[str]
-
 
 @dataclass(frozen=True)
 class MergedWeight:
@@ -74,9 +72,9 @@ class MergeReport:
 
 
 def merge_checkpoint(
-    base_dir: StrPath,
-    adapter_dirs: StrPath | Sequence[StrPath],
-    out_dir: StrPath,
+    base_dir: str | os.PathLike[str],
+    adapter_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,

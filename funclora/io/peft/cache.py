@@ -99,7 +99,7 @@ class AdapterCache:
         self._coming: dict[str, Future[Adapter]] = {}
         self._bytes = self._hits = self._misses = self._evictions = 0
 
-    def __getitem__(self, name: str) -> Adapter:
+    def __getitem__(self, name: str) -> dict[str, Rule]:
         """One adapter, loaded if it is not there."""
         return self._get([name])[name]
 
@@ -132,7 +132,7 @@ class AdapterCache:
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
 
-    def route(self, ids: Sequence[str | None], *, repeats: int = 1) -> Adapter:
+    def route(self, ids: Sequence[str | None], *, repeats: int = 1) -> dict[str, Rule]:
         """The adapters for a batch whose rows name theirs.
 
         Args:

@@ -80,7 +80,7 @@ def test_the_adapter_used_longest_ago_goes_first(model: nn.Module, folder: Path,
     cache["a"]
     assert cache.held() == ["b", "c", "a"]
     assert loads == ["a", "b", "c", "d", "a"]
-    assert cache.stats() == fl.CacheStats(hits=5, misses=5, evictions=2, adapters=3, bytes=3 * SIZE)
+    assert cache.stats() == fl.io.CacheStats(hits=5, misses=5, evictions=2, adapters=3, bytes=3 * SIZE)
     assert "b" in cache
     assert "d" not in cache
 

@@ -1,14 +1,8 @@
-"""The public names.
-
-`funclora` itself looks up here which module has a name, and loads that one when the name is first used: its command
-line starts without torch, and `apply` without the readers and writers of files.
-"""
-
-from funclora import algebra, analysis, errors, optim
+from funclora import algebra, analysis, errors, io, optim
 from funclora._bind.apply import apply, bind, trace_targets
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
-from funclora._bind.summary import summary
+from funclora._bind.summary import Summary, SummaryRow, summary
 from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
 from funclora._init.eva import init_eva
@@ -18,41 +12,57 @@ from funclora._many.route import route
 from funclora._many.stack import Stack, stack, unstack, vmap
 from funclora._quant.quantize import dequantize, quantize
 from funclora._quant.tensor import Quantized
-from funclora._train.evaluate import evaluate
+from funclora._train.evaluate import Metric, evaluate
+from funclora._train.members import Population
 from funclora._train.module import AdapterModule, as_module
 from funclora._train.population import per_example_value_and_grad, population_step
-from funclora._train.step import train_step, value_and_grad
+from funclora._train.step import LossFn, train_step, value_and_grad
+from funclora.errors import strict
+
+# Found in funclora.io; here for this version only.
+from funclora.io import CacheStats as CacheStats
+from funclora.io import CombinedFolders as CombinedFolders
+from funclora.io import ExtractedWeight as ExtractedWeight
+from funclora.io import ExtractReport as ExtractReport
+from funclora.io import MergedWeight as MergedWeight
+from funclora.io import MergeReport as MergeReport
+from funclora.io import MergeVerification as MergeVerification
 from funclora.io.gguf.adapter import load_gguf, save_gguf
-from funclora.io.hf.extract import ExtractedWeight, ExtractReport, extract_adapter
-from funclora.io.merge.merge import MergedWeight, MergeReport, merge_checkpoint
-from funclora.io.merge.verify import MergeVerification
-from funclora.io.peft.cache import AdapterCache, CacheStats
-from funclora.io.peft.combine import CombinedFolders, combine_peft
+from funclora.io.hf.extract import extract_adapter
+from funclora.io.merge.merge import merge_checkpoint
+from funclora.io.peft.cache import AdapterCache
+from funclora.io.peft.combine import combine_peft
 from funclora.io.peft.folder import load_peft, save_peft
-from funclora.rules.base import Rule
+from funclora.optim import Optimizer
+from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.dense import Delta, Full
 from funclora.rules.dora import DoRA
+from funclora.rules.layouts import Layout
 from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
+
+__version__: str
 
 __all__ = [
     "AdapterCache",
     "AdapterModule",
-    "CacheStats",
-    "CombinedFolders",
+    "Adapters",
     "Delta",
     "DoRA",
-    "ExtractReport",
-    "ExtractedWeight",
     "Full",
+    "Layout",
     "LoRA",
     "LoraConfig",
-    "MergeReport",
-    "MergeVerification",
-    "MergedWeight",
+    "LossFn",
+    "Metric",
+    "Optimizer",
+    "Params",
+    "Population",
     "Quantized",
     "Rule",
     "Stack",
+    "Summary",
+    "SummaryRow",
     "Tied",
     "TrainableTokens",
     "algebra",
@@ -69,6 +79,7 @@ __all__ = [
     "extract_adapter",
     "init",
     "init_eva",
+    "io",
     "load_gguf",
     "load_peft",
     "merge",
@@ -82,6 +93,7 @@ __all__ = [
     "save_gguf",
     "save_peft",
     "stack",
+    "strict",
     "summary",
     "trace_targets",
     "train_step",

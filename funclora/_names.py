@@ -1,0 +1,53 @@
+"""Public names that are loaded when they are first used.
+
+The command line starts without torch, and `apply` without the readers and writers of files. Each lazy package has a
+stub, `__init__.pyi`, which says the same to type checkers, editors and the pages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+Places = Mapping[str, Iterable[str]]
+
+
+def attach(
+    package: str, places: Places, moved: Places | None = None
+) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package.
+
+    Args:
+        package: its full name.
+        places: full name of a module -> the public names that it has. Under `package` itself: public modules in it.
+        moved: the same for names that have another public place now. They are found with a `DeprecationWarning`, and
+            are in neither `__dir__` nor `__all__`.
+    """
+    found = {name: place for place, names in places.items() for name in names}
+    old = {name: place for place, names in (moved or {}).items() for name in names}
+
+    def get(name: str) -> object:
+        place = old.get(name) or found.get(name)
+        if place is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name in old:
+            warnings.warn(
+                f"{package}.{name} is deprecated and goes in the next version: it is {place}.{name} now.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return getattr(importlib.import_module(place), name)
+        value = (
+            importlib.import_module(f"{place}.{name}")
+            if place == package
+            else getattr(importlib.import_module(place), name)
+        )
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def listed() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *found})
+
+    return get, listed, sorted(found)

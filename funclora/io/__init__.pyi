@@ -1,0 +1,15 @@
+from funclora.io.hf.extract import ExtractedWeight, ExtractReport
+from funclora.io.merge.merge import MergedWeight, MergeReport
+from funclora.io.merge.verify import MergeVerification
+from funclora.io.peft.cache import CacheStats
+from funclora.io.peft.combine import CombinedFolders
+
+__all__ = [
+    "CacheStats",
+    "CombinedFolders",
+    "ExtractReport",
+    "ExtractedWeight",
+    "MergeReport",
+    "MergeVerification",
+    "MergedWeight",
+]
