@@ -221,7 +221,7 @@ def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> LowRank:
     with no_gradients():
         a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
         norms = output_norms_of_many(rule.layout.to_matrix(plain_weight(weight)), a, b, group.scalings).detach()
-    return rule.with_norms(norms)
+    return rule.with_norms(norms, weight.dtype)
 
 
 def member(rule: Rule, j: int) -> Rule:

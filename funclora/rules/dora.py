@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,12 +13,14 @@ from funclora._torch.functions import no_gradients
 from funclora._torch.pytree import pytree_node
 from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import LinearOp
-from funclora.rules.low_rank import LowRank, updated
+from funclora.rules.low_rank import LowRank, compute_dtype, updated
 
 # A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
 NORM_BLOCK = 2**20
-# ... and at most this share of the weight, so that the weight as a whole never exists.
+# ... and at most this share of the weight, so that the weight as a whole never exists, ...
 NORM_SHARE = 8
+# ... unless that is so few that calls would cost more than memory.
+SMALL_BLOCK = 2**16
 # What is left of the squares of two vectors where their difference is no more than float32's rounding of them.
 CANCELLED = 2.0**-46
 
@@ -63,12 +64,13 @@ class DoRA(LowRank):
         else:
             with no_gradients():
                 norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
-        return self.with_norms(norm)
+        return self.with_norms(norm, weight.dtype)
 
-    def with_norms(self, norm: Tensor) -> PreparedDoRA:
-        """This rule with the norms of its rows worked out, of a magnitude's shape."""
+    def with_norms(self, norm: Tensor, dtype: torch.dtype) -> PreparedDoRA:
+        """This rule with the norms of its rows worked out, of a magnitude's shape, for a weight of that dtype."""
         zero = norm == 0
-        norm_scale = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+        quotient = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
+        norm_scale = quotient.to(compute_dtype(dtype, self.a.dtype))
         return PreparedDoRA(self.a, self.b, norm_scale, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -114,14 +116,13 @@ class PreparedDoRA(LowRank):
 
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
-    """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`."""
+    """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`, in float64."""
     weight = plain_weight(weight)
     norms = []
     for piece, a_piece in layout.split_inputs(weight, a, NORM_SHARE):
         a_matrix, b_matrix = layout.factors(a_piece, b)
         norms.append(output_norms(layout.to_matrix(piece), a_matrix, b_matrix, scaling))
-    combined: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return combined
+    return norms[0] if len(norms) == 1 else _norm(torch.stack(norms), 0)
 
 
 def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
@@ -137,17 +138,23 @@ def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) 
         scaling: s.
 
     Returns:
-        `[*lead, out]`, in the dtype of `dense`.
+        `[*lead, out]`, in float64.
     """
-    norm: Callable[..., Tensor] = torch.linalg.vector_norm
     n_out, n_in = matrix.shape[-2:]
     if matrix.stride(-1) == 1:  # rows lie in memory one after the other: take some rows at a time
         n = _block(n_out, matrix.numel())
         blocks = zip(matrix.split(n, -2), b.split(n, -2), strict=True)
-        return torch.cat([norm(updated(m, a, b_, scaling), dim=-1) for m, b_ in blocks], dim=-1)
+        return torch.cat([_norm(updated(m, a, b_, scaling), -1) for m, b_ in blocks], dim=-1)
     n = _block(n_in, matrix.numel())
     blocks = zip(matrix.split(n, -1), a.split(n, -1), strict=True)
-    return norm(torch.stack([norm(updated(m, a_, b, scaling), dim=-1) for m, a_ in blocks]), dim=0)
+    return _norm(torch.stack([_norm(updated(m, a_, b, scaling), -1) for m, a_ in blocks]), 0)
+
+
+def _norm(x: Tensor, dim: int) -> Tensor:
+    """The norm along a dimension. Squares in float64: those of float32 leave its range at norms of 1e-19 and 1e19."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # which that device does not have
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
+    return norm
 
 
 def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:
@@ -163,7 +170,7 @@ def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor)
         scalings: s, `[m]`.
 
     Returns:
-        `[m, out]`, in float32.
+        `[m, out]`, in float64.
     """
     a, b, s = a.double(), b.double(), scalings.double()[:, None]
     own, inner = b.new_zeros(matrix.shape[0]), torch.zeros_like(b.mT).flatten(0, 1)
@@ -176,9 +183,9 @@ def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor)
         update = ((b @ (a @ a.mT)) * b).sum(-1) * s**2
         squares = own + 2 * s * (inner.view_as(b.mT) * b.mT).sum(1) + update
     squares = torch.where(squares > CANCELLED * (own + update), squares, 0.0)
-    return squares.sqrt().float()
+    return squares.sqrt()
 
 
 def _block(length: int, numel: int) -> int:
     """How many of `length` slices of a tensor with `numel` elements to look at together."""
-    return max(1, min(NORM_BLOCK * length // numel, -(-length // NORM_SHARE)))
+    return max(1, min(NORM_BLOCK, max(numel // NORM_SHARE, SMALL_BLOCK)) * length // numel)

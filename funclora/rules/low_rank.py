@@ -152,13 +152,19 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
 
 def updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
-    dtype = torch.promote_types(torch.promote_types(matrix.dtype, a.dtype), torch.float32)
+    dtype = compute_dtype(matrix.dtype, a.dtype)
     given, matrix, a, b = matrix, matrix.to(dtype), a.to(dtype), b.to(dtype)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
-    if matrix is not given and torch.is_inference_mode_enabled() and matrix.dim() == 2 and not is_mapped(matrix, a, b):
+    eager = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not is_mapped(matrix, a, b)
+    if eager and matrix is not given and matrix.dim() == 2:
         return matrix.addmm_(b, a, alpha=scaling)  # into the copy, which saves a pass over memory
     with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
         if matrix.dim() == 2:
             return torch.addmm(matrix, b, a, alpha=scaling)
         return torch.add(matrix, b @ a, alpha=scaling)
+
+
+def compute_dtype(weight: torch.dtype, factor: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight is rewritten: the wider of the two, float32 at least."""
+    return torch.promote_types(torch.promote_types(weight, factor), torch.float32)

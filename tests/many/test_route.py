@@ -484,15 +484,14 @@ def test_the_norms_of_many_members_keep_their_digits(left: float, weight: str) -
     s = torch.tensor([1.0, 0.5, 1.0])
     dense = matrix.double() + s.double()[:, None, None] * (b.double() @ a.double())
     found = output_norms_of_many(matrix, a, b, s)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), dense.norm(dim=-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, dense.norm(dim=-1), rtol=1e-5, atol=0)
 
 
 def test_rows_that_cancel_are_zero_as_they_are_alone() -> None:
     matrix, eye = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]), torch.eye(2)[None]
     b = -matrix[None] * torch.tensor([1.0, 0.0, 0.5])[:, None]
     found = output_norms_of_many(matrix, eye, b, torch.ones(1))
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 1.25**0.5]]))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 1.25**0.5]], dtype=F64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
