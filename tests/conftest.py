@@ -1,10 +1,29 @@
-"""What holds for every test: no network, known seeds, one torch thread for each xdist worker."""
+"""What holds for every test: the same environment, no network, known seeds, one torch thread for each xdist worker."""
 
+import atexit
 import os
+import re
+import shutil
+import tempfile
 
-# Read by the libraries when they are imported, so set before any of them is.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# All else that a user's environment says, of terminals, languages, caches and accounts, is hidden from the tests, and so
+# is what lies in the user's home. The libraries read it when they are imported, so this stands before any of them.
+KEPT = re.compile(
+    r"PATH|LD_LIBRARY_PATH|TMPDIR|TEMP|SYSTEMROOT|VIRTUAL_ENV|PYTHON(PATH|HOME|HASHSEED)"  # what runs Python,
+    r"|(ATEN|OMP|MKL|CUDA|NVIDIA|HIP|BNB|GLOO)_\w+"  # chooses among kernels and devices,
+    r"|CI|(PYTEST|HYPOTHESIS|COV|LLAMA_CPP)_\w+"  # or is meant for the tests
+)
+HOME = os.environ.get("HOME", "")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers get the home of the process that started them
+    HOME = tempfile.mkdtemp(prefix="funclora-tests-")
+    atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+for name in [*os.environ]:
+    if not KEPT.fullmatch(name):
+        del os.environ[name]
+os.environ |= {
+    "HOME": HOME, "USERPROFILE": HOME, "USER": "tester", "TORCHINDUCTOR_CACHE_DIR": os.path.join(HOME, "inductor"),
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "80",
+}  # fmt: skip
 
 import random
 import zlib
