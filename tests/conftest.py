@@ -6,8 +6,8 @@ import re
 import shutil
 import tempfile
 
-# All else that a user's environment says, of terminals, languages, caches and accounts, is hidden from the tests, and so
-# is what lies in the user's home. The libraries read it when they are imported, so this stands before any of them.
+# All else that a user's environment says, of terminals, languages, caches and accounts, is hidden from the tests, and
+# so is what lies in the user's home. The libraries read it when they are imported, so this stands before any of them.
 KEPT = re.compile(
     r"PATH|LD_LIBRARY_PATH|TMPDIR|TEMP|SYSTEMROOT|VIRTUAL_ENV|PYTHON(PATH|HOME|HASHSEED)"  # what runs Python,
     r"|(ATEN|OMP|MKL|CUDA|NVIDIA|HIP|BNB|GLOO)_\w+"  # chooses among kernels and devices,
@@ -21,7 +21,7 @@ for name in [*os.environ]:
     if not KEPT.fullmatch(name):
         del os.environ[name]
 os.environ |= {
-    "HOME": HOME, "USERPROFILE": HOME, "USER": "tester", "TORCHINDUCTOR_CACHE_DIR": os.path.join(HOME, "inductor"),
+    "HOME": HOME, "USERPROFILE": HOME, "USER": "tester", "TORCHINDUCTOR_CACHE_DIR": f"{HOME}/inductor",
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "80",
 }  # fmt: skip
 
