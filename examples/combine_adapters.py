@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> Result:
     def random() -> torch.Generator:
         return torch.Generator().manual_seed(options.seed)
 
-    total = algebra.add(left, right)
+    total = algebra.add([left, right])
     combined: dict[str, Adapters] = {
         "left alone": left,
         "right alone": right,
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> Result:
 
     # 4. What was added can be taken away again.
     with torch.no_grad():
-        without = fl.apply(model, params, algebra.add(total, algebra.negate(total)), x)
+        without = fl.apply(model, params, algebra.add([total, algebra.negate(total)]), x)
         undone = (without - model(x)).abs().max().item()
     print(f"\nlargest difference after taking the sum away from itself {undone:.1e}")
 

@@ -155,7 +155,7 @@ def train(model: ByteLM, params: dict[str, Tensor], text: bytes, windows: Tensor
 def add(run: Run, params: dict[str, Tensor], tuned: Any, step: int) -> None:
     """Look at the weights."""
     for per in PERS:
-        moved = magnitude_direction(params, tuned, per=per, label=run.method, step=step)
+        moved = magnitude_direction(tuned, params=params, per=per, label=run.method, step=step)
         run.moved[per] = run.moved[per] + moved if per in run.moved else moved
 
 

@@ -4,7 +4,7 @@ An adapter is a value: a dict from parameter names to rewriting rules. `apply` r
 weights, `merge` returns them, `train_step` improves them; no module is ever changed.
 """
 
-from funclora._names import attach
+from funclora._api.names import attach
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,8 @@ __getattr__, __dir__, __all__ = attach(
         "funclora._init.fresh": ("init",),
         "funclora._init.relative": ("relative_to_original",),
         "funclora._many.route": ("route",),
-        "funclora._many.stack": ("Stack", "stack", "unstack", "vmap"),
+        "funclora._many.stack": ("Stack", "stack", "unstack"),
+        "funclora._many.vmap": ("vmap",),
         "funclora._quant.quantize": ("dequantize", "quantize"),
         "funclora._quant.tensor": ("Quantized",),
         "funclora._train.evaluate": ("Metric", "evaluate"),

@@ -9,7 +9,8 @@ from funclora._init.eva import init_eva
 from funclora._init.fresh import init
 from funclora._init.relative import relative_to_original
 from funclora._many.route import route
-from funclora._many.stack import Stack, stack, unstack, vmap
+from funclora._many.stack import Stack, stack, unstack
+from funclora._many.vmap import vmap
 from funclora._quant.quantize import dequantize, quantize
 from funclora._quant.tensor import Quantized
 from funclora._train.evaluate import Metric, evaluate

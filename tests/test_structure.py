@@ -13,7 +13,7 @@ ROOT = Path(funclora.__file__).parent
 # From the bottom up: a package may import those before it, and itself.
 ORDER = (
     "errors",
-    "_names",
+    "_api",
     "_torch",
     "_files",
     "_quant",

@@ -1,4 +1,4 @@
-"""Many values as one: `stack`, and functions mapped over the members.
+"""Many values as one: `stack`.
 
 The members of a stack may differ in everything: ranks, scalings, targets, methods. Those of one structure form a
 `Group`, whose leaves have a leading dimension of members; nothing is padded, so a member that is taken out again is
@@ -8,7 +8,7 @@ the one that went in. A stack is a pytree of those leaves: optimizers and gradie
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
@@ -224,73 +224,3 @@ def unscaled(tree: Any) -> Any:
 
 def _is_rule(x: Any) -> bool:
     return isinstance(x, Rule)
-
-
-def vmap(function: Callable[..., Any], in_dims: Any = None, randomness: str = "error") -> Callable[..., Any]:
-    """`torch.func.vmap` over the members of a stack.
-
-    General but slower than `route`: any model, any loss, members of any structure. Each group is mapped at once.
-
-    Args:
-        function: `function(adapters, *args)`, called with one member (its tensors are batched by `vmap`).
-        in_dims: for each further argument the dimension of members, or None for what all share (the default).
-        randomness: as in `torch.func.vmap`: "different", "same" or "error".
-
-    Returns:
-        A function `(stack, *args)` that returns what `function` does, each tensor with a leading `[n_members]`.
-
-    Raises:
-        ConfigError: when called, if the results of members differ in shape or structure.
-
-    Examples:
-        >>> import funclora as fl
-        >>> model = torch.nn.Linear(3, 2)
-        >>> params = fl.base_params(model)
-        >>> members = fl.stack([{"weight": fl.LoRA(torch.ones(r, 3), torch.ones(2, r))} for r in (1, 2)])
-        >>> vmap(lambda adapters, x: fl.apply(model, params, adapters, x))(members, torch.ones(5, 3)).shape
-        torch.Size([2, 5, 2])
-    """
-
-    def mapped(stack: Stack[Any], *args: Any) -> Any:
-        dims = tuple(in_dims) if isinstance(in_dims, (tuple, list)) else (in_dims,) * len(args)
-        results = []
-        for group in stack.groups:
-            index = torch.tensor(group.members)
-            some = [_at(arg, dim, index, len(stack)) for arg, dim in zip(args, dims, strict=True)]
-            scalings = _scalings(group)
-
-            def call(tree: Any, scalings: dict[str, Tensor], *args: Any) -> Any:
-                for name, scaling in scalings.items():
-                    tree = {**tree, name: replace(tree[name], scaling=scaling)}
-                return function(tree, *args)
-
-            by_member = torch.func.vmap(call, (0, 0, *dims), randomness=randomness)
-            results.append(by_member(group.tree(), scalings, *some))
-        try:
-            return optree.tree_map(lambda *parts: stack.in_order(torch.cat(parts)), *results)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"vmap: the members' results cannot be joined: {error} Return tensors whose shapes depend on no "
-                "member's own rank or targets, or map over stack[i : i + 1]."
-            ) from error
-
-    return mapped
-
-
-def _at(arg: Any, dim: int | None, index: Tensor, n: int) -> Any:
-    def some(x: Tensor) -> Tensor:
-        if x.shape[dim] != n:  # type: ignore[index]
-            raise ConfigError(f"vmap: an argument of shape {list(x.shape)} has no {n} members along dimension {dim}.")
-        return x.index_select(dim, index.to(x.device))  # type: ignore[arg-type]
-
-    return arg if dim is None else optree.tree_map(some, arg)
-
-
-def _scalings(group: Group[Any]) -> dict[str, Tensor]:
-    """The scalings `[n_members]` of the rules in which members of a group differ."""
-    tree: Any = group.tree()
-    return {
-        name: torch.tensor(scalings, device=tree[name].a.device, dtype=tree[name].a.dtype)
-        for name, scalings in group.scalings().items()
-        if len(set(scalings)) > 1 and isinstance(tree[name], LowRank)  # and not tied to one
-    }

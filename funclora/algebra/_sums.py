@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import cast
 
 import torch
 
+from funclora._api.deprecated import warn_old
 from funclora.algebra._elementwise import Mixing
 from funclora.algebra._terms import (
     Term,
@@ -79,19 +80,20 @@ def negate(adapters: Adapters, *, params: Params | None = None) -> dict[str, Rul
     Examples:
         >>> from funclora import LoRA
         >>> adapters = {"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1))}
-        >>> add(adapters, negate(adapters))["weight"].dense(torch.zeros(2, 3)).any()
+        >>> add([adapters, negate(adapters)])["weight"].dense(torch.zeros(2, 3)).any()
         tensor(False)
     """
     return scale(adapters, -1.0, params=params)
 
 
-def add(*adapters: Adapters, params: Params | None = None) -> dict[str, Rule]:
+def add(adapters: Sequence[Adapters], *more: Adapters, params: Params | None = None) -> dict[str, Rule]:
     """The sum of adapters, exactly: their factors are concatenated, and their ranks add up.
 
     Ranks, scalings and targets may differ. `recompress` makes the result small again.
 
     Args:
-        adapters: one or more adapters of one model.
+        adapters: adapters of one model.
+        *more: deprecated, as an adapter in place of the list is.
         params: the base weights, needed where several adapters have a `Full`, or one has and another has not.
 
     Returns:
@@ -105,11 +107,14 @@ def add(*adapters: Adapters, params: Params | None = None) -> dict[str, Rule]:
         >>> from funclora import LoRA
         >>> one = {"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)}
         >>> other = {"weight": LoRA(torch.ones(4, 3), torch.ones(2, 4), scaling=0.5)}
-        >>> total = add(one, other)["weight"]
+        >>> total = add([one, other])["weight"]
         >>> total.r, total.dense(torch.zeros(2, 3))
         (5, tensor([[4., 4., 4.], [4., 4., 4.]]))
     """
-    return task_arithmetic(adapters, [1.0] * len(adapters), params=params)
+    if more or isinstance(adapters, Mapping):
+        warn_old("add(one, other)", "add([one, other])")
+        adapters = [cast(Adapters, adapters), *more]
+    return summed_up(gather(adapters, None), params)
 
 
 def interpolate(start: Adapters, end: Adapters, t: float, *, params: Params | None = None) -> dict[str, Rule]:
@@ -170,7 +175,12 @@ def task_arithmetic(
         >>> total["q.weight"].scaling, total["v.weight"].scaling
         (0.5, -2.0)
     """
-    return nonzero({name: summed(name, terms, params) for name, terms in gather(adapters, weights).items()})
+    return summed_up(gather(adapters, weights), params)
+
+
+def summed_up(terms: Mapping[str, Sequence[Term]], params: Params | None) -> dict[str, Rule]:
+    """The exact weighted sums of all parameters."""
+    return nonzero({name: summed(name, of_one, params) for name, of_one in terms.items()})
 
 
 def nonzero(found: dict[str, Rule | None]) -> dict[str, Rule]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, paired
 from funclora.analysis._data import Data
 from funclora.analysis._figure import MOST_NAMES, StrPath, draw_heatmap, name_rows, new_figure, write_figure
@@ -63,8 +64,9 @@ class Comparison(Data):
         plot_comparison(self, file)
 
 
+@old_positions("first", "second", "params")
 @torch.no_grad()
-def compare(first: Tuned, second: Tuned, params: Params | None = None, *, model: nn.Module | None = None) -> Comparison:
+def compare(first: Tuned, second: Tuned, *, params: Params | None = None, model: nn.Module | None = None) -> Comparison:
     """Norms, cosine and distance of what two adapters do to each weight.
 
     Two `LoRA` updates are compared by their factors alone: ⟨s₁B₁A₁, s₂B₂A₂⟩ = ⟨s₁s₂·B₂ᵀB₁, A₂A₁ᵀ⟩, and the norm of the

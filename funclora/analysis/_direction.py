@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, changes
 from funclora.analysis._data import Data
 from funclora.analysis._figure import StrPath, colors_of, new_figure, write_figure
@@ -116,11 +117,12 @@ class Movements(Data):
         plot_movements(self, file, relative=relative)
 
 
+@old_positions("params", "tuned")
 @torch.no_grad()
 def magnitude_direction(
-    params: Params,
     tuned: Tuned,
     *,
+    params: Params,
     per: Per = "output",
     label: str = "",
     step: int | None = None,
@@ -137,9 +139,9 @@ def magnitude_direction(
     A unit that is zero on both sides did not move; one that is zero on one side only counts as orthogonal (1).
 
     Args:
-        params: the base weights.
         tuned: full parameter name -> rule of any kind, or -> tuned weight. Vectors (biases, norms) have no units and
             are left out.
+        params: the base weights.
         per: the units whose vectors are compared: "output" or "input" dimensions of the matrix.
         label: of the rows: the method, as a rule.
         step: of the rows: how long the training was.
@@ -159,7 +161,7 @@ def magnitude_direction(
 
     Examples:
         >>> base = {"weight": torch.tensor([[3.0, 4.0], [1.0, 0.0]])}
-        >>> (row,) = magnitude_direction(base, {"weight": torch.tensor([[6.0, 8.0], [0.0, 1.0]])}).rows
+        >>> (row,) = magnitude_direction({"weight": torch.tensor([[6.0, 8.0], [0.0, 1.0]])}, params=base).rows
         >>> round(row.delta_m, 6), round(row.delta_d, 6)
         (2.5, 0.5)
     """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, changes, describe
 from funclora.analysis._data import Data
 from funclora.analysis._figure import MOST_NAMES, StrPath, colors_of, name_rows, new_figure, write_figure
@@ -111,8 +112,9 @@ class Spectra(Data):
         plot_spectra(self, file)
 
 
+@old_positions("tuned", "params")
 @torch.no_grad()
-def spectra(tuned: Tuned, params: Params | None = None, *, model: nn.Module | None = None) -> Spectra:
+def spectra(tuned: Tuned, *, params: Params | None = None, model: nn.Module | None = None) -> Spectra:
     """Norms and singular values of what is done to each weight.
 
     Those of `LoRA` come from its factors: with `B = Q₁R₁` and `Aᵀ = Q₂R₂`, the singular values of s·B·A are those of
@@ -140,7 +142,7 @@ def spectra(tuned: Tuned, params: Params | None = None, *, model: nn.Module | No
     Examples:
         >>> from funclora import LoRA
         >>> rule = LoRA(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), scaling=2.0)
-        >>> (row,) = spectra({"weight": rule}, {"weight": torch.full((2, 2), 10.0)}).rows
+        >>> (row,) = spectra({"weight": rule}, params={"weight": torch.full((2, 2), 10.0)}).rows
         >>> round(row.norm, 6), round(row.share, 6), row.singular_values[0], row.effective_rank
         (10.0, 0.5, (10.0,), (1.0,))
     """

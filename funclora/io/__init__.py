@@ -3,7 +3,7 @@
 The functions themselves (`load_peft`, `save_peft`, `merge_checkpoint`, ...) are names of `funclora`.
 """
 
-from funclora._names import attach
+from funclora._api.names import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,

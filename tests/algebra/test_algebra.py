@@ -116,14 +116,14 @@ def test_weighted_sums_are_dense_sums(name: str, dtype: torch.dtype, terms: list
 @given(st.integers(1, 4), st.integers(1, 4))
 def test_addition_is_a_group(name: str, r1: int, r2: int) -> None:
     x, y = {"w": lora(name, r1, 1)}, {"w": lora(name, r2, 2, scaling=-0.7)}
-    both, swapped = algebra.add(x, y)["w"], algebra.add(y, x)["w"]
+    both, swapped = algebra.add([x, y])["w"], algebra.add([y, x])["w"]
     want, size = total([x["w"], y["w"]], [1, 1], name)
     assert both.r == r1 + r2  # type: ignore[attr-defined]
     close(change(both, name), want)
     close(change(swapped, name), want)
-    nothing = algebra.add(x, y, algebra.negate(algebra.add(x, y)))["w"]
+    nothing = algebra.add([x, y, algebra.negate(algebra.add([x, y]))])["w"]
     close(change(nothing, name), torch.zeros_like(want), scale=size)
-    once, twice = algebra.add(algebra.add(x, y), x)["w"], algebra.add(x, algebra.add(y, x))["w"]
+    once, twice = algebra.add([algebra.add([x, y]), x])["w"], algebra.add([x, algebra.add([y, x])])["w"]
     close(change(once, name), change(twice, name), scale=size)
 
 
@@ -209,7 +209,7 @@ def test_gradients_reach_the_adapters() -> None:
     weight = weight_of("linear")
 
     def size(x: Any) -> Tensor:
-        return algebra.recompress(algebra.add(x, y), 2)["w"].dense(weight).square().sum()
+        return algebra.recompress(algebra.add([x, y]), 2)["w"].dense(weight).square().sum()
 
     def dense(x: Any) -> Tensor:
         u, s, vh = torch.linalg.svd(x["w"].delta() + y["w"].delta(), full_matrices=False)
@@ -344,7 +344,7 @@ def test_full_is_combined_by_its_difference() -> None:
     x, y = full(0), full(1)
     found = algebra.task_arithmetic([x, y], [0.3, -2.0], params=PARAMS)
     halved = algebra.scale(x, 0.5, params=PARAMS)
-    nothing = algebra.add(x, algebra.negate(x, params=PARAMS), params=PARAMS)
+    nothing = algebra.add([x, algebra.negate(x, params=PARAMS)], params=PARAMS)
     for name, base in PARAMS.items():
         assert type(found[name]) is fl.Full
         one, other = x[name].dense(base), y[name].dense(base)
@@ -368,7 +368,7 @@ def test_full_and_low_rank_together() -> None:
 
 
 def test_full_needs_the_base() -> None:
-    for call in (algebra.negate, lambda x, **_: algebra.add(x, full(1)), lambda x, **_: algebra.combine([x, x])):
+    for call in (algebra.negate, lambda x, **_: algebra.add([x, full(1)]), lambda x, **_: algebra.combine([x, x])):
         with pytest.raises(ParamsError, match=r"'w': Full replaces the weight, .* Give the base weights: params="):
             call(full(0))
     with pytest.raises(ParamsError, match=r"params lack 'w'.*Near names: weight"):
@@ -377,7 +377,7 @@ def test_full_needs_the_base() -> None:
         algebra.negate(full(0), params={name: value.to("meta") for name, value in PARAMS.items()})
     with pytest.raises(ParamsError, match=r"value has shape \[6, 9\], expected \[3\]"):
         algebra.negate(full(0), params={"w": torch.zeros(3)})
-    alone = algebra.add(full(0), {"other": lora("linear", 1, 0)})  # nothing to weigh
+    alone = algebra.add([full(0), {"other": lora("linear", 1, 0)}])  # nothing to weigh
     assert torch.equal(alone["w"].dense(PARAMS["w"]), full(0)["w"].dense(PARAMS["w"]))
 
 
@@ -400,13 +400,13 @@ def test_dora_is_combined_by_its_change(name: str) -> None:
 def test_dora_is_refused_elsewhere() -> None:
     x: dict[str, Rule] = {"w": make_rule("dora", Linear(), PARAMS["w"], gen(0))}
     y: dict[str, Rule] = {"w": lora("linear", 2, 1)}
-    assert algebra.scale(x, 1)["w"] is algebra.add(x)["w"] is x["w"]
+    assert algebra.scale(x, 1)["w"] is algebra.add([x])["w"] is x["w"]
     calls: list[Any] = [
         lambda: algebra.scale(x, 2.0),
         lambda: algebra.negate(x),
-        lambda: algebra.add(x, y),
-        lambda: algebra.add(y, x),
-        lambda: algebra.add(x, x),
+        lambda: algebra.add([x, y]),
+        lambda: algebra.add([y, x]),
+        lambda: algebra.add([x, x]),
         lambda: algebra.interpolate(x, y, 0.5),
         lambda: algebra.combine([x, y], None, "cat"),
         lambda: algebra.combine([x, y], None, "linear"),
@@ -431,7 +431,7 @@ def test_stacks_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"got a stack of 2\. Take its members one by one"):
         algebra.scale(several, 2.0)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"adapters\[1\]: expected one adapter.* got a stack of 2"):
-        algebra.add(X, several)  # type: ignore[arg-type]
+        algebra.add([X, several])  # type: ignore[list-item]
     assert algebra.combine(list(several), None, "cat")["w"].r == 4  # type: ignore[attr-defined]
 
 
@@ -471,18 +471,18 @@ def test_adapters_that_do_not_fit_each_other() -> None:
     }
     for what, rule in other.items():
         with pytest.raises(ParamsError, match=f"'w': the adapters have different {what}"):
-            algebra.add(X, {"w": rule})
+            algebra.add([X, {"w": rule}])
     with pytest.raises(ParamsError, match="'w': the adapters have different shapes"):
-        algebra.add({"w": fl.Full(torch.ones(2))}, {"w": fl.Full(torch.ones(3))})
+        algebra.add([{"w": fl.Full(torch.ones(2))}, {"w": fl.Full(torch.ones(3))}])
 
 
 def test_things_that_are_no_adapters() -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: algebra.combine([]), ConfigError, "expected one adapter at least"),
         (lambda: algebra.combine(X), UnsupportedError, "expected a list of adapters, got one adapter"),  # type: ignore[arg-type]
-        (lambda: algebra.add(X, {}), ParamsError, r"adapters\[1\]: the adapter has no rules"),
-        (lambda: algebra.add(X, 3), UnsupportedError, "expected one adapter, a dict of rules, got int"),  # type: ignore[arg-type]
-        (lambda: algebra.add(fl.route(fl.stack([X, X]), [0, 1])), UnsupportedError, "got Rout"),
+        (lambda: algebra.add([X, {}]), ParamsError, r"adapters\[1\]: the adapter has no rules"),
+        (lambda: algebra.add([X, 3]), UnsupportedError, "expected one adapter, a dict of rules, got int"),  # type: ignore[list-item]
+        (lambda: algebra.add([fl.route(fl.stack([X, X]), [0, 1])]), UnsupportedError, "got Rout"),
         (lambda: algebra.scale(X, math.nan), ConfigError, "factor: expected a finite number"),
         (lambda: algebra.interpolate(X, X, "a"), ConfigError, "t: expected a finite number"),  # type: ignore[arg-type]
         (lambda: algebra.recompress(X, 0), ConfigError, "rank: expected a positive integer"),
@@ -512,7 +512,7 @@ def test_places_among_siblings() -> None:
     one = replace(lora("experts", 2, 0), layout=Parameter())
     two = replace(lora("experts", 2, 1), layout=Parameter(position=1, siblings=2))
     for order in ([one, two], [two, one]):
-        found: Any = algebra.add(*({"w": rule} for rule in order))["w"]
+        found: Any = algebra.add([{"w": rule} for rule in order])["w"]
         assert found.layout == two.layout
 
 

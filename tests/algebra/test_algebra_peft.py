@@ -297,7 +297,7 @@ def test_equal_ranks_under_configurations_that_differ() -> None:
     assert isinstance(second, fl.LoRA)
     torch.testing.assert_close(combined.a, a[0] * first.a + a[1] * second.a)
     with pytest.raises(ParamsError, match=r"'up.weight': combination_type='linear' .* ranks differ: 4, 8.*'cat'"):
-        algebra.combine([ours[0], algebra.add(*ours)], None, "linear")
+        algebra.combine([ours[0], algebra.add(ours)], None, "linear")
 
 
 def test_dare_keeps_the_expectation() -> None:

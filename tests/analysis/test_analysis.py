@@ -77,7 +77,7 @@ def close(got: Any, want: Any, tolerance: float = 1e-9) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_spectra_are_those_of_the_dense_change(case: Case, kind: str) -> None:
     model, params, adapters = setup(case, kind)
-    found = analysis.spectra(adapters, params, model=model)
+    found = analysis.spectra(adapters, params=params, model=model)
     assert [row.name for row in found.rows] == list(adapters)
     for row in found.rows:
         delta, weight = change(case, params, adapters, row.name), params[row.name].double().numpy()
@@ -128,7 +128,7 @@ def test_other_rules() -> None:
         "head": fl.Tied("emb"),
         "bias": fl.Full(torch.tensor([3.0, 0.0, 4.0])),
     }
-    rows = {row.name: row for row in analysis.spectra(adapters, params).rows}
+    rows = {row.name: row for row in analysis.spectra(adapters, params=params).rows}
     for name in ("emb", "head"):
         delta = params[name].clone()
         delta[[5, 1]] = new
@@ -147,10 +147,10 @@ def test_blocks_and_large_weights_give_the_same(case: Case, monkeypatch: pytest.
 
         def results(model: Any = model, params: Any = params, one: Any = adapters, two: Any = others) -> list[Any]:
             return [
-                analysis.spectra(one, params, model=model),
-                analysis.magnitude_direction(params, one, per="output", model=model),
-                analysis.magnitude_direction(params, one, per="input", model=model),
-                analysis.compare(one, two, params, model=model),
+                analysis.spectra(one, params=params, model=model),
+                analysis.magnitude_direction(one, params=params, per="output", model=model),
+                analysis.magnitude_direction(one, params=params, per="input", model=model),
+                analysis.compare(one, two, params=params, model=model),
             ]
 
         whole = results()
@@ -173,8 +173,10 @@ def test_a_quantised_base() -> None:
     dense = fl.dequantize(params)
     for kind in ("lora", "dora"):
         adapters = {"w": make_rule(kind, Linear(), dense["w"], gen(1))}
-        assert analysis.spectra(adapters, params) == analysis.spectra(adapters, dense)
-        assert analysis.magnitude_direction(params, adapters) == analysis.magnitude_direction(dense, adapters)
+        assert analysis.spectra(adapters, params=params) == analysis.spectra(adapters, params=dense)
+        assert analysis.magnitude_direction(adapters, params=params) == analysis.magnitude_direction(
+            adapters, params=dense
+        )
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=8), st.floats(1e-3, 1e3))
@@ -211,7 +213,7 @@ def test_magnitude_and_direction(case: Case, kind: str, per: Any) -> None:
     model, params, adapters = setup(case, kind)
     for name in adapters:  # padding rows are zero, and have no direction
         params[name] = params[name] + 0.1 * torch.randn(params[name].shape, generator=gen(3))
-    found = analysis.magnitude_direction(params, adapters, per=per, label=kind, step=3, model=model)
+    found = analysis.magnitude_direction(adapters, params=params, per=per, label=kind, step=3, model=model)
     for row in found.rows:
         layout = case.targets[row.name]
         old, new = matrices(layout, params[row.name]), matrices(layout, tuned(params, adapters, row.name))
@@ -225,11 +227,15 @@ def test_magnitude_and_direction(case: Case, kind: str, per: Any) -> None:
 def test_two_state_dicts(case: Case) -> None:
     model, params, adapters = setup(case, "lora")
     state = {name: tuned(params, adapters, name) for name in adapters}
-    by_rule = analysis.magnitude_direction(params, adapters)
-    by_state = analysis.magnitude_direction(params, state, model=model)
+    by_rule = analysis.magnitude_direction(adapters, params=params)
+    by_state = analysis.magnitude_direction(state, params=params, model=model)
     for one, other in zip(by_rule.rows, by_state.rows, strict=True):
         assert numbers(one.to_dict()) == pytest.approx(numbers(other.to_dict()), rel=1e-6)
-    both = zip(analysis.spectra(adapters, params).rows, analysis.spectra(state, params, model=model).rows, strict=True)
+    both = zip(
+        analysis.spectra(adapters, params=params).rows,
+        analysis.spectra(state, params=params, model=model).rows,
+        strict=True,
+    )
     for a, b in both:
         assert a.shape == b.shape
         assert (a.norm, a.share) == pytest.approx((b.norm, b.share))
@@ -239,9 +245,9 @@ def test_two_state_dicts(case: Case) -> None:
 def test_a_base_that_did_not_move_and_units_without_direction() -> None:
     base = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [5.0, 0.0]])}
     tuned = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])}
-    (row,) = analysis.magnitude_direction(base, tuned).rows
+    (row,) = analysis.magnitude_direction(tuned, params=base).rows
     assert (row.delta_m, row.delta_d) == ((2 + 5) / 4, (1 + 1) / 4)
-    (row,) = analysis.magnitude_direction(base, base).rows
+    (row,) = analysis.magnitude_direction(base, params=base).rows
     assert (row.delta_m, row.delta_d) == (0, 0)
 
 
@@ -249,7 +255,7 @@ def test_close_directions_keep_their_digits() -> None:
     angle = 1e-9
     base = {"w": torch.tensor([[1.0, 0.0]], dtype=torch.float64)}
     turned = {"w": torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)}
-    (row,) = analysis.magnitude_direction(base, turned).rows
+    (row,) = analysis.magnitude_direction(turned, params=base).rows
     assert row.delta_d == pytest.approx(angle**2 / 2, rel=1e-6)
 
 
@@ -257,8 +263,8 @@ def test_a_model_says_which_dimensions_are_the_matrix() -> None:
     model = nn.Embedding(5, 3)
     params = fl.base_params(model)
     tuned = {"weight": params["weight"] + torch.randn(5, 3)}
-    assert analysis.magnitude_direction(params, tuned, model=model).rows[0].units == 3
-    assert analysis.magnitude_direction(params, tuned).rows[0].units == 5
+    assert analysis.magnitude_direction(tuned, params=params, model=model).rows[0].units == 3
+    assert analysis.magnitude_direction(tuned, params=params).rows[0].units == 5
 
 
 def test_trend() -> None:
@@ -280,12 +286,12 @@ def test_trend() -> None:
 
 def test_movements_are_joined() -> None:
     base, tuned = {"w": torch.randn(2, 2)}, {"w": torch.randn(2, 2)}
-    one = analysis.magnitude_direction(base, tuned, label="a")
-    both = one + analysis.magnitude_direction(base, tuned, label="b")
+    one = analysis.magnitude_direction(tuned, params=base, label="a")
+    both = one + analysis.magnitude_direction(tuned, params=base, label="b")
     assert both.labels == ("a", "b")
     assert both.of("a") == one
     with pytest.raises(ConfigError, match="per: one of the movements is per output"):
-        one + analysis.magnitude_direction(base, tuned, per="input")
+        one + analysis.magnitude_direction(tuned, params=base, per="input")
 
 
 # --- subspaces ---------------------------------------------------------------------------------------------------
@@ -362,7 +368,7 @@ def test_laws_of_phi(seed: int, m: int, n: int) -> None:
 def test_compare(case: Case, kinds: tuple[str, str]) -> None:
     model, params, one = setup(case, kinds[0])
     two = {name: make_rule(kinds[1], layout, params[name], gen(9), r=3) for name, layout in case.targets.items()}
-    found = analysis.compare(one, two, params, model=model)
+    found = analysis.compare(one, two, params=params, model=model)
     deltas = [[change(case, params, adapters, name).ravel() for name in one] for adapters in (one, two)]
     for row, x, y in zip(found.rows, *deltas, strict=True):
         close(row.norms, (np.linalg.norm(x), np.linalg.norm(y)), 1e-7)
@@ -410,13 +416,13 @@ def test_nearly_equal_updates_keep_their_digits() -> None:
 def test_data_and_pictures(tmp_path: Path) -> None:
     params = {f"layers.{i}.weight": torch.randn(6, 5, generator=gen(i)) for i in range(3)}
     one, two = ({n: make_rule("dora", Linear(), w, gen(s)) for n, w in params.items()} for s in (1, 2))
-    moved = analysis.magnitude_direction(params, one, label="DoRA", step=1)
+    moved = analysis.magnitude_direction(one, params=params, label="DoRA", step=1)
     results: list[Any] = [
-        analysis.spectra(one, params),
+        analysis.spectra(one, params=params),
         analysis.spectra(one),
-        moved + analysis.magnitude_direction(params, two, label="other"),
+        moved + analysis.magnitude_direction(two, params=params, label="other"),
         analysis.subspace_similarity(one, two),
-        analysis.compare(one, two, params),
+        analysis.compare(one, two, params=params),
     ]
     for i, result in enumerate(results):
         tree = json.loads(result.to_json())
@@ -431,9 +437,9 @@ def test_inputs_stay_as_they_are() -> None:
     params = {"w": nn.Parameter(torch.randn(6, 5))}
     adapters = {"w": pytree.tree_map(nn.Parameter, make_rule("dora", Linear(), params["w"].detach(), gen(0)))}
     before = [t.detach().clone() for t in (params["w"], *pytree.tree_leaves(adapters))]
-    analysis.spectra(adapters, params)
-    analysis.magnitude_direction(params, adapters)
-    analysis.compare(adapters, adapters, params)
+    analysis.spectra(adapters, params=params)
+    analysis.magnitude_direction(adapters, params=params)
+    analysis.compare(adapters, adapters, params=params)
     analysis.subspace_similarity(adapters, adapters, of="left", params=params)
     assert all(map(torch.equal, before, (params["w"], *pytree.tree_leaves(adapters))))
     assert params["w"].grad is None
@@ -451,17 +457,29 @@ WRONG: Any = {"stack": fl.stack([{"w": LORA}]), "adapter": {"w": 1}, "word": "ro
         (lambda: analysis.spectra(WRONG["stack"]), UnsupportedError, r"stack\[i\]"),
         (lambda: analysis.spectra(WRONG["adapter"]), ParamsError, "expected a rule"),
         (lambda: analysis.spectra({"w": fl.Full(torch.ones(2, 3))}), ParamsError, "depends on the base weight"),
-        (lambda: analysis.spectra({"v": LORA}, BASE), ParamsError, "params lack 'v'.* Near names: w"),
-        (lambda: analysis.spectra({"w": LORA}, {"w": torch.zeros(2, 4)}), ParamsError, "a has shape"),
-        (lambda: analysis.spectra({"w": LORA}, {"w": torch.zeros(2, 3, device="meta")}), ParamsError, "meta device"),
-        (lambda: analysis.spectra({"w": fl.Tied("v")}, BASE), ParamsError, "tied to 'v'"),
+        (lambda: analysis.spectra({"v": LORA}, params=BASE), ParamsError, "params lack 'v'.* Near names: w"),
+        (lambda: analysis.spectra({"w": LORA}, params={"w": torch.zeros(2, 4)}), ParamsError, "a has shape"),
+        (
+            lambda: analysis.spectra({"w": LORA}, params={"w": torch.zeros(2, 3, device="meta")}),
+            ParamsError,
+            "meta device",
+        ),
+        (lambda: analysis.spectra({"w": fl.Tied("v")}, params=BASE), ParamsError, "tied to 'v'"),
         (lambda: analysis.spectra({"w": replace(LORA, scaling=torch.ones(()))}), UnsupportedError, "inside vmap"),
         (lambda: analysis.spectra({"w": replace(LORA, a=torch.full((1, 3), torch.nan))}), NonFiniteError, "'w'"),
-        (lambda: analysis.spectra({"w": LORA}, {"w": torch.full((2, 3), torch.inf)}), NonFiniteError, "'w'"),
-        (lambda: analysis.magnitude_direction(BASE, {"w": LORA}, per=WRONG["word"]), ConfigError, "per: expected"),
-        (lambda: analysis.magnitude_direction({"b": torch.ones(2)}, {"b": torch.ones(2)}), ParamsError, "is a matrix"),
+        (lambda: analysis.spectra({"w": LORA}, params={"w": torch.full((2, 3), torch.inf)}), NonFiniteError, "'w'"),
         (
-            lambda: analysis.magnitude_direction({"e": torch.ones(2, 2, 2)}, {"e": torch.ones(2, 2, 2)}),
+            lambda: analysis.magnitude_direction({"w": LORA}, params=BASE, per=WRONG["word"]),
+            ConfigError,
+            "per: expected",
+        ),
+        (
+            lambda: analysis.magnitude_direction({"b": torch.ones(2)}, params={"b": torch.ones(2)}),
+            ParamsError,
+            "is a matrix",
+        ),
+        (
+            lambda: analysis.magnitude_direction({"e": torch.ones(2, 2, 2)}, params={"e": torch.ones(2, 2, 2)}),
             ParamsError,
             "experts or a convolution.*model=",
         ),
@@ -525,7 +543,7 @@ def test_a_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monkey
         titles.append([axis.get_title() for axis in figure.axes])
 
     monkeypatch.setattr(_spectrum, "write_figure", titles_of)
-    (row,) = analysis.spectra({"w": torch.eye(3)}, {"w": torch.zeros(3, 3)}).rows
+    (row,) = analysis.spectra({"w": torch.eye(3)}, params={"w": torch.zeros(3, 3)}).rows
     weight = replace(row, of="W", base_norm=None)
     zero = replace(row, base_norm=0.0, share=None)
     moved = replace(row, base_norm=2.0, share=0.5)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.utils import _pytree as pytree
 
-from funclora import DoRA, Full, LoRA, apply, base_params, stack, unstack, vmap
+from funclora import DoRA, Full, LoRA, stack, unstack
 from funclora.errors import ConfigError, ParamsError
 
 optree: Any = _optree
@@ -59,28 +58,6 @@ def test_members_come_out_as_they_went_in(members: list[Any], data: Any) -> None
         assert len(got) == len(want)
         for one, other in zip(got, want, strict=True):
             same(one, other)
-
-
-def test_vmap_equals_the_loop() -> None:
-    model = nn.Linear(3, 2).double()
-    params = base_params(model)
-
-    def low(kind: Any, r: int, scaling: float) -> dict[str, Any]:
-        leaves = [torch.randn(r, 3), torch.randn(2, r), *([torch.rand(2)] if kind is DoRA else [])]
-        return {"weight": kind(*(leaf.double() for leaf in leaves), scaling=scaling)}
-
-    members = [low(LoRA, 1, 2.0), low(DoRA, 2, 0.5), low(LoRA, 1, 3.0), {"bias": Full(torch.randn(2).double())},
-               low(DoRA, 2, 1.5), low(LoRA, 3, 1.0)]  # fmt: skip
-    x = torch.randn(6, 4, 3).double()
-    shared = vmap(lambda a, x: apply(model, params, a, x))(stack(members), x[0])
-    own = vmap(lambda a, x: apply(model, params, a, x), in_dims=0)(stack(members), x)
-    for i, member in enumerate(members):
-        torch.testing.assert_close(shared[i], apply(model, params, member, x[0]), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(own[i], apply(model, params, member, x[i]), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ConfigError, match="no 6 members"):
-        vmap(lambda a, x: apply(model, params, a, x), in_dims=0)(stack(members), x[:5])
-    with pytest.raises(ConfigError, match="joined"):
-        vmap(lambda a: a["weight"].a)(stack([members[0], members[5]]))
 
 
 def test_what_is_no_stack_is_refused() -> None:

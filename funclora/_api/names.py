@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
+
+from funclora._api.deprecated import warn_old
 
 Places = Mapping[str, Iterable[str]]
 
@@ -33,11 +34,7 @@ def attach(
         if place is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if name in old:
-            warnings.warn(
-                f"{package}.{name} is deprecated and goes in the next version: it is {place}.{name} now.",
-                DeprecationWarning,
-                stacklevel=2,
-            )
+            warn_old(f"{package}.{name}", f"{place}.{name}")
             return getattr(importlib.import_module(place), name)
         value = (
             importlib.import_module(f"{place}.{name}")
