@@ -8,18 +8,20 @@ import reprlib
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, cast
 
+from funclora._config.names import named_among
 from funclora._config.peft_fields import DECOMPOSITIONS, INITIALISERS, niter_of, own_fields_of, to_peft
-from funclora._config.regex import matches, refuse_slow
+from funclora._config.regex import ENDS, Endings, matches, refuse_slow
 from funclora.errors import ConfigError, near
 
-# PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
-_ENDS = r"(.*\.)?({})"
 # And of finding the index behind an entry of layers_pattern.
 LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _DEEPEST = 50
+# The fields that name modules or parameters.
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _LARGEST = 2**31 - 1
 
 BIASES = ("none", "all", "lora_only")
@@ -112,7 +114,7 @@ class LoraConfig:
             patterns = getattr(self, name) or {}
             if not isinstance(patterns, Mapping):
                 raise ConfigError(f"{name}: expected a dict from pattern to number, got {patterns!r}.")
-            put(name, {_pattern(name, k, _ENDS): v for k, v in patterns.items()})
+            put(name, {_pattern(name, k, ENDS): v for k, v in patterns.items()})
         put("trainable_token_indices", _tokens(self.trainable_token_indices))
         self._check_values()
         self._check_together()
@@ -210,13 +212,35 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank for the module (or `target_parameters` entry) of that full name."""
-        rank: int = _first_match(self.rank_pattern, name, self.r)
-        return rank
+        return next((self.rank_pattern[key] for key in self.patterns_of("rank_pattern", name)), self.r)
 
     def alpha_of(self, name: str) -> float:
         """α for the module (or `target_parameters` entry) of that full name."""
-        alpha: float = _first_match(self.alpha_pattern, name, self.lora_alpha)
-        return alpha
+        return next((self.alpha_pattern[key] for key in self.patterns_of("alpha_pattern", name)), self.lora_alpha)
+
+    def patterns_of(self, field: Literal["rank_pattern", "alpha_pattern"], name: str) -> list[str]:
+        """The keys of that field that cover the module of that name (PEFT's rule), in their order."""
+        return self._patterns[field].matching(name)
+
+    @cached_property
+    def _patterns(self) -> Mapping[str, Endings]:
+        return {name: Endings(getattr(self, name)) for name in ("rank_pattern", "alpha_pattern")}
+
+    def names(self, field: str, name: str) -> bool:
+        """Whether the list or regular expression of that field names a module or parameter."""
+        wanted = getattr(self, field)
+        return matches(wanted, name) if isinstance(wanted, str) else named_among(name, self._entries[field])
+
+    def names_fully(self, field: str, name: str) -> bool:
+        """Whether that field names a module or parameter by its full name."""
+        return name in self._entries[field]
+
+    @cached_property
+    def _entries(self) -> Mapping[str, frozenset[str]]:
+        def entries(value: Any) -> frozenset[str]:
+            return frozenset((value,) if isinstance(value, str) else value or ())
+
+        return {name: entries(getattr(self, name)) for name in _LISTS}
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """s = α/r, or α/√r with `use_rslora`."""
@@ -265,15 +289,6 @@ class LoraConfig:
             4
         """
         return to_peft({f.name: getattr(self, f.name) for f in fields(self)})
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """True if a key of `rank_pattern` or `alpha_pattern` covers the module of that name (PEFT's rule)."""
-    return matches(_ENDS.format(pattern), name)
-
-
-def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
 
 
 def _pattern(where: str, pattern: object, around: str = "{}") -> str:

@@ -1,27 +1,43 @@
-"""How entries of lists match the full names of modules."""
+"""How entries of lists match the full names of modules and parameters: PEFT's rule."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-
-from funclora._config.config import LAYER, LoraConfig
+from collections.abc import Collection, Iterable, Iterator, Set
 
 
-def layer_of(config: LoraConfig, name: str) -> int | None:
-    """The index of the layer that a module lies in, as `layers_to_transform` counts them."""
-    patterns = [LAYER.format(p) for p in config.layers_pattern or ()]
-    patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
-    return int(found["idx"]) if found else None
+def endings(name: str) -> Iterator[str]:
+    """The full name, and what is left of it behind each dot.
+
+    Examples:
+        >>> list(endings("layers.0.q_proj"))
+        ['layers.0.q_proj', '0.q_proj', 'q_proj']
+    """
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
 
 
 def named(name: str, entry: str) -> bool:
-    """PEFT's rule for entries of lists: the full name, or its last components."""
+    """Whether an entry of a list is the full name, or its last components."""
     return name == entry or name.endswith(f".{entry}")
 
 
+def named_among(name: str, entries: Set[str]) -> bool:
+    """Whether one of the entries names it. Takes time by the length of the name, not by the number of entries."""
+    return any(ending in entries for ending in endings(name))
+
+
+def unnamed(entries: Collection[str], names: Iterable[str]) -> list[str]:
+    """The entries that name none of the names."""
+    wanted = frozenset(entries)
+    found = {ending for name in names for ending in endings(name) if ending in wanted}
+    return [entry for entry in entries if entry not in found]
+
+
 def inside(name: str, module: str) -> bool:
+    """Whether a module or parameter is that module, or in it."""
     return name == module or name.startswith(f"{module}.")
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from funclora._config.names import endings
 from funclora.errors import ConfigError
 
 try:  # Python's own parser, under its name from 3.11 on
@@ -19,6 +20,8 @@ try:  # Python's own parser, under its name from 3.11 on
 except ImportError:
     import sre_parse as _sre
 
+# PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
+ENDS = r"(.*\.)?({})"
 Ends = frozenset[int]
 # Quantifiers in a row that Python's matcher may have: the cost of a name grows with that power of its length.
 _FEW = 4
@@ -48,6 +51,41 @@ def matches(pattern: str, name: str) -> bool:
         raise _slow(pattern) from error
 
 
+class Endings:
+    """Which of many expressions match the end of a name, from its start or behind a dot.
+
+    Nearly all of them are names. A name matches what is equal to it, and what is so but for its dots, which stand for
+    any letter: a text with fewer dots. So names are looked up, and only other expressions are tried one by one.
+
+    Examples:
+        >>> Endings(["q_proj", "layers.[01].*", "0.q_proj", "v_proj"]).matching("layers.0.q_proj")
+        ['q_proj', 'layers.[01].*', '0.q_proj']
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = list(patterns)
+        self._places: dict[str, int] = {}  # of those that are names
+        self._names: dict[tuple[int, int], list[int]] = {}  # by their length and number of dots
+        self._others: list[int] = []
+        for i, pattern in enumerate(self._patterns):
+            if re.fullmatch(r"[\w.]+", pattern):
+                self._places[pattern] = i
+                self._names.setdefault((len(pattern), pattern.count(".")), []).append(i)
+            else:
+                self._others.append(i)
+
+    def matching(self, name: str) -> list[str]:
+        """The expressions that match, in their order."""
+        tried = list(self._others)
+        for (length, dots), places in self._names.items():
+            ending = name[-length:]
+            if len(ending) == length and ending.count(".") < dots:
+                tried += places
+        found = {i for i in tried if matches(ENDS.format(self._patterns[i]), name)}
+        found |= {self._places[ending] for ending in endings(name) if ending in self._places}
+        return [self._patterns[i] for i in sorted(found)]
+
+
 def refuse_slow(pattern: str) -> None:
     """Raise `ConfigError` if Python's own matcher may take for ever with an expression."""
     if _quantifiers(_parsed(pattern)) > _FEW:
@@ -61,7 +99,7 @@ def _slow(pattern: str) -> ConfigError:
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _parsed(pattern: str) -> Any:
     return _sre.parse(pattern)
 

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from funclora._bind.params import named_tensors
-from funclora._config.config import LoraConfig, pattern_matches
+from funclora._config.config import LoraConfig
+from funclora._config.covers import layer_of
 from funclora._config.embeddings import TiedEmbeddings, tied_targets, token_targets
 from funclora._config.layers import SUPPORTED, is_hf_conv1d, weights_of
-from funclora._config.names import inside, layer_of, named, suffixes
+from funclora._config.names import inside, named, suffixes, unnamed
 from funclora._config.peft_fields import HEADS
 from funclora._config.regex import matches
 from funclora._config.target import Target
@@ -77,13 +78,11 @@ class _Selection:
                 f"nothing is left to adapt: target_modules={config.target_modules!r} and exclude_modules="
                 f"{config.exclude_modules!r} leave no parameter of {type(self.model).__name__}."
             )
-        for where, patterns in (
-            ("rank_pattern", config.rank_pattern),
-            ("alpha_pattern", config.alpha_pattern),
-        ):
-            keys = [*matched, *of_parameters, *(tables.tied if tied else ())]
-            for pattern in patterns:
-                if not any(pattern_matches(pattern, key) for key in keys):
+        keys = [*matched, *of_parameters, *(tables.tied if tied else ())]
+        for where in ("rank_pattern", "alpha_pattern"):
+            used = {pattern for key in keys for pattern in config.patterns_of(where, key)}
+            for pattern in getattr(config, where):
+                if pattern not in used:
                     raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
         for name in self.saved:
             for parameter in self._parameters_under(name):
@@ -149,10 +148,9 @@ class _Selection:
                     f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
                 )
             return matched
-        for entry in wanted:
-            if not any(named(n, entry) for n in self.modules):
-                raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, suffixes(self.modules))}")
-        return {n: m for n, m in self.modules.items() if any(named(n, entry) for entry in wanted)}
+        for entry in unnamed(wanted, self.modules):
+            raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, suffixes(self.modules))}")
+        return {n: m for n, m in self.modules.items() if self.config.names(where, n)}
 
     def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """Restrict modules matched by suffix to `layers_to_transform`; full names are exempt, as in PEFT."""
@@ -167,8 +165,8 @@ class _Selection:
                     f"layers_to_transform: no target lies in layer {wanted}. Layers with targets: {have}"
                     f"{f' (layers_pattern={list(config.layers_pattern)})' if config.layers_pattern else ''}."
                 )
-        full_names = config.target_modules or ()
-        return {n: m for n, m in matched.items() if n in full_names or index.get(n) in config.layers}
+        full = {n for n in matched if config.names_fully("target_modules", n)}
+        return {n: m for n, m in matched.items() if n in full or index.get(n) in config.layers}
 
     def _heads(self) -> list[nn.Module]:
         """The output layers of a transformers model, which "all-linear" leaves out."""
@@ -237,15 +235,12 @@ class _Selection:
         return Target(module, layout, r, self.config.scaling(r, self.config.alpha_of(key)), rule)
 
     def _target_parameters(self) -> dict[str, Target]:
-        names: list[str] = []
-        for entry in self.config.target_parameters or ():
-            matched = [n for n in self.tensors if n in self.parameters and named(n, entry)]
-            if not matched:
-                hint = near(entry, suffixes(self.parameters))
-                raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
-            names += matched
+        for entry in unnamed(self.config.target_parameters or (), self.parameters):
+            hint = near(entry, suffixes(self.parameters))
+            raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
+        names = [n for n in self.tensors if n in self.parameters and self.config.names("target_parameters", n)]
         found: dict[str, Target] = {}
-        for name in [n for n in self.tensors if n in names]:
+        for name in names:
             self._check_low_rank(name)
             path, _, leaf = name.rpartition(".")
             owner = self.modules[path]

@@ -15,7 +15,6 @@ from funclora._bind.checks import unwritten
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
-from funclora._config.names import named
 from funclora._init.eva_inputs import Inputs
 from funclora._init.fresh import draw_root, init
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
@@ -150,7 +149,7 @@ def _result(
 def _targeting(config: LoraConfig, adapters: Mapping[str, Rule]) -> LoraConfig:
     """The configuration with only those of its targets that have an adapter."""
     names = [name for name, rule in adapters.items() if isinstance(rule, LowRank)]
-    parameters = [name for name in names if any(named(name, entry) for entry in config.target_parameters or ())]
+    parameters = [name for name in names if config.names("target_parameters", name)]
     modules = [name.rpartition(".")[0] for name in names if name not in parameters]
     return config.replace(
         target_modules="|".join(map(re.escape, modules)) or None,

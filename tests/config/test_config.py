@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from funclora import LoraConfig
-from funclora._config.config import pattern_matches
+from funclora._config.regex import Endings
 from funclora.errors import ConfigError, FuncloraError
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj"]}
@@ -222,7 +222,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
     (r"^q", "model.q", False),
 ])  # fmt: skip
 def test_patterns_match_as_in_peft(pattern: str, name: str, matches: bool) -> None:
-    assert pattern_matches(pattern, name) is matches
+    assert bool(Endings([pattern]).matching(name)) is matches
     assert (get_pattern_key([pattern, ".*"], name) == pattern) is matches
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import funclora as fl
 from funclora._config import regex
+from funclora._config.names import named, named_among, unnamed
 from funclora.errors import ConfigError
 
 ATOMS = st.sampled_from(
@@ -79,3 +80,22 @@ def test_what_cannot_be_bounded_is_refused(pattern: str) -> None:
 )
 def test_usual_expressions_are_left_to_python(pattern: str, slow: bool) -> None:
     assert (regex._quantifiers(regex._parsed(pattern)) > regex._FEW) == slow
+
+
+NAME = st.lists(st.sampled_from(["a", "b", "ab", "0", "1", "a_b"]), min_size=1, max_size=4).map(".".join)
+PATTERN = st.one_of(
+    NAME, st.sampled_from(["a.*", r"\w+", "a|b", r"a\.b", ".", "..", "a.b", "b.0", "^a", "b$", "", "a.b.0"])
+)
+
+
+@given(st.lists(PATTERN, max_size=6, unique=True), NAME | st.text("ab.0\n_", max_size=8))
+def test_many_expressions_at_once_match_what_each_does(patterns: list[str], name: str) -> None:
+    expected = [pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)]
+    assert regex.Endings(patterns).matching(name) == expected
+
+
+@given(st.lists(NAME, max_size=6, unique=True), st.lists(NAME, max_size=6))
+def test_entries_are_looked_up_as_they_are_compared(entries: list[str], names: list[str]) -> None:
+    for name in names:
+        assert named_among(name, set(entries)) is any(named(name, entry) for entry in entries)
+    assert unnamed(entries, names) == [entry for entry in entries if not any(named(name, entry) for name in names)]

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from funclora._config.config import LoraConfig, pattern_matches
+from funclora._config.config import LoraConfig
 from funclora._config.covers import covers, saved_above
-from funclora._config.names import named
+from funclora._config.names import named, unnamed
 from funclora._config.peft_fields import HEADS
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.peft.decomposed import refuse_decomposed
@@ -44,7 +44,7 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
             raise UnsupportedError(f"{name!r}: a PEFT folder has no place for the rule {type(rule).__name__}.")
         _check_leaves(name, rule)
         if isinstance(rule, (LoRA, DoRA)):
-            by_parameter = any(named(name, entry) for entry in config.target_parameters or ())
+            by_parameter = config.names("target_parameters", name)
             module = name.rpartition(".")[0]
             wrapped[name] = PeftTarget(name, module, rule.layout, _weight_shape(name, rule), by_parameter)
     full = [name for name, rule in adapters.items() if isinstance(rule, Full)]
@@ -165,13 +165,13 @@ def _check_entries(
     if not isinstance(config.target_modules, str) and not config.exclude_modules and not config.layers_to_transform:
         listed.append(("target_modules", config.target_modules or (), modules))
     for where, entries, have in listed:
-        for entry in entries:
-            if not any(named(name, entry) for name in have):
-                raise ConfigError(f"{where}: {entry!r} names none of the adapters.{near(entry, have)}")
-    for where, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            if not any(pattern_matches(pattern, w.key) for w in wrapped):
-                raise ConfigError(f"{where}: {pattern!r} matches none of the adapters.")
+        for entry in unnamed(entries, have):
+            raise ConfigError(f"{where}: {entry!r} names none of the adapters.{near(entry, have)}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        used = {pattern for w in wrapped for pattern in config.patterns_of(field, w.key)}
+        for pattern in getattr(config, field):
+            if pattern not in used:
+                raise ConfigError(f"{field}: {pattern!r} matches none of the adapters.")
     if config.bias != "none" and not any(name.rpartition(".")[2] == "bias" for name in full):
         raise ConfigError(f"bias={config.bias!r}, but the adapters train no bias.")
     heads = HEADS.get(config.task_type or "", ())

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
 from funclora._config.embeddings import TiedEmbeddings
-from funclora._config.names import named
 from funclora._config.targets import select
 from funclora._files.atomic import replace_files
 from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
@@ -167,7 +166,7 @@ class PeftFolder:
         self._ties = {name: target.tied_to for name, target in targets.items() if target.rule is Tied}
         wrapped |= {name: output_layer(name, wrapped[to]) for name, to in self._ties.items() if to in wrapped}
         self._wrapped = [*wrapped.values()]
-        saved = [n for n, _ in model.named_modules() if any(named(n, entry) for entry in config.modules_to_save or ())]
+        saved = [n for n, _ in model.named_modules() if config.names("modules_to_save", n)]
         reasons = (
             *unsupported_by_peft(self._wrapped, saved, config),
             *unsupported_ties({name: targets[to].rule for name, to in self._ties.items()}, self._ties, config),
@@ -215,4 +214,4 @@ def _advice(config: LoraConfig, model: nn.Module) -> str:
 
 
 def _by_parameter(name: str, config: LoraConfig) -> bool:
-    return any(named(name, entry) for entry in config.target_parameters or ())
+    return config.names("target_parameters", name)

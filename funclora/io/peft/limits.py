@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from funclora._config.config import LoraConfig, pattern_matches
+from funclora._config.config import LoraConfig
 from funclora._config.names import inside
 from funclora._quant.quantize import reads_packed_weights
 from funclora.io.peft.keys import FORMS, PeftTarget
@@ -173,7 +173,7 @@ def differences(model: nn.Module, wrapped: Sequence[PeftTarget], config: LoraCon
                 "module returns, funclora to its weight: compare the outputs."
             )
     for w in wrapped if by_peft else ():
-        if len({alpha for pattern, alpha in config.alpha_pattern.items() if pattern_matches(pattern, w.key)}) > 1:
+        if len({config.alpha_pattern[key] for key in config.patterns_of("alpha_pattern", w.key)}) > 1:
             yield (
                 f"several keys of alpha_pattern match {w.key!r}, and the first one counts. PEFT sorts them when it "
                 "saves: the adapter may have been trained with another scaling."
