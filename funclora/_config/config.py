@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from funclora._config.names import named_among
 from funclora._config.peft_fields import DECOMPOSITIONS, INITIALISERS, niter_of, own_fields_of, to_peft
-from funclora._config.regex import ENDS, Endings, matches, refuse_slow
+from funclora._config.regex import ENDS, Endings, is_name, matches, refuse_slow
 from funclora.errors import ConfigError, near
 
 # And of finding the index behind an entry of layers_pattern.
@@ -295,6 +295,8 @@ def _pattern(where: str, pattern: object, around: str = "{}") -> str:
     """The pattern, if it can be compiled, also inside of what is put around it."""
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{where}: expected a non-empty string, got {reprlib.repr(pattern)}.")
+    if is_name(pattern):
+        return pattern
     try:
         if _depth(pattern) > _DEEPEST:  # how many compile depends on how deep the stack is already
             raise re.error("too many parentheses in each other")

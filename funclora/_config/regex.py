@@ -23,6 +23,7 @@ except ImportError:
 # PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
 ENDS = r"(.*\.)?({})"
 Ends = frozenset[int]
+_NAME = re.compile(r"[\w.]+")
 # Quantifiers in a row that Python's matcher may have: the cost of a name grows with that power of its length.
 _FEW = 4
 _CATEGORIES: dict[str, Callable[[str], bool]] = {
@@ -51,6 +52,11 @@ def matches(pattern: str, name: str) -> bool:
         raise _slow(pattern) from error
 
 
+def is_name(pattern: str) -> bool:
+    """Whether an expression is a dotted name: it is valid then, wherever it stands, and quickly matched."""
+    return _NAME.fullmatch(pattern) is not None
+
+
 class Endings:
     """Which of many expressions match the end of a name, from its start or behind a dot.
 
@@ -68,7 +74,7 @@ class Endings:
         self._names: dict[tuple[int, int], list[int]] = {}  # by their length and number of dots
         self._others: list[int] = []
         for i, pattern in enumerate(self._patterns):
-            if re.fullmatch(r"[\w.]+", pattern):
+            if is_name(pattern):
                 self._places[pattern] = i
                 self._names.setdefault((len(pattern), pattern.count(".")), []).append(i)
             else:
