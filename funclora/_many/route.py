@@ -229,9 +229,27 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
         some = weights[:, torch.tensor(group.members, device=weights.device)]
         for name, rule in untied(group.tree()).items():
             scalings = group.scalings().get(name) or [1.0] * len(group.members)
-            part = RoutedGroup(_numbers(scalings, getattr(rule, rule.leaf_names[0])), None, some)
-            found.setdefault(name, []).append((rule, part))
+            finite, own = _without_broken(rule, some)
+            part = RoutedGroup(_numbers(scalings, getattr(rule, rule.leaf_names[0])), None, own)
+            found.setdefault(name, []).append((finite, part))
     return {
         name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), len(weights), repeats)
         for name, some in found.items()
     }
+
+
+def _without_broken(rule: Any, weights: Tensor) -> tuple[Rule, Tensor]:
+    """A rule `[m, *]` and its members' weights `[n, m]`, with members that hold NaN or infinity moved to the weights.
+
+    0·NaN is NaN, forward and backward: a member of weight 0 would reach the rows of the others. So such a member gets
+    zeros for its tensors, and NaN for its weights that are not 0.
+    """
+    leaves = {leaf: getattr(rule, leaf) for leaf in rule.leaf_names}
+    broken = torch.stack([(x.detach() * 0).flatten(1).sum(1) for x in leaves.values()]).sum(0) != 0
+
+    def kept(x: Tensor) -> Tensor:
+        return torch.where(broken.reshape(-1, *[1] * (x.dim() - 1)), 0.0, x)
+
+    rule = replace(rule, **{leaf: kept(x) for leaf, x in leaves.items()})
+    broken = broken.to(weights.device)
+    return rule, torch.where(broken & (weights != 0), float("nan"), torch.where(broken, 0.0, weights))

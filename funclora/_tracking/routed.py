@@ -365,6 +365,7 @@ class PreparedRouted(Rule):
     def _norm_scale(self) -> Tensor | None:
         """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
         norm_scale: Tensor | None = None
+        mixed: Tensor | None = None
         for rule, group in zip(self.rules, self.groups, strict=True):
             if not isinstance(rule, PreparedDoRA):
                 continue
@@ -376,8 +377,10 @@ class PreparedRouted(Rule):
             elif group.rows is not None:
                 norm_scale = group.rows.put(norm_scale, own.unsqueeze(1).expand(-1, group.rows.count, -1))
             else:
-                norm_scale = norm_scale + group.weights.to(own.dtype) @ (own - 1)  # type: ignore[union-attr]
-        return norm_scale
+                weights = group.weights.to(own.dtype)  # type: ignore[union-attr]
+                norm_scale = norm_scale - weights.sum(1, keepdim=True)  # what is left for the base
+                mixed = weights @ own if mixed is None else mixed + weights @ own
+        return norm_scale if mixed is None or norm_scale is None else norm_scale + mixed
 
 
 def _in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:

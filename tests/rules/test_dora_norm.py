@@ -212,3 +212,13 @@ def test_norms_beyond_float32_are_no_zeros() -> None:
     torch.testing.assert_close(rule.dense(weight), torch.full((1, 16), expected))
     with pytest.raises(NonFiniteError, match="'weight'"):
         merge({"weight": weight}, {"weight": DoRA(torch.full((1, 16), 1e30), torch.full((1, 1), 1e30), torch.ones(1))})
+
+
+def test_weights_of_members_keep_a_small_magnitude() -> None:
+    """What is left for the base is 1 minus the sum of the weights, not the sum of many small differences from 1."""
+    model, params, members = of_scales((1.0, 1.0, 1.0), torch.float32)
+    small = [{"weight": replace(member["weight"], magnitude=member["weight"].magnitude * 1e-12)} for member in members]
+    x = torch.randn(3, 12, generator=gen(7))
+    torch.testing.assert_close(
+        weighted(model, params, small, x), weighted(model, params, members, x) * 1e-12, rtol=1e-5, atol=1e-17
+    )
