@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-import reprlib
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, Literal, cast
 
+from funclora._config.fields import checked_indices, checked_names, checked_pattern, checked_tokens
 from funclora._config.names import named_among
 from funclora._config.peft_fields import DECOMPOSITIONS, INITIALISERS, niter_of, own_fields_of, to_peft
-from funclora._config.regex import ENDS, Endings, is_name, matches, refuse_slow
+from funclora._config.regex import ENDS, Endings, matches, refuse_slow
 from funclora.errors import ConfigError, near
 
 # And of finding the index behind an entry of layers_pattern.
 LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
-_DEEPEST = 50
 # The fields that name modules or parameters.
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _LARGEST = 2**31 - 1
@@ -99,23 +96,23 @@ class LoraConfig:
 
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            put(name, _pattern(name, value) if isinstance(value, str) else _names(name, value))
+            put(name, checked_pattern(name, value) if isinstance(value, str) else checked_names(name, value))
         for name in ("modules_to_save", "target_parameters"):
-            put(name, _names(name, getattr(self, name)))
+            put(name, checked_names(name, getattr(self, name)))
         layers_pattern: Any = self.layers_pattern or ()
         listed = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
-        put("layers_pattern", _names("layers_pattern", listed) or None)
+        put("layers_pattern", checked_names("layers_pattern", listed) or None)
         for pattern in self.layers_pattern or ():
-            refuse_slow(LAYER.format(_pattern("layers_pattern", pattern, LAYER)))
+            refuse_slow(LAYER.format(checked_pattern("layers_pattern", pattern, LAYER)))
         if isinstance(self.task_type, str):
             put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration
-        put("layers_to_transform", _indices(self.layers_to_transform))
+        put("layers_to_transform", checked_indices(self.layers_to_transform))
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name) or {}
             if not isinstance(patterns, Mapping):
                 raise ConfigError(f"{name}: expected a dict from pattern to number, got {patterns!r}.")
-            put(name, {_pattern(name, k, ENDS): v for k, v in patterns.items()})
-        put("trainable_token_indices", _tokens(self.trainable_token_indices))
+            put(name, {checked_pattern(name, k, ENDS): v for k, v in patterns.items()})
+        put("trainable_token_indices", checked_tokens(self.trainable_token_indices))
         self._check_values()
         self._check_together()
 
@@ -289,74 +286,3 @@ class LoraConfig:
             4
         """
         return to_peft({f.name: getattr(self, f.name) for f in fields(self)})
-
-
-def _pattern(where: str, pattern: object, around: str = "{}") -> str:
-    """The pattern, if it can be compiled, also inside of what is put around it."""
-    if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"{where}: expected a non-empty string, got {reprlib.repr(pattern)}.")
-    if is_name(pattern):
-        return pattern
-    try:
-        if _depth(pattern) > _DEEPEST:  # how many compile depends on how deep the stack is already
-            raise re.error("too many parentheses in each other")
-        re.compile(pattern)
-        re.compile(around.format(pattern))
-    except (re.error, OverflowError) as error:
-        raise ConfigError(f"{where}: {reprlib.repr(pattern)} is not a regular expression: {error}.") from error
-    return pattern
-
-
-def _depth(pattern: str) -> int:
-    """How many parentheses are open at most, escaped ones included."""
-    return max(accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in pattern))
-
-
-def _names(where: str, names: object) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ConfigError(f"{where}: expected a list of names, got {names!r}.")
-    result = tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
-    for name in result:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"{where}: expected non-empty strings, got {name!r}.")
-    return result
-
-
-def _indices(indices: object) -> tuple[int, ...] | None:
-    if indices is None:
-        return None
-    listed = (indices,) if isinstance(indices, int) else indices
-    if isinstance(listed, str) or not isinstance(listed, Iterable):
-        raise ConfigError(f"layers_to_transform: expected an index or a list of them, got {indices!r}.")
-    result = tuple(sorted(listed) if isinstance(listed, (set, frozenset)) else listed)
-    for index in result:
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ConfigError(f"layers_to_transform: expected indices from 0 up, got {index!r}.")
-    return result or None
-
-
-def _tokens(tokens: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    where = "trainable_token_indices"
-    if isinstance(tokens, Mapping):
-        for name in tokens:
-            if not isinstance(name, str) or not name:
-                raise ConfigError(f"{where}: expected names of modules, got {name!r}.")
-        return {name: _ids(f"{where}[{name!r}]", ids) for name, ids in tokens.items()} or None
-    return None if tokens is None or tokens in ([], ()) else _ids(where, tokens)
-
-
-def _ids(where: str, ids: object) -> tuple[int, ...]:
-    if isinstance(ids, str) or not isinstance(ids, Iterable):
-        raise ConfigError(f"{where}: expected a list of token ids, got {ids!r}.")
-    result = tuple(sorted(ids) if isinstance(ids, (set, frozenset)) else ids)
-    for i in result:
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-            raise ConfigError(f"{where}: expected token ids from 0 up, got {i!r}.")
-    if not result:
-        raise ConfigError(f"{where}: expected at least one token id, got none.")
-    if len(set(result)) < len(result):
-        twice = next(i for i in result if result.count(i) > 1)
-        raise ConfigError(f"{where}: {twice} is there twice. Name every token once.")
-    return result
