@@ -1,4 +1,4 @@
-"""The adapters that a command line names."""
+"""The adapters that are given on the command line."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from funclora.io.peft.config_file import CONFIG_FILE
 
 
 def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:
-    """The PEFT folders among the paths and directly inside of them, by a name for each.
+    """The PEFT folders among the paths and directly inside them, each with a name.
 
     Raises:
-        FormatError: a path is no folder, or there is no adapter in it.
+        FormatError: a path is not a folder, or contains no adapter.
     """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise FormatError(f"{path}: there is no such folder. Give PEFT folders, or a folder that holds them.")
+            raise FormatError(f"{path}: there is no such folder. Give PEFT folders, or a folder that contains them.")
         inside = (
             [path] if (path / CONFIG_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}"))
         )
         if not inside:
             raise FormatError(
-                f"{path}: holds no {CONFIG_FILE}, and neither does any folder in it. Is it a PEFT folder?"
+                f"{path}: there is no {CONFIG_FILE} in it, nor in the folders inside it. Give a PEFT folder."
             )
         found += [folder for folder in inside if folder not in found]
     names = [folder.resolve().name for folder in found]
@@ -35,11 +35,11 @@ def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def for_base(name: str, folders: Sequence[Path] = ()) -> Iterator[None]:
-    """What does not load may be the adapter of another model: errors inside the block say so.
+    """Adds to errors inside the block that the adapter may belong to another base model.
 
     Args:
         name: the base model's, for people.
-        folders: the adapters' that are loaded. If they name another base, that is said.
+        folders: of the adapters that are loaded. If they name another base, the message says so.
 
     Raises:
         ConfigError: in place of any `FuncloraError` inside the block.
@@ -49,7 +49,7 @@ def for_base(name: str, folders: Sequence[Path] = ()) -> Iterator[None]:
     except FuncloraError as error:
         named = {base for folder in folders if (base := _named_base(folder)) and str(folder) in str(error)}
         says = f" {CONFIG_FILE} names {' and '.join(sorted(map(repr, named)))}." if named else ""
-        raise ConfigError(f"{error} Is {name} its base model?{says} --model takes another.") from error
+        raise ConfigError(f"{error} Is {name} its base model?{says} Give its base with --model.") from error
 
 
 def _named_base(folder: Path) -> str | None:

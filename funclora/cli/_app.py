@@ -1,20 +1,21 @@
 """The application that the commands belong to.
 
-How a command is written:
+How to write a command:
 
 - One file with one function, whose annotations Typer turns into arguments and options, and a line in the table below.
-  What is imported at the top of the file is imported for every `--help`: torch, transformers, matplotlib and all
-  that imports them come inside of functions.
-- The first sentence of its docstring stands in the list of commands; the lines of its `Examples:` section are shown
-  below the options, each a whole command line.
-- What the user gave and does not do is raised, as an exception of `funclora.errors` whose message names the option
-  or the file, what was expected, what came and what to do. The table's wrapper (`_command`) makes it one line on
-  stderr and exit code 2, adds `--debug`, which shows the traceback, and turns warnings of funclora into a line each.
-  A command ends in no other way: no `typer.Exit`, no `sys.exit`, no words of its own on stderr but for progress.
-- Ctrl-C ends it with exit code 130 and the last column of the table: what is left, and how to go on. `{out}` is
-  the value of `--out`. A command that knows better raises `KeyboardInterrupt("what is left")`.
-- The result goes to stdout. `json: AsJson = False` is the option, and with it `print_json(tree)` prints the same
-  facts as one JSON value and nothing else. Errors go to stderr all the same, and stdout stays empty.
+  Modules that are imported at the top of the file are imported for every `--help`, so torch, transformers, matplotlib
+  and everything that imports them are imported inside functions.
+- The first sentence of the docstring is shown in the list of commands. The lines of its `Examples:` section are shown
+  below the options; each is a complete command line.
+- `_options.py` makes lists, flags and types look alike in all commands: declare `Sequence[float]`, `bool`, `Path`.
+- Invalid user input raises an error from `funclora.errors` that names the option or file, the expected and the actual
+  value, and the fix. The wrapper (`_command.py`) turns it into one line on stderr and exit code 2, adds `--debug`,
+  which shows the traceback, and prints each warning of funclora in one line. A command ends in no other way: no
+  `typer.Exit`, no `sys.exit`, and nothing of its own on stderr except progress.
+- Ctrl-C ends it with exit code 130 and the text in the last column of the table: what remains, and how to continue.
+  `{out}` is the value of `--out`. A command that knows more raises `KeyboardInterrupt("what remains")`.
+- The result goes to stdout. With the option `json: AsJson = False`, `print_json(tree)` prints the same facts as one
+  JSON value and nothing else. Errors then still go to stderr, and stdout stays empty.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from funclora.cli.train import train
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 for name, function, stopped in (
-    ("combine", combine, "{out} is as it was."),
-    ("convert", convert, "{out} is as it was."),
-    ("demo", demo, "The same command begins again."),
+    ("combine", combine, "{out} is unchanged."),
+    ("convert", convert, "{out} is unchanged."),
+    ("demo", demo, "The same command starts again."),
     ("diff", diff, "Nothing was written."),
     ("eval", evaluate, "Nothing was written."),
-    ("extract", extract, "{out} is as it was."),
+    ("extract", extract, "{out} is unchanged."),
     ("generate", generate, "Nothing was written."),
     ("inspect", inspect, "Nothing was written."),
-    ("merge", merge, "{out} is as it was."),
-    ("sweep", sweep, "The same command goes on with {out}."),
-    ("train", train, "If its folder holds a checkpoint, the same command with --resume goes on."),
+    ("merge", merge, "{out} is unchanged."),
+    ("sweep", sweep, "The same command continues with {out}."),
+    ("train", train, "If its folder contains a checkpoint, the same command with --resume continues."),
 ):
     add(app, name, function, stopped)
 

@@ -14,10 +14,10 @@ def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
 
     Args:
         folder: the folder.
-        weights: load the weights; else the model has its structure only, on the meta device.
+        weights: load the weights; otherwise the model has only its structure, on the meta device.
 
     Raises:
-        FuncloraError: there is no such model, it cannot be loaded, or there is no transformers.
+        FuncloraError: there is no such model, it cannot be loaded, or transformers is not installed.
     """
     from funclora._apps.train.folder import empty_model, load_model
 

@@ -10,22 +10,19 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from funclora.cli._options import VALUES, prepared
 from funclora.errors import FuncloraError, FuncloraWarning
 
 FAILED, STOPPED = 2, 130
 
 # The class has no public name that all versions of Typer share.
 UsageError: Any = typer.BadParameter.__bases__[0]
-
-# Type -> how the help writes a value of it; a flag takes none.
-VALUES: dict[type, str] = {bool: "", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 # Module -> the extra that installs it.
 EXTRAS = {
@@ -41,29 +38,29 @@ EXTRAS = {
     "gguf": "gguf",
 }
 
-# What the system says -> what the user can do.
+# System error -> what the user can do.
 REMEDIES = {
     "ENOSPC": "Free some space, or write to another disk.",
     "EDQUOT": "Free some space, or write to another disk.",
-    "EACCES": "Change its permissions, or name another.",
-    "EPERM": "Change its permissions, or name another.",
-    "EROFS": "Name another folder.",
-    "ENOENT": "Name one that is there.",
-    "ENOTDIR": "Name a folder.",
-    "EISDIR": "Name a file.",
+    "EACCES": "Change its permissions, or give another.",
+    "EPERM": "Change its permissions, or give another.",
+    "EROFS": "Give another folder.",
+    "ENOENT": "Give one that exists.",
+    "ENOTDIR": "Give a folder.",
+    "EISDIR": "Give a file.",
 }
 
 
 class Commands(TyperGroup):
-    """The commands; what is wrong with a command line is one line too."""
+    """The group of commands; an invalid command line is also one line on stderr."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The list of commands, without boxes: rich takes longer to load than all else."""
+        """The list of commands, without boxes: loading rich takes longer than everything else."""
         self.rich_markup_mode = None
         super().format_help(ctx, formatter)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Each command's first sentence, whole."""
+        """The whole first sentence of each command."""
         rows = [(name, command.get_short_help_str(1 << 10)) for name, command in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -83,12 +80,13 @@ class Commands(TyperGroup):
         except UsageError as error:
             if not standalone_mode:
                 raise
-            if type(error).__name__ == "NoArgsIsHelpError":  # the help is all there is to say
+            if type(error).__name__ == "NoArgsIsHelpError":  # the help is the whole message
                 typer.echo(error.format_message(), err=True)
                 sys.exit(FAILED)
             context = getattr(error, "ctx", None)
             names = ["funclora", *(context.command_path.split()[1:] if context is not None else ())]
-            say(*names[1:], f"{_sentence(error.format_message())} Type: {' '.join(names)} --help")
+            message = error.format_message().replace("Value error, ", "")  # words that some versions of Typer add
+            say(*names[1:], f"{_sentence(message)} Type: {' '.join(names)} --help")
             sys.exit(FAILED)
         if not standalone_mode:
             return code
@@ -96,7 +94,13 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command, whose usage line has names only: FILE, not {FILE} as some versions of Typer write."""
+    """A command with the same help in all versions of Typer: FILE in the usage line, not {FILE}; PATH, not <path>."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if parameter.param_type_name == "argument" and hasattr(parameter, "display_type_rich"):
+                parameter.display_type_rich = lambda ctx: VALUES[Path]  # what all arguments are
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What stands behind the command's name."""
@@ -116,8 +120,8 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
     Args:
         app: the application.
         name: of the command.
-        function: what it does; raises a `FuncloraError` if it cannot.
-        stopped: what is left when Ctrl-C ends it; `{out}` and the like are the command's values.
+        function: the command; raises a `FuncloraError` if it cannot do its work.
+        stopped: what remains when Ctrl-C ends it; `{out}` and other names are the values of the options.
     """
     text, examples = _examples(inspect.getdoc(function) or "")
 
@@ -138,7 +142,7 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
             warnings.filterwarnings("always", category=FuncloraWarning)
             warnings.showwarning = show
             try:
-                function(**values)
+                function(**values | {key: read(values[key]) for key, read in readers.items()})
             except KeyboardInterrupt as error:
                 say(name, f"stopped. {str(error) or stopped.format(**values)}")
                 raise typer.Exit(STOPPED) from error
@@ -159,8 +163,11 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
         *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.parameters.values()),
         inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option),
     ]
-    for parameter in parameters[1:]:
-        _name_value(parameter)
+    readers = {}
+    for i, parameter in enumerate(parameters[1:], start=1):
+        parameters[i], reader = prepared(parameter)
+        if reader is not None:
+            readers[parameter.name] = reader
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(name, cls=Command, help=text, epilog=examples)(run)
@@ -172,26 +179,11 @@ def say(*words: str) -> None:
     typer.echo(f"{' '.join(['funclora', *names])}: {' '.join(message.split())}", err=True)
 
 
-def _name_value(parameter: inspect.Parameter) -> None:
-    """Let the help call a parameter's value as `VALUES` does, where the command does not name it."""
-    kinds = [parameter.annotation]
-    for kind in kinds:  # Annotated[list[Path] | None, Option()] and the like, taken apart as it goes
-        kinds += get_args(kind)
-    types = [kind for kind in kinds if isinstance(kind, type)]
-    words = ["|".join(str(each.value) for each in kind) for kind in types if issubclass(kind, Enum)]
-    words += [VALUES[kind] for kind in types if kind in VALUES]
-    for info in kinds:
-        if isinstance(info, typer.models.ArgumentInfo) and info.metavar is None:
-            info.metavar = parameter.name.upper()
-        elif isinstance(info, typer.models.OptionInfo) and info.metavar is None:
-            info.metavar = words[0] if words else None
-
-
 def _complaint(error: BaseException) -> str | None:
-    """What to tell the user; None if it is not for the user to mend."""
+    """The message for the user; None if it is not a user error."""
     if isinstance(error, FuncloraError):
         return str(error)
-    if isinstance(error, BrokenPipeError):  # | head: Typer ends quietly
+    if isinstance(error, BrokenPipeError):  # as in "| head": Typer exits silently
         return None
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
@@ -206,7 +198,7 @@ def _complaint(error: BaseException) -> str | None:
         from funclora._torch.memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            return f"out of memory: {_first_line(error)} Take less at a time, or another --device."
+            return f"out of memory: {_first_line(error)} Reduce the batch or the context, or use another --device."
     return None
 
 

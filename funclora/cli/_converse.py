@@ -1,4 +1,4 @@
-"""Prompts from the terminal, or from what is piped in, each answered as it comes."""
+"""Prompts from the terminal or from a pipe, each answered before the next is read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BASE = "(base)"
 
 
 def refuse_bytes(text: str, where: str) -> None:
-    """Raise for what Python makes of bytes that are no text, which no tokenizer takes."""
+    """Raise for bytes that are not UTF-8 (Python reads them as surrogates), which no tokenizer accepts."""
     from funclora.errors import ConfigError
 
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{where}: holds bytes that are not UTF-8: {text!a:.60}. Give it as UTF-8.")
+        raise ConfigError(f"{where}: contains bytes that are not UTF-8: {text!a:.60}. Encode it as UTF-8.")
 
 
 def spoken(messages: list[dict[str, str]], where: str) -> Record:
@@ -33,7 +33,7 @@ def spoken(messages: list[dict[str, str]], where: str) -> Record:
 def converse(
     generator: Generator, reader: Reader, adapter: str | None, names: list[str], base: Base, *, chat: bool
 ) -> None:
-    """Prompts from the terminal, or from what is piped in, each answered as it comes."""
+    """Prompts from the terminal or from a pipe, each answered before the next is read."""
     import sys
 
     from funclora.cli._prompts import known
@@ -41,7 +41,7 @@ def converse(
 
     asks = sys.stdin.isatty()
     if asks:
-        typer.echo(f"{base.name} under {adapter or BASE}. Ctrl-D ends it.", err=True)
+        typer.echo(f"{base.name} with {adapter or BASE}. Press Ctrl-D to exit.", err=True)
     said: list[dict[str, str]] = []
     for number in range(1, 1 << 62):
         line = _line(f"{adapter or BASE}> " if asks else None)
@@ -77,7 +77,7 @@ def converse(
 
 
 def _line(sign: str | None) -> str | None:
-    """A line without its end; None if there is no other."""
+    """The next line, without its end; None at the end of the input."""
     import sys
 
     if sign is None:

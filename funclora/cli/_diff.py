@@ -22,7 +22,7 @@ SIDES = ("A", "B")
 
 @dataclass(frozen=True)
 class Side(Data):
-    """What one adapter has for one parameter: the kind of its rule, its rank and its scaling."""
+    """One adapter's rule for one parameter: its kind, rank and scaling."""
 
     rule: str
     r: int | None
@@ -34,9 +34,9 @@ class DiffRow(Data):
     """One parameter.
 
     Attributes:
-        sides: what each adapter has there; None for nothing.
+        sides: the rule of each adapter; None if it has none.
         update: norms, cosine and distance.
-        similarity: φ of the factors A and of the factors B of both, by "A" and "B"; empty unless both have factors.
+        similarity: φ of both adapters' factors A and factors B, by "A" and "B"; empty unless both have factors.
     """
 
     sides: tuple[Side | None, Side | None]
@@ -50,13 +50,13 @@ class Difference(Data):
 
     Attributes:
         folders: the adapters.
-        base: the folder of the base, if it was given.
-        configs: the fields of each configuration that say what the adapter is.
+        base: the folder of the base model, if given.
+        configs: the main fields of each configuration.
         norms: of both updates, all parameters together.
-        cosine: of the updates as long vectors; a parameter that an adapter does not have does not change.
+        cosine: of the updates as long vectors; a parameter without a rule has the update 0.
         relative_distance: ‖first − second‖ / ‖first‖, in the same way.
         rows: one for each parameter.
-        notes: what a reader of the folders should know.
+        notes: remarks for the user.
     """
 
     folders: tuple[str, str]
@@ -91,14 +91,14 @@ def diff_folders(
         first: a PEFT folder.
         second: another one.
         base: the folder of the model that both are for.
-        progress: called with the weights that are done and all.
+        progress: called with the number of finished weights and of all weights.
 
     Raises:
         FormatError: a folder is missing or broken, or does not fit the base.
         TargetError: a configuration does not fit the base.
-        ParamsError: the adapters are of different models.
-        UnsupportedError: an adapter needs the base and there is none, or transformers is needed and not installed.
-        NonFiniteError: a tensor holds NaN or infinity.
+        ParamsError: the adapters belong to different models.
+        UnsupportedError: an adapter needs the base, which is not given; or transformers is needed and not installed.
+        NonFiniteError: a tensor contains NaN or infinity.
     """
     with opened_base(base) as model:
         one, two = AdapterFolder(first, model), AdapterFolder(second, model)

@@ -1,4 +1,4 @@
-"""An adapter's folder to look into, next to its base or alone."""
+"""Reading the folder of an adapter, with its base model or without."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BaseFolder:
 
     Attributes:
         structure: the model without weights.
-        params: full name -> weight, read at every look-up.
+        params: full name -> weight, read at every access.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -40,9 +40,9 @@ class AdapterFolder:
     Attributes:
         folder: the folder.
         config: its configuration.
-        rules: full parameter name -> rule. Parameters that follow another one (tied weights) are left out: they are
-            the same weight, and `notes` name them.
-        notes: what a reader of the folder should know.
+        rules: full parameter name -> rule. Parameters that are tied to another one are left out: they are the same
+            weight, and `notes` name them.
+        notes: remarks for the user.
 
     Args:
         folder: the folder.
@@ -51,7 +51,7 @@ class AdapterFolder:
     Raises:
         FormatError: a file is missing or broken, or the files do not fit each other or the model.
         TargetError: the configuration does not fit the model.
-        UnsupportedError: the folder depends on the model and there is none; or the adapter is relative to decomposed
+        UnsupportedError: the folder depends on the model, which is not given; or the adapter belongs to decomposed
             weights.
         NonFiniteError: a tensor holds NaN or infinity.
     """
@@ -68,16 +68,15 @@ class AdapterFolder:
         self.config = opened.config
         if opened.config.decomposition:
             raise UnsupportedError(
-                f"{folder}: init_lora_weights={opened.config.init_lora_weights!r}: the adapter is relative to "
-                "decomposed weights. Make one for the original weights of it: save_peft(new_folder, "
-                "*load_peft(folder, model))."
+                f"{folder}: init_lora_weights={opened.config.init_lora_weights!r}: the adapter belongs to decomposed "
+                "weights. Convert it to the original weights: save_peft(new_folder, *load_peft(folder, model))."
             )
         names = [name for name, target in opened.targets.items() if target.rule is not Tied]
         self.rules = LazyMapping(names, opened.rule)
         for name in opened.targets:
-            opened.rule(name)  # every tensor of the file must be fit for its place before any is looked at
+            opened.rule(name)  # every tensor of the file must be valid before any is used
         opened.refuse_rest(base.params, LazyMapping([*opened.targets], opened.rule))
         self.notes = [f"{folder}: {message}" for message in opened.differences()]
         tied = [name for name, target in opened.targets.items() if target.rule is Tied]
         if tied:
-            self.notes.append(f"{folder}: {', '.join(tied)}: tied to another weight, whose change is theirs too.")
+            self.notes.append(f"{folder}: {', '.join(tied)}: tied to another weight, so they change with it.")

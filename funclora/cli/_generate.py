@@ -1,4 +1,4 @@
-"""What `funclora generate` computes: continuations, each row under its own adapter."""
+"""The computation of `funclora generate`: continuations, each row with its own adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from funclora.errors import ConfigError
 from funclora.io.hf.library import first_line
 from funclora.io.peft.tensors import WEIGHTS_FILE
 
-# Adapters that are kept between batches may take so many bytes, or what the largest takes if that is more.
+# Bytes of adapters that are kept between batches; more if the largest adapter needs more.
 HELD = 1 << 30
 
 Write = Callable[[str], None]
@@ -32,11 +32,11 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        tokens: the most that are generated.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: of the likeliest tokens, as many as have this probability together; None for all.
-        top_k: so many of the likeliest tokens; None for all.
-        seed: of the draws.
+        tokens: maximum number of generated tokens.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: sample from the most likely tokens of this total probability; None for all.
+        top_k: sample from this many of the most likely tokens; None for all.
+        seed: of the samples.
     """
 
     tokens: int = 128
@@ -52,8 +52,8 @@ class Answer:
 
     Attributes:
         text: without special tokens.
-        tokens: how many were generated, the end token included.
-        ended: whether the model ended it; else it was cut off.
+        tokens: number of generated tokens, including the end token.
+        ended: whether the model ended it; otherwise it was cut off.
     """
 
     text: str

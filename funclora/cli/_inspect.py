@@ -1,4 +1,4 @@
-"""What is in the folder of an adapter or of a model, and how it changes a base: one weight at a time."""
+"""The contents of the folder of an adapter or a model, and its changes to a base model, one weight at a time."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Inspection(Data):
 
     Attributes:
         kind: "adapter" or "model".
-        folder: what was looked at.
-        base: the folder of the base, if it was given.
-        config: of an adapter: the fields of its configuration that say what it is; empty for a model.
-        parameters: how many numbers the adapter trains, or the model holds.
-        norm: ‖ΔW‖ of all weights together, or ‖W‖ of a model without a base.
-        share: norm / ‖W‖ of the weights in `rows`; None without the base.
+        folder: the inspected folder.
+        base: the folder of the base model, if given.
+        config: for an adapter, the main fields of its configuration; empty for a model.
+        parameters: number of values that the adapter trains, or that the model contains.
+        norm: ‖ΔW‖ of all weights together, or ‖W‖ for a model without a base.
+        share: norm / ‖W‖ of the weights in `rows`; None without a base.
         rows: one for each weight.
-        skipped: tensors of a model that hold integers.
-        notes: what a reader of the folder should know.
+        skipped: integer tensors of a model.
+        notes: remarks for the user.
     """
 
     kind: str
@@ -60,38 +60,38 @@ class Inspection(Data):
 def inspect_folder(
     folder: Path, base: Path | None = None, *, singular: bool = True, progress: OnProgress | None = None
 ) -> Inspection:
-    """Look into the folder of an adapter or of a model.
+    """Inspect the folder of an adapter or a model.
 
     Args:
-        folder: a PEFT folder, or that of a transformers model.
-        base: the folder of the base model: of the adapter, or what the model was trained from.
-        singular: decompose the weights; else only their norms are taken.
-        progress: called with the weights that are done and all.
+        folder: a PEFT folder, or the folder of a transformers model.
+        base: the folder of the base model of the adapter or of the fine-tuned model.
+        singular: compute singular values; otherwise only norms.
+        progress: called with the number of finished weights and of all weights.
 
     Raises:
         FormatError: a folder is missing or broken, or does not fit the base.
         TargetError: the adapter's configuration does not fit the base.
-        UnsupportedError: the adapter needs the base and there is none, a model is quantised, or transformers is needed
-            and not installed.
-        NonFiniteError: a tensor holds NaN or infinity.
+        UnsupportedError: the adapter needs the base, which is not given; a model is quantised; or transformers is
+            needed and not installed.
+        NonFiniteError: a tensor contains NaN or infinity.
     """
     tell = progress or (lambda done, total: None)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such folder. Give a PEFT folder, or that of a transformers model.")
+        raise FormatError(
+            f"{folder}: there is no such folder. Give a PEFT folder, or the folder of a transformers model."
+        )
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder, base, singular, tell)
     if (folder / MODEL_CONFIG).is_file():
         return _model(folder, base, singular, tell)
     inner = sorted(str(found.parent) for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
-    hint = f" There are adapters in {', '.join(inner[:5])}." if inner else ""
-    raise FormatError(
-        f"{folder}: there is neither {ADAPTER_CONFIG} (an adapter) nor {MODEL_CONFIG} (a model) in this folder.{hint}"
-    )
+    hint = f" It contains the adapters {', '.join(inner[:5])}." if inner else ""
+    raise FormatError(f"{folder}: contains neither {ADAPTER_CONFIG} (an adapter) nor {MODEL_CONFIG} (a model).{hint}")
 
 
 @contextlib.contextmanager
 def opened_base(folder: Path | None) -> Iterator[BaseFolder | None]:
-    """The base model, open for reading; None for none."""
+    """The base model, open for reading; None if no folder is given."""
     if folder is None:
         yield None
         return
@@ -100,7 +100,7 @@ def opened_base(folder: Path | None) -> Iterator[BaseFolder | None]:
 
 
 def facts(found: AdapterFolder) -> dict[str, Any]:
-    """The fields of a configuration that say what an adapter is."""
+    """The main fields of an adapter's configuration."""
     names = (
         "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "modules_to_save", "bias",
         "rank_pattern", "alpha_pattern", "task_type", "base_model_name_or_path",
@@ -149,24 +149,24 @@ def _row(key: str, weight: Tensor, base: Tensor | None, *, singular: bool) -> Sp
 
 
 def _refuse_unlike(own: Checkpoint, base: Checkpoint) -> None:
-    """Raise `FormatError` unless both hold the same tensors."""
+    """Raise `FormatError` unless both contain the same tensors."""
     for one, other in ((own, base), (base, own)):
         for key in one.tensors:
             if key not in other.tensors:
                 raise FormatError(
-                    f"{other.folder}: there is no {key!r}, which {one.folder} holds: they are not of one model, or one "
-                    f"ties weights that the other does not.{near(key, other.tensors, n=3)}"
+                    f"{other.folder}: there is no {key!r}, which {one.folder} contains. They belong to different "
+                    f"models, or only one of them ties its weights.{near(key, other.tensors, n=3)}"
                 )
     for key, tensor in own.tensors.items():
         if tensor.shape != base.tensors[key].shape:
             raise FormatError(
                 f"{own.folder}: {key!r} has shape {list(tensor.shape)}, in {base.folder} it has "
-                f"{list(base.tensors[key].shape)}: they are not of one model."
+                f"{list(base.tensors[key].shape)}. They belong to different models."
             )
         if tensor.is_floating != base.tensors[key].is_floating:
             raise FormatError(
-                f"{own.folder}: {key!r} is stored as {tensor.dtype}, in {base.folder} as {base.tensors[key].dtype}: "
-                "one of them is quantised."
+                f"{own.folder}: {key!r} is stored as {tensor.dtype}, in {base.folder} as {base.tensors[key].dtype}. "
+                "One of them is quantised."
             )
 
 

@@ -1,4 +1,4 @@
-"""What `funclora eval` computes: losses of adapters on files."""
+"""The computation of `funclora eval`: losses of adapters on files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from funclora.cli._adapters import adapter_folders, for_base
 from funclora.cli._output import json_text
 from funclora.errors import FormatError
 
-# Rows that are read at a time; how many of them are computed together is measured.
+# Rows that are read at a time; the number that is computed together is measured.
 BATCH = 64
 PAD = -1
 
@@ -35,7 +35,7 @@ class Losses:
     Attributes:
         adapters: names.
         files: names.
-        tokens: how many tokens were predicted in each file.
+        tokens: number of predicted tokens in each file.
         base: the base model's, by file.
         losses: `losses[adapter][file]`.
     """
@@ -47,7 +47,7 @@ class Losses:
     losses: list[list[float]]
 
     def tree(self) -> dict[str, Any]:
-        """All of it, by name."""
+        """All losses, by name."""
 
         def row(values: Sequence[float], of: Callable[[float], float]) -> dict[str, float]:
             return {file: of(value) for file, value in zip(self.files, values, strict=True)}
@@ -61,7 +61,7 @@ class Losses:
         }
 
     def write(self, folder: Path) -> None:
-        """`eval.json`, and a picture if there are several files."""
+        """Write `eval.json`, and a heatmap if there are several files."""
         text = json_text(self.tree()) + "\n"
 
         def write(file: Path) -> None:
@@ -78,7 +78,7 @@ class Losses:
                 self.files,
                 folder / "heatmap.png",
                 label="loss minus base loss, nats per token (lower is better)",
-                title="What each adapter gains over the base model (bold: best of its column)",
+                title="Loss of each adapter minus the loss of the base model (bold: best of its column)",
             )
 
 
@@ -103,21 +103,21 @@ def losses(
 
     Args:
         paths: PEFT folders, or folders of them.
-        files: texts, or records: see `pipeline.records.read`.
+        files: texts, or records: see `records.read`.
         model: folder of a transformers model; None for the demo's.
-        field: where the text is in a line of `.jsonl`.
+        field: name of the field with the text in a `.jsonl` file.
         context: tokens that the model sees at a time.
-        rows: at most so many stretches of each file.
+        rows: maximum number of passages from each file.
         memory: bytes for `evaluate`.
         device: where to compute.
-        progress: called with a description and the number of calls in all, at each step.
+        progress: called at each step with a description and the total number of calls.
 
     Raises:
-        FuncloraError: something of that is missing or of no use, or an adapter cannot be loaded or run.
+        FuncloraError: an argument is missing or invalid, or an adapter cannot be loaded or run.
     """
     folders = adapter_folders(paths)
     names = [str(file) if [f.name for f in files].count(file.name) > 1 else file.name for file in files]
-    texts = {file: read_texts(file, field) for file in files}  # all are looked at before anything large is loaded
+    texts = {file: read_texts(file, field) for file in files}  # all are read before anything large is loaded
     settings = Settings(model=model, device=device)
     tokenizer = load_tokenizer(settings)
     base = load_base(settings, tokenizer)
@@ -133,7 +133,7 @@ def losses(
     for file, documents in texts.items():
         windows[file] = cut([encode(text) for text in documents], context)
         if not windows[file]:
-            raise FormatError(f"{file}: holds no text of two tokens or more, so there is nothing to predict.")
+            raise FormatError(f"{file}: contains no text with at least two tokens, so there is nothing to predict.")
         if rows is not None and len(windows[file]) > rows:
             chosen = torch.linspace(0, len(windows[file]) - 1, rows).round().long().tolist()
             windows[file] = [windows[file][i] for i in chosen]
@@ -166,15 +166,15 @@ def read_texts(file: Path, field: str) -> list[bytes]:
     """The documents of a file."""
     if not file.is_file():
         raise FormatError(
-            f"{file}: there is no such file. --data takes a text, or records such as .jsonl with a text in each."
+            f"{file}: there is no such file. Give --data a text file, or records (such as .jsonl) with a text in each."
         )
     if records.is_text(file):
         return [file.read_bytes()]
-    return [text.encode() for text in records.texts(file, field, " --field names another.")]
+    return [text.encode() for text in records.texts(file, field, " Give another field with --field.")]
 
 
 def cut(documents: Sequence[Sequence[int]], context: int) -> list[list[int]]:
-    """Stretches of at most context + 1 tokens, in which every token of a document but the first is predicted once.
+    """Passages of at most context + 1 tokens, in which every token of a document except the first is predicted once.
 
     Examples:
         >>> cut([[1, 2, 3, 4], [5]], context=2)
@@ -188,7 +188,7 @@ def cut(documents: Sequence[Sequence[int]], context: int) -> list[list[int]]:
 
 
 def _batches(windows: list[list[int]], device: str, progress: Callable[[], None]) -> Iterator[Tensor]:
-    """`[n, longest]` int64, of similar lengths, filled up with `PAD`."""
+    """`[n, longest]` int64, of similar lengths, padded with `PAD`."""
     windows = sorted(windows, key=len, reverse=True)
     for start in range(0, len(windows), BATCH):
         some = [torch.tensor(window) for window in windows[start : start + BATCH]]

@@ -1,4 +1,4 @@
-"""What a command prints for programs."""
+"""JSON output of the commands."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def print_json(tree: Any) -> None:
-    """One JSON value on stdout. Numbers that JSON does not have (NaN, infinity) are null, paths are text."""
+    """Print one JSON value on stdout. NaN and infinity, which JSON does not have, become null; paths become texts."""
     typer.echo(json_text(tree))
 
 

@@ -1,4 +1,4 @@
-"""What `funclora generate` is asked to continue."""
+"""The prompts of `funclora generate`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prompt:
     Attributes:
         ids: its tokens; at least one.
         adapter: name of its adapter; None for the base model.
-        fields: what the record said, for the result.
+        fields: the fields of the record, for the result.
         where: for messages: "p.jsonl:3" or "--prompt".
     """
 
@@ -31,13 +31,13 @@ class Prompt:
 
 
 class Reader:
-    """Makes prompts of texts and messages.
+    """Makes prompts from texts and messages.
 
     Args:
         tokenizer: as `load_tokenizer` gives it.
-        vocabulary: how many tokens the model's embedding has.
-        limit: the longest context in tokens; None if nothing bounds it.
-        decoder: whether the answer takes room in the same context.
+        vocabulary: number of rows of the model's embedding.
+        limit: maximum context in tokens; None if there is no limit.
+        decoder: whether the answer is in the same context.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, limit: int | None, decoder: bool) -> None:
@@ -47,13 +47,13 @@ class Reader:
         """A prompt as it is, with the tokenizer's special tokens.
 
         Raises:
-            ConfigError: it has no tokens, or more than the model reads, or such that the model does not have.
+            ConfigError: it has no tokens, too many tokens, or tokens that the model does not have.
         """
         ids = begun(self.tokenizer, text) if self._decoder else self.tokenizer(text)["input_ids"]
         return self._checked(ids, adapter, fields or {"prompt": text}, where)
 
     def messages(self, record: Record, adapter: str | None) -> Prompt:
-        """A conversation under the tokenizer's chat template, up to where the assistant begins to speak.
+        """A conversation in the tokenizer's chat template, up to the beginning of the assistant's answer.
 
         Raises:
             ConfigError: as for `text`, or the tokenizer has no chat template.
@@ -61,42 +61,44 @@ class Reader:
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
-                f"{record.where}: the model's tokenizer has no chat template, so messages have no form that it knows. "
-                "Give a prompt in place of messages, or put the template next to the tokenizer as chat_template.jinja."
+                f"{record.where}: the model's tokenizer has no chat template, which messages need. Give a prompt "
+                "instead of messages, or put the template next to the tokenizer as chat_template.jinja."
             )
         return self._checked(opened(record, self.tokenizer), adapter, record.fields, record.where)
 
     def _checked(self, ids: list[int], adapter: str | None, fields: dict[str, Any], where: str) -> Prompt:
         if not ids:
-            raise ConfigError(f"{where}: an empty prompt has no token to go on from. Give at least a word.")
+            raise ConfigError(
+                f"{where}: the prompt is empty, so there is no token to continue. Give at least one word."
+            )
         if max(ids) >= self._vocabulary:
             raise ConfigError(
-                f"{where}: the tokenizer makes token {max(ids)} of this prompt, and the model's embedding has "
-                f"{self._vocabulary} rows. Are the tokenizer and the model in --model of one kind?"
+                f"{where}: this prompt contains token {max(ids)}, but the model's embedding has {self._vocabulary} "
+                "rows. Does the tokenizer in --model belong to this model?"
             )
         if self._limit is not None and len(ids) > self._limit - self._decoder:
             raise ConfigError(
-                f"{where}: the prompt has {len(ids)} tokens, and the model reads {self._limit}, the answer included. "
-                "Shorten it."
+                f"{where}: the prompt has {len(ids)} tokens; the model's context has {self._limit}, including the "
+                "answer. Shorten the prompt."
             )
         return Prompt(ids, adapter, fields, where)
 
 
 def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str | None) -> list[Prompt]:
-    """The prompts of a file, as `pipeline.records.read` reads it.
+    """The prompts of a file, as `records.read` reads it.
 
-    Each record has a `prompt` or `messages`, and may name an `adapter`; null, or the empty text that a CSV file has
-    in its place, is the base model.
+    Each record has a `prompt` or `messages`, and may name an `adapter`; null (in a CSV file, an empty text) is the base
+    model.
 
     Args:
         file: the file.
-        reader: makes prompts of them.
-        names: of the adapters that are there.
-        default: the adapter of records that say nothing about it; None for the base model.
+        reader: makes the prompts.
+        names: of the available adapters.
+        default: the adapter of records without the field; None for the base model.
 
     Raises:
-        FormatError: the file is broken, or a record is of another form.
-        ConfigError: a record names an adapter that is not there, or its prompt does not fit the model.
+        FormatError: the file is broken, or a record has another form.
+        ConfigError: a record names an unknown adapter, or its prompt does not fit the model.
     """
     prompts = []
     for record in read(file, "prompt"):
@@ -106,7 +108,7 @@ def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str 
             raise FormatError(f"{where}: adapter: expected a name or null, got {adapter!r}.")
         adapter = known(adapter or None, names, where)
         if ("prompt" in fields) == ("messages" in fields):
-            there = ", ".join(map(repr, fields)) or "nothing"
+            there = ", ".join(map(repr, fields)) or "no fields"
             raise FormatError(f'{where}: expected either "prompt" or "messages", got {there}.')
         if "messages" in fields:
             prompts.append(reader.messages(record, adapter))
@@ -124,6 +126,9 @@ def known(adapter: str | None, names: Sequence[str], where: str) -> str | None:
         ConfigError: there is none.
     """
     if adapter is not None and adapter not in names:
-        hint = near(adapter, names) or " None is given: name PEFT folders, or a folder of them, on the command line."
+        hint = (
+            near(adapter, names)
+            or " No adapters are given: name PEFT folders, or a folder of them, on the command line."
+        )
         raise ConfigError(f"{where}: there is no adapter {adapter!r}.{hint}")
     return adapter

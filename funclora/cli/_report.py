@@ -1,4 +1,4 @@
-"""What the commands that look into folders share: a bar while they read, a picture, and how numbers are shown."""
+"""What `inspect` and `diff` share: a progress bar, a plot, and the form of numbers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found", "Difference", "Inspection")
 
-Plot = Annotated[Path | None, typer.Option(help="Draw it too, as this PNG file. Needs matplotlib.", show_default=False)]
+Plot = Annotated[
+    Path | None, typer.Option(help="Also draw a plot in this PNG file; needs matplotlib.", show_default=False)
+]
 
 
 def check_plot(file: Path | None) -> None:
-    """Raise if the picture could not be drawn; to be called before the work.
+    """Raise if the plot could not be drawn; to be called before the work.
 
     Raises:
-        ConfigError: the file is not called .png, or is a folder.
+        ConfigError: the file name does not end in .png, or is a folder.
         UnsupportedError: matplotlib is not installed.
     """
     if file is None:
@@ -41,7 +43,7 @@ def check_plot(file: Path | None) -> None:
 
 @contextlib.contextmanager
 def bar(words: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr; gives a function of what is done and all."""
+    """A progress bar on stderr, if it is a terminal; yields a function of the finished and the total number."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,7 +55,7 @@ def bar(words: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def tell(found: Found, plot: Path | None, *, as_json: bool, show: Callable[[Found, Path | None], None]) -> None:
-    """What was found: its notes as warnings, the picture if there is to be one, and JSON or what `show` prints."""
+    """Report a result: its notes as warnings, the plot if requested, and JSON or what `show` prints."""
     import warnings
 
     from funclora.errors import PeftFormatWarning
@@ -69,7 +71,7 @@ def tell(found: Found, plot: Path | None, *, as_json: bool, show: Callable[[Foun
 
 
 def weights() -> Table:
-    """A table with a row for each weight, narrow enough that names fit beside their numbers in 80 columns."""
+    """A table with a row for each weight, narrow enough that names and numbers fit into 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -79,18 +81,18 @@ def weights() -> Table:
 
 
 def same(values: Iterable[str]) -> str:
-    """What all values are; empty if they differ, and a column has to say it."""
+    """The value, if all values are equal; empty if they differ, so that a column must show them."""
     known = set(values)
     return known.pop() if len(known) == 1 else ""
 
 
 def number(value: float | None, form: str = ".4g") -> str:
-    """A number, or a dash for none."""
+    """A number; a dash for None."""
     return "–" if value is None else format(value, form)
 
 
 def between(values: Sequence[float | None] | None, form: str = ".2f") -> str:
-    """The least and the largest of some numbers, once if they look alike; a dash for none."""
+    """The smallest and the largest of some numbers, only once if they look alike; a dash if there are none."""
     known = [value for value in values or () if value is not None]
     if not known:
         return "–"
@@ -99,17 +101,17 @@ def between(values: Sequence[float | None] | None, form: str = ".2f") -> str:
 
 
 def size(shape: Sequence[int]) -> str:
-    """A shape as people write it."""
+    """A shape, as in 16×32."""
     return "×".join(map(str, shape))
 
 
 def short(name: str) -> str:
-    """A weight's name for a table: ".weight" goes without saying."""
+    """A weight's name for a table, without ".weight"."""
     return name.removesuffix(".weight")
 
 
 def words(rule: str, r: int | None, scaling: float | None) -> str:
-    """A rule with its rank and scaling, where it has them."""
+    """A rule with its rank and scaling, if it has them."""
     return " ".join(
         [rule, *([f"r={r}"] if r is not None else ()), *([f"s={scaling:.3g}"] if scaling is not None else ())]
     )

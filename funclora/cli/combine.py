@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,14 +32,14 @@ class Type(str, Enum):
 
 
 class Signs(str, Enum):
-    """How TIES elects signs."""
+    """How TIES chooses signs."""
 
     total = "total"
     frequency = "frequency"
 
 
 class Dtype(str, Enum):
-    """In which dtype factors are written."""
+    """The dtype of the written factors."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -48,40 +49,42 @@ class Dtype(str, Enum):
 def combine(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT folders.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new PEFT folder.", show_default=False)],
-    type_: Annotated[Type, typer.Option("--type", help="How to combine, in PEFT's words.")] = Type.svd,
+    type_: Annotated[Type, typer.Option("--type", help="Combination type, as in PEFT.")] = Type.svd,
     weights: Annotated[
-        str | None, typer.Option(help="A number for each adapter, with commas between; else 1 for each.")
+        Sequence[float] | None, typer.Option(help="One weight for each adapter.", show_default="1 for each")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", "--svd-rank", help="Rank of an _svd type; else the adapters' largest.")
+        int | None,
+        typer.Option("--rank", "--svd-rank", help="Rank of an _svd type.", show_default="the adapters' largest rank"),
     ] = None,
     svd_clamp: Annotated[float | None, typer.Option(help="Clamp decomposed factors to this quantile.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of the entries that pruning keeps.")] = None,
-    majority_sign_method: Annotated[Signs, typer.Option(help="How TIES elects signs.")] = Signs.total,
-    seed: Annotated[int | None, typer.Option(help="Of DARE's random numbers; else 0.")] = None,
+    majority_sign_method: Annotated[Signs, typer.Option(help="How TIES chooses signs.")] = Signs.total,
+    seed: Annotated[int | None, typer.Option(help="Seed of DARE's random numbers.", show_default="0")] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder of the transformers model: for DoRA, experts, biases, modules_to_save."),
+        typer.Option(
+            help="Folder of the base model; needed for DoRA, experts, biases and modules_to_save.", show_default=False
+        ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="In which the factors are written.")] = Dtype.float32,
-    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is in OUT.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the written factors.")] = Dtype.float32,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing adapter in --out.")] = False,
     json: AsJson = False,
 ) -> None:
     """Combine saved adapters into one, as PEFT's add_weighted_adapter does, without loading a model.
 
-    cat is the exact weighted sum, whose rank is the sum of the ranks. svd is its best approximation of a given rank.
-    The types that end in _svd act on the changes of the weights, as their papers say; the same without _svd act on
-    the factors A and B, which is another operation.
+    cat is the exact weighted sum; its rank is the sum of the ranks. svd is its best approximation with a given rank.
+    The types that end in _svd combine the changes of the weights, as in their papers. The same types without _svd
+    combine the factors A and B, which is a different operation.
 
     Examples:
         funclora combine code prose -o both --weights 0.7,0.3 --rank 8
         funclora combine code prose -o both --type ties_svd --density 0.5
     """
-    factors = _numbers(weights)
     found = _combined(
         adapters,
         out,
-        factors,
+        weights,
         type_.value,
         base=base,
         dtype=dtype.value,
@@ -92,28 +95,17 @@ def combine(
         density=density,
         majority_sign_method=majority_sign_method.value,
     )
-    report = _report(found, adapters, factors or [1.0] * len(adapters), type_.value, out)
+    report = _report(found, adapters, weights or [1.0] * len(adapters), type_.value, out)
     if json:
         print_json(report)
     else:
         _print(report)
 
 
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        from funclora.errors import ConfigError
-
-        raise ConfigError(f"--weights: expected numbers with commas between, as 0.7,-0.3, got {text!r}.") from error
-
-
 def _combined(
     adapters: list[Path],
     out: Path,
-    weights: list[float] | None,
+    weights: Sequence[float] | None,
     kind: str,
     *,
     base: Path | None,
@@ -130,19 +122,21 @@ def _combined(
     from funclora.io.peft.config_file import CONFIG_FILE
 
     if (out / CONFIG_FILE).exists() and not overwrite:
-        raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")
+        raise ConfigError(f"--out: {out} already contains an adapter. Give another folder, or --overwrite.")
     generator = None
     if "dare" in kind:
         generator = torch.Generator().manual_seed(seed or 0)
     elif seed is not None:
-        raise ConfigError(f"--seed: --type {kind} draws no random numbers. Leave it out.")
+        raise ConfigError(f"--seed: --type {kind} uses no random numbers. Leave it out.")
     model = None if base is None else base_model(base)
     return combine_peft(
         adapters, out, weights, kind, model=model, dtype=getattr(torch, dtype), generator=generator, **options
     )
 
 
-def _report(found: CombinedFolders, adapters: list[Path], weights: list[float], kind: str, out: Path) -> dict[str, Any]:
+def _report(
+    found: CombinedFolders, adapters: list[Path], weights: Sequence[float], kind: str, out: Path
+) -> dict[str, Any]:
     from funclora.rules.base import Adapters
     from funclora.rules.low_rank import LowRank
 

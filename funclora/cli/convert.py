@@ -12,33 +12,36 @@ from funclora.cli._output import AsJson, print_json
 
 
 class Format(str, Enum):
-    """The formats besides PEFT's folders."""
+    """The formats other than PEFT's folders."""
 
     gguf = "gguf"
 
 
 class Dtype(str, Enum):
-    """In which dtype the factors are written."""
+    """The dtype of the written factors."""
 
     float32 = "float32"
     float16 = "float16"
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT folder; with --from, a file.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="PEFT folder; with --from, a file.", show_default=False)],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The new file; with --from, a PEFT folder.", show_default=False)
+        Path, typer.Option("--out", "-o", help="New file; with --from, a new PEFT folder.", show_default=False)
     ],
-    base: Annotated[Path, typer.Option(help="Folder of the transformers model.", show_default=False)],
+    base: Annotated[Path, typer.Option(help="Folder of the base model.", show_default=False)],
     to: Annotated[Format | None, typer.Option("--to", help="Write this format.", show_default=False)] = None,
     from_: Annotated[Format | None, typer.Option("--from", help="Read this format.", show_default=False)] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the factors in a new file; else float32.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an adapter that is in OUT.")] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the factors in a new file.", show_default="float32")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing adapter in --out.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Convert a PEFT folder to a GGUF file that llama.cpp takes with --lora, or such a file to a PEFT folder.
+    """Convert a PEFT folder to a GGUF file that llama.cpp loads with --lora, or such a file to a PEFT folder.
 
-    Only the structure of the base model is read, not its weights, unless the adapter's folder holds some of them.
+    Only the structure of the base model is read. Its weights are read only if the adapter's folder contains base
+    weights, to compare them.
 
     Examples:
         funclora convert adapter --to gguf --base model -o adapter.gguf
@@ -47,9 +50,9 @@ def convert(
     from funclora.errors import ConfigError
 
     if (to is None) == (from_ is None):
-        raise ConfigError("give one of --to gguf and --from gguf.")
+        raise ConfigError("Give either --to gguf or --from gguf.")
     if from_ is not None and dtype is not None:
-        raise ConfigError("--dtype is for --to gguf. Leave it out.")
+        raise ConfigError("--dtype can only be used with --to gguf. Leave it out.")
     if to is not None:
         facts = _to_gguf(adapter, out, base, (dtype or Dtype.float32).value, overwrite=overwrite)
         words = "{out}: {updates} updates in {dtype}, {bytes:,} bytes"
@@ -72,8 +75,8 @@ def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool
     from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
 
     if out.exists() and not overwrite:
-        raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
-    # PEFT keeps the tables of adapted embeddings next to the adapter, to be compared with the model's.
+        raise ConfigError(f"--out: {out} already exists. Give another file, or --overwrite.")
+    # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's.
     weights = any(".base_layer." in key for key in StoredTensors(folder / WEIGHTS_FILE).shapes())
     model = base_model(base, weights=weights)
     adapters, _ = load_peft(folder, model)
@@ -89,7 +92,7 @@ def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> dict[st
     from funclora.io.peft.folder import save_peft
 
     if (out / CONFIG_FILE).exists() and not overwrite:
-        raise ConfigError(f"--out: there is an adapter in {out}. Name another folder, or give --overwrite.")
+        raise ConfigError(f"--out: {out} already contains an adapter. Give another folder, or --overwrite.")
     adapters, config = load_gguf(file, base_model(base, weights=False))
     save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
     return {"out": out, "updates": len(adapters), "r": config.r, "lora_alpha": config.lora_alpha}

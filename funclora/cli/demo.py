@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("funclora-demo"),
-    domains: Annotated[int, typer.Option(min=2, help="How many domains take part.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for all files.")] = Path("funclora-demo"),
+    domains: Annotated[int, typer.Option(min=2, help="Number of domains.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 36,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
-    seed: Annotated[int, typer.Option(help="Decides initial values and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initial values and batches.")] = 0,
     json: AsJson = False,
 ) -> None:
-    """Train LoRA and DoRA adapters of a small language model on the sources of Python's standard library.
+    """Train LoRA and DoRA adapters of a small language model on the source code of Python's standard library.
 
-    One adapter of each kind for every domain, evaluated on all of them, saved as PEFT folders, one merged, two
-    used to continue a prompt. Two to three minutes on two cores, nothing is downloaded.
+    One adapter of each kind is trained for every domain, evaluated on all domains and saved as a PEFT folder. One of
+    them is merged, and two continue a prompt. This takes two to three minutes on two cores; nothing is downloaded.
 
     Examples:
         funclora demo
@@ -79,7 +79,7 @@ def _report(results: Results, console: object) -> None:
         == min(results.losses[other.name][t.domain] for other in results.trained if other.method == t.method)
         for t in results.trained
     )
-    console.print(f"{best} of {len(results.trained)} adapters are the best of their kind on their own domain.")
+    console.print(f"{best} of {len(results.trained)} adapters are the best of their method on their own domain.")
     console.print(f"{results.merged}, merged into a plain model: logits differ by at most {results.merge_error:.1e}.")
     for name, text in results.continuations.items():
         console.print(f"\n[bold]{name}[/] continues {results.prompt!r}:\n{escape(text)}")

@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A PEFT folder.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    a: Annotated[Path, typer.Argument(help="First PEFT folder.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Second PEFT folder.", show_default=False)],
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder of the transformers model: for DoRA as a whole, experts, biases, modules_to_save."),
+        typer.Option(
+            help="Folder of the base model; needed for the whole change of DoRA, experts, biases and modules_to_save.",
+            show_default=False,
+        ),
     ] = None,
     plot: Plot = None,
     json: AsJson = False,
 ) -> None:
-    """What two adapters do to each weight: targets, norms, angle, distance, and how much their subspaces overlap.
+    """Compare what two adapters do to each weight: targets, norms, angle, distance, and overlap of their subspaces.
 
-    cosine is that of the angle between the updates; dist. is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) say how much of
-    the smaller subspace of the factors lies in the larger one, from 0 to 1 (LoRA paper, section 7.2); random ones come
-    to about r divided by the width of the layer. Of DoRA without --base, s·B·A is compared.
+    cosine is the cosine of the angle between the updates; dist. is ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖. φ(A) and φ(B) measure how
+    much of the smaller subspace of the factors is contained in the larger one, from 0 to 1 (LoRA paper, section 7.2);
+    for random factors this is about r divided by the width of the layer. For DoRA without --base, s·B·A is compared.
 
     Examples:
         funclora diff adapters/math adapters/code
@@ -71,7 +74,7 @@ def _print(found: Difference, plot: Path | None) -> None:
     ]
     lines[1] += f", cosine {number(found.cosine, '+.3f')}, distance {number(found.relative_distance, '.3f')}"
     if any(row.update.of == "s·B·A" for row in found.rows):
-        lines.append("of DoRA, s·B·A is compared. Give --base for the whole change.")
+        lines.append("for DoRA, only s·B·A is compared. Give --base to compare the whole change.")
     if plot is not None:
         lines.append(f"wrote {plot}")
     console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

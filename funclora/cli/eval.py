@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,28 +19,30 @@ if TYPE_CHECKING:
 def evaluate(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT folders, or folders of them.", show_default=False)],
     data: Annotated[
-        list[Path],
-        typer.Option(help="Text, or .jsonl with a text in each line. Repeat for several.", show_default=False),
+        Sequence[Path],
+        typer.Option(help="Text files, or .jsonl files with a text in each line.", show_default=False),
     ],
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a transformers model with its tokenizer; else the demo's.")
+        Path | None,
+        typer.Option(help="Folder of a transformers model with its tokenizer.", show_default="the demo's model"),
     ] = None,
-    field: Annotated[str, typer.Option(help="Where the text is in a line of .jsonl.")] = "text",
-    context: Annotated[int, typer.Option(min=1, help="Tokens that the model sees at a time.")] = 256,
+    field: Annotated[str, typer.Option(help="Name of the field with the text in a .jsonl file.")] = "text",
+    context: Annotated[int, typer.Option(min=1, help="Number of tokens that the model sees at a time.")] = 256,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="At most so many stretches of each file, spread over it; else all.")
+        int | None,
+        typer.Option(min=1, help="Maximum number of passages from each file, spread over it.", show_default="all"),
     ] = None,
     memory: Annotated[
-        int | None, typer.Option(min=1, help="MiB that a pass may take besides model and adapters.")
+        int | None, typer.Option(min=1, help="Memory budget of a pass in MiB, without model and adapters.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
     json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and, with several files, heatmap.png.")] = None,
 ) -> None:
     """Evaluate saved adapters on texts, all of them in one pass: loss in nats per token, and perplexity.
 
-    Every token of a text but the first is predicted once, from at most CONTEXT tokens before it. The base model
-    stands in the first row. For the demo's model the tokens are bytes.
+    Every token of a text except the first is predicted once, from at most --context tokens before it. The first row is
+    the base model. For the demo's model the tokens are bytes.
 
     Examples:
         funclora eval adapters --data heldout.txt
@@ -55,7 +58,7 @@ def evaluate(
             from funclora.errors import UnsupportedError
 
             raise UnsupportedError(
-                "--out draws a heatmap of several files and needs matplotlib. Type: pip install 'funclora[demo]'"
+                "--out draws a heatmap of several files, which needs matplotlib. Type: pip install 'funclora[demo]'"
             ) from error
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)

@@ -1,7 +1,8 @@
-"""`funclora extract`: an adapter from a model that was trained in full."""
+"""`funclora extract`: an adapter from a fully fine-tuned model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,37 +20,38 @@ if TYPE_CHECKING:
 
 def extract(
     base: Annotated[Path, typer.Argument(help="Folder of the base model.", show_default=False)],
-    tuned: Annotated[Path, typer.Argument(help="Folder of the model trained from it.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PEFT folder to make.", show_default=False)],
+    tuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New PEFT folder.", show_default=False)],
     rank: Annotated[int, typer.Option(min=1, help="Rank of every update.", show_default=False)],
     targets: Annotated[
-        list[str] | None, typer.Option(help="Name of modules that get an update; repeat for more. Else all linear.")
+        Sequence[str] | None, typer.Option(help="Names of the modules to adapt.", show_default="all linear layers")
     ] = None,
     target_parameters: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of parameters that get one (experts.down_proj); repeat for more."),
+        Sequence[str] | None,
+        typer.Option(help="Names of parameters to adapt, such as experts.down_proj.", show_default=False),
     ] = None,
-    save_rest: Annotated[
-        bool, typer.Option("--save-rest", help="Put what else differs into the adapter in full.")
-    ] = False,
-    ignore_rest: Annotated[bool, typer.Option("--ignore-rest", help="Leave out what else differs.")] = False,
+    save_rest: Annotated[bool, typer.Option(help="Save all other parameters that differ in the adapter.")] = False,
+    ignore_rest: Annotated[bool, typer.Option(help="Ignore all other parameters that differ.")] = False,
     niter: Annotated[
-        int | None, typer.Option(min=0, help="Power iterations of a randomised decomposition; else the exact one.")
+        int | None,
+        typer.Option(
+            min=0, help="Power iterations of a randomised decomposition.", show_default="an exact decomposition"
+        ),
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """The low-rank adapter that is nearest to a full fine-tuning, and what it leaves out of each weight.
+    """Extract the low-rank adapter that is nearest to a fully fine-tuned model, with the error for each weight.
 
     Examples:
         funclora extract base tuned -o adapter --rank 16
-        funclora extract base tuned -o adapter --rank 16 --targets q_proj --targets v_proj --save-rest
+        funclora extract base tuned -o adapter --rank 16 --targets q_proj,v_proj --save-rest
     """
     from rich.console import Console
 
     from funclora.errors import ConfigError
 
     if save_rest and ignore_rest:
-        raise ConfigError("--save-rest and --ignore-rest: give one of them.")
+        raise ConfigError("--save-rest and --ignore-rest exclude each other. Give one of them.")
     with bar("weights") as progress:
         from funclora.io.hf.extract import extract_adapter
 
@@ -74,7 +76,7 @@ def _print(report: ExtractReport, console: Console, out: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="What the adapter leaves out", caption="residual: ‖Δ − B·A‖ / ‖Δ‖")
+    table = Table(title="Error of the adapter", caption="residual: ‖Δ − B·A‖ / ‖Δ‖")
     table.add_column("weight")
     for column in ("shape", "‖Δ‖", "residual"):
         table.add_column(column, justify="right")
@@ -84,9 +86,9 @@ def _print(report: ExtractReport, console: Console, out: Path) -> None:
     lines = [
         f"{what}: {', '.join(names)}"
         for what, names in (
-            ("targets that are the same in both models", report.same),
-            ("saved in full", report.saved),
-            ("differs, and is left out", report.ignored),
+            ("targets that are equal in both models", report.same),
+            ("saved completely", report.saved),
+            ("different, but ignored", report.ignored),
         )
         if names
     ]

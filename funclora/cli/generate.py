@@ -1,4 +1,4 @@
-"""`funclora generate`: a model continues prompts under adapters."""
+"""`funclora generate`: continues prompts with a model and adapters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from funclora._apps.train.settings import Settings
     from funclora.cli._generate import Answer, Generator, Sampling
     from funclora.cli._prompts import Prompt, Reader
-# Logits over less would be infinite, or as good as that.
+# Logits divided by less would be infinite, or nearly so.
 LEAST = 1e-3
 
 
 class Dtype(str, Enum):
-    """Of the base weights."""
+    """The dtype of the base weights."""
 
     auto = "auto"
     float32 = "float32"
@@ -33,7 +33,7 @@ class Dtype(str, Enum):
 
 
 class Quantize(str, Enum):
-    """How the base's weights are packed."""
+    """How the base weights are quantised."""
 
     none = "none"
     nf4 = "nf4"
@@ -46,41 +46,46 @@ def generate(
         list[Path] | None, typer.Argument(help="PEFT folders, or folders of them.", show_default=False)
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a transformers model with its tokenizer; else the demo's.")
+        Path | None,
+        typer.Option(help="Folder of a transformers model with its tokenizer.", show_default="the demo's model"),
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Continue this, and end.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Continue this prompt, then exit.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="Continue the prompt, or messages, of each record; adapter names its own."),
+        typer.Option("--file", "-f", help="Continue the prompt or messages of each record in this file."),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Name of the adapter where none is named; else the only one, or the base.")
+        str | None,
+        typer.Option(
+            help="Adapter for prompts that name none.", show_default="the only adapter given, or the base model"
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are what a user says, in the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Treat prompts as user messages, using the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Divides the logits; 0 takes the likeliest token, always.")
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens of this share.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens of this total probability."),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws; else 0.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of --file at a time.")] = 16,
-    dtype: Annotated[Dtype, typer.Option(help="Of the base weights; auto keeps the folder's.")] = Dtype.auto,
-    quantize: Annotated[Quantize, typer.Option(help="Pack the base weights.")] = Quantize.none,
-    device: Annotated[str, typer.Option(help="Where to compute, as torch names it.")] = "cpu",
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the most likely tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples.", show_default="0")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Number of records of --file that run together.")] = 16,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
+    quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
+    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers to --file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file --out.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Continue prompts with a model and adapters, a different adapter for each row of a batch if they say so.
+    """Continue prompts with a model and adapters; each row of a batch can use a different adapter.
 
-    Without --prompt and --file it asks for prompts, one a line, until the end of the input. /adapter NAME goes on
-    with another adapter, /base with none; Ctrl-C ends an answer.
+    Without --prompt and --file, the command asks for prompts, one per line, until the end of the input. /adapter NAME
+    switches to another adapter, /base to the base model; Ctrl-C stops an answer.
 
-    A record of --file has a prompt or messages, and may have an adapter, which null makes the base model. With --out
-    each is written with its completion, how many tokens that has, and whether the model ended it itself.
+    A record of --file has a field prompt or messages, and optionally adapter; null is the base model. With --out, each
+    record is written with its completion, its number of tokens, and whether the model ended it.
 
     Examples:
         funclora generate adapter --model model --prompt "Once upon a time"
@@ -99,7 +104,7 @@ def generate(
     if default is None and len(folders) == 1:
         (default,) = folders
     if default is None and folders and prompt is not None:
-        raise ConfigError(f"--prompt: several adapters are given. Name one by --adapter: {', '.join(folders)}.")
+        raise ConfigError(f"--prompt: several adapters are given. Choose one with --adapter: {', '.join(folders)}.")
 
     from funclora.cli._generate import Generator, Sampling
 
@@ -110,7 +115,7 @@ def generate(
     if file is not None:
         prompts = read_prompts(file, reader, list(folders), default)
         if folders and not {each.adapter for each in prompts} & folders.keys():
-            raise ConfigError(f"{file}: no record names one of the adapters that are given: {', '.join(folders)}.")
+            raise ConfigError(f"{file}: no record names one of the given adapters: {', '.join(folders)}.")
     elif prompt is not None:
         prompts = [_asked(reader, prompt, default, "--prompt", chat=chat)]
     from funclora._apps.train.base import load_base
@@ -138,31 +143,33 @@ def _check_options(
     from funclora.errors import ConfigError
 
     if prompt is not None and file is not None:
-        raise ConfigError("--prompt and --file: give one of them.")
+        raise ConfigError("--prompt and --file exclude each other. Give one of them.")
     if out is not None and file is None:
-        raise ConfigError("--out is for the answers to --file. Leave it out, or give a file of prompts.")
+        raise ConfigError("--out can only be used with --file. Leave it out, or give a file of prompts.")
     if chat and file is not None:
-        raise ConfigError('--chat: the records of --file say it themselves: "messages" in place of "prompt".')
+        raise ConfigError(
+            '--chat cannot be used with --file. For chats, give its records "messages" in place of "prompt".'
+        )
     if json and prompt is None and file is None:
-        raise ConfigError("--json: a conversation has no end to print. Give --prompt or --file.")
+        raise ConfigError("--json cannot be used in a conversation. Give --prompt or --file.")
     if out is not None and out.exists() and not overwrite:
-        raise ConfigError(f"--out: {out} is there already. Name another file, or give --overwrite.")
+        raise ConfigError(f"--out: {out} already exists. Give another file, or --overwrite.")
 
 
 def _check_sampling(temperature: float, top_p: float | None, top_k: int | None, seed: int | None) -> None:
-    """Raise `ConfigError` for what no token can be drawn by."""
+    """Raise `ConfigError` for invalid sampling options."""
     from funclora.errors import ConfigError
 
     if 0 < temperature < LEAST:
-        raise ConfigError(f"--temperature: expected 0, or {LEAST} at least, got {temperature!r}. 0 is the limit.")
+        raise ConfigError(f"--temperature: expected 0, or at least {LEAST}, got {temperature!r}. Use 0 instead.")
     if seed is not None and not -(1 << 63) <= seed < 1 << 63:
         raise ConfigError(f"--seed: expected a number of 64 bits, got {seed}.")
     if temperature == 0:
         for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
             if value is not None:
-                raise ConfigError(f"{name}: without --temperature nothing is drawn. Give one above 0, or leave it out.")
+                raise ConfigError(f"{name} needs sampling. Give a --temperature above 0, or leave it out.")
     if top_p == 0:
-        raise ConfigError("--top-p: expected a share above 0. To take the likeliest token always, leave it out.")
+        raise ConfigError("--top-p: expected a number above 0. To always take the most likely token, leave it out.")
 
 
 def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Settings, Reader]:

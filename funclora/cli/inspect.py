@@ -20,22 +20,20 @@ MANY = 8  # names of a field that are shown
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A PEFT folder, or that of a transformers model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="PEFT folder, or folder of a transformers model.", show_default=False)],
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder of the adapter's base model, or of the one that the model was trained from."),
+        typer.Option(help="Folder of the base model of the adapter or of the fine-tuned model.", show_default=False),
     ] = None,
-    norms: Annotated[
-        bool, typer.Option("--norms", help="Norms only: no singular values, which take most of the time.")
-    ] = False,
+    norms: Annotated[bool, typer.Option(help="Compute norms only; singular values take most of the time.")] = False,
     plot: Plot = None,
     json: AsJson = False,
 ) -> None:
-    """Targets, ranks, scalings, norms and effective ranks of an adapter or a model, and how far each weight moves.
+    """Show targets, ranks, scalings, norms and effective ranks of an adapter or model, and the change of each weight.
 
     The share is ‖ΔW‖ / ‖W‖ and needs --base. The effective rank is exp of the entropy of the singular values (Roy and
-    Vetterli 2007); JSON has them too, and the stable rank ‖ΔW‖² / σ₁². Of DoRA without --base, the numbers are those
-    of s·B·A, which is not all that it changes. A model without --base shows its weights themselves.
+    Vetterli 2007). JSON also contains the singular values and the stable rank ‖ΔW‖² / σ₁². For DoRA without --base, the
+    numbers describe s·B·A only, not the whole change. For a model without --base, they describe the weights themselves.
     Weights are read one at a time.
 
     Examples:
@@ -67,11 +65,11 @@ def _print(found: Inspection, plot: Path | None) -> None:
     share = "" if found.share is None else f", {found.share:.3%} of their ‖W‖"
     lines = [f"{len(found.rows)} weights, {found.parameters:,} parameters; {what} of all: {found.norm:.4g}{share}"]
     if unchanged:
-        lines.append(f"{unchanged} of them are not changed{' and not shown' if found.kind == 'model' else ''}")
+        lines.append(f"{unchanged} of them do not change{' and are not shown' if found.kind == 'model' else ''}")
     if any(row.of == "s·B·A" for row in found.rows):
-        lines.append("norms and ranks of DoRA are those of s·B·A. Give --base for those of the whole change.")
+        lines.append("norms and ranks of DoRA describe s·B·A only. Give --base for the whole change.")
     if found.skipped:
-        lines.append(f"hold integers, and are left out: {', '.join(found.skipped)}")
+        lines.append(f"left out, because they are integers: {', '.join(found.skipped)}")
     if plot is not None:
         lines.append(f"wrote {plot}")
     console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,39 +16,46 @@ if TYPE_CHECKING:
 
     from funclora.io.merge.merge import MergeReport
 
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+class Dtype(str, Enum):
+    """The dtype of every tensor of the result."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
 
 
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of a transformers model.", show_default=False)],
     adapters: Annotated[list[Path], typer.Argument(help="PEFT folders.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.", show_default=False)],
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Factor of an adapter's update, one for each in order; else 1.")
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder.", show_default=False)],
+    weights: Annotated[
+        Sequence[float] | None,
+        typer.Option("--weights", "--weight", help="One weight for each adapter's update.", show_default="1 for each"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; else each tensor keeps its.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the result.", show_default="each tensor's own dtype")
+    ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Size of a file at most, as 5GB; else the files are those of the base.")
+        str | None, typer.Option(help="Maximum size of a file, such as 5GB.", show_default="the files of the base")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read the result again and compare it.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read the result again and compare it.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show what would change, and write nothing.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Merge adapters into a model's folder, block by block: the model is never in memory.
+    """Merge adapters into the folder of a model, block by block; the whole model is never in memory.
 
-    The result is a complete folder, with configuration and tokenizer, or nothing: it gets its name at the end.
+    The result is a complete folder with configuration and tokenizer. It gets its name at the end, so a merge that fails
+    leaves nothing behind.
 
     Examples:
         funclora merge model adapter -o merged --verify
-        funclora merge model code prose -o merged --weight 0.7 --weight 0.3 --dtype bfloat16
+        funclora merge model code prose -o merged --weights 0.7,0.3 --dtype bfloat16
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from funclora.errors import ConfigError
-
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}.")
     columns = (
         BarColumn(),
         DownloadColumn(),
@@ -69,8 +78,8 @@ def merge(
             base,
             adapters,
             out,
-            weights=weight or None,
-            dtype=None if dtype is None else getattr(torch, dtype),
+            weights=weights,
+            dtype=None if dtype is None else getattr(torch, dtype.value),
             max_shard_size=max_shard_size,
             verify=verify,
             dry_run=dry_run,
@@ -150,19 +159,19 @@ def _print(report: MergeReport, console: Console, out: Path, *, dry_run: bool) -
     changed = sum(w.nbytes for w in report.weights)
     lines = [
         f"{len(report.weights)} weights, {changed / 1e9:,.3f} of {report.nbytes / 1e9:,.3f} GB",
-        f"{report.unchanged} other tensors as they are; {len(report.files) + len(report.carried)} files",
+        f"{report.unchanged} other tensors unchanged; {len(report.files) + len(report.carried)} files",
     ]
     if report.untied:
         lines.append(f"no longer tied (tie_word_embeddings is false): {', '.join(report.untied)}")
     if report.skipped:
-        lines.append(f"not carried over: {', '.join(report.skipped)}")
+        lines.append(f"not copied: {', '.join(report.skipped)}")
     if checked is not None:
         worst = max(checked.deviations.values())
-        lines.append(f"largest deviation from float64: {worst:.3f} units of rounding; all other tensors are the base's")
+        lines.append(f"largest deviation from float64: {worst:.3f} units of rounding; other tensors equal the base's")
         lines.append(
             f"logits on a probe input: not compared, {checked.skipped}"
             if checked.logits is None
-            else f"logits on a probe input: within {checked.logits:.2e} of the largest, of the base under the adapters"
+            else f"logits on a probe input: relative difference {checked.logits:.2e} from the base with the adapters"
         )
     lines.append("nothing was written" if dry_run else f"wrote {out}")
     console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)

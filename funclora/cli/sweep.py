@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,45 +24,61 @@ OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
 
 
 def sweep(
-    out: Annotated[Path, typer.Option(help="Folder of the search; the same command goes on with it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the search; the same command continues it.")] = Path(
         "funclora-sweep"
     ),
-    lr: Annotated[str, typer.Option(help="Peak learning rates: 1e-4,1e-3, or a range 1e-4:1e-2.")] = (
-        "1e-3,3e-3,1e-2,3e-2"
+    lr: Annotated[Sequence[str], typer.Option(help="Peak learning rates, or a range 1e-4:1e-2.")] = (
+        "1e-3",
+        "3e-3",
+        "1e-2",
+        "3e-2",
     ),
-    rank: Annotated[str, typer.Option(help="Ranks, or a range.")] = "4,16",
-    alpha: Annotated[str, typer.Option(help="Alphas: numbers, multiples of the rank such as 2r, or a range.")] = "2r",
-    targets: Annotated[str, typer.Option(help="Target modules: names joined by +, or all-linear.")] = (
-        "all-linear,q_proj+v_proj"
+    rank: Annotated[Sequence[str], typer.Option(help="Ranks, or a range.")] = ("4", "16"),
+    alpha: Annotated[
+        Sequence[str], typer.Option(help="Alphas: numbers, multiples of the rank such as 2r, or a range.")
+    ] = ("2r",),
+    targets: Annotated[Sequence[str], typer.Option(help="Target modules: names joined by +, or all-linear.")] = (
+        "all-linear",
+        "q_proj+v_proj",
     ),
-    method: Annotated[str, typer.Option(help="lora, dora.")] = "lora,dora",
-    init: Annotated[str, typer.Option(help="Initialisers: true, false, gaussian, orthogonal.")] = "true",
-    seeds: Annotated[str, typer.Option(help="Seeds of initial values and data order.")] = "0",
-    random: Annotated[int, typer.Option(min=0, help="This many random members instead of the whole grid.")] = 0,
-    seed: Annotated[int, typer.Option(help="Decides what --random draws.")] = 0,
+    method: Annotated[Sequence[str], typer.Option(help="Methods: lora, dora.")] = ("lora", "dora"),
+    init: Annotated[Sequence[str], typer.Option(help="Initialisers: true, false, gaussian, orthogonal.")] = ("true",),
+    seeds: Annotated[Sequence[str], typer.Option(help="Seeds of initial values and data order.")] = ("0",),
+    random: Annotated[int, typer.Option(min=0, help="Number of random members, instead of the whole grid.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --random.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a member that is never dropped.")] = 81,
     batch: Annotated[int, typer.Option(min=1, help="Windows in each step of a member.")] = 2,
     context: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 32,
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations; each is a checkpoint.")] = 9,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of an evaluation.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows in an evaluation.")] = 32,
     halving: Annotated[int, typer.Option(min=0, help="Keep the best 1/N at each rung; 0 keeps all.")] = 3,
-    rungs: Annotated[int, typer.Option(min=1, help="Rungs, the end included.")] = 3,
-    warmup: Annotated[int, typer.Option(min=0, help="Warmup steps of the cosine schedule.")] = 4,
-    clip: Annotated[float, typer.Option(min=1e-9, help="Largest norm of a member's gradient.")] = 1.0,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's weight decay.")] = 0.0,
-    memory: Annotated[str | None, typer.Option(help="Budget such as 2GiB; most of what is free if not given.")] = None,
-    population: Annotated[int | None, typer.Option(min=1, help="Train at most this many members together.")] = None,
-    save: Annotated[int, typer.Option(min=0, help="Write this many of the best as PEFT folders.")] = 3,
+    rungs: Annotated[int, typer.Option(min=1, help="Number of rungs, including the end.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Warm-up steps of the cosine schedule.")] = 4,
+    clip: Annotated[float, typer.Option(min=1e-9, help="Maximum norm of a member's gradient.")] = 1.0,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.0,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory budget, such as 2GiB.", show_default="most of the free memory")
+    ] = None,
+    population: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of members trained together.", show_default="as many as fit"),
+    ] = None,
+    save: Annotated[int, typer.Option(min=0, help="Number of the best members to write as PEFT folders.")] = 3,
     domain: Annotated[str, typer.Option(help="The demo's domain to train on, without --model.")] = "asyncio",
-    model: Annotated[Path | None, typer.Option(help="Folder of a transformers causal language model.")] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL file with a text in every line, for --model.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a transformers causal language model.", show_default="the demo's model"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL file with a text in every line, for --model.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
     json: AsJson = False,
 ) -> None:
-    """Search learning rate, rank, alpha, targets, method and seed, with all candidates trained together.
+    """Search for learning rate, rank, alpha, targets, method and seed, training all candidates together.
 
-    Without options: 32 members on a part of the demo's texts, a minute or two on two cores, nothing is downloaded.
-    Killed at any moment, the same command goes on where the search was and ends with the same result.
+    Without options, 32 members are trained on a part of the demo's texts. This takes a minute or two on two cores, and
+    nothing is downloaded. If the search is killed, the same command continues it and ends with the same result.
 
     Examples:
         funclora sweep --out search
@@ -70,10 +87,11 @@ def sweep(
     from funclora.errors import ConfigError
 
     if (model is None) != (data is None):
-        raise ConfigError("--model and --data belong together: give both, or neither for the demo's model.")
+        raise ConfigError("--model and --data must be given together. Give both, or neither for the demo's model.")
     from funclora._apps.sweep.space import Space
 
-    space = Space(lr=lr, rank=rank, alpha=alpha, targets=targets, method=method, init=init, seeds=seeds)
+    lists = {"lr": lr, "rank": rank, "alpha": alpha, "targets": targets, "method": method, "init": init, "seeds": seeds}
+    space = Space(**{name: ",".join(values) for name, values in lists.items()})
     members = space.draws(random, seed) if random else space.grid()
     from funclora._apps.sweep.memory import parse_size
     from funclora._apps.sweep.settings import SearchSettings
@@ -117,7 +135,7 @@ def _run(
 
         def observe(status: Status) -> None:
             nonlocal drawn
-            # A small step takes less time than to draw the table, and a log is looked at by nobody.
+            # Drawing the table takes longer than a small step, and in a log nobody looks at it.
             if console.is_terminal and time.monotonic() > drawn + 0.25:
                 live.update(_table(status, search), refresh=True)
                 drawn = time.monotonic()
@@ -132,7 +150,7 @@ def _run(
         if all(p.status == NOT_FINITE for p in search.progress.values()):
             from funclora.errors import NonFiniteError
 
-            raise NonFiniteError("no member's loss stayed finite. Lower --lr, or check the data.")
+            raise NonFiniteError("No member has a finite loss. Lower --lr, or check the data.")
     _report(search, resumed, console, as_json)
 
 
@@ -154,7 +172,7 @@ def _ranking(board: list[dict[str, Any]], shown: int) -> RenderableType:
     from rich.table import Table
 
     table = Table(title=f"The best {min(shown, len(board))} of {len(board)}" if board else None)
-    # What is the same for all would only make the table too wide.
+    # Options that are equal for all members would make the table too wide.
     varied = [name for name in OPTIONS if len({row[name] for row in board}) > 1]
     columns = {"member": "member", "heldout_loss": "held-out", "step": "step"} | {name: name for name in varied}
     for name, title in (columns | {"status": "status"}).items():

@@ -1,9 +1,10 @@
-"""`funclora train`: from a model and data to a tuned adapter."""
+"""`funclora train`: trains an adapter for a model on data."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from funclora._apps.train.reading import kind_of, option, read
 from funclora._apps.train.settings import RUN_FILE, Settings
+from funclora.cli._options import VALUES, Whole, choices
 from funclora.cli._output import AsJson, print_json
 from funclora.cli._report import short, size, weights
 
@@ -28,20 +30,20 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(help="TOML or YAML file of settings; options win over it.", show_default=False),
+        typer.Argument(help="TOML or YAML file of settings; options take precedence.", show_default=False),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be trained, on what, in how much memory."),
+        typer.Option(help="Show what would be trained, on which data, with how much memory, and write nothing."),
     ] = False,
     json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Train LoRA or DoRA adapters: a model's folder and a file of data in, a PEFT folder out.
+    """Train a LoRA or DoRA adapter for the model in a folder, and write it as a PEFT folder.
 
-    Without arguments the demo's base learns a package of Python's standard library, in less than a minute. The data's
-    fields say what they are: `text`, `prompt` and `completion`, chat `messages`, or a text or words with labels. Killed
-    at any moment, the same command with --resume goes on and ends with the same weights.
+    Without arguments, the demo's model is trained on a package of Python's standard library, in less than a minute. The
+    fields of the data determine their use: `text`, `prompt` and `completion`, chat `messages`, or a text or words
+    with labels. If a run is killed, the same command with --resume continues it and ends with the same weights.
 
     Examples:
         funclora train
@@ -69,25 +71,22 @@ def _option(key: str, default: Any, metadata: Any) -> inspect.Parameter:
     """The option of a key. Its text is read by `reading.read`, for messages like those about a file."""
     kind, _ = kind_of(key)
     name = option(key)
-    words = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "TEXT"}
-    said = [
-        metadata["help"],
-        "Repeat for more." if kind is tuple else "",
-        f"One of {', '.join(metadata['choices'])}." if "choices" in metadata else "",
-        # Typer would put parentheses around a default that is a text, and all options are read as texts.
-        f"Default: {_words(default)}." if default is not None and default != () else "",
-    ]
+    metavar, words = choices(metadata["choices"]) if "choices" in metadata else (VALUES.get(kind), "")
+    # Typer would put parentheses around a default that is a text, and all options are read as texts.
+    shown = rf"\[default: {_words(default)}]" if default is not None and default != () else ""
     common: dict[str, Any] = {
-        "help": " ".join(filter(None, said)),
+        "help": f"{metadata['help']}{words} {shown}".rstrip(),
         "rich_help_panel": metadata["group"],
         "show_default": False,
     }
     annotation: Any
     if kind is bool:
-        annotation = Annotated[bool | None, typer.Option(f"{name}/--no-{name[2:]}", **common)]
+        annotation = Annotated[bool | None, typer.Option(name, **common)]
+    elif kind is tuple:
+        element = Whole if metadata.get("whole") else str
+        annotation = Annotated[Sequence[element] | None, typer.Option(name, **common)]  # type: ignore[valid-type]
     else:
-        given = list[str] | None if kind is tuple else str | None
-        annotation = Annotated[given, typer.Option(name, metavar=words[kind], **common)]
+        annotation = Annotated[str | None, typer.Option(name, metavar=metavar, **common)]
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -110,7 +109,7 @@ train.__signature__ = _with_options()  # type: ignore[attr-defined]
 
 
 def _file(config: Path | None, given: dict[str, Any]) -> Path | None:
-    """The file of settings: that of the run itself, where it goes on and no other is named."""
+    """The file of settings; a run that is resumed has its own, which is used if no other is given."""
     if config is None and given.get("resume"):
         own = Path(given.get("out", Settings.out)) / RUN_FILE
         return own if own.is_file() else None
@@ -168,7 +167,7 @@ def _plan(settings: Settings, *, as_json: bool) -> None:
 
 
 def _alike(rows: Iterable[SummaryRow]) -> Iterator[tuple[str, SummaryRow]]:
-    """The rows; those that differ only in the first number of their names in one: `layers.{0-31}.up_proj.weight`."""
+    """The rows; rows that differ only in the first number of their names become one: `layers.{0-31}.up_proj.weight`."""
     found: dict[tuple[str, str, SummaryRow], list[int]] = {}
     for row in rows:
         before, number, after = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.)(.*))?", row.name).groups()  # type: ignore[union-attr]

@@ -152,7 +152,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["--weights", "1,2,3"], "weights: expected 2, one for each adapter, got 3"),
     (["--type", "ties"], "density: combination_type='ties' needs it"),
     (["--type", "cat", "--rank", 2], "svd_rank: combination_type='cat' has no use for it"),
-    (["--type", "cat", "--seed", 2], "--seed: --type cat draws no random numbers"),
+    (["--type", "cat", "--seed", 2], "--seed: --type cat uses no random numbers"),
     (["--type", "linear"], "the ranks differ"),
     (["--base", "nowhere"], "--base: nowhere is no folder"),
     (["--weights", "0,0"], "all of them are 0"),
@@ -176,7 +176,7 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     assert run(*paths, "-o", tmp_path / "out").exit_code == 0
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     again = run(*paths, "-o", tmp_path / "out", "--weights", "1,-1")
-    assert (again.exit_code, "give --overwrite" in again.stderr) == (2, True)
+    assert (again.exit_code, "or --overwrite" in again.stderr) == (2, True)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     assert run(*paths, "-o", tmp_path / "out", "--weights", "1,-1", "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import funclora
 from funclora.cli._app import app
 from funclora.cli._command import Commands, add
+from funclora.cli._options import Whole
 from funclora.cli._output import AsJson, print_json
 from funclora.errors import ConfigError, FuncloraWarning
 
@@ -125,13 +126,13 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 COMPLAINTS: list[tuple[BaseException, str]] = [
     (ConfigError("--out: expected\n a folder,\tgot  a file."), "--out: expected a folder, got a file."),
-    (FileNotFoundError(2, "No such file or directory", "x.json"), "x.json: No such file or directory. Name one"),
+    (FileNotFoundError(2, "No such file or directory", "x.json"), "x.json: No such file or directory. Give one"),
     (OSError(28, "No space left on device", "x.json"), "x.json: No space left on device. Free some space"),
     (PermissionError(13, "Permission denied", "x.json"), "x.json: Permission denied. Change its permissions"),
-    (OSError(30, "Read-only file system", "x.json"), "x.json: Read-only file system. Name another folder."),
+    (OSError(30, "Read-only file system", "x.json"), "x.json: Read-only file system. Give another folder."),
     (ModuleNotFoundError("No module named 'gguf'", name="gguf"), "this needs gguf. Type: pip install 'funclora[gguf]'"),
-    (MemoryError("no room"), "out of memory: no room. Take less"),
-    (RuntimeError("CUDA out of memory.\nmore"), "out of memory: CUDA out of memory. Take less"),
+    (MemoryError("no room"), "out of memory: no room. Reduce the batch"),
+    (RuntimeError("CUDA out of memory.\nmore"), "out of memory: CUDA out of memory. Reduce the batch"),
 ]
 
 
@@ -239,3 +240,55 @@ def test_completion_completes() -> None:
     assert done.stdout.split() == ["eval"]
     done = shell(_FUNCLORA_COMPLETE="complete_bash", COMP_WORDS="funclora combine --type dare_l", COMP_CWORD="3")
     assert done.stdout.split() == ["dare_linear", "dare_linear_svd"]
+
+
+# Lists, flags and types
+
+
+def listed(*args: str) -> Result:
+    def toy(
+        weights: Annotated[Sequence[float] | None, typer.Option("--weights", "--weight", help="Numbers.")] = None,
+        files: Annotated[Sequence[Path], typer.Option(help="Files.")] = (Path("a"),),
+        says: Annotated[Sequence[Whole] | None, typer.Option(help="Texts.")] = None,
+        check: Annotated[bool, typer.Option(help="A flag.")] = False,
+        json: AsJson = False,
+    ) -> None:
+        """Toy."""
+        print_json([weights, [str(file) for file in files], says, check])
+
+    return made(toy, "toy", *args)
+
+
+def test_lists_take_commas_and_repetitions(tmp_path: Path) -> None:
+    (tmp_path / "b,c").touch()
+    given = [
+        "--weights",
+        "1,-2.5",
+        "--weight",
+        "3",
+        "--files",
+        "x, y",
+        "--files",
+        str(tmp_path / "b,c"),
+        "--says",
+        "a, b",
+    ]
+    result = listed(*given, "--check")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == [[1.0, -2.5, 3.0], ["x", "y", str(tmp_path / "b,c")], ["a, b"], True]
+    assert json.loads(listed("--check", "--no-check").stdout) == [None, ["a"], None, False]
+    for words, message in [("1,x", "expected numbers with commas"), ("1,,2", "expected values with commas")]:
+        result = listed("--weights", words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"funclora toy: --weights: {message} between them, got '{words}'.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_has_two_forms_and_every_type_one_spelling(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            (long,) = [option for option in parameter.opts if option.startswith("--")][:1]
+            assert parameter.secondary_opts == ([f"--no-{long[2:]}"] if parameter.is_flag else []), long
+    text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output.partition("Examples:")[0]
+    assert not re.search(r"\b(INTEGER|NUMBER|STRING|<path>|list\[)|\belse\b", text), text

@@ -79,9 +79,9 @@ def test_complaints(base: Path, tmp_path: Path) -> None:
     file.write_text("not gguf")
     ends = ("--base", base, "-o")
     cases = [
-        ((folder, *ends, tmp_path / "x"), "give one of --to gguf and --from gguf."),
-        ((folder, "--to=gguf", "--from=gguf", *ends, tmp_path / "x"), "give one of --to gguf and --from gguf."),
-        ((folder, "--from=gguf", "--dtype=float16", *ends, tmp_path / "x"), "--dtype is for --to gguf"),
+        ((folder, *ends, tmp_path / "x"), "Give either --to gguf or --from gguf."),
+        ((folder, "--to=gguf", "--from=gguf", *ends, tmp_path / "x"), "Give either --to gguf or --from gguf."),
+        ((folder, "--from=gguf", "--dtype=float16", *ends, tmp_path / "x"), "--dtype can only be used with --to gguf"),
         ((folder, "--to=gguf", *ends, file), f"--out: {file} is there already. Name another file"),
         ((file, "--from=gguf", *ends, folder), f"--out: there is an adapter in {folder}."),
         ((file, "--from=gguf", *ends, tmp_path / "x"), f"{file}: this is not a GGUF file"),

@@ -98,7 +98,7 @@ def test_the_table_and_the_picture(folders: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2 weights in both, 2 in A only, 2 in B only" in result.stdout
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Give --base for the whole change" in run(folders / "one", folders / "dora").stdout
+    assert "Give --base to compare the whole change" in run(folders / "one", folders / "dora").stdout
 
 
 def test_adapters_with_nothing_in_common(folders: Path, tmp_path: Path) -> None:

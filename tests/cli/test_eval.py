@@ -151,9 +151,9 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
         (tmp_path / name).write_text(content)
     cases: list[tuple[list[object], str]] = [
         ([tmp_path / "none", "--data", text], "none: there is no such folder. Give PEFT folders"),
-        ([folder.parent / folder.name, "--data", text], "holds no adapter_config.json"),
+        ([folder.parent / folder.name, "--data", text], "there is no adapter_config.json in it"),
         ([broken, "--data", text], "broken/adapter_config.json"),
-        ([adapters, "--data", tmp_path / "none.txt"], "none.txt: there is no such file. --data takes"),
+        ([adapters, "--data", tmp_path / "none.txt"], "none.txt: there is no such file. Give --data"),
         ([adapters, "--data", tmp_path / "x.jsonl"], "x.jsonl:1: expected a text under 'text'; it has 'text'."),
         ([adapters, "--data", tmp_path / "w.jsonl"], "w.jsonl:1: expected a text under 'text'; it has 'b'. --field"),
         ([adapters, "--data", tmp_path / "y.jsonl"], "y.jsonl:2: expected JSON in each line"),

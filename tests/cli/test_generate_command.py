@@ -179,7 +179,7 @@ def test_answers_are_written_as_jsonl(folders: Path, tmp_path: Path) -> None:
     written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
     assert written == printed(*args[:-2])["results"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "p.jsonl"]
-    assert "is there already. Name another file, or give --overwrite" in complaint(*args)
+    assert "already exists. Give another file, or --overwrite" in complaint(*args)
     before = (tmp_path / "o.jsonl").read_bytes()
     jsonl(file, {"prompt": "w1", "adapter": "ad-0"}, {"prompt": "w2", "adapter": "ad"})
     assert "p.jsonl:2: there is no adapter 'ad'. Near names: " in complaint(*args, "--overwrite")
@@ -205,7 +205,7 @@ def test_rows_near_the_end_of_the_context(tmp_path: Path) -> None:
         assert alone["completion"] == row["completion"]
     long = " ".join(["w1"] * 16)
     message = complaint("--model", tmp_path / "model", "-p", long)
-    assert "--prompt: the prompt has 16 tokens, and the model reads 16, the answer included. Shorten it." in message
+    assert "--prompt: the prompt has 16 tokens; the model's context has 16, including the answer. Shorten the prompt." in message
 
 
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
@@ -413,20 +413,20 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
     file = jsonl(tmp_path / "p.jsonl", {"prompt": "w1"})
     some, model = folders / "adapters", ("--model", folders / "model")
     cases: list[tuple[list[object], str]] = [
-        (["-p", "x", "-f", file], "--prompt and --file: give one of them."),
-        (["-p", "x", "-o", tmp_path / "o"], "--out is for the answers to --file."),
+        (["-p", "x", "-f", file], "--prompt and --file exclude each other. Give one of them."),
+        (["-p", "x", "-o", tmp_path / "o"], "--out can only be used with --file."),
         (["-f", file, "--chat"], '"messages" in place of "prompt"'),
-        (["--json"], "--json: a conversation has no end to print."),
-        (["-p", "x", "--top-p", 0.5], "--top-p: without --temperature nothing is drawn."),
-        (["-p", "x", "--seed", 0], "--seed: without --temperature nothing is drawn."),
-        (["-p", "x", "--top-p", 0, "--temperature", 1], "--top-p: expected a share above 0."),
-        ([some, "-p", "x"], "--prompt: several adapters are given. Name one by --adapter: ad-0, ad-1, ad-2."),
+        (["--json"], "--json cannot be used in a conversation."),
+        (["-p", "x", "--top-p", 0.5], "--top-p needs sampling."),
+        (["-p", "x", "--seed", 0], "--seed needs sampling."),
+        (["-p", "x", "--top-p", 0, "--temperature", 1], "--top-p: expected a number above 0."),
+        ([some, "-p", "x"], "--prompt: several adapters are given. Choose one with --adapter: ad-0, ad-1, ad-2."),
         ([some, "-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. Near names: ad-"),
-        (["-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. None is given: name PEFT folders"),
-        ([some, *model, "-f", file], "no record names one of the adapters that are given: ad-0, ad-1, ad-2."),
+        (["-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. No adapters are given: name PEFT folders"),
+        ([some, *model, "-f", file], "no record names one of the given adapters: ad-0, ad-1, ad-2."),
         ([tmp_path / "none", "-p", "x"], "none: there is no such folder. Give PEFT folders"),
         (["--model", tmp_path, "-p", "x"], "holds no config.json. Give the folder of a transformers model"),
-        ([*model, "-p", "", ], "--prompt: an empty prompt has no token to go on from."),
+        ([*model, "-p", "", ], "--prompt: the prompt is empty, so there is no token to continue."),
         (["-p", "x", "--chat"], "--prompt: the model's tokenizer has no chat template"),
         (["-p", "x", "--device", "toaster"], "device: 'toaster' cannot be used here"),
     ]  # fmt: skip
@@ -457,7 +457,7 @@ def test_records_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("args", "words_"),
     [
-        (("--temperature", "1e-45"), "--temperature: expected 0, or 0.001 at least, got 1e-45."),
+        (("--temperature", "1e-45"), "--temperature: expected 0, or at least 0.001, got 1e-45."),
         (("--temperature", "1", "--seed", "9" * 20), "--seed: expected a number of 64 bits"),
     ],
 )
@@ -469,16 +469,16 @@ def test_bytes_that_are_no_text(folders: Path, monkeypatch: pytest.MonkeyPatch) 
     """As a terminal or a pipe of another encoding gives them."""
     for chat in ([], ["--chat"]):
         args = ("--model", folders / "model", *chat)
-        assert "--prompt: holds bytes that are not UTF-8: 'w1 \\udcff'. Give" in complaint(*args, "-p", "w1 \udcff")
+        assert "--prompt: contains bytes that are not UTF-8: 'w1 \\udcff'. Encode" in complaint(*args, "-p", "w1 \udcff")
         monkeypatch.setattr("funclora.cli._converse._line", lambda sign: "w1 \udcff")
-        assert "line 1: holds bytes that are not UTF-8" in complaint(*args)
+        assert "line 1: contains bytes that are not UTF-8" in complaint(*args)
 
 
 def test_a_tokenizer_of_another_model(folders: Path, tmp_path: Path) -> None:
     llama(words=10).save_pretrained(tmp_path / "model")
     words(tmp_path / "model", template=None)
     message = complaint("--model", tmp_path / "model", "-p", "w1 w20")
-    assert "--prompt: the tokenizer makes token 24 of this prompt, and the model's embedding has 10 rows." in message
+    assert "--prompt: this prompt contains token 24, but the model's embedding has 10 rows." in message
     assert "no chat template" in complaint("--model", tmp_path / "model", "-p", "w1", "--chat")
 
 

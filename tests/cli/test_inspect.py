@@ -141,7 +141,7 @@ def test_a_model_alone_and_next_to_its_base(folders: Path) -> None:
             # A merge of rank 2 or 3, and rounding.
             assert row["effective_rank"][0] < 3.01
     table = run(folders / "tuned", "--base", folders / "base").stdout
-    assert "17 of them are not changed and not shown" in table
+    assert "17 of them do not change and are not shown" in table
     assert "lm_head" not in table
 
 
@@ -187,10 +187,10 @@ def test_complaints(folders: Path, tmp_path: Path) -> None:
     save_file({key: tensor / 0 for key, tensor in stored.items()}, infinite / "adapter_model.safetensors")
     (tmp_path / "file").write_text("")
     for args, words in (
-        ((tmp_path / "none",), "there is no such folder. Give a PEFT folder, or that of a transformers model."),
+        ((tmp_path / "none",), "there is no such folder. Give a PEFT folder, or the folder of a transformers model."),
         ((tmp_path / "file",), "there is no such folder"),
         ((tmp_path,), "neither adapter_config.json (an adapter) nor config.json (a model)"),
-        ((folders,), "There are adapters in"),
+        ((folders,), "It contains the adapters"),
         ((folders / "full",), "Give the base model"),
         ((broken,), "is not a safetensors file"),
         ((infinite,), "NaN or infinity"),
