@@ -155,9 +155,12 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
         ([broken, "--data", text], "broken/adapter_config.json"),
         ([adapters, "--data", tmp_path / "none.txt"], "none.txt: there is no such file. Give --data"),
         ([adapters, "--data", tmp_path / "x.jsonl"], "x.jsonl:1: expected a text under 'text'; it has 'text'."),
-        ([adapters, "--data", tmp_path / "w.jsonl"], "w.jsonl:1: expected a text under 'text'; it has 'b'. --field"),
+        (
+            [adapters, "--data", tmp_path / "w.jsonl"],
+            "w.jsonl:1: expected a text under 'text'; it has 'b'. Give another field with --field",
+        ),
         ([adapters, "--data", tmp_path / "y.jsonl"], "y.jsonl:2: expected JSON in each line"),
-        ([adapters, "--data", tmp_path / "z.txt"], "holds no text of two tokens"),
+        ([adapters, "--data", tmp_path / "z.txt"], "contains no text with at least two tokens"),
         (
             [adapters, "--data", text, "--model", tmp_path],
             "holds no config.json. Give the folder of a",

@@ -205,7 +205,10 @@ def test_rows_near_the_end_of_the_context(tmp_path: Path) -> None:
         assert alone["completion"] == row["completion"]
     long = " ".join(["w1"] * 16)
     message = complaint("--model", tmp_path / "model", "-p", long)
-    assert "--prompt: the prompt has 16 tokens; the model's context has 16, including the answer. Shorten the prompt." in message
+    assert (
+        "--prompt: the prompt has 16 tokens; the model's context has 16, including the answer. Shorten the prompt."
+        in message
+    )
 
 
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
@@ -422,7 +425,7 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
         (["-p", "x", "--top-p", 0, "--temperature", 1], "--top-p: expected a number above 0."),
         ([some, "-p", "x"], "--prompt: several adapters are given. Choose one with --adapter: ad-0, ad-1, ad-2."),
         ([some, "-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. Near names: ad-"),
-        (["-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. No adapters are given: name PEFT folders"),
+        (["-p", "x", "--adapter", "ad-4"], "there is no adapter 'ad-4'. No adapters are given: name PEFT folders"),
         ([some, *model, "-f", file], "no record names one of the given adapters: ad-0, ad-1, ad-2."),
         ([tmp_path / "none", "-p", "x"], "none: there is no such folder. Give PEFT folders"),
         (["--model", tmp_path, "-p", "x"], "holds no config.json. Give the folder of a transformers model"),
@@ -469,7 +472,9 @@ def test_bytes_that_are_no_text(folders: Path, monkeypatch: pytest.MonkeyPatch) 
     """As a terminal or a pipe of another encoding gives them."""
     for chat in ([], ["--chat"]):
         args = ("--model", folders / "model", *chat)
-        assert "--prompt: contains bytes that are not UTF-8: 'w1 \\udcff'. Encode" in complaint(*args, "-p", "w1 \udcff")
+        assert "--prompt: contains bytes that are not UTF-8: 'w1 \\udcff'. Encode" in complaint(
+            *args, "-p", "w1 \udcff"
+        )
         monkeypatch.setattr("funclora.cli._converse._line", lambda sign: "w1 \udcff")
         assert "line 1: contains bytes that are not UTF-8" in complaint(*args)
 

@@ -199,7 +199,7 @@ def test_complaints(folders: Path, tmp_path: Path) -> None:
             "there is no such folder. Give that of a transformers model.",
         ),
         ((folders / "lora", "--base", folders / "moe"), "matches no module"),
-        ((folders / "tuned", "--base", folders / "moe"), "they are not of one model"),
+        ((folders / "tuned", "--base", folders / "moe"), "They belong to different models"),
         ((folders / "lora", "--plot", "x.jpg"), "--plot: expected the name of a .png file"),
     ):
         result = run(*args)
