@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from funclora._torch.functions import plain_tensors
+from funclora._torch.functions import is_mapped, plain_tensors
 from funclora._tracking.routed import Routed
 from funclora.errors import ParamsError, PurityError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params, Rule
@@ -62,6 +62,14 @@ def check_adapters(params: Params, adapters: Adapters) -> None:
         if not isinstance(rule, Rule):
             raise ParamsError(f"adapters[{name!r}]: expected a rule (LoRA, DoRA, Full), got {type(rule).__name__}.")
         rule.check(name, weight)
+        for frozen in rule.frozen_names:
+            tensor = getattr(rule, frozen)
+            if not isinstance(tensor, Tensor) or (tensor.requires_grad and not is_mapped(tensor)):
+                got = "one that requires gradients" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ParamsError(
+                    f"adapters[{name!r}].{frozen}: expected a frozen tensor, got {got}. Pass tensor.detach(), or make "
+                    f"it a leaf of {type(rule).__name__}."
+                )
 
 
 def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from funclora._lazy.dispatch import linear_ops
 from funclora._tracking.propagation import Place, is_elementwise
-from funclora._tracking.routed import WHOLE_TENSOR, PreparedRouted, Routed, lost, member, spread
+from funclora._tracking.routed import WHOLE_TENSOR, PreparedRouted, Routed, lost, spread
 from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
+from funclora.rules.base import Rule
 
 
 def differs_by_row(x: Any) -> bool:
@@ -64,21 +65,22 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rule, base = lazy.rule, lazy.base
     if func is F.embedding and (kwargs.get("max_norm") is not None or args[3:4] not in ((), (None,))):
         base = base.clone()  # torch writes to it
-    updating = rule.updating()
-    y: Tensor = operation(base if updating is None else lazy.like(base, updating))
+    together = rule.together()
+    y: Tensor = operation(base if together is None else lazy.like(base, together))
     out, place = rows_of(y)
     if rule.n == 1:
         place = WHOLE_TENSOR
     if not isinstance(place, Place):
         raise lost(place, f"{lazy.target!r} differs by row and is read")
     rows = rows_first(out, place, rule.n)
-    if any(group.present is not None for _, group in rule.replacing()):
-        raise UnsupportedError(
-            f"{lazy.target!r} is replaced as a whole by some members. Give route the ids as a list, not as a tensor."
-        )
-    for several, group in rule.replacing():
-        for j in range(len(getattr(several, several.leaf_names[0]))):
-            one = member(several, j)
+    for several, group in rule.apart():
+        if group.present is not None:
+            raise UnsupportedError(
+                f"{lazy.target!r}: a tensor of ids needs rules that are low-rank updates, and {type(several).__name__} "
+                "has no such form: its low_rank is None. Give route the ids as a list, or use funclora.vmap."
+            )
+        for j in range(len(group.scalings)):
+            one = _with_scaling(several.member(j), group.scalings[j])
             value = lazy.like(base, one)
             if one.bind_dense:
                 value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
@@ -91,6 +93,10 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             rows = rows.index_copy(0, chosen, rows_first(operation(value, chosen), place, len(chosen)))
     out = rows_back(rows, place)
     return y.scope.enter(out, place) if isinstance(y, RowTensor) else out
+
+
+def _with_scaling(rule: Rule, scaling: Tensor) -> Rule:
+    return rule if rule.scaling is None else rule.with_scaling(scaling)
 
 
 def _only(x: Any, chosen: Tensor, n: int) -> Any:
@@ -139,12 +145,14 @@ def _fitted(y: Tensor, value: Any, channels_first: bool, combine: Callable[..., 
 def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
     """The values of a parameter, each in the place of its row, to broadcast over `like`."""
     rule, base = lazy.rule, lazy.base
-    if rule.updating() is not None:
+    if rule.together() is not None:
         raise UnsupportedError(f"{lazy.target!r} has low-rank updates that differ by row, and is read as a whole.")
     lazy.used("fast")
     values = base.expand(rule.n, *base.shape)
     for several, group in zip(rule.rules, rule.groups, strict=True):
-        value = torch.func.vmap(lambda one: one.dense(base))(several).to(base.dtype)
+        value = torch.func.vmap(lambda one, s: _with_scaling(one, s).dense(base))(several, group.scalings).to(
+            base.dtype
+        )
         if group.present is not None:
             present = group.present.reshape(-1, *[1] * base.dim())
             values = torch.where(present, value, values)

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
-from funclora._many.stack import Group, Stack
+from funclora._many.stack import Group, Stack, unscaled
 from funclora._tracking.routed import Assignment, Routed, RoutedGroup, RoutedGroups
 from funclora.errors import ConfigError
 from funclora.rules.base import Rule
 from funclora.rules.layouts import padded
-from funclora.rules.low_rank import LowRank
+from funclora.rules.low_rank import low_rank_of
 from funclora.rules.tokens import untied
 
 # Members whose numbers of rows, or ranks, differ by no more than this factor are padded to the larger.
@@ -118,7 +119,7 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
         for name, rule in untied(tree).items():
             leaf = getattr(rule, rule.leaf_names[0])
             scalings = _numbers([*(group.scalings().get(name) or [1.0] * len(group.members)), 1.0], leaf)[index]
-            found.setdefault(name, []).append((rule, RoutedGroup(scalings, rows, None, present)))
+            found.setdefault(name, []).append((rule, RoutedGroup(scalings, rows, None, present, _is_apart(rule))))
     return {
         name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), n, repeats)
         for name, some in found.items()
@@ -169,39 +170,63 @@ def _merged(parts: list[Found]) -> list[Found]:
     """Groups that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
     kinds: dict[Any, list[Found]] = {}
     for part in parts:
-        rule = part[0]
-        key: Any = (type(rule), getattr(rule, rule.leaf_names[0]).dtype, getattr(rule, rule.leaf_names[0]).device)
-        if isinstance(rule, LowRank):
-            key = (*key, rule.layout, rule.dropout, getattr(rule, "exact_norm_grad", None))
-        kinds.setdefault(key, []).append(part)
+        kinds.setdefault(_kind(part[0]), []).append(part)
     merged: list[Found] = []
     for alike in kinds.values():
-        if len(alike) == 1 or not isinstance(alike[0][0], LowRank):
+        if len(alike) == 1 or not alike[0][0].rank_dims:
             merged += alike
             continue
         for by_count in _alike([(i, max(map(len, rows))) for i, (_, _, rows) in enumerate(alike)]):
-            for by_rank in _alike([(i, alike[i][0].a.shape[1]) for i in by_count]):  # type: ignore[attr-defined]
+            for by_rank in _alike([(i, _rank(alike[i][0])) for i in by_count]):
                 merged.append(_joined([alike[i] for i in by_rank]))
     return merged
+
+
+def _kind(rule: Rule) -> Any:
+    """What the rules of two groups must have in common to be joined: all but members, ranks and scalings."""
+    ranks = _rank_dims(rule)
+    leaves = []
+    for name in rule.leaf_names:
+        leaf = getattr(rule, name)
+        shape = tuple(n for dim, n in enumerate(leaf.shape) if dim not in (0, ranks.get(name)))
+        leaves.append((shape, leaf.dtype, leaf.device))
+    return optree.tree_structure(unscaled(rule)), tuple(leaves)
+
+
+def _rank_dims(rule: Rule) -> dict[str, int]:
+    """The dimensions of the leaves `[m, *]` that count ranks, from the front."""
+    return {name: dim + 1 if dim >= 0 else dim + getattr(rule, name).dim() for name, dim in rule.rank_dims.items()}
+
+
+def _rank(rule: Rule) -> int:
+    ranks: list[int] = [getattr(rule, name).shape[dim] for name, dim in _rank_dims(rule).items()]
+    return max(ranks)
 
 
 def _joined(parts: list[Found]) -> Found:
     if len(parts) == 1:
         return parts[0]
     rules: list[Any] = [rule for rule, _, _ in parts]
-    rank = max(rule.a.shape[1] for rule in rules)
+    dims = _rank_dims(rules[0])
     leaves = {}
-    dims = {"a": 1, "b": 2}  # that count ranks, behind that of members
     for leaf in rules[0].leaf_names:
         given = [getattr(rule, leaf) for rule in rules]
-        leaves[leaf] = torch.cat([padded(x, dims[leaf], rank) for x in given] if leaf in dims else given)
+        if leaf in dims:
+            rank = max(x.shape[dims[leaf]] for x in given)
+            given = [padded(x, dims[leaf], rank) for x in given]
+        leaves[leaf] = torch.cat(given)
     scalings = [s for _, some, _ in parts for s in some]
     rows = [each for _, _, some in parts for each in some]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     if order != list(range(len(rows))):
-        index = torch.tensor(order, device=leaves["a"].device)
+        index = torch.tensor(order, device=next(iter(leaves.values())).device)
         leaves = {leaf: value.index_select(0, index) for leaf, value in leaves.items()}
     return replace(rules[0], **leaves), [scalings[i] for i in order], [rows[i] for i in order]
+
+
+def _is_apart(rule: Rule) -> bool:
+    """Whether a rule with leaves `[m, *]` is no low-rank update at a place that is known."""
+    return rule.layout is None or low_rank_of(rule.member(0)) is None
 
 
 def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> Routed:
@@ -212,7 +237,7 @@ def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> 
         key = tuple(map(tuple, rows)), leaf.device
         if key not in known:
             known[key] = Assignment.of(rows, n, leaf.device)
-        described.append(RoutedGroup(_numbers(scalings, leaf), known[key]))
+        described.append(RoutedGroup(_numbers(scalings, leaf), known[key], apart=_is_apart(rule)))
     return Routed(tuple(rule for rule, _, _ in parts), RoutedGroups(described), n, repeats)
 
 
@@ -230,8 +255,8 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
         for name, rule in untied(group.tree()).items():
             scalings = group.scalings().get(name) or [1.0] * len(group.members)
             finite, own = _without_broken(rule, some)
-            part = RoutedGroup(_numbers(scalings, getattr(rule, rule.leaf_names[0])), None, own)
-            found.setdefault(name, []).append((finite, part))
+            numbers = _numbers(scalings, getattr(rule, rule.leaf_names[0]))
+            found.setdefault(name, []).append((finite, RoutedGroup(numbers, None, own, apart=_is_apart(rule))))
     return {
         name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), len(weights), repeats)
         for name, some in found.items()

@@ -8,28 +8,31 @@ the one that went in. A stack is a pytree of those leaves: optimizers and gradie
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import optree
 import torch
 from torch import Tensor
 
-from funclora._torch.pytree import pytree_node
+from funclora._torch.pytree import StaticTensors, map_frozen, pytree_node
 from funclora.errors import ConfigError, ParamsError
 from funclora.rules.base import Rule
-from funclora.rules.low_rank import LowRank
 from funclora.rules.tokens import untied
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TreeSpecs:
-    """The members' own trees, with all that is no tensor."""
+class TreeSpecs(StaticTensors):
+    """The members' own trees, with all that is no leaf."""
 
     each: tuple[Any, ...]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> TreeSpecs:
+        trees: list[Any] = [optree.tree_unflatten(spec, [0] * spec.num_leaves) for spec in self.each]
+        return TreeSpecs(tuple(optree.tree_structure(map_frozen(function, tree)) for tree in trees))
 
     @functools.cached_property
     def scalings(self) -> dict[str, list[float]]:
@@ -37,8 +40,8 @@ class TreeSpecs:
         if not isinstance(trees[0], dict):
             return {}
         trees = [untied(tree) for tree in trees]
-        first = trees[0].items()
-        return {name: [tree[name].scaling for tree in trees] for name, rule in first if isinstance(rule, LowRank)}
+        scaled = [name for name, rule in trees[0].items() if isinstance(rule, Rule) and rule.scaling is not None]
+        return {name: [tree[name].scaling for tree in trees] for name in scaled}
 
 
 @pytree_node
@@ -69,7 +72,7 @@ class Group(Generic[T]):
         return cast(T, tree)
 
     def scalings(self) -> dict[str, list[float]]:
-        """The members' scalings, for each rule of a low-rank update."""
+        """The members' scalings, for each rule that has one."""
         return self.specs.scalings
 
 
@@ -218,7 +221,7 @@ def _structure(member: Any) -> Any:
 def unscaled(tree: Any) -> Any:
     """The tree with the scaling 1 in all of its rules."""
     return optree.tree_map(
-        lambda rule: replace(rule, scaling=1.0) if isinstance(rule, LowRank) else rule, tree, is_leaf=_is_rule
+        lambda x: x.with_scaling(1.0) if _is_rule(x) and x.scaling is not None else x, tree, is_leaf=_is_rule
     )
 
 

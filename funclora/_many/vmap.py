@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import optree
@@ -13,7 +12,6 @@ from torch import Tensor
 from funclora._api.deprecated import warn_old
 from funclora._many.stack import Group, Stack
 from funclora.errors import ConfigError
-from funclora.rules.low_rank import LowRank
 
 Dims = tuple[Any, ...]
 
@@ -69,7 +67,7 @@ def vmap(
 
             def call(k: Tensor, tree: Any, scalings: dict[str, Tensor], *leaves: Any) -> Any:
                 for name, scaling in scalings.items():
-                    tree = {**tree, name: replace(tree[name], scaling=scaling)}
+                    tree = {**tree, name: tree[name].with_scaling(scaling)}
                 return function(tree, *optree.tree_unflatten(spec, leaves))
 
             # The index has a dimension of members even where nothing else does: for the member {}.
@@ -160,8 +158,9 @@ def _placed(result: Any, out_dims: Any) -> Any:
 def _scalings(group: Group[Any]) -> dict[str, Tensor]:
     """The scalings `[n_members]` of the rules in which members of a group differ."""
     tree: Any = group.tree()
-    return {
-        name: torch.tensor(scalings, device=tree[name].a.device, dtype=tree[name].a.dtype)
-        for name, scalings in group.scalings().items()
-        if len(set(scalings)) > 1 and isinstance(tree[name], LowRank)  # and not tied to one
-    }
+    found = {}
+    for name, scalings in group.scalings().items():
+        if len(set(scalings)) > 1 and tree[name].scaling is not None:  # and not tied to one
+            leaf = optree.tree_leaves(tree[name])[0]
+            found[name] = torch.tensor(scalings, device=leaf.device, dtype=leaf.dtype)
+    return found

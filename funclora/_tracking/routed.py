@@ -1,8 +1,8 @@
 """A different adapter for every row of the batch, in one ordinary forward pass.
 
 The operation on the base weight runs once, on all rows. What differs by row is small: the low-rank path runs as one
-batched product over the members (rows of one member together), and a DoRA member's norm_scale is a vector per row.
-For a row with member j, s its scaling and g its norm_scale (m/‖V‖ for DoRA, else 1):
+batched product over the members (rows of one member together), and what a member scales its output units by is a vector
+per row. For a row with member j, s its scaling and g that scale (m/‖V‖ for DoRA, else 1):
 
     y = g_j ∘ (x·Wᵀ) + (x·A_jᵀ)·(s·g_j ∘ B_j)ᵀ + bias
 
@@ -13,27 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import no_gradients
 from funclora._torch.pytree import pytree_node
 from funclora._tracking.propagation import Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
-from funclora.rules.base import Rule
-from funclora.rules.dora import DoRA, PreparedDoRA, output_norms_of_many
-from funclora.rules.layouts import ConvTranspose, Layout
+from funclora.rules.base import Rule, of_members
+from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
-from funclora.rules.low_rank import LowRank
+from funclora.rules.low_rank import LowRank, low_rank_of_members
 
 # The place of the rows where there is one: the whole tensor is that row, and gets a dimension in front.
 WHOLE_TENSOR = Place(0, 0)
-# How many members' DoRA norms to compute together.
-CHUNK = 16
 # How many rows of a member are few, so that the order of its factors in memory counts.
 FEW = 4
 
@@ -117,12 +112,14 @@ class RoutedGroup(NamedTuple):
         rows: which rows use which member; None where `weights` are given.
         weights: `[n, m]`, each row's weights of the members.
         present: `[n]`, where m is the number of rows: whether the row has a member at all.
+        apart: the rule is no low-rank update, and runs on the rows of each member apart.
     """
 
     scalings: Tensor
     rows: Assignment | None
     weights: Tensor | None = None
     present: Tensor | None = None
+    apart: bool = False
 
 
 class RoutedGroups(tuple[RoutedGroup, ...]):
@@ -158,17 +155,17 @@ class Routed(Rule):
 
     @property
     def layout(self) -> Layout | None:  # type: ignore[override]
-        """Where the matrix lies in the weight; None if some members replace the weight as a whole."""
-        return None if self.replacing() else self.rules[0].layout
+        """Where the matrix is in the weight; None if some members' rules are no low-rank updates."""
+        return None if any(group.apart for group in self.groups) else self.rules[0].layout
 
-    def replacing(self) -> list[tuple[Rule, RoutedGroup]]:
-        """The members whose weight is no low-rank update of the base's."""
-        return [(r, group) for r, group in zip(self.rules, self.groups, strict=True) if not isinstance(r, LowRank)]
+    def apart(self) -> list[tuple[Rule, RoutedGroup]]:
+        """The members whose rule is no low-rank update."""
+        return [each for each in zip(self.rules, self.groups, strict=True) if each[1].apart]
 
-    def updating(self) -> Routed | None:
+    def together(self) -> Routed | None:
         """The rule of the other members, if there are any."""
-        kept = [(rule, group) for rule, group in zip(self.rules, self.groups, strict=True) if isinstance(rule, LowRank)]
-        return replace(self, rules=tuple(r for r, _ in kept), groups=RoutedGroups(p for _, p in kept)) if kept else None
+        kept = [each for each in zip(self.rules, self.groups, strict=True) if not each[1].apart]
+        return replace(self, rules=tuple(r for r, _ in kept), groups=RoutedGroups(g for _, g in kept)) if kept else None
 
     def dense(self, weight: Tensor) -> Tensor:
         raise UnsupportedError(
@@ -177,19 +174,21 @@ class Routed(Rule):
         )
 
     def check(self, name: str, weight: Tensor) -> None:
-        for rule in self.rules:
-            member(rule, 0).check(name, weight)
-            if isinstance(rule, LowRank) and rule.layout.expert_dims(weight.shape):
+        for rule, group in zip(self.rules, self.groups, strict=True):
+            rule.member(0).check(name, weight)
+            if not group.apart and rule.layout is not None and rule.layout.expert_dims(weight.shape):
                 raise UnsupportedError(
                     f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
                     "token belongs to is not known there. Call the model once for each member, or leave the target out."
                 )
 
     def prepared(self, weight: Tensor) -> Rule:
-        if self.replacing():
+        if self.layout is None:
             return self
-        prepared = (_prepared(rule, group, weight) for rule, group in zip(self.rules, self.groups, strict=True))
-        return PreparedRouted(tuple(prepared), self.groups, self.n, _in_succession(self.groups, self.n), ReorderedB())
+        each = [_prepared(rule, group, weight) for rule, group in zip(self.rules, self.groups, strict=True)]
+        groups = RoutedGroups(group for _, group in each)
+        rules = tuple(rule for rule, _ in each)
+        return PreparedRouted(rules, groups, self.n, _in_succession(groups, self.n), ReorderedB())
 
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).apply_op(op, weight, dropout)
@@ -203,31 +202,25 @@ class Routed(Rule):
 
 def _of_each(routed: Routed, form: Callable[[Rule], Rule | None]) -> Routed | None:
     """The rule of a view of the weight; None if one of the members has none."""
-    rules = tuple(map(form, routed.rules))
-    return None if None in rules else replace(routed, rules=cast(tuple[Rule, ...], rules))
+    found = [of_members(r, group.scalings, form) for r, group in zip(routed.rules, routed.groups, strict=True)]
+    each = [one for one in found if one is not None]
+    if len(each) < len(found):
+        return None
+    groups = (group._replace(scalings=s) for group, (_, s) in zip(routed.groups, each, strict=True))
+    return replace(routed, rules=tuple(rule for rule, _ in each), groups=RoutedGroups(groups))
 
 
-def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> LowRank:
-    """The rule of the members of a group, DoRA's norms worked out."""
-    assert isinstance(rule, LowRank)
-    if not isinstance(rule, DoRA):
-        return rule
-    wide = torch.promote_types(weight.dtype, rule.a.dtype) == torch.float64
-    if wide or rule.exact_norm_grad or isinstance(rule.layout, ConvTranspose):
-        by_member = torch.func.vmap(
-            lambda rule, s: replace(rule, scaling=s).prepared(weight).norm_scale, chunk_size=CHUNK
-        )
-        return PreparedDoRA(rule.a, rule.b, by_member(rule, group.scalings), dropout=rule.dropout, layout=rule.layout)
-    with no_gradients():
-        a, b = torch.func.vmap(rule.layout.factors)(rule.a, rule.b)
-        norms = output_norms_of_many(rule.layout.to_matrix(plain_weight(weight)), a, b, group.scalings).detach()
-    return rule.with_norms(norms, weight.dtype)
+def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, RoutedGroup]:
+    """The update of the members of a group, with what it scales the output units by worked out."""
+    low, scalings = low_rank_of_members(rule, group.scalings)
+    if group.present is not None:
+        scalings = torch.where(group.present, scalings, 0.0)
+    scale = rule.output_scale_of_members(weight, group.scalings)
+    return low if scale is None else low.with_scale(scale), group._replace(scalings=scalings)
 
 
-def member(rule: Rule, j: int) -> Rule:
-    """The rule of the j-th of some members, whose rule has leaves `[m, *]`."""
-    one: Rule = replace(cast(Any, rule), **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaf_names})
-    return one
+# What the output units of each group's members are multiplied with, `[m, out]`; None for 1.
+Scales = Sequence[Tensor | None]
 
 
 class ReorderedB:
@@ -255,11 +248,11 @@ class ReorderedB:
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class PreparedRouted(Rule):
-    """A `Routed` rule of low-rank updates whose norms are worked out.
+    """A `Routed` rule of low-rank updates, with what they scale the output units by worked out.
 
     Attributes:
         rules: as in `Routed`.
-        parts: as in `Routed`.
+        groups: as in `Routed`.
         n: the number of rows.
         succession: the groups in the order of their rows, if these follow each other and are all there are.
         seconds: the factors B, in the order in which they are read.
@@ -292,47 +285,48 @@ class PreparedRouted(Rule):
         if self.n > 1 and not _keeps(op, x, place):
             raise lost(type(op).__name__.removesuffix("LinearOp"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.with_input(x), op.x
-        norm_scales = any(isinstance(rule, PreparedDoRA) for rule in self.rules)
+        scales = [rule.output_scale(weight) for rule in self.rules]
+        scaled = any(scale is not None for scale in scales)
         inputs = rows
-        if norm_scales and op.transposed:
-            inputs = _scaled(op, rows, self._norm_scale()).to(x.dtype)
+        if scaled and op.transposed:
+            inputs = _scaled(op, rows, self._row_scale(scales)).to(x.dtype)
             op = op.with_input(rows_back(inputs, place))
-        y = op.dense(weight, bias=not norm_scales)
+        y = op.dense(weight, bias=not scaled)
         dtype, out = y.dtype, rows_first(y, place, self.n)
         if self.groups[0].weights is not None:
-            out = self._mixed(op, rows, out, dropout)
+            out = self._mixed(op, rows, out, scales, dropout)
         elif self.succession:
-            out = self._by_part(op, inputs, out, dropout)
+            out = self._by_part(op, inputs, out, scales, dropout)
         else:
-            out = self._gathered(op, inputs, out, dropout)
-        if norm_scales and op.bias is not None:
+            out = self._gathered(op, inputs, out, scales, dropout)
+        if scaled and op.bias is not None:
             bias = op.per_output(op.bias)
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
         out = rows_back(out.to(dtype), place)
         return out if self.n == 1 else track.scope.enter(out, place)
 
-    def _by_part(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+    def _by_part(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result, rewritten group by group; x is the operation's input by rows."""
         sizes = [end - start for start, end in (self.groups[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]
         # One split has one gradient; each slice would have one of the size of all rows.
         pieces = zip(*([z] if len(sizes) == 1 else z.split(sizes) for z in (x, y)), strict=True)
         outs = []
         for i, (inputs, base) in zip(self.succession, pieces, strict=True):
-            rule, rows = self.rules[i], self.groups[i].rows
+            scale, rows = scales[i], self.groups[i].rows
             assert rows is not None
             u = self._grouped(i, op, inputs.reshape(-1, rows.count, *inputs.shape[1:]), dropout)
             out = base.reshape(u.shape) + u
-            if isinstance(rule, PreparedDoRA) and not op.transposed:
-                out = _scaled(op, out, rule.norm_scale)
+            if scale is not None and not op.transposed:
+                out = _scaled(op, out, scale)
             outs.append(out.flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _gathered(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+    def _gathered(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The same, where the rows of the groups lie among each other, or some have no member."""
         for i, group in enumerate(self.groups):
             assert group.rows is not None
             y = group.rows.added(y, self._grouped(i, op, group.rows.gathered(x), dropout))
-        return y if op.transposed else _scaled(op, y, self._norm_scale())
+        return y if op.transposed else _scaled(op, y, self._row_scale(scales))
 
     def _grouped(self, i: int, op: Any, inputs: Tensor, dropout: float) -> Tensor:
         """The low-rank updates of the i-th group's rows `[m, count, *]`, of that shape."""
@@ -344,43 +338,42 @@ class PreparedRouted(Rule):
         updates: Tensor = op.grouped(inputs, rule.a, b, group.scalings, 0.0)
         return updates
 
-    def _mixed(self, op: Any, x: Tensor, y: Tensor, dropout: float) -> Tensor:
-        """The rows of a result under weighted sums of all members: norm_scales are summed, updates keep their own."""
+    def _mixed(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
+        """The rows of a result under weighted sums of all members: scales are summed, updates keep their own."""
         if not op.transposed:
-            y = _scaled(op, y, self._norm_scale())
-        for rule, group in zip(self.rules, self.groups, strict=True):
+            y = _scaled(op, y, self._row_scale(scales))
+        for rule, group, scale in zip(self.rules, self.groups, scales, strict=True):
             assert group.weights is not None
             weights = group.weights * group.scalings.to(group.weights.dtype)
             for j, w in enumerate(weights.unbind(1)):
                 a, b, inputs = rule.a[j : j + 1], rule.b[j : j + 1], x
-                norm_scale = op.per_output(rule.norm_scale[j]) if isinstance(rule, PreparedDoRA) else None
-                if norm_scale is not None and op.transposed:
-                    inputs = (x * norm_scale).to(x.dtype)
+                own = None if scale is None else op.per_output(scale[j])
+                if own is not None and op.transposed:
+                    inputs = (x * own).to(x.dtype)
                 u = op.grouped(inputs.unsqueeze(0), a, b, None, rule.dropout if dropout else 0.0)[0]
-                if norm_scale is not None and not op.transposed:
-                    u = u * norm_scale
+                if own is not None and not op.transposed:
+                    u = u * own
                 y = y + u * spread(w.to(u.dtype), u, ())
         return y
 
-    def _norm_scale(self) -> Tensor | None:
+    def _row_scale(self, scales: Scales) -> Tensor | None:
         """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
-        norm_scale: Tensor | None = None
+        of_rows: Tensor | None = None
         mixed: Tensor | None = None
-        for rule, group in zip(self.rules, self.groups, strict=True):
-            if not isinstance(rule, PreparedDoRA):
+        for own, group in zip(scales, self.groups, strict=True):
+            if own is None:
                 continue
-            own = rule.norm_scale
-            if norm_scale is None:
-                norm_scale = own.new_ones(self.n, own.shape[-1])
+            if of_rows is None:
+                of_rows = own.new_ones(self.n, own.shape[-1])
             if group.present is not None:
-                norm_scale = torch.where(group.present.unsqueeze(-1), own, norm_scale)
+                of_rows = torch.where(group.present.unsqueeze(-1), own, of_rows)
             elif group.rows is not None:
-                norm_scale = group.rows.put(norm_scale, own.unsqueeze(1).expand(-1, group.rows.count, -1))
+                of_rows = group.rows.put(of_rows, own.unsqueeze(1).expand(-1, group.rows.count, -1))
             else:
                 weights = group.weights.to(own.dtype)  # type: ignore[union-attr]
-                norm_scale = norm_scale - weights.sum(1, keepdim=True)  # what is left for the base
+                of_rows = of_rows - weights.sum(1, keepdim=True)  # what is left for the base
                 mixed = weights @ own if mixed is None else mixed + weights @ own
-        return norm_scale if mixed is None or norm_scale is None else norm_scale + mixed
+        return of_rows if mixed is None or of_rows is None else of_rows + mixed
 
 
 def _in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:
@@ -394,9 +387,9 @@ def _in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:
     return tuple(i for _, i in found) if follow else ()
 
 
-def _scaled(op: Any, rows: Tensor, norm_scale: Tensor | None) -> Tensor:
-    """Rows `[n, *]` times the norm_scales of their output units, `[n, out]`."""
-    return rows if norm_scale is None else rows * spread(norm_scale, rows, op.per_output(norm_scale[0]).shape)
+def _scaled(op: Any, rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows `[n, *]` times the scales of their output units, `[n, out]`."""
+    return rows if scale is None else rows * spread(scale, rows, op.per_output(scale[0]).shape)
 
 
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:

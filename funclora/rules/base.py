@@ -7,16 +7,18 @@
 
 A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows two
 things: its dense form (`dense`), and how an operation that is linear in the weight is computed without that
-dense form (`apply_op`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of tables of
-tokens are in `_tokens`.
+dense form (`apply_op`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of embedding
+matrices are in `tokens`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from funclora.rules.layouts import Layout, Shape
@@ -24,21 +26,51 @@ from funclora.rules.linear_ops import LinearOp
 
 
 class Rule(ABC):
-    """Rewrites one weight. Subclasses are frozen dataclasses whose tensors come first.
+    """Rewrites one weight. A method is a subclass: a frozen dataclass that `pytree_node` makes a tree node.
 
-    `dense` and `check` are a rule's own. All else has a default that is right for every rule: `None` where a rule has
-    no such form, and then the dense weight is computed, or an error says what is missing.
+    `dense` and `check` are all that it must have. A rule that is a low-rank update gives it by `as_lora`, and then
+    operations, views, `route` and `algebra` use it. Every other method has a default; where that is None, the dense
+    weight is computed, or an error says what is missing.
 
     Attributes:
         leaf_names: the fields that hold the trainable tensors.
+        frozen_names: the fields marked with `FROZEN`; set by `pytree_node`.
+        up_leaf_names: the leaves that `lora_plus` trains with the larger rate: those next to the output.
         bind_dense: the dense form costs nothing: it is used as it is, no lazy weight stands for it.
         layout: where the matrix that the rule rewrites is in the weight. None: `apply_op` is never called, every
             operation gets the dense weight.
+        scaling: what the update is multiplied with; None if the rule has no such number. Where it is a field, members
+            of a stack may differ in it, and it is a tensor `[]` where they are mapped.
+        r: the rank of the update, if it has one.
+
+    Examples:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> import funclora as fl
+        >>> @fl.rules.pytree_node
+        ... @dataclass(frozen=True, eq=False)
+        ... class Gain(fl.Rule):
+        ...     value: Tensor
+        ...     leaf_names = ("value",)
+        ...
+        ...     def dense(self, weight):
+        ...         return weight * self.value[:, None]
+        ...
+        ...     def check(self, name, weight):
+        ...         if self.value.shape != weight.shape[:1]:
+        ...             raise fl.errors.ParamsError(f"{name!r}: expected one gain for each row of the weight.")
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> fl.apply(model, {"weight": torch.ones(1, 2)}, {"weight": Gain(torch.tensor([3.0]))}, torch.ones(1, 2))
+        tensor([[6.]])
     """
 
     leaf_names: ClassVar[tuple[str, ...]]
+    frozen_names: ClassVar[tuple[str, ...]] = ()
+    up_leaf_names: ClassVar[tuple[str, ...]] = ()
     bind_dense: ClassVar[bool] = False
     layout: Layout | None = None
+    scaling: float | Tensor | None = None
+    r: int | None = None
 
     @abstractmethod
     def dense(self, weight: Tensor) -> Tensor:
@@ -51,6 +83,46 @@ class Rule(ABC):
             A tensor of the weight's shape.
         """
 
+    @abstractmethod
+    def check(self, name: str, weight: Tensor) -> None:
+        """Raise `ParamsError` if this rule does not fit the weight of that name."""
+
+    # --- as an update of low rank ------------------------------------------------------------------------------
+
+    def as_lora(self) -> Rule | None:
+        """The `LoRA` with the same effect on every weight; None if there is none."""
+        return None
+
+    def low_rank(self) -> Rule | None:
+        """The low-rank update V = W + s·B·A of which the rewritten weight is a multiple in each output unit.
+
+        Returns:
+            A `LoRA`. `output_scale` gives the multiples. None if the rewritten weight is no such thing.
+        """
+        return self.as_lora()
+
+    def output_scale(self, weight: Tensor) -> Tensor | None:
+        """What each output unit of `low_rank` is multiplied with, `[*lead, out]`; None for 1."""
+        return None
+
+    def with_scaling(self, scaling: float | Tensor) -> Rule:
+        """The rule with another scaling."""
+        rule: Any = self
+        changed: Rule = replace(rule, scaling=scaling)
+        return changed
+
+    def scaled(self, factor: float) -> Rule | None:
+        """The rule whose change of the weight is `factor` times as large; None if there is none."""
+        lora = self.as_lora()
+        return None if lora is None else lora.scaled(factor)
+
+    @property
+    def rank_dims(self) -> Mapping[str, int]:
+        """The dimension that counts ranks, of each leaf that has one: zeros behind the last rank add nothing."""
+        return {}
+
+    # --- one operation -----------------------------------------------------------------------------------------
+
     def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         """The result of `op` on the rewritten weight, in the dtype that `op` gives on the base weight.
 
@@ -59,31 +131,41 @@ class Rule(ABC):
             weight: the base weight.
             dropout: the probability that applies in this call (0 in evaluation mode).
         """
+        lora = self.as_lora()
+        if lora is not None:
+            return lora.apply_op(op, weight, dropout)
         return op.dense(self.dense(weight).to(weight.dtype), bias=True)
-
-    @abstractmethod
-    def check(self, name: str, weight: Tensor) -> None:
-        """Raise `ParamsError` if this rule does not fit the weight of that name."""
 
     def prepared(self, weight: Tensor) -> Rule:
         """A rule with the same results that has computed what depends on nothing but itself and the weight."""
-        return self
+        return self.as_lora() or self
+
+    @property
+    def dropout_p(self) -> float:
+        """The dropout probability on the rule's own input in training mode."""
+        return 0.0
+
+    # --- parts of the weight -----------------------------------------------------------------------------------
 
     def transposed(self) -> Rule | None:
         """The rule of the transposed weight; None if there is no such rule."""
-        return None
+        lora = self.as_lora()
+        return None if lora is None else lora.transposed()
 
     def narrow_outputs(self, start: int, length: int) -> Rule | None:
         """The rule of `length` output units from `start` on; None if there is no such rule."""
-        return None
+        lora = self.as_lora()
+        return None if lora is None else lora.narrow_outputs(start, length)
 
     def narrow_inputs(self, start: int, length: int) -> Rule | None:
         """The rule of `length` inputs from `start` on; None if there is no such rule."""
-        return None
+        lora = self.as_lora()
+        return None if lora is None else lora.narrow_inputs(start, length)
 
     def select_experts(self, index: Any) -> Rule | None:
         """The rule of `weight[index]`, where the index selects among leading dimensions (experts); None if none."""
-        return None
+        lora = self.as_lora()
+        return None if lora is None else lora.select_experts(index)
 
     def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Rule | None:
         """The rule of `weight.narrow(dim, start, length)`; None if there is no such rule.
@@ -105,10 +187,59 @@ class Rule(ABC):
             return self.select_experts((slice(None),) * dim + (slice(start, start + length),))
         return None
 
-    @property
-    def dropout_p(self) -> float:
-        """The dropout probability on the rule's own input in training mode."""
-        return 0.0
+    # --- many members at once ----------------------------------------------------------------------------------
+
+    def low_rank_of_members(self, scalings: Tensor) -> tuple[Rule, Tensor]:
+        """`low_rank` of m members, where the leaves of this rule are `[m, *]`.
+
+        Args:
+            scalings: `[m]`, the scaling of each member.
+
+        Returns:
+            Their updates, with leaves `[m, *]`, and the scalings of these, `[m]`.
+        """
+        found = of_members(self, scalings, lambda rule: rule.low_rank())
+        assert found is not None
+        return found
+
+    def output_scale_of_members(self, weight: Tensor, scalings: Tensor) -> Tensor | None:
+        """`output_scale` of m members, where the leaves of this rule are `[m, *]`: `[m, *lead, out]`."""
+        scales = []
+        for j, scaling in enumerate(scalings):
+            one = self.member(j)
+            scales.append((one if one.scaling is None else one.with_scaling(scaling)).output_scale(weight))
+        found = [scale for scale in scales if scale is not None]
+        return torch.stack(found) if found else None
+
+    def member(self, j: int) -> Rule:
+        """The rule of the j-th of some members, where the leaves of this rule are `[m, *]`."""
+        rule: Any = self
+        one: Rule = replace(rule, **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaf_names})
+        return one
+
+
+def of_members(rule: Rule, scalings: Tensor, form: Callable[[Rule], Rule | None]) -> tuple[Rule, Tensor] | None:
+    """`form` of m members, where the leaves of their rule are `[m, *]`; None if it is None.
+
+    Args:
+        rule: the members' rule.
+        scalings: `[m]`, the scaling of each member.
+        form: another form of a rule.
+
+    Returns:
+        A rule with leaves `[m, *]`, and the members' scalings there, `[m]`.
+    """
+    one: Any = form(rule.member(0))
+    if one is None:
+        return None
+
+    def leaves(rule: Rule, scaling: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        one: Any = form(rule if rule.scaling is None else rule.with_scaling(scaling))
+        number = 1.0 if one.scaling is None else one.scaling
+        return tuple(getattr(one, leaf) for leaf in one.leaf_names), torch.as_tensor(number).to(scalings)
+
+    values, scalings = torch.func.vmap(leaves)(rule, scalings)
+    return replace(one, **dict(zip(one.leaf_names, values, strict=True))), scalings
 
 
 Adapters = Mapping[str, Rule]

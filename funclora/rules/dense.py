@@ -13,6 +13,7 @@ from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
 from funclora.rules.layouts import Shape
+from funclora.rules.linear_ops import added
 
 
 @pytree_node
@@ -65,7 +66,7 @@ class Delta(Rule):
     """
 
     value: Tensor
-    scaling: float = field(default=1.0, kw_only=True)
+    scaling: float | Tensor = field(default=1.0, kw_only=True)
 
     leaf_names: ClassVar[tuple[str, ...]] = ("value",)
     bind_dense: ClassVar[bool] = True
@@ -76,7 +77,10 @@ class Delta(Rule):
 
     def dense(self, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(weight.dtype, self.value.dtype), torch.float32)
-        return torch.add(weight.to(dtype), self.value.to(dtype), alpha=self.scaling)
+        return added(weight.to(dtype), self.value.to(dtype), self.scaling)
+
+    def scaled(self, factor: float) -> Delta:
+        return replace(self, scaling=factor * self.scaling)
 
     def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Delta:
         return replace(self, value=self.value.narrow(dim, start, length))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from funclora._quant.tensor import plain_weight
 from funclora._torch.functions import no_gradients
 from funclora._torch.pytree import pytree_node
-from funclora.rules.layouts import Layout
-from funclora.rules.linear_ops import LinearOp
+from funclora.rules.layouts import ConvTranspose, Layout
 from funclora.rules.low_rank import LowRank, compute_dtype, updated
 
+# How many members' norms to compute together.
+CHUNK = 16
 # A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
 NORM_BLOCK = 2**20
 # ... and at most this share of the weight, so that the weight as a whole never exists, ...
@@ -55,64 +56,32 @@ class DoRA(LowRank):
 
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
 
-    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        return super().leaf_shapes(weight) | {"magnitude": self.layout.magnitude_shape(weight.shape)}
-
-    def prepared(self, weight: Tensor) -> PreparedDoRA:
+    def output_scale(self, weight: Tensor) -> Tensor:
         if self.exact_norm_grad:
-            norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling)
-        else:
-            with no_gradients():
-                norm = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
-        return self.with_norms(norm, weight.dtype)
+            return self._scale(weight_norms(self.layout, weight, self.a, self.b, self.scaling), weight.dtype)
+        with no_gradients():
+            norms = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
+        return self._scale(norms, weight.dtype)
 
-    def with_norms(self, norm: Tensor, dtype: torch.dtype) -> PreparedDoRA:
-        """This rule with the norms of its rows worked out, of a magnitude's shape, for a weight of that dtype."""
-        zero = norm == 0
-        quotient = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norm))
-        norm_scale = quotient.to(compute_dtype(dtype, self.a.dtype))
-        return PreparedDoRA(self.a, self.b, norm_scale, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
+    def output_scale_of_members(self, weight: Tensor, scalings: Tensor) -> Tensor:
+        wide = torch.promote_types(weight.dtype, self.a.dtype) == torch.float64
+        if wide or self.exact_norm_grad or isinstance(self.layout, ConvTranspose):
+            of_each = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).output_scale(weight), chunk_size=CHUNK)
+            scale: Tensor = of_each(self, scalings)
+            return scale
+        with no_gradients():
+            a, b = torch.func.vmap(self.layout.factors)(self.a, self.b)
+            norms = output_norms_of_many(self.layout.to_matrix(plain_weight(weight)), a, b, scalings).detach()
+        return self._scale(norms, weight.dtype)
 
-    def dense(self, weight: Tensor) -> Tensor:
-        return self.prepared(weight).dense(weight)
+    def _scale(self, norms: Tensor, dtype: torch.dtype) -> Tensor:
+        """m/‖V‖, for a weight of that dtype; 0 where the norm is zero."""
+        zero = norms == 0
+        quotient = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norms))
+        return quotient.to(compute_dtype(dtype, self.a.dtype))
 
     def narrow_inputs(self, start: int, length: int) -> None:
         return None  # the norm is that of all inputs
-
-    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
-        return self.prepared(weight).apply_op(op, weight, dropout)
-
-
-@pytree_node
-@dataclass(frozen=True, eq=False)
-class PreparedDoRA(LowRank):
-    """norm_scale·(W + s·B·A), one norm_scale per output unit: DoRA with its norm worked out.
-
-    Attributes:
-        norm_scale: m/‖W + s·B·A‖, `[*lead, out]`; 0 where the norm is zero.
-    """
-
-    norm_scale: Tensor
-
-    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "norm_scale")
-
-    def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        return super().leaf_shapes(weight) | {"norm_scale": self.layout.magnitude_shape(weight.shape)}
-
-    def dense(self, weight: Tensor) -> Tensor:
-        return self.layout.from_matrix(self.norm_scale.unsqueeze(-1) * self.update(weight), weight.shape)
-
-    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
-        norm_scale = op.per_output(self.norm_scale)
-        if op.transposed:
-            op = op.scaled_input(norm_scale)
-            y = op.dense(weight, bias=True)
-            return self.add_update(op, y, dropout).to(y.dtype)
-        y = op.dense(weight, bias=False)
-        out = self.add_update(op, y, dropout)
-        if op.bias is None:
-            return (out * norm_scale).to(y.dtype)
-        return torch.addcmul(op.per_output(op.bias).to(out.dtype), out, norm_scale.to(out.dtype)).to(y.dtype)
 
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:

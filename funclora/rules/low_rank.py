@@ -1,4 +1,4 @@
-"""Low-rank updates: what their rules share, and LoRA."""
+"""Low-rank updates: what their rules share, LoRA, and the forms of other rules as one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from funclora.rules.linear_ops import LinearOp
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Rule):
-    """What the rules of a low-rank update s·B·A share: the factors and their fit to the weight.
+    """What rules with the factors of a low-rank update share: g·(W + s·B·A), with one g for each output unit.
+
+    A subclass says what g is, by `output_scale`, and names its leaves: `a`, `b`, then vectors `[*lead, out]`.
 
     Attributes:
         a: the factor that reads the input, `[r, in]` (see `funclora.rules.layouts` for convolutions and experts).
@@ -37,6 +39,7 @@ class LowRank(Rule):
     layout: Layout = field(default=Linear(), kw_only=True)
 
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")
+    up_leaf_names: ClassVar[tuple[str, ...]] = ("b",)
 
     def __post_init__(self) -> None:
         for name in self.leaf_names:
@@ -47,7 +50,7 @@ class LowRank(Rule):
             raise ParamsError(f"{type(self).__name__}.dropout: expected a number in [0, 1), got {self.dropout!r}.")
 
     @property
-    def r(self) -> int:
+    def r(self) -> int:  # type: ignore[override]
         """The rank of the update."""
         return self.layout.factors(self.a, self.b)[0].shape[-2]
 
@@ -57,7 +60,8 @@ class LowRank(Rule):
 
     def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
         """The shapes that the leaves must have for that weight, by field name."""
-        return dict(zip(("a", "b"), self.layout.factor_shapes(weight.shape, self.r), strict=True))
+        shapes = dict(zip(("a", "b"), self.layout.factor_shapes(weight.shape, self.r), strict=True))
+        return shapes | dict.fromkeys(self.leaf_names[2:], self.layout.magnitude_shape(weight.shape))
 
     def check(self, name: str, weight: Tensor) -> None:
         refuse_low_rank(name, weight)
@@ -68,6 +72,45 @@ class LowRank(Rule):
                     f"adapter of {name!r}: {leaf} has shape {list(got)}, expected {list(shape)} for a weight of "
                     f"shape {list(weight.shape)} with layout {type(self.layout).__name__} and rank {self.r}."
                 )
+
+    @property
+    def rank_dims(self) -> dict[str, int]:
+        return dict(zip(("a", "b"), self.layout.rank_dims, strict=True))
+
+    def low_rank(self) -> LoRA:
+        return LoRA(self.a, self.b, scaling=self.scaling, dropout=self.dropout, layout=self.layout)
+
+    def prepared(self, weight: Tensor) -> LowRank:
+        scale = self.output_scale(weight)
+        return self.low_rank() if scale is None else self.with_scale(scale)
+
+    def with_scale(self, scale: Tensor) -> ScaledLowRank:
+        """The same update with other multiples of the output units, `[*lead, out]`."""
+        low = self.low_rank()
+        return ScaledLowRank(low.a, low.b, scale, scaling=low.scaling, dropout=low.dropout, layout=low.layout)
+
+    def dense(self, weight: Tensor) -> Tensor:
+        updated, scale = self.update(weight), self.output_scale(weight)
+        return self.layout.from_matrix(updated if scale is None else scale.unsqueeze(-1) * updated, weight.shape)
+
+    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        scale = self.output_scale(weight)
+        if scale is None:
+            y = op.dense(weight, bias=True)
+            return self.add_update(op, y, dropout).to(y.dtype)
+        scale = op.per_output(scale)
+        if op.transposed:
+            op = op.scaled_input(scale)
+            y = op.dense(weight, bias=True)
+            return self.add_update(op, y, dropout).to(y.dtype)
+        y = op.dense(weight, bias=False)
+        out = self.add_update(op, y, dropout)
+        if op.bias is None:
+            return (out * scale).to(y.dtype)
+        return torch.addcmul(op.per_output(op.bias).to(out.dtype), out, scale.to(out.dtype)).to(y.dtype)
+
+    def low_rank_of_members(self, scalings: Tensor) -> tuple[LoRA, Tensor]:
+        return self.low_rank(), scalings
 
     def transposed(self) -> LowRank | None:
         layout = self.layout
@@ -129,12 +172,55 @@ class LoRA(LowRank):
 
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    def dense(self, weight: Tensor) -> Tensor:
-        return self.layout.from_matrix(self.update(weight), weight.shape)
+    def as_lora(self) -> LoRA:
+        return self
 
-    def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
-        y = op.dense(weight, bias=True)
-        return self.add_update(op, y, dropout).to(y.dtype)
+    def low_rank(self) -> LoRA:
+        return self
+
+    def scaled(self, factor: float) -> LoRA:
+        return replace(self, scaling=factor * self.scaling)
+
+
+@pytree_node
+@dataclass(frozen=True, eq=False)
+class ScaledLowRank(LowRank):
+    """scale·(W + s·B·A), one scale for each output unit: a rule such as DoRA with its norms worked out.
+
+    Attributes:
+        scale: `[*lead, out]`.
+    """
+
+    scale: Tensor
+
+    leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "scale")
+
+    def output_scale(self, weight: Tensor) -> Tensor:
+        return self.scale
+
+
+def lora_of(rule: Rule) -> LoRA | None:
+    """The `LoRA` with the same effect as a rule; None if there is none."""
+    return _lora(rule, "as_lora", rule.as_lora())
+
+
+def low_rank_of(rule: Rule) -> LoRA | None:
+    """The low-rank update that a rule scales; None if there is none."""
+    return _lora(rule, "low_rank", rule.low_rank())
+
+
+def low_rank_of_members(rule: Rule, scalings: Tensor) -> tuple[LoRA, Tensor]:
+    """The updates of m members whose rule has leaves `[m, *]`, and their scalings `[m]`."""
+    form, scalings = rule.low_rank_of_members(scalings)
+    lora = _lora(rule, "low_rank_of_members", form)
+    assert lora is not None
+    return lora, scalings
+
+
+def _lora(rule: Rule, method: str, form: object) -> LoRA | None:
+    if form is None or isinstance(form, LoRA):
+        return form
+    raise ParamsError(f"{type(rule).__name__}.{method}: expected a LoRA or None, got {type(form).__name__}.")
 
 
 def refuse_low_rank(name: str, weight: Tensor) -> None:

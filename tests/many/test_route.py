@@ -70,7 +70,7 @@ def members(case: Case, params: Any, kind: str) -> list[Any]:
     if kind == "stack":  # of all kinds
         return [make_adapters(case, params, k, gen(i)) for i, k in enumerate(("lora", "mixed", "full"))]
     return [
-        {n: replace(r, scaling=0.5 + i) if hasattr(r, "scaling") else r  # type: ignore[type-var]
+        {n: r if r.scaling is None else r.with_scaling(0.5 + i)
          for n, r in make_adapters(case, params, kind, gen(i)).items()} for i in range(3)
     ]  # fmt: skip
 
