@@ -1,4 +1,4 @@
-from funclora import algebra, analysis, errors, io, optim
+from funclora import algebra, analysis, errors, io, optim, rules
 from funclora._bind.apply import apply, bind, trace_targets
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
@@ -91,6 +91,7 @@ __all__ = [
     "quantize",
     "relative_to_original",
     "route",
+    "rules",
     "save_gguf",
     "save_peft",
     "stack",

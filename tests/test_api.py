@@ -18,7 +18,7 @@ import torch
 
 import funclora as fl
 
-SPACES = (fl, fl.io, fl.optim, fl.algebra, fl.analysis, fl.errors)
+SPACES = (fl, fl.io, fl.optim, fl.rules, fl.algebra, fl.analysis, fl.errors)
 LAZY = (fl, fl.io)
 # Their arguments are what the function puts together.
 MADE_BY = {fl.AdapterModule: "as_module", fl.Quantized: "quantize", fl.Stack: "stack"}

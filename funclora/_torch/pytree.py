@@ -18,7 +18,7 @@ from funclora._torch.functions import is_mapped
 from funclora.errors import ParamsError
 
 C = TypeVar("C", bound=type[Any])
-Function = Callable[[Tensor], Tensor]
+TensorFunction = Callable[[Tensor], Tensor]
 
 FROZEN: Mapping[str, Any] = MappingProxyType({"funclora.frozen": True})
 """The metadata of a dataclass field that holds a frozen tensor: `field(kw_only=True, metadata=FROZEN)`.
@@ -48,7 +48,7 @@ class StaticTensors(ABC):
     """Static data of a node that holds tensors, which `map_tensors` reaches."""
 
     @abstractmethod
-    def mapped(self, function: Function) -> StaticTensors:
+    def mapped(self, function: TensorFunction) -> StaticTensors:
         """The same data with the results of the function in place of the tensors."""
 
 
@@ -60,7 +60,7 @@ class _Frozen(StaticTensors):
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
-    def mapped(self, function: Function) -> _Frozen:
+    def mapped(self, function: TensorFunction) -> _Frozen:
         return _Frozen(function(self.tensor))
 
     def __eq__(self, other: object) -> bool:
@@ -158,7 +158,7 @@ def pytree_node(cls: C) -> C:
 _NODES: set[type[Any]] = set()  # what pytree_node has registered
 
 
-def map_tensors(function: Function, tree: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """`optree.tree_map` that reaches frozen tensors too: to move adapters to another device or dtype.
 
     Args:
@@ -184,12 +184,12 @@ def map_tensors(function: Function, tree: Any) -> Any:
     return _mapped(function, once, tree)
 
 
-def map_frozen(function: Function, tree: Any) -> Any:
+def map_frozen(function: TensorFunction, tree: Any) -> Any:
     """The tree with the results of the function in place of the frozen tensors; leaves stay as they are."""
     return _mapped(lambda x: x, function, tree)
 
 
-def _mapped(of_leaf: Function, of_frozen: Function, tree: Any) -> Any:
+def _mapped(of_leaf: TensorFunction, of_frozen: TensorFunction, tree: Any) -> Any:
     def mapped(x: Any) -> Any:
         if type(x) not in _NODES:
             return of_leaf(x)

@@ -4,28 +4,25 @@ A rule says what an adapter does to one weight. The rules that come with the lib
 `funclora`; the other names are for rules of your own, as `docs/adding-a-method.md` shows.
 """
 
-from funclora._torch.pytree import FROZEN as FROZEN
-from funclora._torch.pytree import map_tensors as map_tensors
-from funclora._torch.pytree import pytree_node as pytree_node
-from funclora.rules.base import Rule as Rule
-from funclora.rules.dense import Delta as Delta
-from funclora.rules.dense import Full as Full
-from funclora.rules.dora import DoRA as DoRA
-from funclora.rules.layouts import Attention as Attention
-from funclora.rules.layouts import Conv as Conv
-from funclora.rules.layouts import Conv1D as Conv1D
-from funclora.rules.layouts import ConvTranspose as ConvTranspose
-from funclora.rules.layouts import Embedding as Embedding
-from funclora.rules.layouts import Layout as Layout
-from funclora.rules.layouts import Linear as Linear
-from funclora.rules.layouts import Matrices as Matrices
-from funclora.rules.layouts import Parameter as Parameter
-from funclora.rules.layouts import Recurrent as Recurrent
-from funclora.rules.linear_ops import LinearOp as LinearOp
-from funclora.rules.low_rank import LoRA as LoRA
-from funclora.rules.low_rank import LowRank as LowRank
-from funclora.rules.tokens import Tied as Tied
-from funclora.rules.tokens import TrainableTokens as TrainableTokens
+from funclora._torch.pytree import FROZEN, map_tensors, pytree_node
+from funclora.rules.base import Rule
+from funclora.rules.dense import Delta, Full
+from funclora.rules.dora import DoRA
+from funclora.rules.layouts import (
+    Attention,
+    Conv,
+    Conv1D,
+    ConvTranspose,
+    Embedding,
+    Layout,
+    Linear,
+    Matrices,
+    Parameter,
+    Recurrent,
+)
+from funclora.rules.linear_ops import LinearOp
+from funclora.rules.low_rank import LoRA, LowRank, compute_dtype, updated
+from funclora.rules.tokens import Tied, TrainableTokens
 
 __all__ = [
     "FROZEN",
@@ -48,6 +45,8 @@ __all__ = [
     "Rule",
     "Tied",
     "TrainableTokens",
+    "compute_dtype",
     "map_tensors",
     "pytree_node",
+    "updated",
 ]

@@ -54,14 +54,14 @@ class Rule(ABC):
         ...     leaf_names = ("value",)
         ...
         ...     def dense(self, weight):
-        ...         return weight * self.value[:, None]
+        ...         return weight.float() * self.value[:, None]
         ...
         ...     def check(self, name, weight):
         ...         if self.value.shape != weight.shape[:1]:
         ...             raise fl.errors.ParamsError(f"{name!r}: expected one gain for each row of the weight.")
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> fl.apply(model, {"weight": torch.ones(1, 2)}, {"weight": Gain(torch.tensor([3.0]))}, torch.ones(1, 2))
-        tensor([[6.]])
+        >>> fl.merge({"weight": torch.ones(2, 2)}, {"weight": Gain(torch.tensor([3.0, 5.0]))})["weight"]
+        tensor([[3., 3.],
+                [5., 5.]])
     """
 
     leaf_names: ClassVar[tuple[str, ...]]
