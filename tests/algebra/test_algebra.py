@@ -118,7 +118,7 @@ def test_addition_is_a_group(name: str, r1: int, r2: int) -> None:
     x, y = {"w": lora(name, r1, 1)}, {"w": lora(name, r2, 2, scaling=-0.7)}
     both, swapped = algebra.add([x, y])["w"], algebra.add([y, x])["w"]
     want, size = total([x["w"], y["w"]], [1, 1], name)
-    assert both.r == r1 + r2  # type: ignore[attr-defined]
+    assert both.r == r1 + r2
     close(change(both, name), want)
     close(change(swapped, name), want)
     nothing = algebra.add([x, y, algebra.negate(algebra.add([x, y]))])["w"]
@@ -432,7 +432,7 @@ def test_stacks_are_refused() -> None:
         algebra.scale(several, 2.0)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"adapters\[1\]: expected one adapter.* got a stack of 2"):
         algebra.add([X, several])  # type: ignore[list-item]
-    assert algebra.combine(list(several), None, "cat")["w"].r == 4  # type: ignore[attr-defined]
+    assert algebra.combine(list(several), None, "cat")["w"].r == 4
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [

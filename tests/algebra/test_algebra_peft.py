@@ -162,8 +162,8 @@ def test_ranks_that_differ() -> None:
         for name, rule in combined.items():
             torch.testing.assert_close(dense(rule, want[name]), want[name], rtol=1e-4, atol=1e-4)
     # PEFT pads with zeros up to the largest rank of the configuration; here a rank is what it is.
-    assert algebra.combine(ours, [1.5, -1], "cat")["up.weight"].r == 5  # type: ignore[attr-defined]
-    assert rules_of(model, "cat")["up.weight"].r == 7  # type: ignore[attr-defined]
+    assert algebra.combine(ours, [1.5, -1], "cat")["up.weight"].r == 5
+    assert rules_of(model, "cat")["up.weight"].r == 7
 
 
 # --- where PEFT is wrong ---------------------------------------------------------------------------------------
@@ -207,8 +207,8 @@ def test_one_adapter_is_not_another_type() -> None:
     model = peft_model(Net(), {})
     ours = rules_of(model, "0")
     model.base_model.add_weighted_adapter(["0"], [1.0], "new", combination_type="svd", svd_rank=2)
-    assert rules_of(model, "new")["up.weight"].r == 4  # type: ignore[attr-defined]
-    assert algebra.combine([ours], None, "svd", svd_rank=2)["up.weight"].r == 2  # type: ignore[attr-defined]
+    assert rules_of(model, "new")["up.weight"].r == 4
+    assert algebra.combine([ours], None, "svd", svd_rank=2)["up.weight"].r == 2
 
 
 class Wave(nn.Module):
@@ -289,7 +289,7 @@ def test_equal_ranks_under_configurations_that_differ() -> None:
     with pytest.raises(ValueError, match="must have the same r"):
         model.base_model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new", combination_type="linear")
     combined = algebra.combine(ours, [1.0, 4.0], "linear")["up.weight"]
-    s = [rule.scaling for adapters in ours for rule in adapters.values()]  # type: ignore[attr-defined]
+    s = [rule.scaling for adapters in ours for rule in adapters.values()]
     a = [s[0] ** 0.5, (4 * s[1]) ** 0.5]
     assert isinstance(combined, fl.LoRA)
     first, second = ours[0]["up.weight"], ours[1]["up.weight"]

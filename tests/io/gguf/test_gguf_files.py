@@ -418,7 +418,7 @@ def test_a_table_that_llama_cpp_would_stop_at_is_not_read(tmp_path: Path) -> Non
 def test_without_alpha_the_scale_is_one(alpha: float | None, tmp_path: Path) -> None:
     rewrite(tmp_path / "a.gguf", PAIR, alpha=alpha)
     loaded, config = fl.load_gguf(tmp_path / "a.gguf", build("Llama"))
-    assert loaded[Q].scaling == 1  # type: ignore[attr-defined]
+    assert loaded[Q].scaling == 1
     assert (config.r, config.lora_alpha) == (2, 2)
 
 

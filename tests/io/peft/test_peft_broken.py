@@ -286,7 +286,7 @@ def test_a_missing_alpha_is_eight(model: nn.Module, tmp_path: Path) -> None:
     with pytest.warns(PeftFormatWarning, match="lora_alpha is missing; PEFT takes 8"):
         adapters, config = load_peft(tmp_path, model)
     assert config.lora_alpha == 8
-    assert all(rule.scaling == 4 for rule in adapters.values())  # type: ignore[attr-defined]
+    assert all(rule.scaling == 4 for rule in adapters.values())
 
 
 def test_the_smallest_configuration(model: nn.Module, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_peft_computes_the_combination(name: str, kind: str, net: nn.Module, tmp
     ranks: dict[str, set[int]] = {}
     for rules in adapters:
         for key, rule in rules.items():
-            ranks.setdefault(key, set()).add(rule.r)  # type: ignore[attr-defined]
+            ranks.setdefault(key, set()).add(rule.r)
     if kind == "linear" and any(len(of_one) > 1 for of_one in ranks.values()):
         with pytest.raises(FuncloraError, match="the ranks differ"):
             fl.combine_peft(paths, tmp_path / "out", weights, kind)
