@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,12 +26,27 @@ from funclora.rules.low_rank import LoRA, refuse_low_rank
 from funclora.rules.tokens import Tied
 
 
-def select(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
+class Unmatched(NamedTuple):
+    """An entry of a configuration that matches nothing.
+
+    Attributes:
+        field: the field that it stands in.
+        entry: the entry: an item of a list, a key, or the whole value.
+        message: what is wrong.
+    """
+
+    field: str
+    entry: str | int
+    message: str
+
+
+def select(model: nn.Module, config: LoraConfig, *, unmatched: list[Unmatched] | None = None) -> dict[str, Target]:
     """The parameters that the configuration names, in the order of the model.
 
     Args:
         model: any module; only its structure is read.
         config: what to adapt.
+        unmatched: collects the entries that match nothing, instead of an error for the first.
 
     Returns:
         Full parameter name -> target.
@@ -38,12 +54,29 @@ def select(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
     Raises:
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
     """
-    return _Selection(model, config).targets()
+    return _Selection(model, config, unmatched).targets()
+
+
+def without(config: LoraConfig, unmatched: Sequence[Unmatched]) -> LoraConfig:
+    """The configuration without entries that match nothing."""
+    changes: dict[str, Any] = {}
+    for field, entry, _ in unmatched:
+        value = changes.get(field, getattr(config, field))
+        if isinstance(value, Mapping):
+            changes[field] = {key: item for key, item in value.items() if key != entry}
+        elif isinstance(value, tuple):
+            changes[field] = tuple(item for item in value if item != entry) or None
+        else:
+            changes[field] = "none" if field == "bias" else None
+    if "layers_to_transform" in changes and not changes["layers_to_transform"]:
+        changes["layers_pattern"] = None
+    return config.replace(**changes)
 
 
 class _Selection:
-    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+    def __init__(self, model: nn.Module, config: LoraConfig, unmatched: list[Unmatched] | None) -> None:
         self.config = config
+        self.unmatched = unmatched
         self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
@@ -55,6 +88,11 @@ class _Selection:
                 "config.tie_word_embeddings is not set. Leave the field at False."
             )
         self.saved = self._saved_modules()
+
+    def _matches_nothing(self, field: str, entry: str | int, message: str) -> None:
+        if self.unmatched is None:
+            raise TargetError(message)
+        self.unmatched.append(Unmatched(field, entry, message))
 
     def _is_parameter(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
@@ -77,13 +115,15 @@ class _Selection:
             raise TargetError(
                 f"nothing is left to adapt: target_modules={config.target_modules!r} and exclude_modules="
                 f"{config.exclude_modules!r} leave no parameter of {type(self.model).__name__}."
+                + "".join(f" {each.message}" for each in self.unmatched or ())
             )
         keys = [*matched, *of_parameters, *(tables.tied if tied else ())]
         for where in ("rank_pattern", "alpha_pattern"):
             used = {pattern for key in keys for pattern in config.patterns_of(where, key)}
             for pattern in getattr(config, where):
                 if pattern not in used:
-                    raise TargetError(f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}")
+                    message = f"{where}: {pattern!r} matches none of the targets.{near(pattern, keys)}"
+                    self._matches_nothing(where, pattern, message)
         for name in self.saved:
             for parameter in self._parameters_under(name):
                 if parameter in of_parameters:
@@ -144,12 +184,12 @@ class _Selection:
                 del matched[""]  # as in PEFT, an expression like ".*" does not mean the model as a whole
             if not matched:
                 hint = near(wanted, suffixes(self.modules))
-                raise TargetError(
-                    f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
-                )
+                message = f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
+                self._matches_nothing(where, wanted, message)
             return matched
         for entry in unnamed(wanted, self.modules):
-            raise TargetError(f"{where}: {entry!r} matches no module.{near(entry, suffixes(self.modules))}")
+            message = f"{where}: {entry!r} matches no module.{near(entry, suffixes(self.modules))}"
+            self._matches_nothing(where, entry, message)
         return {n: m for n, m in self.modules.items() if self.config.names(where, n)}
 
     def _in_layers(self, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -161,10 +201,9 @@ class _Selection:
         for wanted in config.layers:
             if wanted not in index.values():
                 have = ", ".join(map(str, sorted(set(index.values())))) or "none"
-                raise TargetError(
-                    f"layers_to_transform: no target lies in layer {wanted}. Layers with targets: {have}"
-                    f"{f' (layers_pattern={list(config.layers_pattern)})' if config.layers_pattern else ''}."
-                )
+                by = f" (layers_pattern={list(config.layers_pattern)})" if config.layers_pattern else ""
+                message = f"layers_to_transform: no target lies in layer {wanted}. Layers with targets: {have}{by}."
+                self._matches_nothing("layers_to_transform", wanted, message)
         full = {n for n in matched if config.names_fully("target_modules", n)}
         return {n: m for n, m in matched.items() if n in full or index.get(n) in config.layers}
 
@@ -187,7 +226,8 @@ class _Selection:
         for entry in entries:
             matched = [n for n in self.modules if named(n, entry)]
             if not matched and entry not in implied:
-                raise TargetError(f"modules_to_save: {entry!r} matches no module.{near(entry, suffixes(self.modules))}")
+                message = f"modules_to_save: {entry!r} matches no module.{near(entry, suffixes(self.modules))}"
+                self._matches_nothing("modules_to_save", entry, message)
             loose = [n for n in self.modules if n.endswith(entry) and n not in by_name]
             if loose:
                 found = repr(matched[0]) if matched else "no module"
@@ -237,7 +277,8 @@ class _Selection:
     def _target_parameters(self) -> dict[str, Target]:
         for entry in unnamed(self.config.target_parameters or (), self.parameters):
             hint = near(entry, suffixes(self.parameters))
-            raise TargetError(f"target_parameters: {entry!r} matches no parameter.{hint}")
+            message = f"target_parameters: {entry!r} matches no parameter.{hint}"
+            self._matches_nothing("target_parameters", entry, message)
         names = [n for n in self.tensors if n in self.parameters and self.config.names("target_parameters", n)]
         found: dict[str, Target] = {}
         for name in names:
@@ -270,7 +311,8 @@ class _Selection:
         split = ((name, *name.rpartition(".")) for name in self.parameters)
         biases = [name for name, owner, _, leaf in split if leaf == "bias" and owner in owners]
         if not biases:
-            raise TargetError(f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'.")
+            message = f"bias={self.config.bias!r}: there is no bias to train. Use bias='none'."
+            self._matches_nothing("bias", self.config.bias, message)
         return biases
 
     def _lora_biases(self, low_rank: dict[str, Target]) -> dict[str, Target]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
 from funclora._config.embeddings import TiedEmbeddings
-from funclora._config.targets import select
+from funclora._config.targets import Unmatched, select, without
 from funclora._files.atomic import replace_files
 from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
 from funclora.io.peft.config_file import CONFIG_FILE, config_text, read_config
@@ -28,7 +28,7 @@ from funclora.io.peft.fold import folded
 from funclora.io.peft.keys import Keys, PeftTarget
 from funclora.io.peft.limits import differences, unsupported_by_peft, unsupported_in_model, unsupported_ties
 from funclora.io.peft.rules import Reader, tensors_of
-from funclora.io.peft.tensors import COMPILED, WEIGHTS_FILE, StoredTensors
+from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
 from funclora.io.peft.ties import output_layer, tied_as_in_peft
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.tokens import Tied
@@ -152,11 +152,13 @@ class PeftFolder:
         self.folder, self._model = folder, model
         file = folder / CONFIG_FILE
         config, self._by_peft = read_config(file, model)
-        self.config = config
+        unmatched: list[Unmatched] = []
         try:
-            self.targets = targets = select(model, config)
+            self.targets = targets = select(model, config, unmatched=unmatched)
         except TargetError as error:
             raise TargetError(f"{file}: {error} {_advice(config, model)}") from error
+        self._unmatched = [each.message for each in unmatched]
+        self.config = config = without(config, unmatched)
         self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         wrapped = {
             name: PeftTarget(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
@@ -178,8 +180,8 @@ class PeftFolder:
         table = self.weights.get(f"{TiedEmbeddings.of(model).input}.weight")
         self._stored = StoredTensors(
             folder / WEIGHTS_FILE,
-            compiled=any(COMPILED in name for name in self.weights),
-            advice=_advice(config, model),
+            components={part for name in self.weights for part in name.split(".")},
+            advice=" ".join([*self._unmatched, _advice(config, model)]),
             vocabulary=0 if table is None else table.shape[0],
         )
         self._reader = Reader(self._stored, self._keys, config, wrapped)
@@ -203,6 +205,8 @@ class PeftFolder:
     def differences(self) -> Iterator[str]:
         """What a reader of the folder should know."""
         yield from self._stored.notes
+        for message in self._unmatched:
+            yield f"{message} Every tensor of the file has its place: the entry is left out."
         yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -29,8 +30,8 @@ _IN_MEMORY = (
     (re.compile(r"\.(lora_B)\.[^.]+\.bias$"), r".\1.bias"),
     (re.compile(r"\.(token_adapter\.trainable_tokens_delta)\.[^.]+$"), r".\1"),
 )
-# What torch.compile puts around a module.
-COMPILED = "_orig_mod."
+# What torch.compile, FSDP, activation checkpointing and DDP call the module that they wrap.
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"))
 
 
 class StoredTensors:
@@ -38,7 +39,7 @@ class StoredTensors:
 
     Args:
         file: the file.
-        compiled: the model itself is one that torch.compile has made, and has such names.
+        components: the components of the names of the model's modules and parameters; empty if they are not known.
         advice: what to do where the tensors do not fit the model.
         vocabulary: how many rows the model's table of tokens has; 0 if it has none.
 
@@ -50,21 +51,23 @@ class StoredTensors:
         UnsupportedError: there is a pickle instead.
     """
 
-    def __init__(self, file: Path, *, compiled: bool = False, advice: str = "", vocabulary: int = 0) -> None:
+    def __init__(
+        self, file: Path, *, components: Set[str] = frozenset(), advice: str = "", vocabulary: int = 0
+    ) -> None:
         self.file, self._advice, self._vocabulary = file, f" {advice}".rstrip(), vocabulary
         self._tensors: dict[str, Tensor] = {}
         self._taken: set[str] = set()
         read = list(_read(file))
         refuse_foreign(file, [key for key, _ in read])
-        bare = bool(read) and not any(key.startswith(PREFIX) for key, _ in read)
-        for given, tensor in read:
-            key = PREFIX + given if bare else given
+        keys = [_unwrapped(key, components) for key, _ in read]
+        bare = bool(read) and not any(key.startswith(PREFIX) for key in keys)
+        for unwrapped, (given, tensor) in zip(keys, read, strict=True):
+            key = PREFIX + unwrapped if bare else unwrapped
             if not key.startswith(PREFIX):
                 raise FormatError(
                     f"{file}: the key {given!r} does not start with {PREFIX!r}, as others do. PEFT would leave it out "
                     "without a word. Rename the key if you know where it belongs."
                 )
-            key = key if compiled else key.replace(COMPILED, "")
             for pattern, short in _IN_MEMORY:
                 key = pattern.sub(short, key)
             if key in self._tensors:
@@ -75,8 +78,12 @@ class StoredTensors:
         self.notes: list[str] = []
         if bare:
             self.notes.append(f"no key starts with {PREFIX!r}; they are read as if they did. PEFT would load nothing.")
-        if not compiled and any(COMPILED in key for key, _ in read):
-            self.notes.append(f"keys of a compiled model are read without {COMPILED!r}; PEFT would not load them.")
+        left_out = {part for (given, _), key in zip(read, keys, strict=True) for part in _left_out(given, key)}
+        if left_out:
+            names = ", ".join(map(repr, sorted(left_out)))
+            self.notes.append(
+                f"keys of a wrapped or compiled model are read without {names}; PEFT would not load them."
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that were not taken yet, by key."""
@@ -158,6 +165,21 @@ class StoredTensors:
                     f"{self.file}: {key!r} holds other values than {name!r} has, and PEFT would overwrite it. Load the "
                     "base weights that the adapter was trained on into the model."
                 )
+
+
+def _unwrapped(key: str, components: Set[str]) -> str:
+    """The key without the wrappers around modules that the model itself does not have."""
+    parts = key.split(".")
+    # Of a model that is not known, what is called "module" may be one of its own, unless it is around PEFT's.
+    own = components or {"module"}
+    outer = next((i for i, part in enumerate(parts) if part not in WRAPPERS), 0)
+    around = parts[outer : outer + 2] == PREFIX.split(".")[:2]
+    return ".".join(part for part in parts[outer if around else 0 :] if part not in WRAPPERS or part in own)
+
+
+def _left_out(given: str, key: str) -> set[str]:
+    """The wrappers in a key that are not in the one that it is read as."""
+    return {part for part in Counter(given.split(".")) - Counter(key.split(".")) if part in WRAPPERS}
 
 
 def _read(file: Path) -> Iterable[tuple[str, Tensor]]:

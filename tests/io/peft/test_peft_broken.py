@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora import LoraConfig, init
+from funclora import LoraConfig, apply, base_params, init
 from funclora.errors import (
     FormatError,
     FuncloraError,
@@ -296,13 +298,8 @@ def test_the_smallest_configuration(model: nn.Module, tmp_path: Path) -> None:
 
 
 NO_FIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "target": (put(target_modules=["q_proj", "k_proj"]), "'k_proj' matches no module"),
+    "targets": (put(target_modules=["k_proj"]), "nothing is left to adapt.*'k_proj' matches no module"),
     "expression": (put(target_modules="q_proj"), "matches the full name of no module"),
-    "exclusion": (put(exclude_modules=["k_proj"]), "'k_proj' matches no module"),
-    "saved": (put(modules_to_save=["lm_head"]), "modules_to_save: 'lm_head' matches no module"),
-    "pattern": (put(rank_pattern={"k_proj": 2}), "rank_pattern: 'k_proj' matches none"),
-    "parameter": (put(target_parameters=["down"]), "target_parameters: 'down' matches no parameter"),
-    "layer": (put(layers_to_transform=[7]), "no target lies in layer 7"),
     "kind of module": (put(target_modules=["layers"]), "which is not supported"),
 }
 
@@ -315,6 +312,52 @@ def test_a_configuration_for_another_model(name: str, model: nn.Module, tmp_path
     with pytest.raises(TargetError, match=message) as caught:
         load_peft(tmp_path, model)
     assert str(tmp_path / CONFIG) in str(caught.value)
+
+
+# PEFT loads these, at most with a warning. The adapter is complete, so nothing can go wrong.
+IN_EXCESS: dict[str, tuple[dict[str, Any], str]] = {
+    "target": ({"target_modules": ["q_proj", "k_proj"]}, "target_modules: 'k_proj' matches no module"),
+    "exclusion": ({"exclude_modules": ["k_proj"]}, "exclude_modules: 'k_proj' matches no module"),
+    "expression": ({"exclude_modules": "k_proj"}, "exclude_modules: the regular expression 'k_proj' matches the full"),
+    "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save: 'lm_head' matches no module"),
+    "rank": ({"rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj' matches none"),
+    "alpha": ({"alpha_pattern": {"^q_proj": 100}}, r"alpha_pattern: '\^q_proj' matches none"),
+    "parameter": ({"target_parameters": ["down"]}, "target_parameters: 'down' matches no parameter"),
+    "layer": ({"layers_to_transform": [0, 1, 7], "layers_pattern": ["layers"]}, "no target lies in layer 7"),
+}
+
+
+@pytest.mark.parametrize("name", IN_EXCESS)
+def test_what_matches_nothing_beside_what_does_is_left_out(name: str, model: nn.Module, tmp_path: Path) -> None:
+    fields, message = IN_EXCESS[name]
+    adapters = write(tmp_path, model, **PLAIN)
+    edit(tmp_path, put(**fields))
+    with pytest.warns(PeftFormatWarning, match=message):
+        found, config = load_peft(tmp_path, model)
+    same(found, adapters)
+    save_peft(tmp_path / "again", found, config)  # the configuration that comes back agrees with the adapters
+    same(load_peft(tmp_path / "again", model)[0], adapters)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_mode_without_biases(bias: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    base = copy.deepcopy(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], bias=bias, init_lora_weights=False))
+    wrapped.save_pretrained(str(tmp_path))
+    with pytest.warns(PeftFormatWarning, match=f"bias='{bias}': there is no bias to train"):
+        adapters, config = load_peft(tmp_path, base)
+    assert config.bias == "none"
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(apply(base, base_params(base), adapters, x), wrapped.eval()(x))
+
+
+def test_where_a_tensor_has_no_place_the_entry_that_matches_nothing_is_named(model: nn.Module, tmp_path: Path) -> None:
+    write(tmp_path, model, **PLAIN)
+    edit(tmp_path, put(target_modules=["q_proj", "k_proj"]))
+    edit_tensors(tmp_path, rename(".0.q_proj.", ".0.k_proj."))
+    with pytest.raises(FormatError, match="target_modules: 'k_proj' matches no module"):
+        load_peft(tmp_path, model)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ READ: dict[str, tuple[Callable[[str], str], str]] = {
     "no prefix": (lambda key: key.removeprefix("base_model.model."), "no key starts with 'base_model.model.'"),
     "compiled model": (lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."), "compiled model"),
     "compiled layer": (lambda key: key.replace("q_proj.", "q_proj._orig_mod."), "compiled model"),
+    "FSDP": (lambda key: key.replace("q_proj.", "_fsdp_wrapped_module.q_proj."), "without '_fsdp_wrapped_module'"),
+    "DDP": (lambda key: f"module.{key}", "without 'module'"),
+    "DDP inside": (lambda key: key.replace("base_model.model.", "base_model.model.module."), "without 'module'"),
+    "several": (lambda key: f"_orig_mod.module.{key}", "without '_orig_mod', 'module'"),
 }
 
 
@@ -72,6 +77,39 @@ def test_where_we_warn_peft_reads_nothing(name: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Found missing adapter keys"):
         wrapped = peft.PeftModel.from_pretrained(build(row), tmp_path).eval()
     close(wrapped(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("row", [ROW, OTHER], ids=str)
+def test_what_is_saved_of_a_compiled_peft_model_is_read(row: Row, tmp_path: Path) -> None:
+    model = build(row)
+    wrapped = random_peft(row, model)
+    save_quietly(wrapped, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that PEFT takes for those of sharded tensors
+        tensors = peft.get_peft_model_state_dict(torch.compile(wrapped))
+    assert all(key.startswith("_orig_mod.base_model.model.") for key in tensors)
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(PeftFormatWarning, match="without '_orig_mod'; PEFT would not load them"):
+        adapters, _ = load_peft(tmp_path, model)
+    close(apply(model, base_params(model), adapters, IDS), wrapped(IDS))
+
+
+def test_a_module_of_the_model_that_is_called_as_a_wrapper_is_its_own(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Net()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.module(ids)
+
+    row = Row("own", {"target_modules": ["q_proj"]}, Wrapper)
+    model = build(row)
+    wrapped = random_peft(row, model)
+    save_quietly(wrapped, tmp_path)
+    adapters, _ = load_peft(tmp_path, model)
+    assert all(name.startswith("module.") for name in adapters)
+    close(apply(model, base_params(model), adapters, IDS), wrapped(IDS))
 
 
 def test_a_compiled_model_keeps_its_names(tmp_path: Path) -> None:
