@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
 import reprlib
 from dataclasses import dataclass
 from typing import Any
 
+from funclora._apps.train import templates
 from funclora._apps.train.records import Record
-from funclora.errors import ConfigError, FormatError, UnsupportedError
+from funclora._apps.train.strict_json import parse
+from funclora.errors import ConfigError, FormatError, FuncloraError, UnsupportedError
+from funclora.io.hf.library import first_line
 
 MARKER = re.compile(r"\{%[-+]?\s*generation\b")
 NO_TEMPLATE = (
@@ -58,14 +61,14 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
             "data: this tokenizer does not tell where its tokens are from (it is no fast one), so the assistant's "
             "are unknown. train_on all has the loss on whole chats."
         )
-    messages, more = _messages(record), _more(record)
+    messages, more = _messages(record), _more(record, tokenizer)
     text: str = _apply(record, tokenizer, messages, tokenize=False, **more)
     # Templates for images and texts leave out a text that is not in a list; others leave out what was thought.
     whole = all((message.get("content") or "").strip() in text for message in messages)
     if not mask:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Chat(ids, [True] * len(ids), whole)
-    if MARKER.search(tokenizer.get_chat_template(tools=more.get("tools"))):
+    if MARKER.search(_template(record, tokenizer, more["tools"])):
         options = {"return_dict": True, "return_assistant_tokens_mask": True, **more}
         out = _apply(record, tokenizer, messages, tokenizer_kwargs={"return_offsets_mapping": True}, **options)
         said = [bool(bit) for bit in out["assistant_masks"]]
@@ -90,7 +93,7 @@ def opened(record: Record, tokenizer: Any) -> list[int]:
     Raises:
         FormatError: the messages are not as they should be, or the template refuses them.
     """
-    messages, more = _messages(record), _more(record)
+    messages, more = _messages(record), _more(record, tokenizer)
     text = _apply(record, tokenizer, messages, tokenize=False, add_generation_prompt=True, **more)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
     return ids
@@ -125,10 +128,27 @@ def _apply(record: Record, tokenizer: Any, messages: list[dict[str, Any]], **opt
     except ModuleNotFoundError as error:
         raise ConfigError("chat templates need jinja2. Type: pip install 'funclora[train]'") from error
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise FormatError(f"{record.where}: the chat template refuses these messages: {reason}") from error
+        with templates.bounded():
+            return tokenizer.apply_chat_template(messages, **options)
+    except FuncloraError:
+        raise
+    except templates.TooMuchError as error:
+        raise FormatError(f"{record.where}: the chat template was stopped: {error}.") from error
+    except jinja2.TemplateError as error:
+        raise FormatError(f"{record.where}: the chat template refuses these messages: {first_line(error)}") from error
+    except Exception as error:  # a template is a program
+        raise FormatError(f"{record.where}: the chat template fails on these messages: {first_line(error)}") from error
+
+
+def _template(record: Record, tokenizer: Any, tools: Any) -> str:
+    """The source of the template that is taken."""
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except Exception as error:
+        raise FormatError(f"{record.where}: there is no chat template to take: {first_line(error)}") from error
+    if not isinstance(template, str):
+        raise FormatError(f"{record.where}: the chat template is no text, but {reprlib.repr(template)}.")
+    return template
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
@@ -148,17 +168,21 @@ def _messages(record: Record) -> list[dict[str, Any]]:
     return messages
 
 
-def _more(record: Record) -> dict[str, Any]:
+def _more(record: Record, tokenizer: Any) -> dict[str, Any]:
     """What else the template is given, as TRL gives it."""
     tools = record.fields.get("tools")
     options = record.fields.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise FormatError(f"{record.where}: tools: expected JSON in this text: {error}.") from error
+        tools = parse(tools, f"{record.where}: tools", "JSON in this text")
     if tools is not None and not isinstance(tools, list):
         raise FormatError(f"{record.where}: tools: expected a list, got {reprlib.repr(tools)}.")
     if not isinstance(options, dict):
         raise FormatError(f"{record.where}: chat_template_kwargs: expected an object, got {reprlib.repr(options)}.")
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.special_tokens_map, "messages"}
+    for name in options:
+        if name in taken - {"documents", "kwargs"}:
+            raise FormatError(
+                f"{record.where}: chat_template_kwargs: {name!r} is not for a record to set. It may hold what the "
+                "template itself asks for, such as enable_thinking."
+            )
     return {"tools": tools or None, **options}
