@@ -1,138 +1,169 @@
-"""Views of a lazy weight that are lazy weights themselves: transposes, slices of experts, slices of rows.
+"""What a lazy weight becomes by operations that show its values elsewhere: views, casts, copies.
 
-`views` takes an operation to a function of its arguments that gives a lazy weight (or a list of them), or raises
-`NoFormError` where this call of the operation has no such form. `inlined` takes functions that torch wrote in
-Python, from linear operations, to copies that run their body on lazy weights.
+`views` takes an operation to a function of it and its arguments that gives a lazy weight (or several), or raises
+`NoFormError` where this call of the operation has no such form. `inlined` takes functions that torch wrote in Python,
+from linear operations, to copies that run their body on lazy weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from funclora._torch.functions import NoFormError, undispatched
+from funclora._torch.functions import (
+    CASTS,
+    INDEX,
+    NEW,
+    RESHAPES,
+    SAME,
+    STRIDES,
+    VIEWS,
+    NoFormError,
+    named,
+    undispatched,
+)
+from funclora._torch.views import View, seen
+from funclora.rules.base import Rule
 from funclora.rules.layouts import Matrices
 
 # Any: a lazy weight; this module knows it only by `rule`, `base` and `like`.
 
 
-def _rule(lazy: Any) -> Any:
-    rule = getattr(lazy, "rule", None)
-    if rule is None or not isinstance(rule.layout, Matrices):
+def _of_base(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What depends on no values, and what has a lazy weight for nothing but its shape, dtype or device."""
+    return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
+
+
+def _base(x: Any) -> Any:
+    return x.base if hasattr(x, "rule") else x
+
+
+def _view(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not hasattr(x, "rule"):
+        return _of_base(func, x, *args, **kwargs)
+    if func in _AS:
+        func, args, kwargs = _AS[func], ((*args, *kwargs.values())[0].shape,), {}
+    if func == INDEX and isinstance(args[0], Tensor):
+        return _gathered(x, args[0])
+    views, base = seen(func, tuple(x.base.shape), args, kwargs), x.base
+    if views is None:
         raise NoFormError
+    if isinstance(views, View):
+        return x if views.is_whole(base.shape) else x.like(func(base, *args, **kwargs), _rule(x, views))
+    rules = [_rule(x, view) for view in views]
+    return tuple(x.like(part, rule) for part, rule in zip(func(base, *args, **kwargs), rules, strict=True))
+
+
+def _rule(lazy: Any, view: View | None) -> Rule:
+    """The rule of a view of the weight."""
+    shape = tuple(lazy.base.shape)
+    if view is not None and _has_matrix(view, len(shape)):
+        rule = _of_part(lazy.rule, view, shape)
+        if rule is None:  # what depends on all of the weight, a norm for example, is worked out before that is cut
+            rule = _of_part(lazy.rule.prepared(lazy.base), view, shape)
+        if rule is not None:
+            return rule
+    raise NoFormError
+
+
+def _has_matrix(view: View, n: int) -> bool:
+    """Whether a view of a tensor with n dimensions ends with its last two, and keeps the order of the others."""
+    lead = [dim for dim in view.dims[:-2] if dim is not None]
+    return {*view.dims[-2:]} == {n - 2, n - 1} and lead == sorted(lead)
+
+
+def _of_part(rule: Rule | None, view: View, shape: tuple[int, ...]) -> Rule | None:
+    n = len(shape)
+    for dim, (start, length) in enumerate(zip(view.starts, view.lengths, strict=True)):
+        if rule is not None and dim in view.dims and length < shape[dim]:
+            rule = rule.narrow(shape, dim, start, length)
+    if rule is not None and view.dims[:-2] != tuple(range(n - 2)):
+        rule = rule.select_experts(_index(view, n))
+    if rule is not None and view.dims[-2:] == (n - 1, n - 2):
+        rule = rule.transposed()
     return rule
 
 
-def _view(lazy: Any, base: Tensor, rule: Any) -> Any:
-    """The lazy weight of a view; `rule` is its rule, None if there is none."""
-    if rule is None:
+def _index(view: View, n: int) -> tuple[int | slice | None, ...]:
+    """The index that drops and adds the dimensions in front of the matrix as the view does."""
+    index: list[int | slice | None] = []
+    passed = 0
+    for dim in (*view.dims[:-2], n - 2):
+        if dim is None:
+            index.append(None)
+            continue
+        index += view.starts[passed:dim]
+        if dim < n - 2:
+            index.append(slice(None))
+        passed = dim + 1
+    return tuple(index)
+
+
+def _gathered(lazy: Any, index: Tensor) -> Any:
+    """The experts at positions that a tensor holds, or the rows of a table."""
+    if index.is_floating_point() or index.dtype == torch.bool or not isinstance(lazy.rule.layout, Matrices):
         raise NoFormError
-    return lazy.like(base, rule)
-
-
-def _transposed(lazy: Any) -> Any:
-    rule = _rule(lazy)
-    return _view(lazy, lazy.base.mT, rule.transposed())
-
-
-def _transpose_2d(lazy: Any) -> Any:
-    if lazy.base.dim() != 2:
-        raise NoFormError
-    return _transposed(lazy)
-
-
-def _transpose(lazy: Any, dim0: int, dim1: int) -> Any:
-    n = lazy.base.dim()
-    if {dim0 % n, dim1 % n} != {n - 1, n - 2}:
-        raise NoFormError
-    return _transposed(lazy)
-
-
-def _permute(lazy: Any, *dims: Any) -> Any:
-    order = [d % lazy.base.dim() for d in (dims[0] if len(dims) == 1 and isinstance(dims[0], Sequence) else dims)]
-    n = len(order)
-    if order != [*range(n - 2), n - 1, n - 2]:
-        raise NoFormError
-    return _transposed(lazy)
-
-
-def _getitem(lazy: Any, index: Any) -> Any:
-    rule = _rule(lazy)
-    if lazy.base.dim() < 3 or not (isinstance(index, (int, slice)) or _counts(index, lazy.base.dim() - 2)):
-        raise NoFormError
-    return _view(lazy, lazy.base[index], rule.select_experts(index))
-
-
-def _counts(index: Any, lead: int) -> bool:
-    """True for a tensor of positions along the first of the leading dimensions."""
-    return isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and lead >= 1
-
-
-def _narrow(lazy: Any, dim: int, start: int, length: int) -> Any:
-    rule = _rule(lazy)
-    rows = -1 if rule.layout.transposed else -2
-    if dim % lazy.base.dim() != rows % lazy.base.dim():
-        raise NoFormError
-    return _view(lazy, lazy.base.narrow(dim, start, length), rule.narrow_outputs(start, length))
-
-
-def _split(lazy: Any, split_size: Any, dim: int = 0) -> tuple[Any, ...]:
-    total = lazy.base.shape[dim]
-    if isinstance(split_size, int):
-        sizes = [min(split_size, total - start) for start in range(0, total, split_size)]
-    else:
-        sizes = list(split_size)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(_narrow(lazy, dim, start, size) for start, size in zip(starts, sizes, strict=True))
-
-
-def _chunk(lazy: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
-    return _split(lazy, -(-lazy.base.shape[dim] // chunks), dim)
-
-
-def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A cast to a lazy weight's dtype and device, or of a lazy weight to what it has already."""
-    if hasattr(x, "rule"):
-        like = x.base.new_empty(0).to(*args, **kwargs)
-        if (like.dtype, like.device) != (x.base.dtype, x.base.device) or kwargs.get("copy"):
+    if lazy.base.dim() > 2:
+        rule = lazy.rule.select_experts(index)
+        if rule is None:
             raise NoFormError
+        return lazy.like(lazy.base[index], rule, copied=True)
+    if not lazy.rule.layout.transposed:
+        raise NoFormError
+    ids = torch.where(index < 0, index + lazy.base.shape[0], index)
+    # Not F.embedding itself: the compiler dispatches none inside of a dispatch.
+    return type(lazy).__torch_function__(F.embedding, (type(lazy),), (ids, lazy))
+
+
+def _cast(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not hasattr(x, "rule"):
+        return _of_base(func, x, *args, **kwargs)
+    args, kwargs = pytree.tree_map(_base, args), pytree.tree_map(_base, kwargs)
+    kind = func(x.base.new_empty((0,) * x.base.dim()), *args, **kwargs)
+    if isinstance(kind, str):
+        return kind
+    if kind.device != x.base.device or not kind.is_floating_point():
+        raise NoFormError
+    if kind.dtype == x.base.dtype and not kwargs.get("copy"):
         return x
-    return x.to(*(getattr(arg, "base", arg) for arg in args), **kwargs)
+    return x.like(x.base.to(kind.dtype), x.rule, copied=True)
 
 
-def _type_as(x: Any, other: Any) -> Any:
-    return _to(x, other.dtype)
+def _same(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    if func in _DETACHED:
+        return x.like(x.base.detach(), pytree.tree_map(torch.detach, x.rule))
+    return x.like(x.base, x.rule, copied=True) if func in _CLONED else x
 
 
-def _same(lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    return lazy
-
+_AS: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.view_as: Tensor.view,
+    Tensor.reshape_as: Tensor.reshape,
+    Tensor.expand_as: Tensor.expand,
+}
+_DETACHED = named("detach data")
+_CLONED = named("clone")
 
 views: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.T.__get__: _transpose_2d,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _transposed,  # type: ignore[attr-defined]
-    Tensor.t: _transpose_2d,
-    torch.t: _transpose_2d,
-    Tensor.transpose: _transpose,
-    torch.transpose: _transpose,
-    Tensor.swapaxes: _transpose,
-    Tensor.permute: _permute,
-    torch.permute: _permute,
-    Tensor.__getitem__: _getitem,
-    Tensor.narrow: _narrow,
-    torch.narrow: _narrow,
-    Tensor.split: _split,
-    torch.split: _split,
-    Tensor.chunk: _chunk,
-    torch.chunk: _chunk,
-    Tensor.contiguous: _same,
-    Tensor.to: _to,
-    Tensor.type_as: _type_as,
+    **dict.fromkeys(STRIDES | NEW, _of_base),
+    **dict.fromkeys(VIEWS | RESHAPES | {INDEX}, _view),
+    **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys(SAME, _same),
 }
+
+
+def _bound(method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda get, x: functools.partial(views[method], method, x)
+
+
+# Of a method that torch wrote in Python, the compiler asks for the method and then calls it.
+views |= {method.__get__: _bound(method) for method in views if isinstance(method, types.FunctionType)}
 
 
 inlined: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -19,9 +19,12 @@ from funclora._lazy.dispatch import linear_ops
 from funclora._lazy.parameters import differs_by_row, operate_by_row
 from funclora._lazy.views import inlined, views
 from funclora._quant.tensor import held
-from funclora._torch.functions import LIKE, METADATA, NoFormError, placeholder, plain_tensors, written
+from funclora._torch.contractions import contractions
+from funclora._torch.functions import QUESTIONS, NoFormError, placeholder, plain_tensors, written
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 from funclora.rules.base import Rule
+from funclora.rules.dense import Full
+from funclora.rules.layouts import Matrices
 
 Placeholders = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
@@ -38,6 +41,7 @@ class LazyWeight(torch.Tensor):
         target: the full name of the parameter, for messages.
         owner: the module that holds it; its training mode switches the rule's dropout.
         uses: where to record how the weight is used, if anyone wants to know.
+        copied: to torch these values are a copy, which the model may write to.
     """
 
     base: Tensor
@@ -45,6 +49,7 @@ class LazyWeight(torch.Tensor):
     target: str
     owner: nn.Module
     uses: dict[str, str] | None
+    copied: bool
     _training: bool
 
     @staticmethod
@@ -64,11 +69,14 @@ class LazyWeight(torch.Tensor):
         lazy.target = name
         lazy.owner = owner
         lazy.uses = uses
+        lazy.copied = False
         return lazy
 
-    def like(self, base: Tensor, rule: Rule) -> LazyWeight:
-        """A lazy weight for a view of this one's parameter."""
-        return LazyWeight.of(self.target, base, rule, self.owner, self.uses, {})
+    def like(self, base: Tensor, rule: Rule, *, copied: bool = False) -> LazyWeight:
+        """A lazy weight for a view or a copy of this one."""
+        lazy = LazyWeight.of(self.target, base, rule, self.owner, self.uses, {})
+        lazy.copied = copied
+        return lazy
 
     def used(self, how: str) -> None:
         """Record a use; one dense use counts more than any fast ones."""
@@ -101,11 +109,9 @@ class LazyWeight(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        if func in QUESTIONS:
             with plain_tensors():
                 return func(*args, **kwargs)
-        if func in LIKE:
-            return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
         if func == _REQUIRES_GRAD:
             return requires_grad(args[0].base) or requires_grad(args[0].rule)
         mapped = None
@@ -113,7 +119,7 @@ class LazyWeight(torch.Tensor):
             if func in linear_ops:
                 mapped = linear_ops[func](*args, **kwargs)
             elif func in views:
-                return views[func](*args, **kwargs)
+                return views[func](func, *args, **kwargs)
         except (NoFormError, TypeError):  # no fast form, or arguments that it does not know: torch shall say
             mapped = None
         if mapped is not None:
@@ -121,10 +127,17 @@ class LazyWeight(torch.Tensor):
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
             return op.finish(lazy.rule.apply_op(op, held(lazy.base), dropout))
+        if func in contractions and _are_matrices(args, kwargs):
+            try:
+                return contractions[func](LazyWeight, *args, **kwargs)
+            except NoFormError:
+                pass
         by_row = operate_by_row(func, args, kwargs)
         if by_row is not NotImplemented:
             return by_row
-        _refuse_writes(func, args, kwargs)
+        given = _with_own_values(func, args, kwargs)
+        if given is not None:
+            args, kwargs = given
         if torch.compiler.is_compiling():  # the tracer follows neither the copies in `inlined` nor names of functions
             return func(*_dense(args), **_dense(kwargs))
         if func in inlined:
@@ -141,13 +154,25 @@ def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
     return x is not None and any(map(requires_grad, x))
 
 
-def _refuse_writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _with_own_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments, with values in place of the copies that an operation writes to, which have these from now on.
+
+    Returns:
+        `(args, kwargs)`, or None if it writes to no lazy weight.
+    """
+    values: dict[int, Tensor] = {}
     for x in pytree.tree_leaves(written(func, args, kwargs)):
-        if isinstance(x, LazyWeight):
+        if not isinstance(x, LazyWeight):
+            continue
+        if not x.copied:
             raise PurityError(
                 f"{x.target!r}: the model calls {_operation(func)}, which would write to a rewritten weight. "
                 "Compute the new value out of place, or leave this parameter out of the adapter's targets."
             )
+        _note_dense(x, _operation(func))
+        values[id(x)] = x.dense()
+        x.rule = Full(values[id(x)])
+    return pytree.tree_map(lambda x: values.get(id(x), x), (args, kwargs)) if values else None
 
 
 def _operation(func: Callable[..., Any]) -> str:
@@ -159,27 +184,30 @@ def _operation(func: Callable[..., Any]) -> str:
 
 def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dense weights, with one warning per parameter and operation."""
-    operation = _operation(func)
     for x in pytree.tree_leaves((args, kwargs)):
-        if not isinstance(x, LazyWeight):
-            continue
-        if differs_by_row(x):
-            raise UnsupportedError(
-                f"{x.target!r} is another weight for every row of the batch, and {operation} has no such form. Leave "
-                "the target out, use funclora.vmap over the stack, or call the model once for each member."
-            )
-        x.used("fast" if x.rule.bind_dense else "dense")
-        if x.rule.dropout_p and x.training():
-            raise UnsupportedError(
-                f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
-                "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
-            )
-        if not x.rule.bind_dense:
-            message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
-            if is_strict():
-                raise DenseFallbackError(message)
-            warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+        if isinstance(x, LazyWeight):
+            _note_dense(x, _operation(func))
     return func(*_dense(args), **_dense(kwargs))
+
+
+def _note_dense(x: LazyWeight, operation: str) -> None:
+    """Warn that an operation computes the dense weight, or refuse that."""
+    if differs_by_row(x):
+        raise UnsupportedError(
+            f"{x.target!r} is another weight for every row of the batch, and {operation} has no such form. Leave the "
+            "target out, use funclora.vmap over the stack, or call the model once for each member."
+        )
+    x.used("fast" if x.rule.bind_dense else "dense")
+    if x.rule.dropout_p and x.training():
+        raise UnsupportedError(
+            f"{x.target!r}: dropout {x.rule.dropout_p} cannot act, because {operation} needs the dense weight and "
+            "dropout acts on the input of the low-rank path. Set lora_dropout=0 for this target or exclude it."
+        )
+    if not x.rule.bind_dense:
+        message = f"{x.target!r}: {operation} has no fast form and computes the dense adapted weight."
+        if is_strict():
+            raise DenseFallbackError(message)
+        warnings.warn(message, DenseFallbackWarning, stacklevel=4)
 
 
 def _dense(tree: Any) -> Any:
@@ -187,8 +215,10 @@ def _dense(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.dense() if isinstance(x, LazyWeight) else x, tree)
 
 
-def _base(x: Any) -> Any:
-    return x.base if isinstance(x, LazyWeight) else x
+def _are_matrices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all lazy weights among the arguments are matrices, or stacks of them."""
+    lazy = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyWeight)]
+    return all(isinstance(x.rule.layout, Matrices) or differs_by_row(x) for x in lazy)
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]

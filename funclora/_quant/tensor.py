@@ -21,19 +21,29 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from funclora._quant.packing import Packing, Parts
+from funclora._torch.contractions import contractions
 from funclora._torch.functions import (
-    LIKE,
-    METADATA,
+    CASTS,
+    INDEX,
+    NEW,
+    QUESTIONS,
+    RESHAPES,
+    SAME,
+    STRIDES,
+    VIEWS,
     NoFormError,
     in_transform,
+    named,
     placeholder,
     plain_tensors,
     table,
     written,
 )
+from funclora._torch.views import View, seen
 from funclora.errors import PurityError, UnsupportedError
 
-Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
+# A view: the operation, its arguments, and which of its results.
+Step = tuple[Callable[..., Any], tuple[Any, ...], tuple[tuple[str, Any], ...], int | None]
 # An operation linear in its first argument, the input; the second is the dense weight.
 Op = Callable[[Tensor, Tensor], Tensor]
 # What bitsandbytes unpacks to.
@@ -55,9 +65,15 @@ class Source(NamedTuple):
 
     def viewed(self, weight: Tensor) -> Tensor:
         """The view of the stored weight that is meant."""
-        for view, args in self.steps:
-            weight = view(weight, *args)
+        for view, args, kwargs, part in self.steps:
+            out = view(weight, *args, **dict(kwargs))
+            weight = out if part is None else out[part]
         return weight
+
+    def dim(self) -> int:
+        """How many dimensions the view has."""
+        stored = self.stored
+        return self.viewed(torch.empty(stored, device="meta")).dim() if self.steps else len(stored)
 
 
 class Quantized(torch.Tensor):
@@ -119,23 +135,27 @@ class Quantized(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_cast = func in _CASTS and not (func is Tensor.type and len(args) == 1 and not kwargs)
-        if (is_cast or func in _VIEWS) and torch.compiler.is_compiling():  # the tracer knows none that is made inside
+        is_cast = func in CASTS and not (func is Tensor.type and len(args) == 1 and not kwargs)
+        is_view = func in VIEWS or func in RESHAPES or func == INDEX
+        if (is_cast or is_view) and torch.compiler.is_compiling():  # the tracer knows none that is made inside
             return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
         if is_cast:
             return _cast(func, *args, **kwargs)
-        if func in METADATA or func in LIKE or func == _REQUIRES_GRAD:
+        if func in QUESTIONS or func in STRIDES or func in NEW or func in _OF_PLACEHOLDER:
             with plain_tensors():
                 return func(*args, **kwargs)
         if any(kind is not Quantized and kind not in _PLAIN for kind in types):
             return NotImplemented  # the turn of a lazy weight, or of a tensor that tracks its rows
         if func in _OWN:
             return _OWN[func](*args, **kwargs)
-        if func in _VIEWS and not kwargs and _is_static(args[1:]):
-            return _viewed(func, *args)
-        if func in _operations:
-            with contextlib.suppress(NoFormError):
+        if is_view and isinstance(args[0], Quantized) and _is_static((*args[1:], *kwargs.values())):
+            return _viewed(func, *args, **kwargs)
+        with contextlib.suppress(NoFormError):
+            if func in _operations:
                 return _operations[func](*args, **kwargs)
+        with contextlib.suppress(NoFormError):
+            if func in contractions:
+                return contractions[func](Quantized, *args, **kwargs)
         if any(isinstance(x, Quantized) for x in written(func, args, kwargs)):
             raise PurityError(
                 f"{getattr(func, '__name__', func)} would write to a quantised weight, which is a constant. Compute "
@@ -269,9 +289,7 @@ _PRODUCTS: dict[Op, Op] = {F.linear: torch.matmul, torch.matmul: F.linear}
 
 
 def _is_product(op: Op, source: Source) -> bool:
-    return (
-        op in _PRODUCTS and len(source.stored) == 2 and all(view is not Tensor.__getitem__ for view, _ in source.steps)
-    )
+    return op in _PRODUCTS and source.dim() == 2
 
 
 def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -363,18 +381,30 @@ _operations: dict[Callable[..., Any], Callable[..., Tensor]] = table(
 )
 
 
-def _viewed(view: Callable[..., Tensor], weight: Quantized, *args: Any) -> Quantized:
-    """A view of the dense weight that is taken when that is unpacked; of rows, just those are, if they lie apart."""
-    source, index = weight.source, args[0] if args else None
-    if not source.steps and source.stored and (view is Tensor.__getitem__ or (view in _NARROWS and index == 0)):
-        start, length = (index, 1) if view is Tensor.__getitem__ else args[1:]
-        n = source.stored[0]
-        if isinstance(start, int) and -n <= start < n:
-            found = source.packing.narrowed(weight.parts, source.stored, start % n, length)
-            if found is not None:
-                rest = source.stored[1:] if view is Tensor.__getitem__ else (length, *source.stored[1:])
-                return Quantized.of(Source(found[0], torch.Size(rest), source.dtype), found[1])
-    return Quantized.of(source._replace(steps=(*source.steps, (view, args))), weight.parts)
+def _viewed(func: Callable[..., Any], weight: Quantized, *args: Any, **kwargs: Any) -> Any:
+    """A view of the dense weight, or several, taken when that is unpacked."""
+    source = weight.source
+    views = None if source.steps else seen(func, source.stored, args, kwargs)
+    with plain_tensors():
+        out = func(weight, *args, **kwargs)  # of the placeholder
+    if isinstance(out, Tensor):
+        return _part(weight, views, (func, args, tuple(kwargs.items()), None))
+    parts = views or [None] * len(out)
+    return tuple(_part(weight, view, (func, args, tuple(kwargs.items()), i)) for i, view in enumerate(parts))
+
+
+def _part(weight: Quantized, view: View | None, step: Step) -> Quantized:
+    """One view; of rows, just those are unpacked, if they are apart."""
+    source, parts = weight.source, weight.parts
+    if view is not None and view.is_whole(source.stored):
+        return weight
+    if view is not None and view.lengths[1:] == source.stored[1:]:
+        dims = tuple(range(len(source.stored)))
+        rest = source.stored[1:] if view.dims == dims[1:] else (view.lengths[0], *source.stored[1:])
+        found = source.packing.narrowed(parts, source.stored, view.starts[0], view.lengths[0])
+        if found is not None and view.dims in (dims, dims[1:]):
+            return Quantized.of(Source(found[0], torch.Size(rest), source.dtype), found[1])
+    return Quantized.of(source._replace(steps=(*source.steps, step)), parts)
 
 
 def _is_static(args: Any) -> bool:
@@ -416,32 +446,12 @@ def _requires_grad_(x: Quantized, requires_grad: bool = True) -> Quantized:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_CASTS = frozenset((
-    Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16,
-    Tensor.double,
-))  # fmt: skip
+# What the placeholder answers of itself.
+_OF_PLACEHOLDER = named("requires_grad")
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.detach: _same,
-    torch.detach: _same,
-    Tensor.contiguous: _same,
-    Tensor.data.__get__: _same,  # type: ignore[attr-defined]
-    Tensor.clone: _clone,
-    torch.clone: _clone,
+    **dict.fromkeys(SAME, _same),
+    **dict.fromkeys(named("clone"), _clone),
     Tensor.requires_grad_: _requires_grad_,
     Tensor.data_ptr: lambda x: x.parts[0].data_ptr(),
     Tensor.untyped_storage: lambda x: x.parts[0].untyped_storage(),
-}
-_NARROWS = frozenset((Tensor.narrow, torch.narrow))
-_VIEWS = _NARROWS | {
-    Tensor.T.__get__,  # type: ignore[attr-defined]
-    Tensor.mT.__get__,  # type: ignore[attr-defined]
-    Tensor.t,
-    torch.t,
-    Tensor.transpose,
-    torch.transpose,
-    Tensor.swapaxes,
-    Tensor.permute,
-    torch.permute,
-    Tensor.__getitem__,
 }

@@ -26,28 +26,36 @@ def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
-# Questions that a placeholder can answer, as far as this version of torch has them.
-METADATA: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "names", "grad", "is_cuda", "is_cpu", "is_meta", "is_mps",
-        "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes", "is_leaf",
-        "_backward_hooks",
-    ) if hasattr(Tensor, name)]
-    + [getattr(Tensor, name) for name in (
-        "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size",
-        "get_device", "type", "__len__", "__hash__", "is_inference", "is_signed", "is_conj", "is_neg", "has_names",
-    ) if hasattr(Tensor, name)]
-    + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size]
-)  # fmt: skip
-# Questions about the dtype, the device, the shape and the strides, and new tensors of that kind.
-LIKE: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(Tensor, name) for name in (
-        "stride", "is_contiguous", "storage_offset", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros",
-    )]
-    + [getattr(torch, name) for name in (
-        "empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like",
-    )]
-)  # fmt: skip
+def named(names: str) -> frozenset[Callable[..., Any]]:
+    """The functions of these names, wherever this version of torch has them; of properties what reads them."""
+    spaces: tuple[Any, ...] = (torch, Tensor, F, torch.linalg)
+    found = [getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)]
+    return frozenset(filter(callable, (getattr(x, "__get__", x) if hasattr(x, "__set__") else x for x in found)))
+
+
+# What is asked about a tensor's kind. A placeholder has the answers.
+QUESTIONS = named("""shape dtype device ndim layout names grad is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_leaf
+    is_quantized is_nested is_mkldnn itemsize nbytes _backward_hooks size dim numel nelement ndimension is_complex
+    is_floating_point element_size get_device __len__ __hash__ is_inference is_signed is_conj is_neg has_names
+    is_tensor is_same_size""")
+# About its order in memory.
+STRIDES = named("stride is_contiguous storage_offset")
+# About itself among other tensors: its memory, its place in a graph.
+IDENTITY = named("""requires_grad requires_grad_ grad_fn untyped_storage data_ptr retain_grad register_hook __repr__
+    _version output_nr""")
+# New tensors of its kind, which hold none of its values.
+NEW = named("""empty_like full_like ones_like zeros_like rand_like randn_like randint_like new_empty new_full new_ones
+    new_tensor new_zeros""")
+# Its values in another dtype, or on another device. `Tensor.type` is a question too.
+CASTS = named("to type type_as cpu cuda float half bfloat16 double")
+# Its values as they are. What `clone` gives can be written to.
+SAME = named("contiguous detach data clone")
+# A part of it, or its dimensions in another order.
+VIEWS = named("""T mT H mH t adjoint transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze expand
+    expand_as select narrow chunk split tensor_split hsplit vsplit unbind unsafe_chunk unsafe_split split_with_sizes""")
+# Its elements in the same order, in another shape.
+RESHAPES = named("view reshape flatten unflatten ravel view_as reshape_as")
+INDEX = Tensor.__getitem__
 
 
 @functools.cache
@@ -171,7 +179,7 @@ def table(
         torch.addmm: addmm,
         Tensor.addmm: addmm,
     }
-    found |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
+    found |= dict.fromkeys((torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__), matmul)
     found |= dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), mm)
     for spatial, op in CONVS.items():
         found[op] = conv(op, spatial)

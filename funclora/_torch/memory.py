@@ -109,7 +109,7 @@ class Peak(TorchDispatchMode):
         out = func(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and not x.is_meta:
                 storage = x.untyped_storage()
                 if storage._cdata not in given and storage._cdata not in self._known:
                     self._add(storage)

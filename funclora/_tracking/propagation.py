@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funclora._torch.functions import IDENTITY, INDEX, NEW, QUESTIONS, RESHAPES, STRIDES, VIEWS
+
 
 class Place(NamedTuple):
     """The rows of the batch lie along `dim`, one after the other, `inner` positions each."""
@@ -331,7 +333,7 @@ propagations: dict[Callable[..., Any], Propagation] = {}
 _matmul = _product(0)
 
 
-def _know(propagation: Any, names: str, *spaces: Any, by_function: bool = False) -> None:
+def _know(propagation: Propagation, names: str, *spaces: Any) -> None:
     """Enter a propagation for the functions of those names, wherever torch has them, their in-place forms too."""
     for name in names.split():
         for space in spaces or (torch, Tensor, F, torch.special, torch.linalg):
@@ -339,20 +341,14 @@ def _know(propagation: Any, names: str, *spaces: Any, by_function: bool = False)
                 function: Any = getattr(space, form, None)
                 if hasattr(function, "__set__"):  # a property
                     function = function.__get__
-                if by_function and form == f"{name}_":
-                    continue  # it changes the shape of its argument: whatever knows that is too old
                 if form == f"__r{name}__" and propagation is _matmul:
                     continue  # its factors are the other way round
                 if callable(function):
-                    propagations[function] = propagation(function) if by_function else propagation
+                    propagations[function] = propagation
 
 
-_know(question, """shape dtype device ndim layout names requires_grad is_cuda is_cpu is_meta is_mps is_xpu is_sparse
-    is_quantized is_nested is_mkldnn itemsize nbytes is_leaf grad_fn size dim numel nelement ndimension stride
-    is_floating_point is_complex element_size get_device is_contiguous storage_offset is_tensor untyped_storage
-    data_ptr is_same_size __len__ __hash__ retain_grad register_hook __repr__ _version output_nr""")  # fmt: skip
-_know(constant, """empty_like full_like ones_like zeros_like rand_like randn_like randint_like
-    new_empty new_full new_ones new_tensor new_zeros""")  # fmt: skip
+propagations |= dict.fromkeys(QUESTIONS | STRIDES | IDENTITY, question)
+propagations |= dict.fromkeys(NEW, constant)
 _know(_aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dropout and angle asin asinh atan atan2 atanh
     bernoulli bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool ceil celu clamp clamp_max clamp_min clip
     clone contiguous copy copysign cos cosh deg2rad detach div divide double dropout elu eq erf erfc erfinv exp exp2
@@ -365,11 +361,9 @@ _know(_aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dropout and
     trunc where xlogy xor zero""")  # fmt: skip
 _know(_own, "to type type_as")
 _know(_alone, "prelu")
-_know(_reshaped, "view reshape flatten unflatten ravel view_as reshape_as")
-_know(_viewed, """transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze expand expand_as T mT H mH
-    select narrow chunk split tensor_split unbind unsafe_chunk unsafe_split split_with_sizes t""",
-    by_function=True)  # fmt: skip
-_know(_indexed, "getitem")
+propagations |= dict.fromkeys(RESHAPES, _reshaped)
+propagations |= {view: _viewed(view) for view in VIEWS}
+propagations[INDEX] = _indexed
 _know(_joined(new_dim=False), "cat concat concatenate")
 _know(_joined(new_dim=True), "stack")
 _know(_along(1), """sum mean amax amin prod std var any all logsumexp argmax argmin softmax log_softmax

@@ -23,7 +23,7 @@ from funclora._tracking.propagation import Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Rule, of_members
-from funclora.rules.layouts import Layout
+from funclora.rules.layouts import Layout, Shape
 from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
 from funclora.rules.low_rank import LowRank, low_rank_of_members
 
@@ -194,20 +194,23 @@ class Routed(Rule):
         return self.prepared(weight).apply_op(op, weight, dropout)
 
     def transposed(self) -> Rule | None:
-        return _of_each(self, lambda rule: rule.transposed())
+        return self.of_each(lambda rule: rule.transposed())
 
-    def narrow_outputs(self, start: int, length: int) -> Rule | None:
-        return _of_each(self, lambda rule: rule.narrow_outputs(start, length))
+    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Rule | None:
+        return self.of_each(lambda rule: rule.narrow(shape, dim, start, length))
 
+    def of_each(self, form: Callable[[Rule], Rule | None]) -> Rule | None:
+        """This rule with another form of its members' rules; None if one of them has none."""
+        found = [of_members(r, group.scalings, form) for r, group in zip(self.rules, self.groups, strict=True)]
+        each = [one for one in found if one is not None]
+        if len(each) < len(found):
+            return None
+        groups = (group._replace(scalings=s) for group, (_, s) in zip(self.groups, each, strict=True))
+        return self.with_rules(tuple(rule for rule, _ in each), RoutedGroups(groups))
 
-def _of_each(routed: Routed, form: Callable[[Rule], Rule | None]) -> Routed | None:
-    """The rule of a view of the weight; None if one of the members has none."""
-    found = [of_members(r, group.scalings, form) for r, group in zip(routed.rules, routed.groups, strict=True)]
-    each = [one for one in found if one is not None]
-    if len(each) < len(found):
-        return None
-    groups = (group._replace(scalings=s) for group, (_, s) in zip(routed.groups, each, strict=True))
-    return replace(routed, rules=tuple(rule for rule, _ in each), groups=RoutedGroups(groups))
+    def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
+        """This rule with others for the same rows."""
+        return replace(self, rules=rules, groups=groups)
 
 
 def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, RoutedGroup]:
@@ -231,18 +234,20 @@ class ReorderedB:
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, Tensor] = {}
+        self.known: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def of(self, group: int, b: Tensor, rows: int) -> Tensor:
         """B, `[m, out, r]`, of that group of the rule, for products with that many rows."""
         if rows > FEW or b.dim() != 3 or torch.compiler.is_compiling():
             return b
-        if group in self.known:
-            if self.known[group] is b:
-                self.known[group] = b.mT.contiguous().mT
-            return self.known[group]
-        self.known[group] = b
-        return b
+        given, reordered = self.known.get(group, (None, None))
+        if given is not b:
+            self.known[group] = b, None
+            return b
+        if reordered is None:
+            reordered = b.mT.contiguous().mT
+            self.known[group] = b, reordered
+        return reordered
 
 
 @pytree_node
@@ -268,6 +273,13 @@ class PreparedRouted(Rule):
     dense = Routed.dense
     check = Routed.check
     dropout_p = Routed.dropout_p
+    transposed = Routed.transposed
+    narrow = Routed.narrow
+    of_each = Routed.of_each
+
+    def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
+        """As in `Routed`."""
+        return replace(self, rules=rules, groups=groups, seconds=ReorderedB())
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]

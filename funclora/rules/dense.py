@@ -42,6 +42,9 @@ class Full(Rule):
     def dense(self, weight: Tensor) -> Tensor:
         return self.value
 
+    def transposed(self) -> Full:
+        return replace(self, value=self.value.mT)
+
     def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Full:
         return replace(self, value=self.value.narrow(dim, start, length))
 
@@ -81,6 +84,9 @@ class Delta(Rule):
 
     def scaled(self, factor: float) -> Delta:
         return replace(self, scaling=factor * self.scaling)
+
+    def transposed(self) -> Delta:
+        return replace(self, value=self.value.mT)
 
     def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Delta:
         return replace(self, value=self.value.narrow(dim, start, length))

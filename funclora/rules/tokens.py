@@ -81,6 +81,15 @@ class TrainableTokens(Rule):
     def narrow_outputs(self, start: int, length: int) -> TrainableTokens:
         return replace(self, value=self.value.narrow(-1, start, length), layout=Parameter(self.layout.transposed))
 
+    def narrow_inputs(self, start: int, length: int) -> TrainableTokens | None:
+        kept = [i for i, token in enumerate(self.token_indices) if start <= token < start + length]
+        if not kept:
+            return None
+        tokens = tuple(self.token_indices[i] - start for i in kept)
+        return replace(
+            self, value=self.value[..., kept, :], token_indices=tokens, layout=Parameter(self.layout.transposed)
+        )
+
     def _index(self, weight: Tensor) -> Tensor:
         return torch.tensor(self.token_indices, device=weight.device)
 

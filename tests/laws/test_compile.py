@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from funclora import LoraConfig, apply, base_params, init, optim, train_step, value_and_grad
 from funclora.demo.model import ByteLM, ByteLMConfig
-from funclora.rules.layouts import Embedding, Linear
+from funclora.errors import strict
+from funclora.rules.layouts import Embedding, Linear, Parameter
 
 pytestmark = [
     # what tracing and inductor themselves bring up
@@ -217,6 +218,41 @@ def test_gradients_under_vmap(entry: Callable[[Subject], Entry], name: str) -> N
 def test_inductor(entry: Callable[[Subject], Entry]) -> None:
     s = subject("tiny")
     check(s, entry(s), "inductor", 1e-4)
+
+
+class Parts(nn.Module):
+    """A model that reads its weights in parts, transposed, cast, copied, and in sums of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(17, 8)
+        self.qkv, self.mix, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 17)
+        self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, w = self.embed(ids), self.qkv.weight
+        q, (k, v) = F.linear(x, w[:8]), (x @ part.T for part in w[8:].chunk(2))
+        x = q.tanh() + torch.einsum("bti,oi->bto", k, self.mix.weight) + torch.inner(v, self.mix.weight.detach())
+        x = x + F.linear(x.double(), self.mix.weight.clone().double()).float()
+        x = torch.einsum("bti,eio->beto", x, self.experts).sum(1) + x @ self.experts.unbind()[1].movedim(0, 1)
+        first, second = self.head.weight.split([10, 7])
+        return torch.cat([F.linear(x[..., :4], first[:, :4]), torch.tensordot(x, second, ([2], [1]))], -1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_parts_of_weights(backend: str) -> None:
+    model = Parts()
+    params = base_params(model)
+    layouts = {"embed.weight": Embedding(), "qkv.weight": Linear(), "mix.weight": Linear(), "head.weight": Linear(),
+               "experts": Parameter(stored_transposed=True)}  # fmt: skip
+    adapters = {
+        name: make_rule(("lora", "dora")[i % 2], layout, params[name], gen(i))
+        for i, (name, layout) in enumerate(layouts.items())
+    }
+    s = Subject(model, params, adapters, torch.randint(17, (4, 6)))
+    with strict():
+        check(s, forward(s), backend)
+        check(s, step(s), backend)
 
 
 # --- what is static, and what a call must not write to ---------------------------------------------------------

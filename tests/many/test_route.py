@@ -40,7 +40,6 @@ REFUSED = {
     "mha-separate": "sequence first: the first dimension counts positions",
     "mha-batch-first": "torch joins positions and rows before out_proj", "encoder-layer": "as mha-batch-first",
     "embedding-scale-grad": "counts ids over the whole batch", "embedding-all": "counts ids over the whole batch",
-    "matmul-t": "a weight whose norms are worked out has no transpose",
     "gpt2": "wpe is read by positions, which are no rows",
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ def known(kind: str, layout: Layout, dim: int, shape: tuple[int, ...]) -> bool:
     of_outputs = {Conv: 0, ConvTranspose: 1}.get(type(layout), len(shape) - (1 if layout.transposed else 2))
     if dim == of_outputs:
         return not (isinstance(layout, ConvTranspose) and layout.groups > 1)
-    if isinstance(layout, (Conv, ConvTranspose)) or kind == "tokens":
+    if isinstance(layout, (Conv, ConvTranspose)):
         return False
     return kind != "dora" or dim < len(shape) - 2
 

@@ -1,0 +1,74 @@
+"""What a view shows of a tensor: found by taking it of a tensor that has strides but no values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class View(NamedTuple):
+    """A rectangular part of a tensor, its dimensions in some order.
+
+    Attributes:
+        dims: for each dimension of the view that of the tensor; None for a new one, of size 1. A dimension of the
+            tensor that is not among them is shown at a single position.
+        starts: for each dimension of the tensor the first position that is shown.
+        lengths: for each dimension of the tensor how many positions are shown.
+    """
+
+    dims: tuple[int | None, ...]
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def is_whole(self, shape: Sequence[int]) -> bool:
+        """Whether this is all of a tensor of that shape, as it is."""
+        return self.dims == tuple(range(len(shape))) and self.lengths == tuple(shape)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # the compiler follows no strides
+def seen(
+    func: Callable[..., Any], shape: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> View | tuple[View | None, ...] | None:
+    """What `func(x, *args, **kwargs)` shows of a tensor x of that shape.
+
+    Returns:
+        The view, or one for each tensor that the operation returns. None stands for a result that is no `View`: it has
+        steps, repeats positions, joins dimensions, has no elements, or is a copy; or the arguments do not fit.
+    """
+    # Strides are larger than the sizes need, so that no two positions agree, and even: the last of a copy is 1.
+    strides = [2 * math.prod(size + 1 for size in shape[i + 1 :]) for i in range(len(shape))]
+    probe = torch.empty_strided(tuple(shape), strides, device="meta")
+    try:
+        out = func(probe, *args, **kwargs)
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return None
+    return _read(out, probe) if isinstance(out, Tensor) else tuple(_read(each, probe) for each in out)
+
+
+def _read(out: Tensor, probe: Tensor) -> View | None:
+    if out.dtype != probe.dtype or 0 in out.shape:
+        return None
+    strides = probe.stride()
+    dims: list[int | None] = [None] * out.dim()
+    lengths = [1] * probe.dim()
+    # A dimension of size 1 may have any stride: it takes what others leave.
+    for i in sorted(range(out.dim()), key=lambda i: out.shape[i] == 1):
+        size, stride = out.shape[i], out.stride(i)
+        dim = strides.index(stride) if stride in strides else None
+        if dim is not None and dim not in dims and size <= probe.shape[dim]:
+            dims[i], lengths[dim] = dim, size
+        elif size > 1:
+            return None
+    left = [dim for dim in range(probe.dim()) if dim not in dims]
+    for i, dim in enumerate(dims):
+        if dim is None and left:
+            dims[i] = left.pop(0)
+    starts, offset = [], out.storage_offset()
+    for stride in strides:
+        starts.append(offset // stride)
+        offset %= stride
+    return View(tuple(dims), tuple(starts), tuple(lengths))
