@@ -68,6 +68,10 @@ class PeftFormatWarning(FuncloraWarning):
     """A PEFT folder depends on a behaviour of PEFT that differs from the plain formula."""
 
 
+class OtherBaseWarning(FuncloraWarning):
+    """An adapter belongs to another base model than the one that it is used with."""
+
+
 def near(name: str, names: Iterable[str], n: int = 5) -> str:
     """The names most like `name`, as the tail of an error message.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from funclora._config.config import LoraConfig
 from funclora.errors import UnsupportedError
 from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.origin import check_origin
 from funclora.io.hf.structure import Structure
 from funclora.io.hf.weights import Weights
 from funclora.io.merge.adapters import LazyMapping
@@ -24,11 +25,13 @@ class BaseFolder:
     """The folder of a base model, whose weights are read one at a time.
 
     Attributes:
+        folder: the folder.
         structure: the model without weights.
         params: full name -> weight, read at every access.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder = checkpoint.folder
         self.structure = Structure(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
         weights = Weights(checkpoint, self.structure)
         self.params: Mapping[str, Tensor] = LazyMapping([*self.structure.shapes], weights.read)
@@ -76,6 +79,7 @@ class AdapterFolder:
         for name in opened.targets:
             opened.rule(name)  # every tensor of the file must be valid before any is used
         opened.refuse_rest(base.params, LazyMapping([*opened.targets], opened.rule))
+        check_origin([folder], base.folder)
         self.notes = [f"{folder}: {message}" for message in opened.differences()]
         tied = [name for name, target in opened.targets.items() if target.rule is Tied]
         if tied:

@@ -19,6 +19,7 @@ from funclora.cli._adapters import for_base
 from funclora.cli._prompts import Prompt
 from funclora.errors import ConfigError
 from funclora.io.hf.library import first_line
+from funclora.io.hf.origin import check_origin
 from funclora.io.peft.tensors import WEIGHTS_FILE
 
 # Bytes of adapters that are kept between batches; more if the largest adapter needs more.
@@ -68,10 +69,12 @@ class Generator:
         base: the model.
         folders: PEFT folders by name.
         sampling: how tokens are chosen.
+        model: the model's folder, which adapters are compared with; None if it is in none.
     """
 
-    def __init__(self, base: Base, folders: Mapping[str, Path], sampling: Sampling) -> None:
-        self._base, self._folders, self._sampling = base, folders, sampling
+    def __init__(self, base: Base, folders: Mapping[str, Path], sampling: Sampling, model: Path | None = None) -> None:
+        self._base, self._folders, self._sampling, self._model = base, folders, sampling, model
+        self._new = {*folders}
         sizes = [
             (folder / WEIGHTS_FILE).stat().st_size for folder in folders.values() if (folder / WEIGHTS_FILE).exists()
         ]
@@ -88,7 +91,11 @@ class Generator:
             ConfigError: one does not load, or belongs to another model.
         """
         with for_base(self._base.name, [self._folders[name] for name in names if name is not None]):
-            return self._cache.route(names)
+            adapters = self._cache.route(names)
+        used = self._new & {name for name in names if name is not None}
+        self._new -= used
+        check_origin([self._folders[name] for name in sorted(used)], self._model)
+        return adapters
 
     def batches(self, prompts: Sequence[Prompt], rows: int) -> Iterator[list[Answer]]:
         """The answers, in the order of the prompts, so many rows at a time."""

@@ -20,6 +20,7 @@ from funclora._files.atomic import replace_files
 from funclora.cli._adapters import adapter_folders, for_base
 from funclora.cli._output import json_text
 from funclora.errors import FormatError
+from funclora.io.hf.origin import check_origin
 
 # Rows that are read at a time; the number that is computed together is measured.
 BATCH = 64
@@ -143,6 +144,7 @@ def losses(
         progress(f"loading {name}", ticks)
         with for_base(base.name, [folder]):
             members.append(fl.load_peft(folder, base.model)[0])
+    check_origin(folders.values(), model)
     stack = fl.stack(members)
 
     def nats(bound: Any, ids: Tensor) -> Tensor:

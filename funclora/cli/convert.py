@@ -71,6 +71,7 @@ def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
     from funclora.io.gguf.adapter import save_gguf
+    from funclora.io.hf.origin import check_origin
     from funclora.io.peft.folder import load_peft
     from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
 
@@ -80,6 +81,7 @@ def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool
     weights = any(".base_layer." in key for key in StoredTensors(folder / WEIGHTS_FILE).shapes())
     model = base_model(base, weights=weights)
     adapters, _ = load_peft(folder, model)
+    check_origin([folder], base)
     save_gguf(out, adapters, model, dtype=getattr(torch, dtype))
     return {"out": out, "updates": len(adapters), "dtype": dtype, "bytes": out.stat().st_size}
 

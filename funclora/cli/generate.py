@@ -121,7 +121,7 @@ def generate(
     from funclora._apps.train.base import load_base
 
     base = load_base(settings, reader.tokenizer)
-    generator = Generator(base, folders, sampling)
+    generator = Generator(base, folders, sampling, model)
     if file is not None:
         _answer_file(generator, prompts, batch, out, base, sampling, json=json)
     elif prompt is not None:

@@ -20,6 +20,7 @@ from matplotlib.colors import Normalize
 
 from funclora._apps.sweep.search import Search
 from funclora._files.atomic import replace_files
+from funclora.io.hf.origin import write_origin
 from funclora.io.peft.folder import save_peft
 
 COLORS = mpl.colormaps["viridis"]  # the darker, the lower the loss
@@ -41,6 +42,9 @@ def write(search: Search, save: int) -> None:
         if search.progress[member.id].file is not None:
             folder = store.folder / "adapters" / f"{row['place']:02d}-member-{member.id:03d}"
             save_peft(folder, search.adapters(member.id), member.config(**search.task.lora))
+            base = search.task.lora.get("base_model_name_or_path")
+            if base is not None:
+                write_origin(folder, Path(base))
     writers = {
         "learning_curves.png": partial(learning_curves, store.state.records),
         "parallel_coordinates.png": partial(parallel_coordinates, board),

@@ -27,6 +27,7 @@ from funclora._files.staging import check_out, staged_folder
 from funclora._quant.quantize import dequantize
 from funclora.errors import ConfigError
 from funclora.io.hf.library import quiet, transformers
+from funclora.io.hf.origin import write_origin
 from funclora.io.merge.merge import merge_checkpoint
 from funclora.io.peft.folder import save_peft
 from funclora.rules.base import Rule
@@ -92,6 +93,8 @@ def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> li
     _clear(folders[0])
     with staged_folder(folders[0]) as draft:
         save_peft(draft, adapters, config)
+        if settings.model is not None:
+            write_origin(draft, settings.model)
         if hasattr(start.base.tokenizer, "save_pretrained"):
             start.base.tokenizer.save_pretrained(str(draft))
         if start.base.classes:

@@ -12,6 +12,7 @@ import torch
 from funclora._files.safetensors import DTYPES
 from funclora._files.staging import check_out, staged_folder
 from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.origin import check_origin
 from funclora.io.merge.plan import MergePlan
 from funclora.io.merge.verify import MergeVerification
 from funclora.io.merge.verify import verify as verified
@@ -131,6 +132,7 @@ def merge_checkpoint(
     check_out(out, [base, *folders])
     with Checkpoint(base) as checkpoint:
         plan = MergePlan(checkpoint, folders, weights, dtype, max_shard_size)
+        check_origin(folders, base)
         if dry_run:
             return _report(plan, None)
         verification = None

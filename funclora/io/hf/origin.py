@@ -1,0 +1,147 @@
+"""Which weights an adapter belongs to: a sample of its base's values beside it, compared when it meets a model.
+
+Base and instruct versions of a model have the same shapes, so that an adapter of one loads on the other without an
+error. `adapter_config.json` names the base, but a name says nothing once a folder has moved. What `funclora train` and
+`funclora sweep` write has `base.json` too: for some tensors, chosen by their names, a digest of a few values, rounded
+to bfloat16. A copy in another dtype, in other files or in another place is the same base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from funclora._files.atomic import read_json, replace_files
+from funclora._files.safetensors import DTYPES, Stored, fill
+from funclora.errors import FormatError, OtherBaseWarning
+from funclora.io.hf.checkpoint import stored_tensors
+from funclora.io.peft.config_file import CONFIG_FILE
+
+ORIGIN_FILE = "base.json"
+_TENSORS, _VALUES = 128, 64
+
+
+def sample(tensors: Mapping[str, Stored], keys: Iterable[str] | None = None) -> dict[str, str]:
+    """A digest of shape and some values, for some tensors of a model's folder.
+
+    Args:
+        tensors: where each lies, as `stored_tensors` says.
+        keys: which to look at, of those that are there; else as many as are written, by the digests of their names.
+    """
+    if keys is None:
+        keys = sorted(tensors, key=lambda key: hashlib.sha256(key.encode()).digest())[:_TENSORS]
+    found: dict[str, str] = {}
+    files: dict[Path, int] = {}
+    with contextlib.ExitStack() as opened:
+        for key in keys:
+            stored = tensors.get(key)
+            if stored is None:
+                continue
+            if stored.file not in files:
+                files[stored.file] = os.open(stored.file, os.O_RDONLY)
+                opened.callback(os.close, files[stored.file])
+            found[key] = _digest(stored, files[stored.file])
+    return found
+
+
+def _digest(stored: Stored, descriptor: int) -> str:
+    dtype = DTYPES[stored.dtype]
+    count = stored.nbytes // dtype.itemsize
+    n = min(_VALUES, count)
+    raw = torch.empty(n * dtype.itemsize, dtype=torch.uint8)
+    fill(descriptor, raw, stored.start + (count - n) // 2 * dtype.itemsize)
+    if dtype.is_floating_point:
+        raw = raw.view(dtype).to(torch.bfloat16).view(torch.uint8)
+    return hashlib.sha256(f"{list(stored.shape)}".encode() + raw.numpy().tobytes()).hexdigest()[:16]
+
+
+def write_origin(adapter: Path, base: Path) -> None:
+    """Write the sample of a base beside an adapter.
+
+    Args:
+        adapter: the PEFT folder.
+        base: the folder of the model that it belongs to.
+    """
+    text = json.dumps({"tensors": sample(stored_tensors(base))}, indent=1) + "\n"
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    replace_files(adapter, {ORIGIN_FILE: write})
+
+
+def check_origin(adapters: Iterable[Path], base: Path | None) -> None:
+    """Warn, in a line for each, of adapters that belong to another model than the one that they meet.
+
+    The sample decides where there is one that can be compared; else the name of the base in `adapter_config.json`.
+
+    Args:
+        adapters: PEFT folders.
+        base: the model's folder; None for a model that is in no folder, of which nothing is said.
+
+    Raises:
+        FormatError: a sample, or the base, is broken.
+    """
+    if base is None:
+        return
+    tensors: dict[str, Stored] | None = None
+    for adapter in adapters:
+        named = _named(adapter)
+        stored = _stored(adapter / ORIGIN_FILE)
+        if stored:
+            tensors = stored_tensors(base) if tensors is None else tensors
+            found = sample(tensors, stored)
+            if 2 * len(found) > len(stored):
+                differ = sum(stored[key] != value for key, value in found.items())
+                if differ:
+                    _warn(
+                        f"{adapter}: it belongs to other weights than those in {base}: {differ} of {len(found)} tensors"
+                        f" that were compared differ. It was trained on {named!r}."
+                    )
+                continue
+        if named and not _is_name_of(named, base):
+            _warn(
+                f"{adapter}: {CONFIG_FILE} names {named!r} as its base, and this is {base}. If that is another model, "
+                "the result means nothing."
+            )
+
+
+def _stored(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    tensors = read_json(file).get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
+        raise FormatError(f"{file}: expected tensors and their digests. Remove the file to do without the comparison.")
+    return tensors
+
+
+def _named(adapter: Path) -> str | None:
+    named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def _is_name_of(named: str, base: Path) -> bool:
+    """Whether a name, of a folder or on the hub, is that of a folder as far as can be told."""
+    with contextlib.suppress(OSError, ValueError):
+        if Path(named).samefile(base):
+            return True
+    config: Any = read_json(base / "config.json")
+    known = [base.name, base.resolve().name, config.get("_name_or_path")]
+    known += [part.removeprefix("models--").replace("--", "/") for part in base.parts if part.startswith("models--")]
+    return _last(named) in {_last(name) for name in known if isinstance(name, str) and name}
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, OtherBaseWarning, stacklevel=4)
