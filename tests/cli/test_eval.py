@@ -163,7 +163,7 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
         ([adapters, "--data", tmp_path / "z.txt"], "contains no text with at least two tokens"),
         (
             [adapters, "--data", text, "--model", tmp_path],
-            "holds no config.json. Give the folder of a",
+            "contains no config.json. Give the folder of a",
         ),
         ([adapters, "--data", text, "--device", "toaster"], "device: 'toaster' cannot be used here"),
     ]

@@ -428,7 +428,7 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
         (["-p", "x", "--adapter", "ad-4"], "there is no adapter 'ad-4'. No adapters are given: name PEFT folders"),
         ([some, *model, "-f", file], "no record names one of the given adapters: ad-0, ad-1, ad-2."),
         ([tmp_path / "none", "-p", "x"], "none: there is no such folder. Give PEFT folders"),
-        (["--model", tmp_path, "-p", "x"], "holds no config.json. Give the folder of a transformers model"),
+        (["--model", tmp_path, "-p", "x"], "contains no config.json. Give the folder of a transformers model"),
         ([*model, "-p", "", ], "--prompt: the prompt is empty, so there is no token to continue."),
         (["-p", "x", "--chat"], "--prompt: the model's tokenizer has no chat template"),
         (["-p", "x", "--device", "toaster"], "device: 'toaster' cannot be used here"),

@@ -111,7 +111,7 @@ def test_draws_are_log_uniform_and_within_their_range() -> None:
         ({"lr": "1e-3,,1"}, "--lr: expected values with commas"),
         ({"lr": "1:2:3"}, "--lr: expected a range low:high"),
         ({"lr": "1e-2:1e-4"}, "--lr: expected a range whose first number is the lower"),
-        ({"lr": "1e-4:1e-2"}, "--lr: a range needs a number of draws; add --random"),
+        ({"lr": "1e-4:1e-2"}, "--lr: a range needs a number of samples; add --random"),
         ({"rank": "2.5"}, "--rank: expected a positive integer, got '2.5'"),
         ({"rank": "0"}, "--rank: expected a positive integer"),
         ({"alpha": "xr"}, "--alpha: expected a positive number or 2r, got 'xr'"),
@@ -306,8 +306,8 @@ def test_a_population_that_runs_out_of_memory_is_halved(tmp_path: Path, task: Ta
 
     search.step = limited
     search.run()
-    assert "memory ran out with 8 members together, going on with 4" in search.status.notes
-    assert "memory ran out with 4 members together, going on with 2" in search.status.notes
+    assert "memory ran out with 8 members together, continuing with 4" in search.status.notes
+    assert "memory ran out with 4 members together, continuing with 2" in search.status.notes
     assert max(sizes[8:]) == search.store.state.size == 2
     expected = losses(searched(tmp_path / "plain", task, members))
     found = losses(search)
@@ -577,10 +577,10 @@ def test_every_eighth_text_is_held_out(tmp_path: Path, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{}", r"^--data: .*texts.jsonl:1: expected a text under 'text'; it has nothing"),
+        ("{}", r"^--data: .*texts.jsonl:1: expected a text under 'text'; it has no fields"),
         ("[", r"texts.jsonl:1: expected JSON in each line"),
         ('{"text": 3}', r"texts.jsonl:1: expected a text under 'text'; it has 'text'"),
-        ("", r"texts.jsonl: holds no records"),
+        ("", r"texts.jsonl: contains no records"),
     ],
 )
 def test_data_that_cannot_be_read(tmp_path: Path, llama: Path, line: str, message: str) -> None:
@@ -591,9 +591,9 @@ def test_data_that_cannot_be_read(tmp_path: Path, llama: Path, line: str, messag
 
 def test_too_little_text_and_no_model(tmp_path: Path, llama: Path) -> None:
     data = jsonl(tmp_path / "texts.jsonl", ["w1 " * 12])
-    with pytest.raises(ConfigError, match="held-out tokens, a window needs 9"):
+    with pytest.raises(ConfigError, match="held-out tokens, but a window needs 9"):
         folder_task(llama, data, context=8, windows=2)
-    with pytest.raises(FormatError, match=r"holds no config.json"):
+    with pytest.raises(FormatError, match=r"contains no config.json"):
         folder_task(tmp_path, data, context=8, windows=2)
     with pytest.raises(FormatError, match=r"none.jsonl: there is no such file"):
         folder_task(llama, tmp_path / "none.jsonl", context=8, windows=2)

@@ -117,7 +117,7 @@ def test_it_goes_on_by_its_folder_alone(folders: dict[str, Path], tmp_path: Path
     for file in (cut / "adapter").iterdir():
         file.unlink()
     refused = run(*args, "--out", cut)
-    assert (refused.exit_code, "holds a run. Go on with it by --resume" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "contains a run. Continue it with --resume" in refused.stderr) == (2, True)
     done("--out", cut, "--resume")
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
     assert a.keys() == b.keys()
@@ -188,18 +188,18 @@ def test_what_is_wrong_is_one_line(folders: dict[str, Path], tmp_path: Path) -> 
         (("--rank", "x"), "--rank: expected a whole number, got 'x'"),
         (("--method", "dra"), "--method: expected one of lora, dora, got 'dra'. Near names: dora"),
         (("--rnak", 3), "No such option: --rnak"),
-        (model, "--data: there is nothing to train"),
+        (model, "--data: there is no data to train"),
         ((*model, "--data", tmp_path / "none.jsonl"), "none.jsonl: there is no such file"),
-        (("--model", tmp_path / "none", *data), "none is no folder"),
+        (("--model", tmp_path / "none", *data), "none is not a directory"),
         ((*model, *data, "--task", "seq2seq"), "has no form for seq2seq"),
         ((*model, *data, "--targets", "q_prj"), "'q_prj' matches no module. Near names: q_proj"),
         ((*model, *data, "--device", "cuda:7"), "'cuda:7' cannot be used here"),
         ((*model, *data, "--steps", 2, "--epochs", 2), "--steps and --epochs exclude each other"),
         ((tmp_path / "none.toml",), "none.toml: there is no such file"),
-        (("--resume",), "holds no run to go on with"),
+        (("--resume",), "contains no run to continue"),
         ((*model, *data, "--init", "orthogonal", "--rank", 3), "needs even ranks"),
-        (("--data", folders["text"], "--packing"), "packing: the demo's base cannot keep"),
-        ((*model, *data, "--wandb", "x"), "wandb: it is asked for and not installed"),
+        (("--data", folders["text"], "--packing"), "packing: the demo's base cannot separate"),
+        ((*model, *data, "--wandb", "x"), "wandb: it is requested, but not installed"),
     ):  # fmt: skip
         assert words in refused(*args, *out), args
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir()), args

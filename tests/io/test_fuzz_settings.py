@@ -97,8 +97,8 @@ def _finite(tree: Any) -> bool:
 
 N = 10_000
 LARGE = {
-    "yaml keys": (".yaml", "".join(f"k{i}: 1\n" for i in range(N // 2)), "no key of a run"),
-    "a yaml key twice": (".yaml", "".join(f"k{i}: 1\n" for i in range(N // 2)) + "k1: 1\n", "'k1' is there twice"),
+    "yaml keys": (".yaml", "".join(f"k{i}: 1\n" for i in range(N // 2)), "not a key of a run"),
+    "a yaml key twice": (".yaml", "".join(f"k{i}: 1\n" for i in range(N // 2)) + "k1: 1\n", "'k1' appears twice"),
     "a number in base 60": (".yaml", f"rank: 1{':1' * N}\n", "a value of 20001 characters is no text"),
     "yaml in yaml": (".yaml", "rank: " + "[" * N, "nested too deeply"),
     "merges of merges": (
@@ -107,9 +107,9 @@ LARGE = {
     ),
     "lists of lists": (
         ".yaml", "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
-        "no key of a run",
+        "not a key of a run",
     ),
-    "toml keys": (".toml", "".join(f"k{i} = 1\n" for i in range(N // 2)), "no key of a run"),
+    "toml keys": (".toml", "".join(f"k{i} = 1\n" for i in range(N // 2)), "not a key of a run"),
     "keys in keys": (".toml", "a." * N + "a = 1", "nested too deeply"),
     "keys in keys, quoted": (".toml", "'a'.\"b\" ." * (N // 4) + "a = 1", "nested too deeply"),
     "toml in toml": (".toml", "rank = " + "[" * N, "nested too deeply"),
@@ -147,7 +147,7 @@ def test_a_key_is_compared_with_no_other_one() -> None:
     assert len(loader.construct_mapping(yaml.MappingNode("tag:yaml.org,2002:map", pairs))) == 2000
     assert Counted.comparisons < 20_000
     Counted.comparisons = 0
-    with pytest.raises(ValueError, match="'k1999' is there twice"):
+    with pytest.raises(ValueError, match="'k1999' appears twice"):
         strict_json._unique([*((key.value, 1) for key, _ in pairs), (Counted("k1999"), 1)])
     assert Counted.comparisons < 20_000
 

@@ -20,7 +20,7 @@ def parse_size(text: str) -> int:
     """A number of bytes such as `2GiB`, `512 MB` or `1.5g`.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a size.
 
     Examples:
         >>> parse_size("2GiB"), parse_size("1.5 MB")
@@ -33,7 +33,7 @@ def parse_size(text: str) -> int:
 
 
 def readable(size: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes for display.
 
     Examples:
         >>> readable(3 * 2**29)
@@ -43,7 +43,7 @@ def readable(size: float) -> str:
 
 
 def available(device: torch.device) -> int:
-    """Four fifths of what this process has or could still get, the default budget."""
+    """The default budget: four fifths of the memory that this process has or could still get."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(0.8 * (free + torch.cuda.memory_reserved(device)))
@@ -52,7 +52,7 @@ def available(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let the peak begin anew, where the system can."""
+    """Reset the peak, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -63,7 +63,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """The most that was in use since the peak was reset: allocated on CUDA, resident on the CPU."""
+    """The peak since the last reset: allocated memory on CUDA, resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -84,15 +84,15 @@ def _max_rss() -> int:
 def fitting(measure: Callable[[int], int], n: int, budget: int) -> tuple[int, int]:
     """The largest population within a budget.
 
-    Sizes are doubled as long as the growth so far lets the next one fit.
+    Sizes are doubled as long as the next one is expected to fit.
 
     Args:
         measure: runs a step with that many members and returns its peak; it may run out of memory.
-        n: how many members there are.
+        n: number of members.
         budget: in bytes.
 
     Returns:
-        The size, and the peak that was measured at it or is expected by the line through the last two.
+        The size, and its peak: measured, or extrapolated from the last two.
 
     Raises:
         ConfigError: not even one member fits.
@@ -130,6 +130,6 @@ def fitting(measure: Callable[[int], int], n: int, budget: int) -> tuple[int, in
 def _too_small(found: int | None, budget: int) -> str:
     need = "more memory than there is" if found is None else readable(found)
     return (
-        f"--memory: one member alone needs {need}, the base model included; the budget is {readable(budget)}. "
+        f"--memory: one member alone needs {need}, including the base model; the budget is {readable(budget)}. "
         "Raise it, or lower --batch or --context."
     )

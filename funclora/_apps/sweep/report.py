@@ -1,4 +1,4 @@
-"""What is left of a search: the leaderboard, two pictures, and the best adapters as PEFT folders."""
+"""The results of a search: the leaderboard, two plots, and the best adapters as PEFT folders."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ AXES = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
 
 
 def write(search: Search, save: int) -> None:
-    """Write all of it into the search's folder, and mark the search as done.
+    """Write the results into the search's folder, and mark the search as done.
 
     Args:
-        search: one that has been run.
-        save: how many of the best adapters to write.
+        search: a finished search.
+        save: number of the best adapters to write.
     """
     store = search.store
     board = search.leaderboard()
@@ -89,7 +89,7 @@ def learning_curves(records: list[dict[str, Any]], file: Path) -> None:
 
 
 def _sensible(losses: list[float]) -> tuple[float, float]:
-    """Limits of an axis. A member that diverges must not press all the others into one line."""
+    """Limits of an axis, such that a diverging member does not compress all others into one line."""
     losses = sorted(losses)
     low, middle = losses[0], losses[len(losses) * 3 // 4]
     high = min(losses[-1], middle + 2 * (middle - low)) + 1e-3
@@ -106,7 +106,7 @@ def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(2 + 1.7 * len(names), 5), layout="constrained")
     last = max((row["step"] for row in rows), default=0)
     for k, row in reversed([*enumerate(rows)]):
-        # Lines through one value lie side by side, the best one lowest.
+        # Lines through the same value are side by side, the best one lowest.
         aside = SPREAD * (k / max(1, len(rows) - 1) - 0.5)
         heights = [places[name][0][row[name]] + (aside if name != "heldout_loss" else 0) for name in names]
         finished = row["step"] == last

@@ -1,7 +1,7 @@
-"""The search: populations trained from evaluation to evaluation, the field cut at every rung.
+"""The search: populations are trained from evaluation to evaluation, and members are dropped at every rung.
 
-A member's trajectory is its own: its data, initial values and schedule are functions of its seed, its options and
-the step. Who else is in its population changes it by rounding at most.
+The data, initial values and schedule of a member are functions of its seed, its options and the step. The other members
+of its population change its results only by rounding.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from funclora.optim._members import MemberTransformation
 
 @dataclass
 class Status:
-    """What a search tells while it runs.
+    """The status of a running search.
 
     Attributes:
-        doing: in words.
-        done: member-steps behind us, those of earlier runs included.
-        total: member-steps of the whole search, as planned now.
+        doing: the current activity, in words.
+        done: finished member-steps, including those of earlier runs.
+        total: member-steps of the whole search, as currently planned.
         fresh: member-steps of this process.
-        seconds: how long they took.
+        seconds: their duration.
         size: members trained together.
-        step: of the population at work.
+        step: of the current population.
         ranking: the leaderboard.
         notes: members that were dropped, budgets that were halved.
     """
@@ -58,12 +58,12 @@ class Status:
 
     @property
     def left(self) -> float | None:
-        """ReorderedB left, at the pace of this process."""
+        """Seconds left, at the speed of this process."""
         return (self.total - self.done) * self.seconds / self.fresh if self.fresh else None
 
 
 class Search:
-    """A search in a folder; `run` begins it or goes on with it."""
+    """A search in a folder; `run` starts or continues it."""
 
     def __init__(
         self,
@@ -84,12 +84,12 @@ class Search:
 
     @property
     def progress(self) -> dict[int, MemberProgress]:
-        """How far each member is."""
+        """The progress of each member."""
         return self.store.state.members
 
     @property
     def live(self) -> list[int]:
-        """The members still in the race; those of one structure together, so that populations hold few kinds."""
+        """The active members; members of one structure are adjacent, so that populations contain few kinds."""
         alive = [i for i, p in self.progress.items() if p.status == LIVE]
         return sorted(alive, key=lambda i: (*self._kind(i), i))
 
@@ -120,7 +120,7 @@ class Search:
         self._tell("done")
 
     def ranking(self) -> list[int]:
-        """All members, best first: those that came further before the others, then by held-out loss."""
+        """All members, best first: by number of steps, then by held-out loss."""
 
         def key(i: int) -> tuple[Any, ...]:
             p = self.progress[i]
@@ -185,7 +185,7 @@ class Search:
                 f"memory ran out with a single member: {said}. Lower --batch, --context or --rank."
             ) from error
         self.store.state.size = self.status.size = n // 2
-        self._note(f"memory ran out with {n} members together, going on with {n // 2}")
+        self._note(f"memory ran out with {n} members together, continuing with {n // 2}")
         self.store.commit()
         if self.task.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -261,13 +261,13 @@ class Search:
         return found
 
     def _cut(self, rung: int) -> None:
-        """Keep the best at a rung. The tensors of the others stay, they may be saved at the end."""
+        """Keep the best members at a rung. The others' tensors are kept too, since they may be saved at the end."""
         field_ = [i for i in self.ranking() if self.progress[i].status == LIVE]
         keep = math.ceil(len(field_) / self.settings.halving)
         for i in field_[keep:]:
             self.progress[i].status = HALVED
         self.store.state.rung = rung + 1
-        self._note(f"rung {rung + 1}: the best {keep} of {len(field_)} go on")
+        self._note(f"rung {rung + 1}: the best {keep} of {len(field_)} continue")
         self.store.commit()
         self._tell("training")
 
@@ -321,7 +321,7 @@ class Search:
         self.observe(self.status)
 
     def _planned(self) -> int:
-        """Member-steps to come, if nobody else is dropped for a loss that is not finite."""
+        """Remaining member-steps, if no other member is dropped for a non-finite loss."""
         n, total = len(self.live), 0
         steps = [self.progress[i].step for i in self.live]
         for cut in [*self.settings.cuts(len(self.members))[self.store.state.rung :], self.settings.steps]:

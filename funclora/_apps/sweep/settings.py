@@ -21,14 +21,14 @@ class SearchSettings:
     Attributes:
         steps: training steps of a member that is never dropped.
         batch: windows in each step of a member.
-        every: steps between evaluations, each of which is a checkpoint too.
-        halving: at each rung the best 1/halving stay; below 2 all stay.
-        rungs: evaluations that decide, the last one included.
+        every: steps between evaluations; each is also a checkpoint.
+        halving: at each rung the best 1/halving are kept; below 2, all are kept.
+        rungs: number of evaluations that decide, including the last one.
         warmup: steps of warmup.
-        clip: largest norm of a member's gradient.
+        clip: maximum norm of a member's gradient.
         weight_decay: AdamW's.
-        budget: memory in bytes, None for most of what is free.
-        population: the largest number of members trained together, None for what fits.
+        budget: memory in bytes; None for most of the free memory.
+        population: maximum number of members trained together; None for as many as fit.
     """
 
     steps: int = 81
@@ -58,7 +58,7 @@ class SearchSettings:
         """`lr -> optimizer` of one member."""
 
         def build(lr: Tensor) -> Any:
-            # One step ahead: the rate of step 0 is 0, and a member has no step to give away.
+            # Shifted by one step: the rate of step 0 is 0, which would waste a step.
             schedule = warmup_cosine(lr, min(self.warmup, self.steps), self.steps + 1)
             decayed = adamw(lambda step: schedule(step + 1), weight_decay=self.weight_decay)
             return flat(chain(clip_by_global_norm(self.clip), decayed))
@@ -69,7 +69,7 @@ class SearchSettings:
 def flat(optimizer: Any) -> GradientTransformation:
     """An optimizer on all leaves as one vector: many small operations become a few, and take a quarter of the time.
 
-    For optimizers to which it makes no difference, as it does to none that works elementwise or by the global norm.
+    For optimizers whose result does not change by this: elementwise ones, and those that use the global norm.
     """
 
     def joined(tree: Any) -> dict[str, Tensor]:

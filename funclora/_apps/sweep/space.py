@@ -1,6 +1,6 @@
-"""What is searched: options as they are typed, and the members that they stand for.
+"""The search space: options as they are typed, and the members that they define.
 
-Needs no torch: a mistake in an option is found before anything slow is imported.
+Does not need torch, so that errors in options are found before slow imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Member:
         targets: "all-linear", or names of modules joined by "+".
         method: "lora" or "dora".
         init: PEFT's `init_lora_weights`, in lower case.
-        seed: decides the adapter's initial values and the order of its data.
+        seed: determines the adapter's initial values and the order of its data.
     """
 
     id: int
@@ -59,7 +59,7 @@ class Member:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What was searched over, by name."""
+        """The options that are searched, by name."""
         values = asdict(self)
         del values["id"]
         return values
@@ -67,7 +67,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`, each order of magnitude as likely as another."""
+    """All numbers from `low` to `high`, sampled log-uniformly."""
 
     low: float
     high: float
@@ -136,12 +136,12 @@ class Space:
         listed = []
         for dimension in self.dimensions():
             if isinstance(dimension.values, Range):
-                raise ConfigError(f"--{dimension.name}: a range needs a number of draws; add --random 32.")
+                raise ConfigError(f"--{dimension.name}: a range needs a number of samples; add --random 32.")
             listed.append(dimension.values)
         return [_member(i, chosen) for i, chosen in enumerate(itertools.product(*listed))]
 
     def draws(self, n: int, seed: int) -> list[Member]:
-        """n combinations at random. The first ones are the same for every n.
+        """n random combinations. The first ones are the same for every n.
 
         Raises:
             ConfigError: an option cannot be read.

@@ -1,4 +1,4 @@
-"""A search on disk. Killed at any moment, the folder holds the last state that was committed as a whole.
+"""A search on disk. If it is killed at any moment, the folder contains the last complete state.
 
 sweep.json        the configuration, which later runs in the folder must agree with
 state.json        how far each member is; names the files with its tensors. Its renaming is the commit
@@ -29,7 +29,7 @@ LIVE, HALVED, NOT_FINITE = "live", "halved", "not finite"
 
 @dataclass
 class MemberProgress:
-    """How far a member is.
+    """The progress of a member.
 
     Attributes:
         step: steps taken.
@@ -46,13 +46,13 @@ class MemberProgress:
 
 @dataclass
 class State:
-    """All that a search must remember between two commits, but for tensors.
+    """The state of a search between two commits, without tensors.
 
     Attributes:
         members: by id.
         size: members in a population; None before it was measured.
         budget: the `--memory` that the size was measured for.
-        rung: how often the field was cut.
+        rung: number of rungs so far.
         files: tensor files written so far.
         lines: results written so far.
         done: whether everything is written.
@@ -72,7 +72,7 @@ class Store:
     """The folder of one search."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], n: int) -> None:
-        """Open a folder: begin a search, or go on with the one that is there.
+        """Open a folder: start a search, or continue the one in it.
 
         Raises:
             ConfigError: the folder has a search with another configuration.
@@ -80,7 +80,7 @@ class Store:
         """
         self.folder = folder
         self.tensors = folder / "state"
-        given: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read back
+        given: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read again
         if (folder / CONFIG).exists():
             _agree(folder, _read(folder / CONFIG), given)
         else:
@@ -104,7 +104,7 @@ class Store:
         return state
 
     def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
-        """Make the state, and new tensors of some members, what a later run goes on from."""
+        """Commit the state and new tensors of some members, from which a later run continues."""
         state = self.state
         if tensors:
             name = f"{state.files:06d}.safetensors"
@@ -117,7 +117,7 @@ class Store:
         lines = "".join(json.dumps(record) + "\n" for record in state.records)
         raw = asdict(state)
         del raw["records"]
-        # Results first: lines beyond those that the state counts are cut off by the next run.
+        # Results first: the next run cuts off lines beyond those in the state.
         replace_files(self.folder, {RESULTS: _writer(lines), STATE: _writer(_json(raw))})
         self._sweep_up()
 
@@ -131,11 +131,11 @@ class Store:
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes out of the folder."""
-        busy = ConfigError(f"--out: another process is at work in {self.folder}. Use another folder.")
+        busy = ConfigError(f"--out: another process is using {self.folder}. Use another folder.")
         return lock_folder(self.folder / CONFIG, busy)
 
     def _sweep_up(self) -> None:
-        """Remove what no commit refers to: tensors of before, and drafts of a process that was killed."""
+        """Remove files that no commit refers to: old tensors, and drafts of killed processes."""
         used = {member.file for member in self.state.members.values()}
         for file in [*self.tensors.glob("*.safetensors"), *self.tensors.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
             if file.name not in used:
@@ -147,7 +147,7 @@ def _agree(folder: Path, stored: dict[str, Any], config: dict[str, Any]) -> None
         if stored.get(key) != config.get(key):
             raise ConfigError(
                 f"--out: {folder} has a search with {key} = {_short(stored.get(key))}, this one has "
-                f"{_short(config.get(key))}. Give the same options to go on with it, or another folder."
+                f"{_short(config.get(key))}. Give the same options to continue it, or another folder."
             )
 
 

@@ -1,4 +1,4 @@
-"""What the members are trained on: a frozen causal language model, and text for training and for evaluation."""
+"""The task of a search: a frozen causal language model, and text for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Task:
     """A model and its data.
 
     Attributes:
-        name: for people.
+        name: for messages.
         model: never changed.
         params: its weights, on the device of the search.
         train: `[n_tokens]`, the training text.
         heldout: `[n_windows, context + 1]` int64.
-        context: tokens that the model sees.
+        context: number of tokens that the model sees.
         keywords: further arguments of the model's call.
         lora: further fields of the adapters' configurations.
     """
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
+        """The device."""
         return self.heldout.device
 
     def row_losses(self, bound: Any, windows: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ class Task:
         return self.row_losses(bound, windows).mean()
 
     def batch(self, seed: int, step: int, rows: int) -> Tensor:
-        """The training windows of a step, `[rows, context + 1]`: a function of nothing but these numbers."""
+        """The training windows of a step, `[rows, context + 1]`: a function of these numbers only."""
         starts = torch.randint(len(self.train) - self.context, (rows, 1), generator=generator_of(seed, str(step)))
         return self.train[starts + torch.arange(self.context + 1)].long().to(self.device)
 
     def digests(self) -> dict[str, str]:
-        """Short digests of the data and of the base, to notice that either was exchanged."""
+        """Short digests of the data and the base, to detect that one was exchanged."""
         data = hashlib.blake2b(digest_size=8)
         for tensor in (self.train, self.heldout):
             data.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -83,7 +83,7 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
     """The demo's model, and one of the packages of Python's standard library.
 
     Raises:
-        ConfigError: no such domain, or the context is longer than the model's.
+        ConfigError: there is no such domain, or the context is longer than the model's.
     """
     from funclora.demo import corpus
 
@@ -106,9 +106,9 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
 
 
 def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "cpu") -> Task:
-    """A causal language model that transformers loads from a folder, and a text or records with a `text` in each.
+    """A causal language model from a transformers folder, and a text or records with a `text` in each.
 
-    Every eighth text is held out; of fewer than eight texts, the last eighth of all tokens.
+    Every eighth text is held out; with fewer than eight texts, the last eighth of all tokens.
 
     Raises:
         UnsupportedError: transformers is missing.
@@ -125,7 +125,7 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
     for name, part in (("training", train), ("held-out", heldout)):
         if len(part) <= context:
             raise ConfigError(
-                f"--data: {data} has {len(part)} {name} tokens, a window needs {context + 1}. Give more text, or "
+                f"--data: {data} has {len(part)} {name} tokens, but a window needs {context + 1}. Give more text, or "
                 "a shorter --context."
             )
     return Task(

@@ -1,4 +1,4 @@
-"""Where lines of a run go: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
+"""The outputs of a run: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Samples = Sequence[tuple[str, str]]  # prompt, continuation
 
 
 class Sink(Protocol):
-    """One place where lines go."""
+    """One output."""
 
     def begin(self, step: int, total: int, id: str) -> None:
-        """The run starts after that step, of so many; `id` is a name that no other run has."""
+        """The run starts after the step, of a total number of steps; `id` is a unique name."""
 
     def line(self, line: Line) -> None:
         """Numbers of a step."""
@@ -32,10 +32,10 @@ class Sink(Protocol):
         """Continuations after a step."""
 
     def close(self) -> None:
-        """The run is over."""
+        """The run has ended."""
 
 
-_HINT = "Put it back as it was, or begin again in another folder."
+_HINT = "Restore it, or start again in another folder."
 
 
 class Metrics:
@@ -55,7 +55,7 @@ class Metrics:
             head = self._stream.read(size)
             lines = [json.loads(line) for line in head.splitlines()]
         except (FileNotFoundError, ValueError) as error:
-            raise FormatError(f"{self.file}: lines from before the checkpoint are gone: {error}. {_HINT}") from error
+            raise FormatError(f"{self.file}: lines from before the checkpoint are missing: {error}. {_HINT}") from error
         if len(head) < size or not all(isinstance(line, dict) and "step" in line for line in lines):
             raise FormatError(
                 f"{self.file}: expected {size} bytes of lines with a step, as at the checkpoint, found {len(head)}. "
@@ -71,7 +71,7 @@ class Metrics:
     def line(self, line: Line) -> None:
         rest = memoryview(json.dumps(line).encode() + b"\n")
         try:
-            while rest:  # unbuffered, for who follows it: a full disk may take a part
+            while rest:  # unbuffered, for readers that follow it: a full disk may accept only a part
                 rest = rest[self._stream.write(rest) :]
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror or error}: no line can be added", str(self.file)) from error
@@ -80,7 +80,7 @@ class Metrics:
         self.line({"step": step, "samples": [{"prompt": prompt, "continuation": text} for prompt, text in samples]})
 
     def flushed(self) -> int:
-        """Its size, once all of it is on the disk."""
+        """Its size, after it was flushed to the disk."""
         os.fsync(self._stream.fileno())
         size: int = self._stream.tell()
         return size
@@ -100,13 +100,13 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "tensorboard: it is asked for and not installed. Install it (pip install tensorboard), or leave "
+                "tensorboard: it is requested, but not installed. Install it (pip install tensorboard), or leave "
                 f"--tensorboard out. ({error})"
             ) from error
         self._open = SummaryWriter
 
     def begin(self, step: int, total: int, id: str) -> None:
-        # What an earlier process wrote after its last checkpoint is told again.
+        # What an earlier process wrote after its last checkpoint is written again.
         self._writer = self._open(str(self.folder), purge_step=step + 1 if step else None)
 
     def line(self, line: Line) -> None:
@@ -132,7 +132,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                "wandb: it is asked for and not installed. Install it (pip install wandb), or leave --wandb out."
+                "wandb: it is requested, but not installed. Install it (pip install wandb), or leave --wandb out."
             ) from error
         self._wandb: Any = wandb
 
@@ -160,7 +160,7 @@ class WeightsAndBiases:
 
 
 def _numbers(line: Line) -> dict[str, float]:
-    """What is drawn as a curve, by TensorBoard's way of grouping."""
+    """The values that are drawn as curves, grouped as in TensorBoard."""
     return {
         f"validation/{key.removeprefix('validation_')}" if key.startswith("validation_") else f"train/{key}": value
         for key, value in line.items()
@@ -169,7 +169,7 @@ def _numbers(line: Line) -> dict[str, float]:
 
 
 class Terminal:
-    """A progress bar in a terminal; now and then a line in a log."""
+    """A progress bar in a terminal; in a log, a line every few seconds."""
 
     EVERY = 10.0  # seconds between lines of training in a log
 
@@ -217,7 +217,7 @@ class Terminal:
             self.console.print(f"  [dim]{escape(prompt)}[/dim]{escape(text)}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """A separate line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The adapters that a run starts from, and the form in which they leave it."""
+"""The adapters that a run starts from, and the form in which they are saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Start:
     """Fresh adapters and the base that they belong to.
 
     Attributes:
-        base: the run's, with the weights that `init` left where it splits them.
+        base: the base model of the run; where `init` splits the weights, with the remaining part.
         adapters: full parameter name -> rule.
         config: theirs.
     """
@@ -41,13 +41,13 @@ class Start:
         if self.config.decomposition is None:
             return dict(trained), self.config
         if self.config.decomposition == "loftq":
-            # The base was packed as any 4-bit copy of it is, and the adapter makes up for that.
+            # The base is quantised like any 4-bit copy of it, and the adapter compensates for that.
             return dict(trained), self.config.replace(init_lora_weights=True)
         return relative_to_original(trained, self.adapters, self.config)
 
 
 def configuration(base: Base, settings: Settings) -> LoraConfig:
-    """What the settings and the base's new modules say, in PEFT's terms.
+    """The configuration that the settings and the base's new modules give.
 
     Raises:
         ConfigError: a value is invalid, or values contradict each other.
@@ -62,7 +62,7 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
         use_dora=settings.method == "dora",
         modules_to_save=trained_whole(base.model, settings, base.new) or None,
         init_lora_weights=words.get(settings.init, settings.init),
-        # PEFT's classes for a task are of transformers' models.
+        # PEFT's classes for a task need transformers' models.
         task_type=None if settings.model is None else task_type(base.model, settings),
         base_model_name_or_path=None if settings.model is None else str(settings.model),
     )
@@ -71,17 +71,18 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
 def begin(base: Base, settings: Settings, batches: Iterable[Batch] = ()) -> Start:
     """Fresh adapters, a function of base, settings and seed (and of the batches, for "eva").
 
-    Where `init` splits the weights ("pissa", "olora", "loftq") this is done in full precision, before they are packed.
+    Where `init` splits the weights ("pissa", "olora", "loftq") this is done in full precision, before they are
+    quantised.
 
     Args:
         base: from `load_base`.
         settings: the run's.
-        batches: training batches for "eva", gone through again and again.
+        batches: training batches for "eva", used repeatedly.
 
     Raises:
         ConfigError: a value is invalid, or the initialisation does not fit the weights.
         TargetError: a target matches nothing, or cannot be adapted.
-        ParamsError: a weight is of too low a rank for "pissa", or "eva" sees too few inputs.
+        ParamsError: the rank of a weight is too low for "pissa", or "eva" sees too few inputs.
 
     Examples:
         >>> from funclora._apps.train.base import load_base, load_tokenizer
@@ -93,7 +94,9 @@ def begin(base: Base, settings: Settings, batches: Iterable[Batch] = ()) -> Star
     config = configuration(base, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.targets != ("all-linear",) and "all-linear" in settings.targets:
-        raise ConfigError("targets: all-linear already has all linear layers. Name it alone, or name modules.")
+        raise ConfigError(
+            "targets: all-linear already includes all linear layers. Give it alone, or give names of modules."
+        )
     if config.init_lora_weights == "eva":
         inputs = [{key: value.to(base.device) for key, value in batch.items()} for batch in batches]
         adapters, config = init_eva(

@@ -1,4 +1,4 @@
-"""The frozen model of a run: loaded, quantised, and asked for its loss, its scores and its continuations."""
+"""The frozen model of a run: loading, quantisation, losses, scores and continuations."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Base:
     """A frozen model, its weights and its tokens.
 
     Attributes:
-        name: for people: the folder, or `DEMO`.
+        name: for messages: the folder, or `DEMO`.
         model: in evaluation mode; only its structure is used where `params` are given. Never changed.
-        params: its weights on the device of the run, quantised if that was asked for.
+        params: its weights on the device of the run, quantised if requested.
         tokenizer: as `load_tokenizer` gives it.
         task: one of `settings.TASKS`.
-        limit: longest context in tokens; None if nothing bounds it.
+        limit: maximum context in tokens; None if there is no limit.
         classes: names of the classes, by number; empty for tasks without.
-        new: full names of modules whose weights the folder did not have, such as a fresh head.
+        new: full names of modules whose weights are not in the folder, such as a new head.
         device: where the run computes.
 
     Examples:
@@ -70,8 +70,8 @@ class Base:
         """The SUM of the losses of all positions with a label, in nats, float32; divide by `count`.
 
         Args:
-            bound: the model under some adapters, as `funclora.bind` gives it.
-            batch: as `batches.collate` makes it, on any device.
+            bound: the model with adapters, as from `funclora.bind`.
+            batch: as from `batches.collate`, on any device.
 
         Returns:
             A scalar.
@@ -79,7 +79,7 @@ class Base:
         return self._loss(self.logits(bound, batch), self._labels(batch).to(self.device))
 
     def count(self, batch: Batch) -> int:
-        """How many positions `loss` sums over; counted where the batch is, so that no device is waited for."""
+        """The number of positions that `loss` sums over, counted on the batch's device without synchronisation."""
         return int((self._labels(batch) != IGNORED).sum())
 
     def score(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
@@ -93,24 +93,24 @@ class Base:
 
     @torch.no_grad()
     def generate(self, bound: Any, prompt: str, tokens: int) -> str:
-        """What the model says to a prompt: its greedy continuation, without the prompt; the class if it names classes.
+        """The model's greedy continuation of a prompt, without the prompt; for classification, the class.
 
         Args:
             bound: as for `loss`.
-            prompt: a text. Of one that leaves no room in the model's context, a causal model reads the end, and others
-                what they read of such a text in training: the beginning.
-            tokens: the most that are generated.
+            prompt: a text. If it is too long for the model's context, a causal model reads its end, and other models
+                read its beginning, as in training.
+            tokens: maximum number of generated tokens.
 
         Raises:
             ConfigError: the prompt has no tokens.
             UnsupportedError: the task has a class for each token.
         """
         if self.task == TOKEN:
-            raise UnsupportedError("sample: token-classification continues no prompt. Leave it out.")
+            raise UnsupportedError("sample: token-classification cannot continue prompts. Leave it out.")
         cut = {} if self.limit is None else {"truncation": True, "max_length": self.limit}
         ids = begun(self.tokenizer, prompt) if self.task == CAUSAL else self.tokenizer(prompt, **cut)["input_ids"]
         if not ids:
-            raise ConfigError("sample: an empty prompt has no token to go on from. Give at least a word.")
+            raise ConfigError("sample: the prompt is empty, so there is no token to continue. Give at least one word.")
         if isinstance(self.tokenizer, ByteTokenizer):
             said: bytes = bound.generate(bytes(ids), tokens, temperature=0.0)
             return self.tokenizer.decode(said[len(ids) :])
@@ -128,19 +128,19 @@ class Base:
         return text
 
     def logits(self, bound: Any, batch: Batch) -> Tensor:
-        """What the model says of a batch: `[batch, seq, vocabulary]`, or `[batch, classes]`.
+        """The logits of a batch: `[batch, seq, vocabulary]`, or `[batch, classes]`.
 
         Args:
             bound: as for `loss`.
-            batch: as for `loss`. For seq2seq the labels are what the decoder reads.
+            batch: as for `loss`. For seq2seq the decoder reads the labels.
 
         Raises:
-            UnsupportedError: rows are packed, which the demo's base cannot keep apart.
+            UnsupportedError: rows are packed, which the demo's base does not support.
         """
         given = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         if isinstance(self.tokenizer, ByteTokenizer):
             if "position_ids" in given:
-                raise UnsupportedError(f"packing: {DEMO} cannot keep the examples of a row apart. Leave it out.")
+                raise UnsupportedError(f"packing: {DEMO} cannot separate the examples of a row. Leave it out.")
             return bound(given["input_ids"])  # type: ignore[no-any-return]
         if self.task == SEQ2SEQ:
             given["decoder_input_ids"] = self._shifted(bound, batch["labels"].to(self.device))
@@ -151,7 +151,7 @@ class Base:
     def _labels(self, batch: Batch) -> Tensor:
         """The label of each position of the logits."""
         labels = batch["labels"]
-        # The labels move and not the logits, of which a slice would be a copy.
+        # The labels are shifted, not the logits: a slice of these would be a copy.
         return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.task == CAUSAL else labels
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Base:
         return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def _shifted(self, bound: Any, labels: Tensor) -> Tensor:
-        """What the decoder reads: the labels, one later."""
+        """The decoder's input: the labels, shifted by one."""
         if hasattr(bound, "prepare_decoder_input_ids_from_labels"):
             return bound.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[no-any-return]
         config: Any = self.model.config
@@ -169,7 +169,7 @@ class Base:
 
 @functools.cache
 def takes(forward: Any, argument: str) -> bool:
-    """Whether a function has an argument of that name."""
+    """Whether a function has an argument with this name."""
     return argument in inspect.signature(forward).parameters
 
 
@@ -178,7 +178,7 @@ def context_limit(settings: Settings) -> int | None:
 
     Raises:
         FormatError: the folder is no model.
-        ConfigError: the model has no form for the task.
+        ConfigError: the model does not support the task.
     """
     if settings.model is None:
         _refuse_demo(settings)
@@ -206,19 +206,20 @@ def known_classes(settings: Settings) -> tuple[str, ...]:
 def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -> Base:
     """The model of a run, on its device.
 
-    `quantize` packs all linear layers but the output layer and those trained in full, whether or not they are targets,
-    as QLoRA does, and gives the memory of their dense weights back. Where `init` splits the weights first, packing is
-    left to `adapters.begin`.
+    `quantize` quantises all linear layers except the output layer and the fully fine-tuned ones, whether or not they
+    are targets, as QLoRA does, and frees the memory of their dense weights. Where `init` splits the weights first,
+    `adapters.begin` quantises them.
 
     Args:
         settings: `model`, `task`, `dtype`, `quantize`, `double_quant`, `device`, `init`, `modules_to_save` and `seed`
-            are looked at.
+            are used.
         tokenizer: from `load_tokenizer`.
         classes: for classification; those of the folder's configuration if empty.
 
     Raises:
-        FormatError: the folder is no model, or is broken.
-        ConfigError: the model has no form for the task, or sees what it is to predict; or the device cannot be used.
+        FormatError: the folder contains no model, or a broken one.
+        ConfigError: the model does not support the task, or sees the tokens that it must predict; or the device cannot
+            be used.
         UnsupportedError: bitsandbytes or transformers is missing.
 
     Examples:
@@ -263,9 +264,9 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
 
 
 def _check_causal(base: Base) -> None:
-    """Raise `ConfigError` if the logits of a position depend on what comes after it, by trying it out.
+    """Raise `ConfigError` if the logits of a position depend on later tokens; this is tested by running the model.
 
-    transformers makes a causal model of an encoder too, and leaves its attention as it is: BERT without `is_decoder`
+    transformers also makes causal models from encoders, without changing their attention: BERT without `is_decoder`
     would learn to copy the next token from its input.
     """
     rows, half = vocabulary(base.model), min(8, base.limit or 8) // 2
@@ -277,11 +278,11 @@ def _check_causal(base: Base) -> None:
             base.logits(bound, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[:, :half]
             for ids in (first, other)
         )
-    # Not bit for bit: experts are given other batches by the tokens that follow.
+    # Not bit for bit: later tokens change the batches of the experts.
     scale = one.float().abs().max().item() * torch.finfo(one.dtype).eps ** 0.5
     if not torch.allclose(one.float(), two.float(), rtol=0, atol=scale, equal_nan=True):
         raise ConfigError(
-            f"task: {base.name} ({type(base.model).__name__}) sees the tokens that it is to predict, so it is no "
+            f"task: {base.name} ({type(base.model).__name__}) sees the tokens that it must predict, so it is not a "
             'causal language model. Give a decoder, or one with "is_decoder": true in its config.json.'
         )
 
@@ -289,7 +290,7 @@ def _check_causal(base: Base) -> None:
 def _refuse_demo(settings: Settings) -> None:
     if settings.task != CAUSAL:
         raise ConfigError(
-            f"task: {DEMO} is a causal language model, and {settings.task} needs another. Name one with --model."
+            f"task: {DEMO} is a causal language model, not for {settings.task}. Give another with --model."
         )
 
 
@@ -298,7 +299,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ConfigError(f"device: {name!r} cannot be used here: {first_line(error)}. cpu is always there.") from error
+        raise ConfigError(
+            f"device: {name!r} cannot be used here: {first_line(error)}. cpu is always available."
+        ) from error
     return device
 
 
@@ -314,17 +317,17 @@ def _move(model: nn.Module, device: torch.device) -> None:
 
 
 def _set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """See to it that the model takes the token that fills rows up, and knows it.
+    """Check that the model has the padding token, and set its padding id.
 
-    Models that classify by a row's last token look for it by the padding id.
+    Models that classify by the last token of a row find it by the padding id.
     """
     rows = vocabulary(model)
     if tokenizer.pad_token_id >= rows:
         end = tokenizer.eos_token_id
         if end is None or end >= rows:
             raise ConfigError(
-                f"model: the padding token {tokenizer.pad_token!r} is number {tokenizer.pad_token_id}, and the "
-                f"embedding of {name} has {rows} rows. Set another: tokenizer.pad_token = ... and "
+                f"model: the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but the "
+                f"embedding of {name} has {rows} rows. Set another one: tokenizer.pad_token = ... and "
                 "tokenizer.save_pretrained(folder)."
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -333,6 +336,6 @@ def _set_padding(model: nn.Module, tokenizer: Any, name: str) -> None:
 
 
 def vocabulary(model: nn.Module) -> int:
-    """How many token ids a model's embedding has."""
+    """Number of token ids that a model's embedding has."""
     table: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.embed  # type: ignore[operator]
     return int(table.num_embeddings)

@@ -21,16 +21,16 @@ def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | 
 
     Args:
         examples: the rows.
-        pad: token id that fills up.
+        pad: id of the padding token.
         task: one of `settings.TASKS`.
         packed: give `position_ids`; None: if a row has several examples.
 
     Returns:
         `input_ids: [batch, seq]`; `labels`: `[batch, seq]` (seq2seq: the decoder's `[batch, seq']`) padded with
         `IGNORED`, or `[batch]` for sequence-classification; and either `attention_mask: [batch, seq]` or, if packed,
-        `position_ids: [batch, seq]`, which restart at 0 with each example. Call the model with just what is there
-        (but labels): transformers takes restarting positions without an `attention_mask` for examples that do not
-        see each other. Padding is then one more such example.
+        `position_ids: [batch, seq]`, which restart at 0 with each example. Call the model with exactly these keys
+        (except labels): transformers treats restarting positions without an `attention_mask` as examples that do not
+        attend to each other. Padding is then one more such example.
 
     Examples:
         >>> rows = [Example([5, 6, 7], [-100, 6, 7], (3,), "a"), Example([8], [8], (1,), "b")]
@@ -65,7 +65,7 @@ class Batches:
         batch: rows of a micro-batch.
         accumulation: micro-batches of a step.
         seed: of the order; each epoch has its own permutation.
-        pad: token id that fills up.
+        pad: id of the padding token.
         task: one of `settings.TASKS`.
 
     Attributes:
@@ -88,11 +88,11 @@ class Batches:
             if value < 1:
                 raise ConfigError(f"{name}: expected 1 or more, got {value}.")
         if not examples:
-            raise ConfigError("examples: there are none to train on.")
+            raise ConfigError("examples: there are no examples to train on.")
         self.steps_per_epoch = math.ceil(len(examples) / (batch * accumulation))
         self._examples, self._batch, self._rows = examples, batch, batch * accumulation
         self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples)
-        self._order: tuple[int, list[int]] = (-1, [])  # of the epoch that was asked for last
+        self._order: tuple[int, list[int]] = (-1, [])  # of the most recently used epoch
 
     @classmethod
     def of(cls, settings: Settings, examples: Sequence[Example], pad: int) -> Batches:
@@ -115,7 +115,7 @@ class Batches:
         ]
 
     def sources(self, k: int) -> list[str]:
-        """Where the rows of step k are from."""
+        """The sources of the rows of step k."""
         return [row.source for row in self.rows(k)]
 
     def rows(self, k: int) -> list[Example]:
@@ -123,7 +123,7 @@ class Batches:
         if k < 0:
             raise ConfigError(f"step: expected 0 or more, got {k}.")
         epoch, i = divmod(k, self.steps_per_epoch)
-        order = self._order  # one read: another thread may ask for another epoch
+        order = self._order  # read once: another thread may use another epoch
         if order[0] != epoch:
             generator = generator_of(self._seed, f"order of epoch {epoch}")
             self._order = order = epoch, torch.randperm(len(self._examples), generator=generator).tolist()
@@ -131,7 +131,7 @@ class Batches:
 
 
 def evaluation(examples: Sequence[Example], *, batch: int, pad: int, task: str) -> Iterator[dict[str, Tensor]]:
-    """Every row once, in batches of similar lengths, the longest first, so that memory runs out at once or never."""
+    """Every row once, in batches of similar lengths, the longest first, so that memory runs out first or never."""
     packed = is_packed(examples)
     rows = sorted(examples, key=lambda row: (len(row.ids), len(row.labels)), reverse=True)
     for start in range(0, len(rows), batch):

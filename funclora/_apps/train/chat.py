@@ -26,9 +26,9 @@ class Chat:
     """A chat as the model reads it.
 
     Attributes:
-        ids: of all of it.
-        said: which of them the assistant says.
-        whole: is every message's text in it?
+        ids: of the whole chat.
+        said: which of them belong to the assistant.
+        whole: whether the text of every message is in it.
     """
 
     ids: list[int]
@@ -37,22 +37,22 @@ class Chat:
 
 
 def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
-    """What the chat template makes of a record's messages, and which tokens the assistant says.
+    """A record's messages in the chat template, and which tokens belong to the assistant.
 
-    With `{% generation %}` markers in the template these are the tokens between them. Without, they are the tokens of
-    the text by which a turn of the assistant makes the template's text longer: all after the generation prompt,
-    with what ends the turn.
+    With `{% generation %}` markers in the template, these are the tokens between the markers. Without markers, they are
+    the tokens that a turn of the assistant adds to the text: everything after the generation prompt, including the end
+    of the turn.
 
     Args:
-        record: with `messages`, and what else the template takes: `tools` and `chat_template_kwargs`.
+        record: with `messages`, and optionally `tools` and `chat_template_kwargs` for the template.
         tokenizer: transformers'.
-        mask: find the assistant's tokens; else all are taken.
+        mask: find the assistant's tokens; otherwise all tokens count.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
-        FormatError: the messages are not as they should be, or the template refuses them.
-        UnsupportedError: the template changes earlier text when a turn is added, or the tokenizer cannot tell where its
-            tokens are from.
+        FormatError: the messages are invalid, or the template refuses them.
+        UnsupportedError: the template changes earlier text when a turn is added, or the tokenizer does not report the
+            positions of its tokens.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(NO_TEMPLATE)
@@ -63,7 +63,7 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
         )
     messages, more = _messages(record), _more(record, tokenizer)
     text: str = _apply(record, tokenizer, messages, tokenize=False, **more)
-    # Templates for images and texts leave out a text that is not in a list; others leave out what was thought.
+    # Templates for images and texts leave out a text that is not in a list; others leave out the reasoning.
     whole = all((message.get("content") or "").strip() in text for message in messages)
     if not mask:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -74,7 +74,7 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
         said = [bool(bit) for bit in out["assistant_masks"]]
         offsets = out["offset_mapping"]
         for i in range(1, len(said)):
-            # Of a last character that is several tokens transformers marks the first only.
+            # If the last character consists of several tokens, transformers marks only the first.
             said[i] |= said[i - 1] and offsets[i] == offsets[i - 1] and offsets[i][0] < offsets[i][1]
         return Chat(out["input_ids"], said, whole)
     spans = _spans(record, tokenizer, messages, text, more)
@@ -84,31 +84,31 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
 
 
 def opened(record: Record, tokenizer: Any) -> list[int]:
-    """The ids of a chat up to where the assistant is to speak.
+    """The ids of a chat up to the beginning of the assistant's answer.
 
     Args:
         record: as for `chat`.
         tokenizer: transformers', with a chat template.
 
     Raises:
-        FormatError: the messages are not as they should be, or the template refuses them.
+        FormatError: the messages are invalid, or the template refuses them.
     """
     messages, more = _messages(record), _more(record, tokenizer)
     text = _apply(record, tokenizer, messages, tokenize=False, add_generation_prompt=True, **more)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has added them
     return ids
 
 
 def _spans(
     record: Record, tokenizer: Any, messages: list[dict[str, Any]], text: str, more: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """Where the assistant's turns are in the text."""
+    """The positions of the assistant's turns in the text."""
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if i == 0:
-            raise FormatError(f"{record.where}: messages[0] is the assistant's, expected a prompt before it.")
+            raise FormatError(f"{record.where}: messages[0] belongs to the assistant; expected a prompt before it.")
         options = {"tokenize": False, **more}
         before = _apply(record, tokenizer, messages[:i], add_generation_prompt=True, **options)
         after = _apply(record, tokenizer, messages[: i + 1], **options)
@@ -169,7 +169,7 @@ def _messages(record: Record) -> list[dict[str, Any]]:
 
 
 def _more(record: Record, tokenizer: Any) -> dict[str, Any]:
-    """What else the template is given, as TRL gives it."""
+    """Further arguments of the template, as in TRL."""
     tools = record.fields.get("tools")
     options = record.fields.get("chat_template_kwargs") or {}
     if isinstance(tools, str):

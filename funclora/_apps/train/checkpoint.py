@@ -1,4 +1,4 @@
-"""A run on disk. Killed at any moment, its folder holds the last checkpoint as a whole.
+"""A run on disk. If it is killed at any moment, its folder contains the last complete checkpoint.
 
 run.json                            what the run is: settings, digests of data and base. With it the folder holds a run
 checkpoints/00000040.safetensors    after step 40: adapters, optimizer, generators; the progress in its metadata
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 
-# What may differ when a run goes on. Not the paths: what lies there is compared, wherever it lies.
+# Settings that may differ when a run is resumed. Paths are not compared; the contents of the files are.
 _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == "Output"} | {
     "model",
     "data",
@@ -37,18 +37,18 @@ _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == 
 
 @dataclass
 class RunProgress:
-    """How far a run is: all that it must remember, but for tensors.
+    """The progress of a run: its state without tensors.
 
     Attributes:
-        step: optimizer steps behind it.
+        step: number of optimizer steps taken.
         evaluated: the last step that was evaluated; -1 before the first.
         best: step and loss of the best evaluation.
-        waited: evaluations since then.
+        waited: number of evaluations since then.
         pending: loss and gradient norm of each step since the last line of metrics.jsonl.
         metrics: size of metrics.jsonl in bytes.
-        tokens: tokens that were trained on.
-        seconds: how long the steps took.
-        stopped: why it ended; empty while it has not.
+        tokens: number of tokens trained on.
+        seconds: duration of the steps.
+        stopped: why it ended; empty if it has not ended.
     """
 
     step: int = 0
@@ -67,7 +67,7 @@ class Run:
 
     Attributes:
         folder: where it is.
-        id: a name that no other run has.
+        id: a unique name.
         last: the step of the last checkpoint; None before the first.
     """
 
@@ -83,10 +83,10 @@ class Run:
         return self.folder / CHECKPOINTS / f"{step:08d}.safetensors"
 
     def begin(self, digests: Mapping[str, str]) -> None:
-        """Say what the run is, or see that it is what it was.
+        """Write the run's settings and digests, or check that they are the same as before.
 
         Args:
-            digests: by name that of everything else that decides the outcome.
+            digests: name -> digest of everything else that determines the outcome.
 
         Raises:
             ConfigError: the run in the folder has other settings or digests.
@@ -109,19 +109,19 @@ class Run:
         ] + [f"other {key} than there" for key in {**known, **digests} if known.get(key) != digests.get(key)]
         if differ:
             raise ConfigError(
-                f"resume: the run in {self.folder} is another one: {'; '.join(differ)}. Give what it was begun with, "
-                "or another --out."
+                f"resume: the run in {self.folder} differs: {'; '.join(differ)}. Give its original settings "
+                "and files, or another --out."
             )
 
     def save(self, progress: RunProgress, tree: Any) -> None:
-        """Write a checkpoint, which takes effect as a whole, and remove those that are no longer kept.
+        """Write a checkpoint atomically, and remove old checkpoints.
 
         Args:
-            progress: how far the run is.
+            progress: the progress of the run.
             tree: tensors by any structure.
 
         Raises:
-            OSError: it cannot be written; the checkpoints from before are as they were.
+            OSError: it cannot be written; earlier checkpoints are unchanged.
         """
         from safetensors.torch import save
 
@@ -135,14 +135,14 @@ class Run:
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}: the checkpoint of step {progress.step} cannot be written; "
-                f"{self.state()}, and --resume goes on",
+                f"{self.state()}, and --resume continues from it",
                 str(file),
             ) from error
         self.last = progress.step
         self.prune(progress)
 
     def prune(self, progress: RunProgress) -> None:
-        """Remove the checkpoints that are no longer kept."""
+        """Remove old checkpoints."""
         kept = {*self._steps()[-self.settings.keep :], progress.best[0] if progress.best else progress.step}
         for step in self._steps():
             if step not in kept:
@@ -164,7 +164,7 @@ class Run:
         from funclora._torch.pytree import leaf_keys
 
         file = self.file(step)
-        hint = "Remove it to go on from the checkpoint before it, if there is one"
+        hint = "Remove it to continue from the checkpoint before it, if there is one"
         leaves: list[Tensor]
         leaves, spec = optree.tree_flatten(like)
         try:
@@ -187,26 +187,26 @@ class Run:
         return progress, spec.unflatten([tensors[key].to(leaf.device) for key, leaf in zip(keys, leaves, strict=True)])
 
     def state(self) -> str:
-        """The last good checkpoint, in words."""
+        """A description of the last good checkpoint."""
         if self.last is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.file(self.last)}"
 
     def _steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, in order."""
+        """The steps of the existing checkpoints, in order."""
         files = (self.folder / CHECKPOINTS).glob("*.safetensors")
         return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
 
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[Run]:
-    """The folder of a run, with other processes kept out of it.
+    """The folder of a run, locked for other processes.
 
-    To be entered before anything is loaded or written: most of what can be wrong with the folder shows at once.
+    To be entered before anything is loaded or written, so that most problems with the folder are found at once.
 
     Raises:
-        ConfigError: `settings.out` cannot be written to; another process is at work in it; it holds a run and
-            `resume` is not set; `resume` is set and it holds none.
+        ConfigError: `settings.out` cannot be written to; another process uses it; it contains a run and
+            `resume` is not set; `resume` is set and it contains none.
     """
     folder = settings.out
     made = not folder.exists()
@@ -219,7 +219,7 @@ def opened(settings: Settings) -> Iterator[Run]:
         raise ConfigError(
             f"out: {folder} cannot be written to: {error.strerror or error}. Give another folder with --out."
         ) from error
-    busy = ConfigError(f"out: another process is at work in {folder}. Wait for its end, or use another folder.")
+    busy = ConfigError(f"out: another process is using {folder}. Wait for it to end, or use another folder.")
     try:
         with lock_folder(folder, busy):
             _check(settings)
@@ -234,21 +234,23 @@ def opened(settings: Settings) -> Iterator[Run]:
 
 
 def _check(settings: Settings) -> None:
-    """Raise `ConfigError` unless what the folder holds and `resume` fit each other."""
+    """Raise `ConfigError` unless the contents of the folder agree with `resume`."""
     folder = settings.out
     there = (folder / RUN).exists()
     if there and not settings.resume:
-        raise ConfigError(f"out: {folder} holds a run. Go on with it by --resume, or use another folder.")
+        raise ConfigError(f"out: {folder} contains a run. Continue it with --resume, or use another folder.")
     if not there:
         for own in (CHECKPOINTS, METRICS):
             if (folder / own).exists():
-                raise ConfigError(f"out: {folder} holds {own}, but no {RUN} that says of what run. Use another folder.")
+                raise ConfigError(
+                    f"out: {folder} contains {own}, but no {RUN} that describes its run. Use another folder."
+                )
     if not there and settings.resume:
-        raise ConfigError(f"resume: {folder} holds no run to go on with. Start one without --resume, or look at --out.")
+        raise ConfigError(f"resume: {folder} contains no run to continue. Start one without --resume, or check --out.")
 
 
 def fingerprint(params: Mapping[str, Tensor]) -> str:
-    """A digest of weights that is cheap: names, shapes, dtypes and a sample of the values of each tensor."""
+    """A cheap digest of weights: names, shapes, dtypes and a sample of the values of each tensor."""
     import torch
 
     from funclora._quant.tensor import Quantized
@@ -265,7 +267,7 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON has them."""
+    """The settings as JSON values."""
     raw: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
     return raw
 

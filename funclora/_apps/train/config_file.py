@@ -10,7 +10,7 @@ from typing import Any
 
 from funclora.errors import FormatError, UnsupportedError
 
-# A file of settings is a page; a larger one is something else, and the readers of both formats are slow.
+# A file of settings is short. A larger file is something else, and the readers of both formats are slow.
 LARGEST = 1 << 16
 DIGITS = 100  # of a number
 # Keys inside of keys: tomllib takes the square of their number.
@@ -24,16 +24,16 @@ def table(file: Path) -> dict[str, Any]:
         file: the file.
 
     Raises:
-        FormatError: it cannot be read, is neither, or holds something else than keys.
+        FormatError: it cannot be read, has another format, or contains something other than keys.
         UnsupportedError: a YAML file, and PyYAML is not installed.
     """
     parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(file.suffix.lower())
     if parse is None:
         raise FormatError(f"{file}: expected a .toml or .yaml file of settings.")
     if not file.is_file():
-        raise FormatError(f"{file}: there is no such file. It should hold the settings of a run.")
+        raise FormatError(f"{file}: there is no such file. Give a file with the settings of a run.")
     if file.stat().st_size > LARGEST:
-        raise FormatError(f"{file}: is larger than {LARGEST:,} bytes, which no file of settings is.")
+        raise FormatError(f"{file}: is larger than {LARGEST:,} bytes, which is too large for settings.")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -73,9 +73,9 @@ def _parse_toml(file: Path, text: str) -> Any:
         _check_numbers(keys)
         return keys
     except RecursionError as error:
-        raise FormatError(f"{file}: is no TOML: nested too deeply") from error
+        raise FormatError(f"{file}: is not valid TOML: nested too deeply") from error
     except ValueError as error:
-        raise FormatError(f"{file}: is no TOML: {error}") from error
+        raise FormatError(f"{file}: is not valid TOML: {error}") from error
 
 
 def _parse_yaml(file: Path, text: str) -> Any:
@@ -88,12 +88,12 @@ def _parse_yaml(file: Path, text: str) -> Any:
         _check_numbers(keys)
         return keys
     except RecursionError as error:
-        raise FormatError(f"{file}: is no YAML: nested too deeply") from error
+        raise FormatError(f"{file}: is not valid YAML: nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise FormatError(f"{file}: is no YAML: {' '.join(str(error).split())}") from error
-    except Exception as error:  # PyYAML does not look whether a value can be what its tag says
+        raise FormatError(f"{file}: is not valid YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # PyYAML does not check whether a value fits its tag
         kind = type(error).__name__
-        raise FormatError(f"{file}: is no YAML: a value does not fit its tag ({kind}: {error})") from error
+        raise FormatError(f"{file}: is not valid YAML: a value does not fit its tag ({kind}: {error})") from error
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def _yaml_loader(yaml: Any) -> Any:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        raise self._error(f"{reprlib.repr(key.value)} is there twice", key)
+                        raise self._error(f"{reprlib.repr(key.value)} appears twice", key)
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 

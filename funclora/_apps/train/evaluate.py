@@ -1,4 +1,4 @@
-"""How good adapters are: the losses of the validation data, and what the model says to some prompts."""
+"""Evaluation of adapters: the losses of the validation data, and continuations of some prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation finds.
+    """The result of an evaluation.
 
     Attributes:
         means: "loss" in nats for each label, and for classification "correct", the share of labels; empty without data.
@@ -43,10 +43,10 @@ def evaluate(
 
     Args:
         base: the frozen model, in evaluation mode.
-        adapters: what it is evaluated under.
+        adapters: the adapters to evaluate.
         examples: may be empty.
         settings: the run.
-        interrupted: asked before each batch.
+        interrupted: called before each batch.
 
     Returns:
         None if it was interrupted.

@@ -1,4 +1,4 @@
-"""What a run reads, as token ids: from the settings and a tokenizer to training and validation examples."""
+"""The data of a run as token ids: from settings and a tokenizer to training and validation examples."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Data:
     """All examples of a run.
 
     Attributes:
-        train: to learn from.
-        validation: to evaluate on; may be empty.
+        train: the training examples.
+        validation: the validation examples; may be empty.
         classes: names of the classes, by number; empty for tasks without.
-        notes: what was cut, skipped or held out, and how many.
+        notes: what was cut off, skipped or held out, with numbers.
     """
 
     train: list[Example]
@@ -37,9 +37,9 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
-        """SHA-256 of the examples and classes, in hexadecimal: alike if and only if a run sees the same data.
+        """SHA-256 of the examples and classes, in hexadecimal: equal if and only if a run sees the same data.
 
-        Where the examples are from does not matter, so the files may move.
+        The paths of the files do not matter, so the files may move.
         """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for part in (self.train, self.validation):
@@ -55,15 +55,15 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
 
     Args:
         settings: the run's.
-        tokenizer: transformers' tokenizer, or one that is called like it.
-        limit: the model's longest context in tokens; None if it has none.
-        known: classes that the model has a head for, in its order. Data with no other classes are numbered alike, or
-            the head would name them wrongly.
+        tokenizer: transformers' tokenizer, or one with the same interface.
+        limit: the model's maximum context in tokens; None if there is no limit.
+        known: classes of the model's head, in its order. Data without other classes use the same numbers, so that the
+            head names them correctly.
 
     Raises:
         ConfigError: a setting does not fit the data, the tokenizer or the model.
         FormatError: a file cannot be read; file and line are named.
-        UnsupportedError: the tokenizer cannot tell which tokens are the assistant's, or a word's.
+        UnsupportedError: the tokenizer does not tell which tokens belong to the assistant, or to a word.
 
     Examples:
         >>> import tempfile
@@ -78,7 +78,7 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
     notes = Notes()
     context = _context(settings, limit, notes)
     if settings.data is None:
-        raise ConfigError("data: expected a file, or a folder of files, to train on; got none.")
+        raise ConfigError("data: no training data is given. Give a file, or a folder of files.")
     records = list(read(settings.data, settings.text_field))
     held = None if settings.validation is None else list(read(settings.validation, settings.text_field))
     together = records + (held or [])
@@ -90,9 +90,9 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
     train, validation = ([example for record in part for example in read_one(record)] for part in (records, held))
     for part, file in ((train, settings.data), (validation, settings.validation)):
         if file is not None and not part:
-            raise FormatError(f"{file}: nothing is left to compute a loss on. {' '.join(notes.lines())}".rstrip())
+            raise FormatError(f"{file}: no token is left to compute a loss on. {' '.join(notes.lines())}".rstrip())
     if settings.validation is None and settings.validation_split and not held:
-        # Few long texts: the end of the last ones.
+        # With few long texts, the end of the last ones.
         n = round(len(train) * settings.validation_split)
         train, validation = train[: len(train) - n], train[len(train) - n :]
         if not train:
@@ -103,7 +103,7 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
             f"{len(validation)} of {of} examples {'is' if len(validation) == 1 else 'are'} held out for evaluation."
             if validation
             else f"No example is held out for evaluation: {of} are too few for a validation_split of "
-            f"{settings.validation_split:g}. A larger one, or a file of validation, changes that."
+            f"{settings.validation_split:g}. Give a larger one, or a file of validation data."
         )
     learned = {label for example in train for label in example.labels} if classes else set()
     if missing := [name for i, name in enumerate(classes) if i not in learned]:
@@ -116,20 +116,20 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
 
 
 def _context(settings: Settings, limit: int | None, notes: Notes) -> int:
-    """The longest example. What contradicts itself in the settings is refused."""
+    """The maximum length of an example. Contradictory settings are refused."""
     context = settings.context if limit is None else min(settings.context, limit)
     if context < settings.context:
-        notes.say(f"The context is {context} tokens, the model's longest, and not {settings.context}.")
+        notes.say(f"The context is {context} tokens, the model's maximum, instead of {settings.context}.")
     least = 2 if settings.task == CAUSAL else 1
     if context < least:
-        raise ConfigError(f"context: expected {least} tokens or more, so that one can be predicted, got {context}.")
+        raise ConfigError(f"context: expected at least {least} tokens, so that one can be predicted, got {context}.")
     if settings.packing and settings.model is None:
-        raise ConfigError("packing: the demo's base cannot keep the examples of a row apart. Leave it out.")
+        raise ConfigError("packing: the demo's base cannot separate the examples of a row. Leave it out.")
     return context
 
 
 def _one_schema(records: list[Record], settings: Settings, notes: Notes) -> None:
-    """Refuse records of which some are read in another way than others, and name the fields that are not read."""
+    """Refuse records of different kinds, and report fields that are not read."""
     fields = schema(records[0], settings)
     unused: dict[str, str] = {}
     for record in records:
@@ -144,7 +144,7 @@ def _one_schema(records: list[Record], settings: Settings, notes: Notes) -> None
 
 
 def _classes(records: list[Record], settings: Settings, known: Sequence[str], notes: Notes) -> tuple[str, ...]:
-    """The names of all classes: the model's, if it knows them all; else sorted, as numbers if they are."""
+    """The names of all classes: the model's, if it has all of them; else sorted, numerically if they are numbers."""
     if settings.task not in (SEQUENCE, TOKEN):
         return ()
     names: dict[str, None] = {}
@@ -164,13 +164,13 @@ def _classes(records: list[Record], settings: Settings, known: Sequence[str], no
         )
     if len(names) < 2:
         raise FormatError(
-            f"{settings.data}: {settings.label_field}: expected two classes or more, got {', '.join(names) or 'none'}."
+            f"{settings.data}: {settings.label_field}: expected at least two classes, got {', '.join(names) or 'none'}."
         )
     if names.keys() <= {*known}:
         classes = tuple(known)
     else:
         if known:
-            notes.say(f"The model's head is of other classes: {', '.join(known[:20])}{', ...' * (len(known) > 20)}.")
+            notes.say(f"The model's head has other classes: {', '.join(known[:20])}{', ...' * (len(known) > 20)}.")
         try:
             classes = tuple(sorted(names, key=int))
         except ValueError:
@@ -180,7 +180,7 @@ def _classes(records: list[Record], settings: Settings, known: Sequence[str], no
 
 
 def _held_out(records: list[Record], settings: Settings) -> tuple[list[Record], list[Record]]:
-    """The records in two parts, each in their order; which ones are held out is a function of the seed."""
+    """The records in two parts, each in order; the seed determines which ones are held out."""
     import torch
 
     n = round(len(records) * settings.validation_split)

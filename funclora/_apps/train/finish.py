@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter as PEFT's folder, with a model card and the tokenizer, and the merged model."""
+"""The results of a run: the adapter as a PEFT folder, with a model card and the tokenizer, and the merged model."""
 
 from __future__ import annotations
 
@@ -42,49 +42,51 @@ PIPELINES = {
 
 
 def check_results(settings: Settings) -> None:
-    """Raise `ConfigError` if the results cannot be put where they belong: something else lies there.
+    """Raise `ConfigError` if the results cannot be written because something else is in their place.
 
-    A run that goes on replaces its own.
+    A resumed run replaces its own results.
     """
     if settings.resume:
         return
     read = [path for path in (settings.model, settings.data, settings.validation) if path is not None]
     for path in read:
         if path.is_dir() and path.resolve() in (settings.out.resolve(), *settings.out.resolve().parents):
-            raise ConfigError(f"out: {settings.out} lies in {path}, which is read. Give another folder with --out.")
+            raise ConfigError(f"out: {settings.out} is inside {path}, which is read. Give another folder with --out.")
     for name in (ADAPTER, *([MERGED] if settings.merge else [])):
         check_out(settings.out / name, read)
 
 
 def rehearse(start: Start, settings: Settings) -> None:
-    """Raise, before the training and not after it, if the results could not be written as PEFT or merged.
+    """Raise before the training if the results could not be written as a PEFT folder, or not be merged.
 
     Raises:
-        UnsupportedError: PEFT cannot hold such an adapter, or the folder of the model cannot be merged into.
-        FormatError: the folder of the model cannot be merged into.
+        UnsupportedError: PEFT does not support such an adapter, or the model's folder cannot be merged.
+        FormatError: the model's folder cannot be merged.
     """
     with tempfile.TemporaryDirectory() as folder:
         tree: Any = start.adapters
-        moved: Any = optree.tree_map(lambda x: x + 1e-3, tree)  # B is zero as yet, and such an update merges nothing
+        moved: Any = optree.tree_map(
+            lambda x: x + 1e-3, tree
+        )  # B is still zero, and merging such an update changes nothing
         save_peft(Path(folder, ADAPTER), *start.exported(moved))
         if settings.merge and settings.model is not None and _fits_folder(start):
             merge_checkpoint(settings.model, Path(folder, ADAPTER), Path(folder, MERGED), dry_run=True)
 
 
 def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> list[Path]:
-    """Write the results of a run, each folder as a whole or not at all.
+    """Write the results of a run, each folder completely or not at all.
 
     Args:
         start: what the run started from.
-        outcome: what it came to.
-        data: what it was trained on, for the model card.
+        outcome: the result of the training.
+        data: the training data, for the model card.
         settings: the run's.
 
     Returns:
         The folders: `adapter`, relative to the base as it was loaded, and with `merge` `merged`.
 
     Raises:
-        UnsupportedError: PEFT cannot hold the adapter, or a merged model cannot be written.
+        UnsupportedError: PEFT does not support the adapter, or a merged model cannot be written.
         NonFiniteError: an adapter or a merged weight is not finite.
         OSError: something cannot be written.
     """
@@ -108,7 +110,7 @@ def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> li
 
 
 def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
-    """The model card: what the adapter is of, what it was trained on and how, and how to load it."""
+    """The model card: the base, the data and settings of the training, and how to load the adapter."""
     base = start.base
     head = ["---"]
     if settings.model is not None:
@@ -121,7 +123,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     ]
     trained = summary(base.params, start.adapters)
     facts = {
-        "base": base.name + (f", packed to {settings.quantize}" if settings.quantize != "none" else ""),
+        "base": base.name + (f", quantised to {settings.quantize}" if settings.quantize != "none" else ""),
         "task": settings.task,
         "data": f"{settings.data}: {_examples(data.train)}",
         "validation": f"{settings.validation or 'held out'}: {_examples(data.validation)}"
@@ -142,9 +144,9 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     ]
     if settings.quantize != "none":
         sections.append(
-            "It was trained on packed weights. On the dense ones outputs differ a little."
+            "It was trained on quantised weights. With the dense weights, outputs differ slightly."
             if start.config.decomposition != "loftq"
-            else "It makes up for what packing took from the weights, so load it on weights that are packed alike: "
+            else "It compensates for the quantisation error, so load it on weights that are quantised in the same way: "
             f"{settings.quantize}, blocks of 64."
         )
     if data.notes:
@@ -181,7 +183,7 @@ def _usage(base: Base, settings: Settings) -> str:
             "bound = fl.bind(model, fl.base_params(model), adapters)",
         ]
     else:
-        # A head of the folder's that is of another size makes way for the adapter's.
+        # The adapter's head replaces a head of another size in the folder.
         mismatched = ", ignore_mismatched_sizes=True" if base.new else ""
         labels = f", num_labels={len(base.classes)}{mismatched}" if base.classes else ""
         code = [
@@ -192,7 +194,7 @@ def _usage(base: Base, settings: Settings) -> str:
             'model = PeftModel.from_pretrained(base, "adapter").eval()',
             'tokenizer = AutoTokenizer.from_pretrained("adapter")',
         ]
-        if settings.task == SEQUENCE:  # decoders classify by the last token that is no padding
+        if settings.task == SEQUENCE:  # decoders classify by the last token that is not padding
             code += ["model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
         if base.classes:
             code = ["import json", "from pathlib import Path", "", *code]
@@ -208,9 +210,9 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: Path) -> None:
-    """The merged model, as a folder that `from_pretrained` takes; of the demo's base, a file that it is loaded from."""
+    """The merged model, as a folder for `from_pretrained`; for the demo's base, as a file."""
     base = start.base
-    packed = start.config.decomposition == "loftq"  # the adapter belongs to the packed weights
+    packed = start.config.decomposition == "loftq"  # the adapter belongs to the quantised weights
     if settings.model is None:
         from dataclasses import asdict
 
@@ -228,7 +230,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     if _fits_folder(start):
         merge_checkpoint(settings.model, settings.out / ADAPTER, out)
         return
-    # The folder is not of that model: its head is new, or of another kind.
+    # The folder does not have this model: its head is new, or of another kind.
     model, _ = load_model(settings.model, settings.task, classes=base.classes, seed=settings.seed)
     weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
     model.load_state_dict(weights)
@@ -240,7 +242,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
 
 
 def _fits_folder(start: Start) -> bool:
-    """Whether the merged model is the folder's with other values: then it need not be in memory."""
+    """Whether the merged model is the folder's model with other values, so that it need not be in memory."""
     model: Any = start.base.model
     same = (model.config.architectures or ["?"])[0] == type(model).__name__
     return same and not start.base.new and start.config.decomposition != "loftq"
@@ -251,7 +253,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _clear(folder: Path) -> None:
-    """Take away what an earlier process of the same run has written: its checkpoints hold all that it was made of."""
+    """Remove the results of an earlier process of the same run; its checkpoints contain everything needed."""
     if folder.is_dir():
         shutil.rmtree(folder)
 

@@ -19,7 +19,7 @@ from funclora.io.hf.library import OPTIONS, check_config, reading, transformers
 from funclora.io.hf.structure import at_most, named_class, without_weights
 
 _PARAMETERS = 200_000  # more than any model has
-_ROOM = 1 << 27  # values that need not be stored: buffers, new heads
+_ROOM = 1 << 27  # values that are not stored: buffers, new heads
 
 CLASSES = {
     CAUSAL: "AutoModelForCausalLM",
@@ -34,12 +34,12 @@ def load_model(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model on the CPU, in evaluation mode, frozen.
 
-    Only safetensors are read. For classification, the head and the pooler may be missing or of another size: they are
-    then new, and drawn from the seed.
+    Only safetensors files are read. For classification, the head and the pooler may be missing or of another size; they
+    are then initialised from the seed.
 
     Args:
         folder: of a transformers model.
-        task: one of `settings.TASKS`; None for the class of model that the folder's configuration names.
+        task: one of `settings.TASKS`; None for the model class in the folder's configuration.
         dtype: "auto" for the folder's, or a name.
         classes: names of the classes; those of the folder's configuration if empty.
         seed: of new weights.
@@ -48,8 +48,8 @@ def load_model(
         The model, and the full names of the modules whose weights are new.
 
     Raises:
-        FormatError: the folder is no model, is broken, or lacks weights that nothing can stand in for.
-        ConfigError: transformers has no model for that task of this architecture.
+        FormatError: the folder contains no model, is broken, or lacks weights that cannot be initialised.
+        ConfigError: transformers has no model of this architecture for the task.
     """
     config = load_config(folder)
     if classes and task in (SEQUENCE, TOKEN):
@@ -58,7 +58,7 @@ def load_model(
         config.label2id = {name: i for i, name in enumerate(classes)}
     cls = _class(folder, config, task)
     _check_size(folder, _empty(folder, config, cls, task))
-    remedy = " Give a folder with config.json and whole .safetensors files."
+    remedy = " Give a folder with config.json and complete .safetensors files."
     with torch.random.fork_rng(devices=[]), reading(folder, f"model: transformers cannot load {folder}", remedy):
         torch.default_generator.manual_seed(seed)
         model, report = cls.from_pretrained(
@@ -96,15 +96,15 @@ def empty_model(folder: Path, task: str | None) -> nn.Module:
         task: as for `load_model`.
 
     Raises:
-        FormatError: the folder is no model.
-        ConfigError: transformers has no model for that task of this architecture.
+        FormatError: the folder contains no model.
+        ConfigError: transformers has no model of this architecture for the task.
     """
     config = load_config(folder)
     return _empty(folder, config, _class(folder, config, task), task)
 
 
 def longest_context(model: nn.Module) -> int | None:
-    """The tokens that a model's positions reach; None if nothing bounds them.
+    """The maximum number of positions of a model; None if there is no limit.
 
     Args:
         model: a transformers model, which may be on the meta device.
@@ -117,7 +117,7 @@ def longest_context(model: nn.Module) -> int | None:
 
 
 def positions_after_padding(model: nn.Module) -> list[nn.Embedding]:
-    """The position embeddings of RoBERTa and its kin, which count from the configuration's padding id on."""
+    """The position embeddings of RoBERTa and similar models, which count from the padding id in the configuration."""
     return [
         module
         for name, module in model.named_modules()
@@ -126,14 +126,14 @@ def positions_after_padding(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _class(folder: Path, config: Any, task: str | None) -> Any:
-    """What loads the model: the class that the configuration names, or transformers' own choice for the task."""
+    """The class that loads the model: from the configuration, or transformers' choice for the task."""
     library = transformers()
     if task is None:
         return named_class(folder, config.architectures)
     if type(config) not in getattr(library, CLASSES[task])._model_mapping:
         fitting = [t for t, name in CLASSES.items() if type(config) in getattr(library, name)._model_mapping]
         raise ConfigError(
-            f"task: a model of type {config.model_type!r} ({folder}) has no form for {task}. It has one for "
+            f"task: a model of type {config.model_type!r} ({folder}) does not support {task}. It supports "
             f"{', '.join(fitting) or 'no task of this command'}."
         )
     return getattr(library, CLASSES[task])
@@ -141,7 +141,7 @@ def _class(folder: Path, config: Any, task: str | None) -> Any:
 
 def _empty(folder: Path, config: Any, cls: Any, task: str | None) -> nn.Module:
     """The model of a configuration on the meta device."""
-    with reading(folder, f"model: {folder} has a config.json that makes no model"), at_most(_PARAMETERS):
+    with reading(folder, f"model: the config.json of {folder} does not describe a model"), at_most(_PARAMETERS):
         if task is None:
             return without_weights(cls, config)
         with torch.device("meta"):
@@ -150,18 +150,18 @@ def _empty(folder: Path, config: Any, cls: Any, task: str | None) -> nn.Module:
 
 
 def _check_size(folder: Path, model: nn.Module) -> None:
-    """Raise `FormatError` if a model needs much more memory than what is stored of it: transformers fills the rest."""
+    """Raise `FormatError` if a model needs much more memory than its files: transformers would initialise the rest."""
     stored = sum(tensor.nbytes for tensor in stored_tensors(folder).values())
     tensors = itertools.chain(model.parameters(), model.buffers())
     needed = sum(tensor.numel() for tensor in tensors)
-    if needed > 8 * stored + _ROOM:  # a byte holds two values of four bits
+    if needed > 8 * stored + _ROOM:  # a byte contains two values of four bits
         raise FormatError(
-            f"model: {folder / CONFIG_FILE} asks for {needed:,} values, and the files of weights hold {stored:,} bytes."
+            f"model: {folder / CONFIG_FILE} describes {needed:,} values, but the weight files contain {stored:,} bytes."
         )
 
 
 def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> str:
-    """The module of a weight that the folder lacks, which must be one that a task may begin anew."""
+    """The module of a weight that is missing in the folder; it must be one that a task may initialise."""
     body: str = getattr(model, "base_model_prefix", "")
     module = key.rpartition(".")[0]
     inside = bool(body) and key.startswith(f"{body}.")
@@ -170,6 +170,6 @@ def _new_module(folder: Path, model: nn.Module, key: str, task: str | None) -> s
     if task in (SEQUENCE, TOKEN) and inside and key.split(".")[1] == "pooler":
         return f"{body}.pooler"
     raise FormatError(
-        f"model: the files in {folder} lack {key!r}, or have it in another shape, so that it would be random. Give the "
-        f"folder of a whole model of this kind, {type(model).__name__}."
+        f"model: the files in {folder} lack {key!r}, or contain it with another shape, so it would be random. Give the "
+        f"folder of a complete model of this class, {type(model).__name__}."
     )

@@ -1,4 +1,4 @@
-"""Telling what a run does, to all who listen."""
+"""Reporting the progress of a run to all outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ EVENTS = "tensorboard"
 
 
 class Journal:
-    """What a run says, and to whom: `with Journal(settings, quiet=as_json) as journal: train(..., journal)`.
+    """The outputs of a run: `with Journal(settings, quiet=as_json) as journal: train(..., journal)`.
 
     Args:
         settings: the run's.
-        quiet: say nothing in the terminal.
-        console: where to; by default the terminal's stderr.
+        quiet: print nothing in the terminal.
+        console: the terminal output; stderr by default.
 
     Attributes:
-        notes: what was said in words.
+        notes: the messages.
         losses: `{"train": [(step, loss)], "validation": [(step, loss)]}`, of the steps before a resume too.
 
     Raises, when made:
-        ConfigError: `tensorboard` or `wandb` is asked for and not installed.
+        ConfigError: `tensorboard` or `wandb` is requested and not installed.
     """
 
     def __init__(self, settings: Settings, *, quiet: bool = False, console: Console | None = None) -> None:
@@ -51,13 +51,13 @@ class Journal:
             sink.close()
 
     def begin(self, step: int, total: int, id: str, size: int) -> None:
-        """Start, or go on after a step.
+        """Start, or continue after a step.
 
         Args:
-            step: steps that are behind the run.
-            total: steps in all.
+            step: number of steps taken.
+            total: total number of steps.
             id: a name that no other run has.
-            size: of metrics.jsonl at that step, in bytes; what is behind it is cut off.
+            size: of metrics.jsonl at that step, in bytes; later lines are cut off.
 
         Raises:
             FormatError: metrics.jsonl is shorter than that, or broken.
@@ -85,13 +85,13 @@ class Journal:
             self._terminal.tick(step)
 
     def note(self, text: str) -> None:
-        """Say something in a line of its own, above the progress bar."""
+        """Print a line above the progress bar."""
         self.notes.append(text)
         if self._terminal:
             self._terminal.say(text)
 
     def mark(self) -> int:
-        """The size of metrics.jsonl in bytes, all of which is on the disk now."""
+        """The size of metrics.jsonl in bytes, after it was flushed to the disk."""
         return self._metrics.flushed()
 
     def _count(self, line: Line) -> None:

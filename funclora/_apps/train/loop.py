@@ -1,7 +1,7 @@
 """Training: from adapters and data to trained adapters, step by step, resumable at every step.
 
-Batches, dropout and learning rate of a step are functions of the seed and the step's number. All that a step needs from
-the one before it are the adapters and the optimizer's state.
+Batches, dropout and learning rate of a step are functions of the seed and the step's number. From the previous step, it
+needs only the adapters and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from funclora._apps.train.examples import Data
     from funclora._apps.train.journal import Journal
 
-CHECKPOINTS_OF_A_RUN = 10  # where nothing else is said
+CHECKPOINTS_OF_A_RUN = 10  # unless set otherwise
 # Why a run stopped.
 FINISHED, PATIENCE = "finished", "patience"
-# Steps after which the losses are looked at, if no line is written before: until then a device is not waited for.
+# Steps after which losses are fetched, if no line is written earlier: until then, the device is not synchronised.
 UNSEEN = 50
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What training gives.
+    """The result of training.
 
     Attributes:
-        adapters: the result: those of the last step; with `patience`, those of the best evaluation.
-        step: the step that they are of.
+        adapters: the trained adapters: of the last step, or with `patience` of the best evaluation.
+        step: their step.
         losses: `{"train": [(step, loss)], "validation": [(step, loss)]}`, nats per label, as in metrics.jsonl.
         best: step and loss of the best evaluation; None without validation data.
         stopped: `FINISHED` or `PATIENCE`.
@@ -60,24 +60,24 @@ class Outcome:
 def train(
     base: Base, adapters: Adapters, data: Data, settings: Settings, journal: Journal, run: Run | None = None
 ) -> Outcome:
-    """Train adapters on data, or go on with the run in `settings.out` (`settings.resume`).
+    """Train adapters on data, or continue the run in `settings.out` (`settings.resume`).
 
     Args:
         base: the frozen model; not changed.
-        adapters: fresh adapters. On resume they give the structure, the checkpoint the values.
-        data: what to train and evaluate on.
+        adapters: new adapters. On resume, they give the structure and the checkpoint gives the values.
+        data: the training and validation data.
         settings: the run.
-        journal: where it is told.
-        run: the folder, from `checkpoint.opened`, for a caller that keeps other processes out while it loads the model
-            and writes the result; by default it is opened here.
+        journal: receives messages and metrics.
+        run: the folder, from `checkpoint.opened`, for a caller that holds the lock while it loads the model and
+            writes the result; by default it is opened here.
 
     Returns:
         The outcome.
 
     Raises:
-        ConfigError: the folder is in use, holds another run, or holds a run and `resume` is not set.
+        ConfigError: the folder is in use, contains another run, or contains a run and `resume` is not set.
         NonFiniteError: a loss or gradient is not finite.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to go on. Exit code 130.
+        KeyboardInterrupt: after Ctrl-C, when a checkpoint is written; the message says how to continue. Exit code 130.
         OSError: something cannot be written; the last checkpoint is intact.
     """
     with contextlib.ExitStack() as stack:
@@ -104,29 +104,29 @@ class _Training:
         self.interrupted = interrupted
         if settings.patience and not (settings.eval_every and data.validation):
             raise ConfigError(
-                f"patience={settings.patience}: it counts evaluations, and there are none to count. Set --eval-every "
+                f"patience={settings.patience}: it counts evaluations, but there are none. Set --eval-every "
                 "and give --validation or --validation-split."
             )
         if settings.eval_every and not (data.validation or settings.sample):
             raise ConfigError(
-                f"eval_every={settings.eval_every}: there is nothing to evaluate on. Give --validation, a larger "
+                f"eval_every={settings.eval_every}: there is no data to evaluate on. Give --validation, a larger "
                 "--validation-split or --sample; or leave --eval-every out."
             )
         self.steps = Steps(base, adapters, data, settings)
         self.total = self.steps.total
         self.values = self.steps.vectors.of(adapters)
         self.state = self.steps.init(self.values)
-        self.unseen: list[Tensor] = []  # numbers of steps that were not looked at yet
+        self.unseen: list[Tensor] = []  # numbers of steps that were not fetched yet
         self.progress = RunProgress()
         run.begin({"data": data.digest(), "base model": fingerprint(base.params)})
         if run.last is not None:
             self.progress = self._restore(run.last)
-            run.prune(self.progress)  # what a process that was killed had no time for
+            run.prune(self.progress)  # what a killed process did not finish
         self.saved = (run.last, self.progress.evaluated)
         self.before = (self.progress.tokens, self.progress.seconds)
         journal.begin(self.progress.step, self.total, run.id, self.progress.metrics)
         if settings.resume:
-            journal.note(f"Going on after step {self.progress.step} of {self.total}.")
+            journal.note(f"Continuing after step {self.progress.step} of {self.total}.")
 
     def outcome(self) -> Outcome:
         """Train to the end."""
@@ -139,7 +139,7 @@ class _Training:
                 self._save()
             if self.interrupted():
                 raise KeyboardInterrupt(
-                    f"Step {progress.step} of {self.total} is done and saved. The same command with --resume goes on."
+                    f"Step {progress.step} of {self.total} is done and saved. The same command with --resume continues."
                 )
             if progress.stopped:
                 break
@@ -148,7 +148,7 @@ class _Training:
         step = best[0] if progress.stopped == PATIENCE and best is not None else progress.step
         if step != progress.step:
             self._restore(step)
-        # Of their own: views of one vector are no leaves that can be saved.
+        # Copies: views of one vector cannot be saved.
         tree: Any = self.steps.vectors.tree(self.values)
         adapters: Any = optree.tree_map(torch.Tensor.clone, tree)
         return Outcome(adapters, step, self.journal.losses, best, progress.stopped)
@@ -170,7 +170,7 @@ class _Training:
             self._line()
 
     def _look(self) -> None:
-        """Fetch the losses and norms that were not looked at yet.
+        """Fetch the losses and norms of the steps since the last fetch.
 
         Raises:
             NonFiniteError: one of them is not finite.
@@ -183,7 +183,7 @@ class _Training:
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
                 raise NonFiniteError(
                     f"step {step + 1} of {self.total}: {what}. Its examples: {self.steps.sources(step)}; "
-                    f"{self.run.state()}. Look at the examples, or train anew with a lower --lr or without --bf16."
+                    f"{self.run.state()}. Check the examples, or start again with a lower --lr or without --bf16."
                 )
             self.progress.pending.append((loss, norm))
         self.unseen.clear()
@@ -233,12 +233,12 @@ class _Training:
         return True
 
     def _judge(self, loss: float) -> None:
-        """Remember the best evaluation, and stop after too many without a better one."""
+        """Remember the best evaluation, and stop after too many evaluations without improvement."""
         progress = self.progress
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"step {progress.step} of {self.total}: the validation loss is {loss}; {self.run.state()}. Look at the "
-                "validation data, or train anew with a lower --lr or without --bf16."
+                f"step {progress.step} of {self.total}: the validation loss is {loss}; {self.run.state()}. Check the "
+                "validation data, or start again with a lower --lr or without --bf16."
             )
         if progress.best is None or loss < progress.best[1]:
             progress.best, progress.waited = (progress.step, loss), 0
@@ -247,7 +247,7 @@ class _Training:
         if self.settings.patience and progress.waited >= self.settings.patience:
             progress.stopped = PATIENCE
             self.journal.note(
-                f"Stopped after step {progress.step}: {progress.waited} evaluations without a better one than after "
+                f"Stopped after step {progress.step}: {progress.waited} evaluations without improvement since "
                 f"step {progress.best[0]}."
             )
 
@@ -282,7 +282,7 @@ class _Training:
         return progress
 
     def _tree(self) -> dict[str, Any]:
-        """All tensors of a checkpoint: also the states of torch's global generators, which no step draws from."""
+        """All tensors of a checkpoint, including the states of torch's global generators, which no step uses."""
         device = self.base.device
         cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
         return {
@@ -294,13 +294,13 @@ class _Training:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed in the block; pressed again, it interrupts as always."""
+    """Whether Ctrl-C was pressed in the block; a second Ctrl-C interrupts as usual."""
     pressed = False
 
     def press(signum: int, frame: object) -> None:
         nonlocal pressed
         if pressed:
-            raise KeyboardInterrupt("The same command with --resume goes on from the last checkpoint.")
+            raise KeyboardInterrupt("The same command with --resume continues from the last checkpoint.")
         pressed = True
 
     if threading.current_thread() is not threading.main_thread():  # signals go to the main thread

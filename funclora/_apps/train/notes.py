@@ -1,4 +1,4 @@
-"""What was cut, left out or not used: counted, so that a run can say it."""
+"""Counts of what was cut off, left out or not used, for the messages of a run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Notes:
         self._counts: dict[str, tuple[int, str]] = {}
 
     def say(self, line: str) -> None:
-        """Take down a line."""
+        """Add a line."""
         self._said.append(line)
 
     def count(self, what: str, where: str) -> None:
-        """Take down one more example that is `what`, a participle."""
+        """Count one more example that is `what`, a participle."""
         n, first = self._counts.get(what, (0, where))
         self._counts[what] = n + 1, first
 
     def lines(self) -> list[str]:
-        """All of it, a line each."""
+        """All notes, one line each."""
         counted = [
             f"{n} example{'s' if n > 1 else ''} {what}; the first is {where}."
             for what, (n, where) in self._counts.items()

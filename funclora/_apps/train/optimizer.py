@@ -1,4 +1,4 @@
-"""What updates the adapters of a run: schedule, clipping, AdamW and LoRA+, on a few long vectors."""
+"""The optimizer of a run: schedule, clipping, AdamW and LoRA+, on a few long vectors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def total_steps(settings: Settings, steps_per_epoch: int) -> int:
 
 
 def warmup_steps(settings: Settings, total: int) -> int:
-    """The steps of the warm-up; a share is rounded up, as transformers' Trainer does, but leaves one step at least.
+    """The steps of the warm-up; a share is rounded up, as in transformers' Trainer, but leaves at least one step.
 
     Raises:
         ConfigError: a number of steps leaves none of `total`.
@@ -54,8 +54,8 @@ def warmup_steps(settings: Settings, total: int) -> int:
         raise ConfigError(f"warmup: expected a share below 1 or a whole number of steps, got {settings.warmup}.")
     if settings.warmup >= total:
         raise ConfigError(
-            f"warmup: expected less than the {total} steps of the run, got {settings.warmup:g}: the rate would never "
-            "be reached. Lower it, or train for more --steps or --epochs."
+            f"warmup: expected less than the {total} steps of the run, got {settings.warmup:g}: the full rate would "
+            "never be reached. Lower it, or train for more --steps or --epochs."
         )
     return int(settings.warmup)
 
@@ -97,13 +97,14 @@ def _by_key(parts: Mapping[str, GradientTransformation]) -> GradientTransformati
 
 
 class Vectors:
-    """All leaves of adapters as a few vectors, on which an update is a few operations instead of some for each leaf.
+    """All leaves of adapters as a few vectors, so that an update is a few operations instead of several for each leaf.
 
-    A tree `{"decayed": {dtype: {"b": [n], "rest": [m]}}, ...}`: `b` apart from the rest for LoRA+, and apart what has
-    no weight decay: biases and the weights of norms that are trained whole, as in transformers' Trainer.
+    A tree `{"decayed": {dtype: {"b": [n], "rest": [m]}}, ...}`: `b` is separate for LoRA+, and leaves without weight
+    decay are
+    separate: biases and fully fine-tuned weights of norms, as in transformers' Trainer.
 
     Args:
-        adapters: whose structure it is.
+        adapters: give the structure.
     """
 
     def __init__(self, adapters: Adapters) -> None:

@@ -1,9 +1,9 @@
-"""Several examples in one row, each of which sees itself only.
+"""Several examples in one row; each attends only to itself.
 
-transformers makes the attention of such rows itself: positions that restart, without an `attention_mask`, are examples
-that do not see each other (`transformers.masking_utils.find_packed_sequence_indices`), with every kind of attention
-and with sliding windows. But a model must hand its positions to the mask, and not all do: OPT embeds them and attends
-across the borders all the same, and a state space model carries its state over them. So the model is tried out.
+transformers computes the attention of such rows itself: restarting positions, without an `attention_mask`, mark
+examples that do not attend to each other (`transformers.masking_utils.find_packed_sequence_indices`), with every kind
+of attention and with sliding windows. But a model must pass its positions to the mask, and not all do: OPT embeds them
+and still attends across the boundaries, and a state space model carries its state across them. So the model is tested.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def pack(examples: Sequence[Example], context: int) -> list[Example]:
-    """Rows of at most `context` tokens: the longest example first, each into the fullest row that it fits in.
+    """Rows of at most `context` tokens: the longest example first, each in the fullest row that has room for it.
 
-    An example's first token has no loss in its row, as it has none alone: nothing comes before it.
+    The first token of an example has no loss in its row, as it has none alone: nothing comes before it.
 
     Args:
         examples: of one example each; not changed.
-        context: longest row in tokens.
+        context: maximum length of a row in tokens.
 
     Raises:
         ConfigError: an example is longer than a row.
@@ -38,12 +38,12 @@ def pack(examples: Sequence[Example], context: int) -> list[Example]:
         [([1, 1, 1, 1, 1, 2, 2], (5, 2)), ([3, 3, 3, 3, 0, 0, 0], (4, 3))]
     """
     rows: list[list[Example]] = []
-    open_: dict[int, deque[int]] = {}  # rows by the room that they have left
+    open_: dict[int, deque[int]] = {}  # rows by their remaining room
     rooms: list[int] = []  # these, sorted
     for example in sorted(examples, key=lambda example: -len(example.ids)):
         length = len(example.ids)
         if length > context:
-            raise ConfigError(f"{example.source}: has {length} tokens, a row takes {context}.")
+            raise ConfigError(f"{example.source}: has {length} tokens, but a row can have {context}.")
         at = bisect.bisect_left(rooms, length)
         if at < len(rooms):
             room = rooms[at]
@@ -74,7 +74,7 @@ def _joined(row: list[Example]) -> Example:
 
 
 def is_packed(examples: Iterable[Example]) -> bool:
-    """Does a row hold several examples?"""
+    """Whether a row contains several examples."""
     return any(len(row.lengths) > 1 for row in examples)
 
 
@@ -89,15 +89,15 @@ def positions(lengths: Iterable[int]) -> list[int]:
 
 
 def check_packing(logits: Callable[[dict[str, Tensor]], Tensor], vocab: int, what: str) -> None:
-    """Refuse a model that does not give packed examples the logits that they have alone, by trying it out.
+    """Refuse a model that does not give packed examples the same logits as alone; this is tested by running it.
 
     Args:
         logits: a batch of `collate` without labels -> `[batch, seq, vocab]`; the model under test, without dropout.
-        vocab: how many token ids it knows.
-        what: names the model in the error.
+        vocab: number of its token ids.
+        what: name of the model, for the error.
 
     Raises:
-        UnsupportedError: examples in a row see each other, or positions do not restart.
+        UnsupportedError: examples in a row attend to each other, or positions do not restart.
     """
     import torch
 
@@ -113,7 +113,7 @@ def check_packing(logits: Callable[[dict[str, Tensor]], Tensor], vocab: int, wha
         raise UnsupportedError(f"{remedy}: {' '.join(str(error).split())} Turn packing off.") from error
     if not torch.equal(row, changed):
         raise UnsupportedError(f"{remedy}: an example's logits depend on the one before it. Turn packing off.")
-    # To the rounding of the dtype: rows of other lengths are computed in another order.
+    # Up to rounding in the dtype: rows of other lengths are computed in another order.
     scale = alone.float().abs().max().item() * torch.finfo(alone.dtype).eps ** 0.5
     if not torch.allclose(row.float(), alone.float(), rtol=0, atol=scale):
         raise UnsupportedError(f"{remedy}: its positions do not restart with each example. Turn packing off.")

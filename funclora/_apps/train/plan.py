@@ -1,4 +1,4 @@
-"""What a run would do: its targets, the memory that it needs, and its first examples with the loss mask."""
+"""The plan of a run: its targets, its memory, and its first examples with the loss mask."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from funclora._torch.memory import Peak, nbytes
 
 SHOWN = 2  # examples
 CHARACTERS = 1200  # of each
-WHOLE = 1024  # tokens of a batch that is run as it is
+WHOLE = 1024  # tokens of a batch that is run as a whole
 PROBE = 256  # tokens of the longest row of a part of a larger batch
-_ONE_STEP: dict[str, Any] = {"steps": 1, "warmup": 0.0}  # the run's warm-up may be longer than what is tried here
+_ONE_STEP: dict[str, Any] = {"steps": 1, "warmup": 0.0}  # the warm-up of the run may be longer than this test
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a step needs at its worst moment.
+    """Peak memory of a step, in bytes.
 
     Attributes:
         base: of the frozen weights.
         adapters: of the adapters and the optimizer's state.
-        step: of what a step makes: activations, gradients, the optimizer's work.
+        step: of activations, gradients and temporary tensors of the optimizer.
     """
 
     base: int
@@ -39,18 +39,18 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.base + self.adapters + self.step
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An example for people.
+    """An example for display.
 
     Attributes:
-        source: where it is from.
+        source: its source.
         parts: its text in pieces, each with whether there is loss on it.
-        answer: what is to be said where that is no part of the text: the class, or the classes.
+        answer: the expected class or classes, if they are not part of the text.
     """
 
     source: str
@@ -69,7 +69,7 @@ class Plan:
         rows: training and validation examples.
         longest: tokens of the longest training example.
         examples: the first ones.
-        notes: what was done to the data.
+        notes: remarks about the data.
     """
 
     summary: Summary
@@ -82,7 +82,7 @@ class Plan:
 
 
 def plan(ready: Ready) -> Plan:
-    """Look at a run without running it, but for three small steps that memory is measured on."""
+    """Plan a run, with three small steps to measure the memory."""
     settings, data, start = ready.settings, ready.data, ready.start
     base = start.base
     return Plan(
@@ -97,15 +97,15 @@ def plan(ready: Ready) -> Plan:
 
 
 def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
-    """The memory of the largest step. A small one is run and measured; of a larger one, parts.
+    """The memory of the largest step. A small step is run and measured; of a larger one, only parts.
 
-    What a step takes beyond the weights is c + rows·(a·n + b·n²) for rows of n tokens: the constant is what does not
-    depend on the batch, the square what attention may keep. Runs with one and two shorter rows say what they are.
-    Workspaces inside of kernels and the allocator's rounding are not seen.
+    Besides the weights, a step needs c + rows·(a·n + b·n²) bytes for rows of n tokens: the constant does not depend on
+    the batch, and the square comes from attention. Runs with one and two shorter rows give these numbers. Workspaces of
+    kernels and the allocator's rounding are not included.
 
     Args:
-        start: the base and fresh adapters; nothing of it is changed.
-        examples: training examples, of which the longest counts.
+        start: the base and new adapters; not changed.
+        examples: training examples; the longest one counts.
         settings: the run's.
     """
     base = start.base
@@ -125,13 +125,13 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
         used = round(constant + rows * (a * n + b * n**2))
     steps = Steps(base, start.adapters, Data([longest], []), replace(settings, **_ONE_STEP))
     values = steps.vectors.of(start.adapters)
-    # The values twice: as they are now, and as they were at the start.
+    # The values twice: their current values, and their initial values.
     return Memory(nbytes(list(base.params.values())), 2 * nbytes(values) + nbytes(steps.init(values)), used)
 
 
 def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
-    """A function from a row, and how often it is there, to the most bytes that a step on it makes."""
-    micro = min(settings.accumulation, 2)  # with a second one there are sums
+    """A function from a row and the number of its copies to the peak bytes of a step on them."""
+    micro = min(settings.accumulation, 2)  # with two there are sums of gradients
 
     def run(row: Example, rows: int) -> int:
         small = replace(settings, batch=rows, accumulation=micro, compile=False, **_ONE_STEP)
@@ -159,7 +159,7 @@ def _row(example: Example, n: int) -> Example:
 
 
 def shown(base: Base, example: Example) -> Shown:
-    """An example as text, with what it has loss on."""
+    """An example as text, with its parts with loss."""
     if base.task == SEQUENCE:
         return Shown(example.source, ((_text(base, example.ids), False),), base.classes[example.labels[0]])
     if base.task == SEQ2SEQ:
@@ -182,9 +182,9 @@ def shown(base: Base, example: Example) -> Shown:
 
 
 def _runs(base: Base, example: Example) -> tuple[tuple[str, bool], ...]:
-    """Stretches of tokens with loss and without."""
+    """Spans of tokens with loss and without."""
     losses = [label != IGNORED for label in example.labels]
-    # Nothing comes before the first token that could foretell it. A part of a letter cannot be shown apart.
+    # The first token has no loss, since nothing comes before it. A part of a character cannot be shown alone.
     if base.task == CAUSAL and "\N{REPLACEMENT CHARACTER}" not in _text(base, example.ids[:1]):
         losses[0] = False
     runs: list[tuple[list[int], bool]] = []

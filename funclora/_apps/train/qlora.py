@@ -1,4 +1,4 @@
-"""Which weights a quantised base packs (QLoRA, arXiv 2305.14314), and the packing of them one by one."""
+"""Which weights of a base are quantised (QLoRA, arXiv 2305.14314), and their quantisation one by one."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ TASK_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS", SEQ2
 
 
 def splits_weights(settings: Settings) -> bool:
-    """Whether `init` moves a part of the weights into the adapter, so that only the rest is packed."""
+    """Whether `init` moves a part of the weights into the adapter, so that only the rest is quantised."""
     return settings.init.startswith("pissa") or settings.init in DECOMPOSITIONS
 
 
 def trained_whole(model: nn.Module, settings: Settings, new: Iterable[str]) -> list[str]:
-    """The modules that are trained and saved in full.
+    """The modules that are fully fine-tuned and saved.
 
-    Those that are named; those that the folder did not have, or the result could not be loaded again; and the heads
-    that PEFT trains with the task, new or not, by the ends of their names as it finds them.
+    These are the modules in the settings; new modules that are not in the folder, because otherwise the result could
+    not be loaded again; and the heads that PEFT trains with the task, new or not, found by the ends of their names as
+    in PEFT.
     """
     return list(dict.fromkeys([*settings.modules_to_save, *new, *_heads(model, settings)]))
 
 
 def task_type(model: nn.Module, settings: Settings) -> str | None:
-    """PEFT's name of the task; None where its class for the task would look for a head that the model does not have."""
+    """PEFT's name of the task; None if its class for the task would expect a head that the model does not have."""
     name = TASK_TYPES[settings.task]
     return name if name not in HEADS or _heads(model, settings) else None
 
@@ -45,14 +46,14 @@ def _heads(model: nn.Module, settings: Settings) -> list[str]:
 
 
 def packed_names(model: nn.Module, settings: Settings, new: Iterable[str]) -> list[str]:
-    """The weights to pack: of all linear layers, without the output layer and without what is trained in full.
+    """The weights to quantise: of all linear layers, except the output layer and fully fine-tuned modules.
 
-    Targets of the adapter or not: it is as bitsandbytes packs a model, so the adapter fits one that it has packed.
+    They need not be targets of the adapter. bitsandbytes quantises the same weights, so the adapter fits its models.
 
     Args:
         model: the structure.
-        settings: `task` and `modules_to_save` are looked at.
-        new: modules that are trained in full as well, because their weights are new.
+        settings: `task` and `modules_to_save` are used.
+        new: modules that are also fully fine-tuned, because their weights are new.
 
     Returns:
         Full parameter names.
@@ -69,10 +70,10 @@ def packed_names(model: nn.Module, settings: Settings, new: Iterable[str]) -> li
 
 
 def pack(params: Params, names: Iterable[str], settings: Settings, device: torch.device) -> dict[str, Tensor]:
-    """The named weights as quantised ones on a device, on which one dense weight at a time is.
+    """The named weights, quantised on a device, with only one dense weight there at a time.
 
     Raises:
-        ParamsError: a weight cannot be packed.
+        ParamsError: a weight cannot be quantised.
         UnsupportedError: bitsandbytes is not installed.
     """
     kind: Any = settings.quantize
@@ -84,7 +85,7 @@ def pack(params: Params, names: Iterable[str], settings: Settings, device: torch
 
 
 def forget(model: nn.Module, names: Iterable[str]) -> None:
-    """Put the parameters of a model on the meta device: their values are elsewhere, and their memory is free."""
+    """Move the parameters of a model to the meta device, which frees their memory; the values are elsewhere."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Settings on disk and from a command line: read, checked, written."""
+"""Settings in files and on the command line: reading, checking, writing."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from funclora._config.peft_fields import INITIALISERS, is_initialiser
 from funclora._files.atomic import replace_files
 from funclora.errors import ConfigError, near
 
-# Where both are given, one has no effect.
+# If both are given, one has no effect.
 EXCLUSIVE = (("steps", "epochs"), ("validation", "validation_split"))
-# Keys that only these tasks look at.
+# Keys that only these tasks use.
 ONLY = {"train_on": (CAUSAL,), "text_field": (CAUSAL, SEQUENCE), "label_field": (SEQUENCE, TOKEN), "packing": (CAUSAL,)}
 
 
 def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
     """The settings of a run.
 
-    Paths are relative to the working directory, in a file too.
+    Paths are relative to the working directory, also in a file.
 
     Args:
         file: TOML or YAML, by its suffix; None for the defaults.
-        overrides: key -> value, for what the file says otherwise. Values may be texts, as on a command line.
+        overrides: key -> value; they take precedence over the file. Values may be texts, as on a command line.
 
     Returns:
         All keys, checked.
 
     Raises:
         FormatError: the file cannot be read, or is neither.
-        ConfigError: a key is unknown, or a value is of the wrong type, out of its limits, or without effect.
+        ConfigError: a key is unknown, or a value has the wrong type, is out of range, or has no effect.
         UnsupportedError: a YAML file, and PyYAML is not installed.
 
     Examples:
@@ -53,7 +53,7 @@ def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
     given: dict[str, Any] = {}
     for key, value in (table(file) if file is not None else {}).items():
         if key not in keys:
-            raise ConfigError(f"{file}: {key!r} is no key of a run.{near(key, keys, 1)}")
+            raise ConfigError(f"{file}: {key!r} is not a key of a run.{near(key, keys, 1)}")
         given[key] = _value(f"{file}: {key}", keys[key], value, from_text=False)
     where = dict.fromkeys(given, f"{file}: ")
     for key, value in overrides.items():
@@ -71,11 +71,11 @@ def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
         if len(both) == 2 and len(chosen) != 1:
             raise ConfigError(f"{called(both[0])} and {called(both[1])} exclude each other. Give one of them.")
         for key in both:
-            if chosen and key not in chosen:  # the command line chose the other one than the file
+            if chosen and key not in chosen:  # the command line chose the other key
                 del given[key]
     if "double_quant" in given and given.get("quantize") not in ("nf4", "fp4") and given.pop("double_quant"):
         raise ConfigError(
-            f"{called('double_quant')}: only nf4 and fp4 have scales to pack. Set quantize to one of them."
+            f"{called('double_quant')}: only nf4 and fp4 have scales to quantise. Set quantize to one of them."
         )
     settings = Settings(**given)
     _check_together(settings, called)
@@ -83,7 +83,7 @@ def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
 
 
 def write(settings: Settings, file: Path) -> None:
-    """Write all keys as TOML, from which `read` makes the same settings. The file is replaced as a whole.
+    """Write all keys as TOML, from which `read` makes the same settings. The file is replaced atomically.
 
     Raises:
         OSError: it cannot be written.
@@ -213,7 +213,7 @@ def _text(where: str, value: object) -> str:
     if not value:
         raise ConfigError(f"{where}: expected a text, got an empty one. Leave the key out for its default.")
     if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-        raise ConfigError(f"{where}: {value!r} holds what is no character of a text.")
+        raise ConfigError(f"{where}: {value!r} contains an invalid character.")
     return value
 
 
@@ -226,27 +226,27 @@ def _check_together(settings: Settings, called: Any) -> None:
             f"{near(settings.init, names, 1)}"
         )
     if settings.init == "loftq" and settings.quantize not in ("nf4", "fp4"):
-        raise ConfigError(f"{called('init')}: loftq makes up for 4-bit weights. Set quantize to nf4 or fp4.")
+        raise ConfigError(f"{called('init')}: loftq compensates for 4-bit quantisation. Set quantize to nf4 or fp4.")
     if settings.init == "eva" and settings.task == SEQ2SEQ:
-        raise ConfigError(f"{called('init')}: eva looks at one text per example, and {SEQ2SEQ} has two. Use another.")
+        raise ConfigError(f"{called('init')}: eva needs one text per example, but {SEQ2SEQ} has two. Use another.")
     for key, tasks in ONLY.items():
         if settings.task not in tasks and getattr(settings, key) != getattr(Settings, key):
             raise ConfigError(
-                f"{called(key)}: only {' and '.join(tasks)} look{'s' * (len(tasks) == 1)} at it, and the task is "
+                f"{called(key)}: only {' and '.join(tasks)} use{'s' * (len(tasks) == 1)} it, and the task is "
                 f"{settings.task}. Leave it out."
             )
     if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
         raise ConfigError(f"{called('sample_tokens')}: there is no prompt to continue. Give {called('sample')} too.")
     if settings.sample and settings.task == TOKEN:
-        raise ConfigError(f"{called('sample')}: {TOKEN} continues no prompt. Leave it out.")
+        raise ConfigError(f"{called('sample')}: {TOKEN} cannot continue prompts. Leave it out.")
     if settings.patience and not settings.eval_every:
-        raise ConfigError(f"{called('patience')}: needs evaluations to wait for. Set {called('eval_every')} too.")
+        raise ConfigError(f"{called('patience')}: needs evaluations. Set {called('eval_every')} too.")
     if settings.model is not None and settings.data is None:
-        raise ConfigError(f"{called('data')}: there is nothing to train {settings.model} on. Give a file or a folder.")
+        raise ConfigError(f"{called('data')}: there is no data to train {settings.model} on. Give a file or a folder.")
 
 
 def _implied(settings: Settings, key: str) -> bool:
-    """Whether a key says nothing, because another one is in its place."""
+    """Whether a key has no effect, because another one is used instead."""
     return (
         (key == "epochs" and settings.steps is not None)
         or (key == "validation_split" and settings.validation is not None)

@@ -1,7 +1,7 @@
-"""Data files: JSONL, JSON, CSV, Parquet and texts as records, each of which knows where it is from.
+"""Data files: JSONL, JSON, CSV, Parquet and texts as records, each with its source.
 
-What a file says is taken as it is or refused with file and line: nothing is guessed, repaired or skipped but blank
-lines and, in folders, hidden files.
+The contents of a file are used as they are, or refused with file and line. Nothing is guessed, repaired or skipped,
+except blank lines and, in folders, hidden files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from funclora._apps.train import utf8
 from funclora._apps.train.strict_json import parse
 from funclora.errors import FormatError
 
-TEXT = "text"  # the kind of every file with another suffix than those of READERS
+TEXT = "text"  # the kind of every file whose suffix is not in READERS
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -43,12 +43,12 @@ def read(path: Path, text_field: str = "text") -> Iterator[Record]:
     r"""The records of a file, or of all files of a folder.
 
     The suffix says what a file is: `.jsonl` (or `.ndjson`) has an object in each line, `.json` is an array of
-    objects, `.csv` and `.tsv` begin with a row of names, `.parquet` is a table. Any other file is one text. A folder
-    is read in the order of the paths in it, and holds files of one kind; what begins with a dot is left out.
+    objects, `.csv` and `.tsv` begin with a row of names, `.parquet` is a table. Any other file is one text. A folder is
+    read in the order of its paths and must contain files of one kind; names that begin with a dot are left out.
 
     Args:
         path: the file or folder.
-        text_field: under which name a text is given.
+        text_field: the field name for a text.
 
     Raises:
         FormatError: there is nothing at `path`, it cannot be read, or it is empty, broken or of another format.
@@ -65,14 +65,16 @@ def read(path: Path, text_field: str = "text") -> Iterator[Record]:
     kinds = {_kind(file): file for file in files.values()}
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
-        raise FormatError(f"{path}: holds files of several kinds, such as {one.name} and {other.name}. Give one file.")
+        raise FormatError(
+            f"{path}: contains files of several kinds, such as {one.name} and {other.name}. Give one file."
+        )
     for name, file in files.items():
         found = False
         for fields, place in _open(file, text_field):
             found = True
             yield Record(fields, name + place, f"{file}{place}")
         if not found:
-            raise FormatError(f"{file}: holds no records.")
+            raise FormatError(f"{file}: contains no records.")
 
 
 def texts(path: Path, field: str, remedy: str = "") -> list[str]:
@@ -90,14 +92,14 @@ def texts(path: Path, field: str, remedy: str = "") -> list[str]:
     for record in read(path, field):
         text = record.fields.get(field)
         if not isinstance(text, str):
-            there = f"it has {', '.join(map(_short, record.fields))}." if record.fields else "it has nothing."
+            there = f"it has {', '.join(map(_short, record.fields))}." if record.fields else "it has no fields."
             raise FormatError(f"{record.where}: expected a text under {field!r}; {there}{remedy}")
         found.append(text)
     return found
 
 
 def is_text(file: Path) -> bool:
-    """Is a file one text, by its suffix, and not a file of records?"""
+    """Whether a file is one text, by its suffix, and not a file of records."""
     return _kind(file) == TEXT
 
 
@@ -108,7 +110,7 @@ def _files(folder: Path) -> dict[str, Path]:
     for at, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         here = os.path.realpath(at)
         if here in seen:
-            raise FormatError(f"{at}: this link leads back to a folder that is read already. Take it out.")
+            raise FormatError(f"{at}: this link leads back to a folder that is already being read. Remove it.")
         seen.add(here)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -135,7 +137,7 @@ def _open(file: Path, text_field: str) -> Iterator[tuple[dict[str, Any], str]]:
     if not file.exists():
         raise FormatError(f"{file}: there is no such file.")
     if not file.is_file():
-        raise FormatError(f"{file}: this is no regular file.")
+        raise FormatError(f"{file}: this is not a regular file.")
     try:
         if not file.stat().st_size:
             raise FormatError(f"{file}: this file is empty.")
@@ -182,14 +184,14 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _csv(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    # Every value is the text that stands there: what looks like a number or a missing value may be meant as text.
+    # Every value is its text: something that looks like a number or a missing value may be meant as text.
     at = 0
 
     def lines() -> Iterator[str]:
         nonlocal at
         for at, line in utf8.lines(file):
             if "\0" in line:
-                raise FormatError(f"{file}:{at}: holds a zero byte, so this is no text.")
+                raise FormatError(f"{file}:{at}: contains a zero byte, so this is not a text.")
             yield line
 
     rows = _rows(lines(), SEPARATORS[file.suffix.lower()], lambda: f"{file}:{at}")
@@ -201,20 +203,20 @@ def _csv(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             first = {name: i for i, name in reversed([*enumerate(names)])}
             for i, name in enumerate(names):
                 if not name.strip() or first[name] < i:
-                    problem = "is there twice" if name.strip() else "is blank"
+                    problem = "appears twice" if name.strip() else "is blank"
                     raise FormatError(f"{file}:{begin}: column {i + 1}: the name {_short(name)} {problem}.")
         elif row:
             if len(row) != len(names):
                 raise FormatError(
-                    f"{file}:{begin}: expected {len(names)} values, as there are names in the first row, got "
-                    f"{len(row)}. Values with separators or line ends stand in double quotes."
+                    f"{file}:{begin}: expected {len(names)} values, one for each name in the first row, got "
+                    f"{len(row)}. Put values with separators or line ends into double quotes."
                 )
             yield dict(zip(names, row, strict=True)), f":{begin}"
         begin = at + 1
 
 
 def _rows(lines: Iterable[str], separator: str, where: Callable[[], str]) -> Iterator[list[str]]:
-    """The rows, with longer values than the csv module takes by default; that limit is the process's."""
+    """The rows, with longer values than the csv module accepts by default; that limit belongs to the process."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         limit = csv.field_size_limit(utf8.LONGEST_LINE)
@@ -234,19 +236,19 @@ def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise FormatError(f"{file}: Parquet is read by pyarrow. Type: pip install 'funclora[train]'") from error
+        raise FormatError(f"{file}: reading Parquet needs pyarrow. Type: pip install 'funclora[train]'") from error
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
-                raise FormatError(f"{file}: a column's name is there twice: {', '.join(names)}.")
+                raise FormatError(f"{file}: a column's name appears twice: {', '.join(names)}.")
             i = 0
             for part in table.iter_batches(batch_size=1024):
                 for fields in part.to_pylist():
                     yield fields, f"[{i}]"
                     i += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{file}: this is not a whole Parquet file: {' '.join(str(error).split())}") from error
+        raise FormatError(f"{file}: this is not a complete Parquet file: {' '.join(str(error).split())}") from error
 
 
 def _short(value: Any) -> str:

@@ -1,24 +1,24 @@
-"""A row: what a model reads, and what it should say."""
+"""A row: the input of a model, and its labels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A label where there is no loss, as in torch and transformers.
+# The label of positions without loss, as in torch and transformers.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row that the model reads, and what it should say.
+    """A row: the input of the model, and its labels.
 
     Attributes:
         ids: what the model reads (seq2seq: the encoder).
         labels: causal-lm: as long as `ids`, the id where there is loss and `IGNORED` elsewhere, not shifted, as
             transformers has them; token-classification: the class or `IGNORED` for each id; sequence-classification:
             one class; seq2seq: the decoder's ids.
-        lengths: of the examples that are packed into it, in order; one for an example that is alone.
-        source: where it is from, such as "train.jsonl:17".
+        lengths: of the examples packed into it, in order; a single length if there is one example.
+        source: its source, such as "train.jsonl:17".
     """
 
     ids: list[int]

@@ -1,4 +1,4 @@
-"""A run as a whole: from settings to a folder with a tuned adapter."""
+"""A complete run: from settings to a folder with a trained adapter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from funclora._apps.train.setup import ready
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         outcome: of the training.
         folders: the adapter's, and the merged model's if there is one.
-        notes: what was said on the way.
+        notes: the messages of the run.
     """
 
     outcome: Outcome
@@ -30,18 +30,18 @@ class Result:
 
 
 def run(settings: Settings, *, quiet: bool = False) -> Result:
-    """Train an adapter, or go on with that (`settings.resume`), and write it.
+    """Train an adapter, or continue its training (`settings.resume`), and write it.
 
     `settings.out` gets `run.toml` (all settings), `metrics.jsonl`, `checkpoints`, `adapter` (a PEFT folder) and, with
-    `merge`, `merged`. No other process can run in it meanwhile.
+    `merge`, `merged`. It is locked for other processes meanwhile.
 
     Args:
         settings: from `reading.read`.
-        quiet: say nothing in the terminal.
+        quiet: print nothing in the terminal.
 
     Raises:
-        FuncloraError: something is wrong with the settings, the model, the data or the folder, or a loss is not finite.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        FuncloraError: the settings, the model, the data or the folder are invalid, or a loss is not finite.
+        KeyboardInterrupt: after Ctrl-C, when a checkpoint is written.
         OSError: something cannot be written.
     """
     with opened(settings) as folder:

@@ -1,4 +1,4 @@
-"""All that a run needs before its first step: tokenizer, data, base and adapters that fit each other."""
+"""What a run needs before its first step: tokenizer, data, base and adapters that fit each other."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from funclora.errors import ConfigError
 
 DOMAIN = "urllib"  # of a size that takes half a minute
 DATA_FILE = "data.jsonl"
-EVA_STEPS = 64  # at most; components stand still long before
+EVA_STEPS = 64  # at most; the components converge long before
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A run that can begin.
+    """A run that is ready to start.
 
     Attributes:
-        settings: with the data that is meant where none was given.
+        settings: with the default data if none was given.
         data: tokenised.
         start: the base and its fresh adapters.
     """
@@ -40,11 +40,11 @@ class Ready:
 
 
 def ready(settings: Settings, folder: Path) -> Ready:
-    """Load and check everything: the data first, which is the most likely to be wrong, the weights last.
+    """Load and check everything: first the data, which most likely contains errors, and last the weights.
 
     Args:
         settings: the run's.
-        folder: where the demo's data are written, for a run that names none.
+        folder: where the demo's data is written, for a run without data.
 
     Raises:
         FuncloraError: something is missing, broken, or does not fit the rest.
@@ -62,10 +62,10 @@ def ready(settings: Settings, folder: Path) -> Ready:
 
 
 def demo_data(folder: Path) -> Path:
-    """The sources of a package of Python's standard library as JSONL, a text for each file; the demo's base knows none.
+    """The source of a package of Python's standard library as JSONL, one text for each file; new to the demo's base.
 
     Raises:
-        ConfigError: this Python comes without them.
+        ConfigError: this Python has no source files.
         OSError: the file cannot be written.
     """
     from funclora.demo.corpus import domain_files
@@ -73,7 +73,7 @@ def demo_data(folder: Path) -> Path:
     try:
         texts = [file.read_text(encoding="utf-8") for file in domain_files(DOMAIN)]
     except FileNotFoundError as error:
-        raise ConfigError(f"data: none is given, and {error}. Give --data.") from error
+        raise ConfigError(f"data: no data is given, and {error}. Give --data.") from error
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts if text.strip())
 
     def fill(draft: Path) -> None:
@@ -91,8 +91,8 @@ def check_vocabulary(base: Base, data: Data) -> None:
             for i in _ids(example, base.task):
                 if i >= rows:
                     raise ConfigError(
-                        f"{example.source}: token {_token(base.tokenizer, i)} has the number {i}, and the embedding "
-                        f"of {base.name} has {rows} rows, from 0 on. Use the tokenizer that the model was trained "
+                        f"{example.source}: token {_token(base.tokenizer, i)} has the id {i}, but the embedding "
+                        f"of {base.name} has {rows} rows. Use the tokenizer that the model was trained "
                         "with, or a model whose embedding was resized to the tokenizer."
                     )
 
@@ -106,7 +106,7 @@ def _token(tokenizer: Any, i: int) -> str:
 
 
 def _first_batches(base: Base, data: Data, settings: Settings) -> Iterator[Batch]:
-    """The batches of the first steps, made only when they are asked for."""
+    """The batches of the first steps, made on demand."""
     batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
     for k in range(min(EVA_STEPS, batches.steps_per_epoch)):
         yield from batches.step(k)

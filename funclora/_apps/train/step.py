@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class Stepped(NamedTuple):
-    """What a step gives.
+    """The result of a step.
 
     Attributes:
         values: the adapters, as `Vectors` has them.
         state: the optimizer's.
-        numbers: `[2]`, the loss for each label and the norm of the gradient before clipping.
-        tokens: how many were read.
+        numbers: `[2]`, the loss per label and the norm of the gradient before clipping.
+        tokens: number of tokens read.
     """
 
     values: Any
@@ -46,8 +46,8 @@ class Steps:
 
     Args:
         base: the frozen model; not changed.
-        adapters: whose structure is trained.
-        data: what to train on.
+        adapters: give the structure.
+        data: the training data.
         settings: the run.
 
     Attributes:
@@ -58,13 +58,13 @@ class Steps:
         init: `values -> state` of the optimizer.
 
     Raises:
-        ConfigError: there is no example, or settings contradict each other.
+        ConfigError: there are no examples, or settings contradict each other.
         UnsupportedError: the model cannot recompute its activations.
     """
 
     def __init__(self, base: Base, adapters: Adapters, data: Data, settings: Settings) -> None:
         if not data.train:
-            raise ConfigError("data: there is no example to train on.")
+            raise ConfigError("data: there are no examples to train on.")
         self.base, self.seed = base, settings.seed
         self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
         self.per_epoch = self.batches.steps_per_epoch
@@ -94,7 +94,7 @@ class Steps:
                 vectors: Any = self.vectors.of(grads)
                 sums = vectors if sums is None else optree.tree_map(torch.Tensor.add_, sums, vectors)
         with torch.no_grad():
-            # Divided once, and not each loss: the count is that of all micro-batches.
+            # Divided once, not for each loss: the count covers all micro-batches.
             means = optree.tree_map(lambda vector: vector.mul_(1 / labels), sums)
             numbers = torch.stack([torch.stack(losses).sum() / labels, global_norm(means)])
             updates, state = self._update(means, state, params=values)
@@ -102,7 +102,7 @@ class Steps:
         return Stepped(values, state, numbers, sum(map(_tokens, batches)))
 
     def sources(self, k: int) -> str:
-        """Where the examples of step k are from, the first ones by name."""
+        """The sources of the examples of step k; the first ones by name."""
         sources = self.batches.sources(k)
         return ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
 
@@ -110,15 +110,17 @@ class Steps:
 def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
     """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
     if settings.checkpointing and settings.compile:
-        raise ConfigError("checkpointing and compile: torch.compile recomputes what it wants to. Choose one of them.")
-    # A copy of the module tree over the same weights: its flags are its own.
+        raise ConfigError(
+            "checkpointing and compile exclude each other: torch.compile decides what to recompute. Give one."
+        )
+    # A copy of the module tree with the same weights, but its own flags.
     model: Any = bind(base.model, base.params, {}).train()
     if settings.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise UnsupportedError(
                 f"checkpointing: {base.name} ({type(model).__name__}) cannot recompute its activations. Leave it out."
             )
-        # The second name is the old one, which newer transformers warn of.
+        # The second name is the old one; newer versions of transformers warn about it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
@@ -136,9 +138,9 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
 
     def gradient(adapters: Adapters, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Rule]]:
         for tensor in batch.values():
-            for dim in range(tensor.dim()):  # or there would be a graph for each length
+            for dim in range(tensor.dim()):  # otherwise there would be a graph for each length
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        # Not a compiled torch.func.grad: dropout in one knows no sizes that vary.
+        # Not a compiled torch.func.grad: there, dropout does not support varying sizes.
         value, _, grads = autograd(lambda tree: (compiled(base.params, tree, batch), ()), dict(adapters))
         return value, grads
 
@@ -146,7 +148,7 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
 
 
 def autocast(settings: Settings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The block computes in the precision of the run."""
+    """Compute the block in the precision of the run."""
     return torch.autocast(device.type, torch.bfloat16) if settings.bf16 else contextlib.nullcontext()
 
 
@@ -158,11 +160,11 @@ def moved(batch: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Ten
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
-    """Tokens that are read, without padding where a mask says what that is."""
+    """Number of tokens read, without padding if there is a mask."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _seed(seed: int, step: int) -> int:
-    """Of the randomness in a step."""
+    """The seed of a step's randomness."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little")

@@ -1,4 +1,4 @@
-"""JSON as it is defined: what Python's reader would also take, or take only one of, is an error."""
+"""Strict JSON: what Python's reader accepts beyond the standard, or silently drops, is an error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from funclora.errors import FormatError
 
 
 def parse(text: str, where: str, expected: str = "JSON") -> Any:
-    """What a text of JSON says, strictly: no name twice in an object, no NaN or infinity, no half characters.
+    """The value of a JSON text, strictly: no repeated name in an object, no NaN or infinity, no lone surrogates.
 
     Raises:
-        FormatError: it says something else, and the message begins with `where`.
+        FormatError: it is not such a text; the message begins with `where`.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_float)
@@ -28,7 +28,9 @@ def parse(text: str, where: str, expected: str = "JSON") -> Any:
     if "\\u" in text:
         half = next((string for string in _strings(value) if not _whole(string)), None)
         if half is not None:
-            raise FormatError(f"{where}: {reprlib.repr(half)} holds half of a surrogate pair, which is no character.")
+            raise FormatError(
+                f"{where}: {reprlib.repr(half)} contains half of a surrogate pair, which is not a character."
+            )
     return value
 
 
@@ -37,12 +39,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {reprlib.repr(twice)} is there twice in an object")
+        raise ValueError(f"the name {reprlib.repr(twice)} appears twice in an object")
     return fields
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that JSON has")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _float(digits: str) -> float:

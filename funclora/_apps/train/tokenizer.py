@@ -13,7 +13,7 @@ from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
 
 
 class ByteTokenizer:
-    """The demo's tokens: the bytes of a text in UTF-8. There are no others, so a text has no end mark.
+    """The demo's tokens: the bytes of a text in UTF-8. There are no others, so there is no end token.
 
     Examples:
         >>> tokenizer = ByteTokenizer()
@@ -23,7 +23,7 @@ class ByteTokenizer:
 
     eos_token_id: int | None = None
     bos_token_id: int | None = None
-    pad_token_id: int = 0  # what fills a row up is looked at by nobody
+    pad_token_id: int = 0  # padding is never read
     chat_template: str | None = None
 
     def __len__(self) -> int:
@@ -34,22 +34,22 @@ class ByteTokenizer:
         return {"input_ids": list(text.encode("utf-8", "surrogateescape"))}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
+        """The text; bytes that are not UTF-8 become U+FFFD."""
         return bytes(ids).decode("utf-8", "replace")
 
 
 def load_tokenizer(settings: Settings) -> Any:
     """The tokenizer of the model's folder, with a padding token; `ByteTokenizer` for the demo's base.
 
-    A tokenizer without a padding token fills up with its end token, or its unknown token: what fills up has neither
-    attention nor loss.
+    A tokenizer without a padding token uses its end token or its unknown token for padding, which has neither attention
+    nor loss.
 
     Args:
-        settings: `model` is looked at.
+        settings: `model` is used.
 
     Raises:
         FormatError: there is no such folder, or no tokenizer in it that transformers can load.
-        ConfigError: it has no token to fill rows up with.
+        ConfigError: it has no token for padding.
         UnsupportedError: transformers is not installed.
 
     Examples:
@@ -59,24 +59,24 @@ def load_tokenizer(settings: Settings) -> Any:
     if settings.model is None:
         return ByteTokenizer()
     folder = model_folder(settings.model)
-    remedy = " Put the tokenizer's files next to the model's, as tokenizer.save_pretrained(folder) does."
+    remedy = " Put the tokenizer's files next to the model's, with tokenizer.save_pretrained(folder)."
     with reading(folder, f"model: transformers finds no tokenizer in {folder}", remedy):
         tokenizer = transformers().AutoTokenizer.from_pretrained(str(folder), **OPTIONS)
     if tokenizer.pad_token_id is None:
         token = tokenizer.eos_token or tokenizer.unk_token
         if token is None:
             raise ConfigError(
-                f"model: the tokenizer in {folder} has no padding token, and neither an end nor an unknown token to "
-                "use in its place. Set one: tokenizer.pad_token = ... and tokenizer.save_pretrained(folder)."
+                f"model: the tokenizer in {folder} has no padding token, and neither an end token nor an unknown token "
+                "to use instead. Set one: tokenizer.pad_token = ... and tokenizer.save_pretrained(folder)."
             )
         tokenizer.pad_token = token
-    # As the positions that a model counts, examples begin at the left.
+    # Examples begin at the left, like the positions of a model.
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def ends_texts(tokenizer: Any) -> bool:
-    """Whether a tokenizer ends every text with its end token itself, as T5's does.
+    """Whether a tokenizer itself adds its end token to every text, as T5's does.
 
     Examples:
         >>> ends_texts(ByteTokenizer())
@@ -86,10 +86,10 @@ def ends_texts(tokenizer: Any) -> bool:
 
 
 def begun(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """The ids of a text that goes on: without the end token of a tokenizer that ends every text.
+    """The ids of a text to be continued: without the end token that a tokenizer may add.
 
     Args:
-        tokenizer: as `load_tokenizer` gives it.
+        tokenizer: as from `load_tokenizer`.
         text: the beginning.
         **options: of the tokenizer.
 
@@ -102,22 +102,22 @@ def begun(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder, if it looks like a transformers model's.
+    """The folder, if it looks like the folder of a transformers model.
 
     Raises:
         FormatError: it does not.
-        UnsupportedError: it is an adapter's as well.
+        UnsupportedError: it also contains an adapter.
     """
     if not folder.is_dir():
-        raise FormatError(f"model: {folder} is no folder. Give the folder of a transformers model.")
+        raise FormatError(f"model: {folder} is not a directory. Give the folder of a transformers model.")
     if not (folder / "config.json").is_file():
         raise FormatError(
-            f"model: {folder} holds no config.json. Give the folder of a transformers model, as save_pretrained "
+            f"model: {folder} contains no config.json. Give the folder of a transformers model, as save_pretrained "
             "writes it."
         )
     if (folder / ADAPTER_CONFIG).exists():
         raise UnsupportedError(
-            f"model: {folder} holds an adapter too ({ADAPTER_CONFIG}), and transformers would load the base of that "
-            "in its place. Move the adapter to a folder of its own."
+            f"model: {folder} also contains an adapter ({ADAPTER_CONFIG}), so transformers would load its base. "
+            "Move the adapter to its own folder."
         )
     return folder

@@ -1,4 +1,4 @@
-"""From a record to examples: which fields are read, how they become token ids, and where the loss is."""
+"""From a record to examples: the fields that are read, their token ids, and the positions with loss."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from funclora._apps.train.tokenizer import begun, ends_texts
 from funclora.errors import FormatError, UnsupportedError, near
 
 WORDS = "tokens"
-# What a chat template is given besides the messages.
+# Further fields for the chat template, besides the messages.
 CHAT = ("messages", "tools", "chat_template_kwargs")
 PAIR = ("prompt", "completion")
 
 
 def schema(record: Record, settings: Settings) -> tuple[str, ...]:
-    """The fields that are read from a record: what is there says what the data is.
+    """The fields that are read from a record; they determine the kind of data.
 
     Raises:
-        FormatError: it has none of what the task needs, or fields of several kinds of data.
+        FormatError: it lacks the fields of the task, or has fields of several kinds of data.
     """
     there = {name for name, value in record.fields.items() if value is not None}
     if settings.task == SEQUENCE:
@@ -38,15 +38,15 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
     name = settings.text_field
     kinds = {CHAT: "messages" in there, PAIR: bool({*PAIR} & there), (name,): name in there}
     if name in (CHAT[0], *PAIR):
-        kinds = {(name,): name in there}  # so it is plain text that is asked for
+        kinds = {(name,): name in there}  # so plain text is expected
     found = [kind for kind, has in kinds.items() if has]
     if len(found) > 1:
         names = ", ".join(next(name for name in kind if name in there) for kind in found)
-        raise FormatError(f"{record.where}: has {names}, each of which is data by itself. Keep one of them.")
+        raise FormatError(f"{record.where}: has {names}, which are different kinds of data. Keep one of them.")
     if not found:
         raise FormatError(
             f"{record.where}: expected a text under {name!r}, prompt and completion, or messages; {_has(record)} "
-            "text_field names another field of text."
+            "Give another field of text with text_field."
         )
     return _all(record, *PAIR) if found == [PAIR] else found[0]
 
@@ -54,7 +54,7 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
 def _all(record: Record, *names: str) -> tuple[str, ...]:
     for name in names:
         if record.fields.get(name) is None:
-            remedy = "" if name in (*PAIR, WORDS) else " text_field and label_field name others."
+            remedy = "" if name in (*PAIR, WORDS) else " Give other fields with text_field and label_field."
             raise FormatError(
                 f"{record.where}: expected a value under {name!r}; {_has(record)}{near(name, record.fields, 1)}{remedy}"
             )
@@ -63,14 +63,14 @@ def _all(record: Record, *names: str) -> tuple[str, ...]:
 
 def _has(record: Record) -> str:
     names = [name for name, value in record.fields.items() if value is not None]
-    return f"it has {', '.join(map(reprlib.repr, names))}." if names else "it has nothing."
+    return f"it has {', '.join(map(reprlib.repr, names))}." if names else "it has no fields."
 
 
 def text(record: Record, name: str) -> str:
     """A field's text.
 
     Raises:
-        FormatError: it holds something else.
+        FormatError: it contains something else.
     """
     value = record.fields[name]
     if not isinstance(value, str):
@@ -85,14 +85,14 @@ def reader(
 
     Args:
         settings: the run's.
-        tokenizer: transformers' tokenizer, or one that is called like it.
-        context: longest example.
+        tokenizer: transformers' tokenizer, or one with the same interface.
+        context: maximum length of an example.
         classes: names of the classes, for classification.
-        notes: takes down what was cut.
+        notes: receives what was cut off.
     """
     tokens = _Tokens(settings, tokenizer, context, classes, notes)
     if tokens.end is None and settings.task in (CAUSAL, SEQ2SEQ) and settings.model is not None:
-        notes.say("The tokenizer has no end token, so nothing teaches the model to stop.")
+        notes.say("The tokenizer has no end token, so the model cannot learn to stop.")
     return {SEQUENCE: tokens.sequence, TOKEN: tokens.words, SEQ2SEQ: tokens.translation}.get(
         settings.task, tokens.causal
     )
@@ -103,7 +103,7 @@ class _Tokens:
         self.settings, self.tokenizer, self.context, self.notes = settings, tokenizer, context, notes
         self.classes = {name: i for i, name in enumerate(classes)}
         self.end: int | None = tokenizer.eos_token_id
-        # The demo's tokenizer takes a text and nothing else.
+        # The demo's tokenizer accepts only a text.
         self.options = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
         self.ends = ends_texts(tokenizer)
 
@@ -112,7 +112,7 @@ class _Tokens:
         return ids
 
     def ended(self, text: str) -> str:
-        """A text with the end token, as TRL's SFTTrainer gives it to the tokenizer."""
+        """A text with the end token, as TRL's SFTTrainer passes it to the tokenizer."""
         mark: str | None = getattr(self.tokenizer, "eos_token", None)
         return text if mark is None or self.ends or text.endswith(mark) else text + mark
 
@@ -122,7 +122,7 @@ class _Tokens:
             found = chat(record, self.tokenizer, self.settings.train_on == "completions")
             ids, said = found.ids, found.said
             if not found.whole:
-                self.notes.count("of whose messages the chat template leaves out or changes some", record.source)
+                self.notes.count("in which the chat template leaves out or changes some messages", record.source)
         elif kind == PAIR:
             ids, said = self.pair(record)
         else:
@@ -132,7 +132,7 @@ class _Tokens:
         return self.kept(ids[: self.context], labels[: self.context], record, len(ids) - self.context)
 
     def pair(self, record: Record) -> tuple[list[int], list[bool]]:
-        """A prompt with its completion, and which ids are the completion's: all but those that the prompt alone has."""
+        """A prompt with its completion, and which ids are the completion's: all except those of the prompt alone."""
         prompt = text(record, "prompt")
         both = self.ids(prompt + self.ended(text(record, "completion")))
         if self.settings.train_on == "all":
@@ -140,24 +140,26 @@ class _Tokens:
         alone = begun(self.tokenizer, prompt, **self.options)
         start = common(alone, both)
         if start < len(alone):
-            self.notes.count("whose prompt's end merges into the completion's first token", record.source)
+            self.notes.count(
+                "in which the end of the prompt merges into the first token of the completion", record.source
+            )
         return both, [i >= start for i in range(len(both))]
 
     def pieces(self, ids: list[int], record: Record) -> list[Example]:
-        """Cut into pieces of at most a context, so that every token but the first is predicted once.
+        """Split into pieces of at most one context, so that every token except the first is predicted once.
 
-        A piece begins with the last token of the one before.
+        A piece begins with the last token of the previous piece.
         """
         found = []
         for start in range(0, max(len(ids) - 1, 1), self.context - 1):
             piece = ids[start : start + self.context]
             found += self.kept(piece, piece, record, 0)
         if len(found) > 1:
-            self.notes.count(f"of more than {self.context} tokens cut into several", record.source)
+            self.notes.count(f"of more than {self.context} tokens split into several", record.source)
         return found
 
     def kept(self, ids: list[int], labels: list[int], record: Record, over: int) -> list[Example]:
-        """The example, if anything in it has loss; a causal model predicts nothing at the first position."""
+        """The example, if any token in it has loss; a causal model does not predict the first token."""
         if not ids:
             self.notes.count("without tokens left out", record.source)
             return []
@@ -176,7 +178,7 @@ class _Tokens:
         return [Example(list(ids), list(labels), (len(ids),), record.source)]
 
     def shortened(self, over: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, int]:
-        """What the tokenizer makes of a text, cut off with its special tokens kept, and how many ids are lost."""
+        """The ids of a text, cut off but with its special tokens, and the number of lost ids."""
         whole = over(*args, **self.options, **options)
         lost = len(whole["input_ids"]) - self.context
         if lost <= 0:
@@ -185,7 +187,7 @@ class _Tokens:
 
     @functools.cached_property
     def glues(self) -> bool:
-        """Whether words become a text without spaces, as by the byte-level tokenizers of GPT-2, Llama 3 and Qwen."""
+        """Whether words are joined without spaces, as in the byte-level tokenizers of GPT-2, Llama 3 and Qwen."""
         ids = self.tokenizer(["a", "b"], is_split_into_words=True)["input_ids"]
         return " " not in self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -195,10 +197,10 @@ class _Tokens:
         return self.kept(out["input_ids"], [label], record, lost)
 
     def words(self, record: Record) -> list[Example]:
-        """A word's class is that of its first token; the others have no loss."""
+        """The first token of a word gets its class; the others have no loss."""
         if not getattr(self.tokenizer, "is_fast", False):
             raise UnsupportedError(
-                "task: token-classification needs a fast tokenizer, which tells the words of its tokens."
+                "task: token-classification needs a fast tokenizer, which reports the word of each token."
             )
         words, names = word_classes(record, self.settings.label_field)
         if not words:
@@ -209,7 +211,7 @@ class _Tokens:
             out, lost = self.shortened(self.tokenizer, words, is_split_into_words=True)
         except (AssertionError, TypeError, ValueError) as error:
             raise UnsupportedError(
-                f"{record.where}: the tokenizer does not take words: {' '.join(str(error).split())}"
+                f"{record.where}: the tokenizer does not accept words: {' '.join(str(error).split())}"
             ) from error
         labels, seen = [], set()
         for word in out.word_ids():
@@ -224,7 +226,7 @@ class _Tokens:
         said, more = self.shortened(self.tokenizer, text_target=text(record, "completion"))
         labels: list[int] = said["input_ids"]
         if self.end is not None and labels[-1:] != [self.end]:
-            labels = [*labels[: self.context - 1], self.end]  # else nothing teaches the decoder to end
+            labels = [*labels[: self.context - 1], self.end]  # otherwise the decoder cannot learn to stop
         return self.kept(read["input_ids"], labels, record, max(lost, more))
 
 
@@ -232,7 +234,7 @@ def word_classes(record: Record, label_field: str) -> tuple[list[str], list[str]
     """The words of a record and their classes' names.
 
     Raises:
-        FormatError: they are not two lists of one length, of texts and of classes.
+        FormatError: they are not two lists of equal length, of texts and of classes.
     """
     words, labels = record.fields[WORDS], record.fields[label_field]
     for name, value in ((WORDS, words), (label_field, labels)):
@@ -262,7 +264,7 @@ def class_name(label: Any, record: Record, label_field: str) -> str:
 
 
 def common(ids: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two lists begin with alike.
+    """Length of the common prefix of two lists of ids.
 
     Examples:
         >>> common([1, 2, 3], [1, 2, 4, 5])

@@ -1,4 +1,4 @@
-"""Files of text, strictly: UTF-8, with lines of bounded length; what is not names the file, the line and the byte."""
+"""Text files, strictly: UTF-8, with lines of bounded length; errors name the file, the line and the byte."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from funclora.errors import FormatError
 
-# Bytes of one line. A file of another kind, such as one without line ends, must not fill the memory.
+# Maximum bytes of a line, so that another kind of file, such as one without line ends, cannot fill the memory.
 LONGEST_LINE = 1 << 26
-# Bytes of a file that is read at a time.
+# Maximum bytes of a file that is read at once.
 LARGEST_FILE = 1 << 32
 NEWLINE = b"\n"
 BOM = b"\xef\xbb\xbf"
@@ -17,17 +17,17 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines by number, from 1, with their line ends."""
+    """The lines with their numbers, from 1, including line ends."""
     start = 0
     with file.open("rb") as stream:
-        # Bytes, and not text: only \n ends a line. U+2028 and the like may stand in a string.
+        # Bytes, not text: only \n ends a line. U+2028 and similar characters may be part of a string.
         for number in range(1, 1 << 62):
             line = stream.readline(LONGEST_LINE + 1)
             if not line:
                 return
             if len(line) > LONGEST_LINE:
                 raise FormatError(
-                    f"{file}:{number}: this line is longer than {LONGEST_LINE >> 20} MiB. Are the records apart by "
+                    f"{file}:{number}: this line is longer than {LONGEST_LINE >> 20} MiB. Are the records separated by "
                     "line ends?"
                 )
             yield number, decode(line, file, number, start)
@@ -40,7 +40,7 @@ def decode(content: bytes, file: Path, line: int = 1, start: int = 0) -> str:
     Args:
         content: a part of the file.
         file: for messages.
-        line: where the part begins.
+        line: the line at which the part begins.
         start: the byte at which it begins.
 
     Raises:
@@ -68,12 +68,12 @@ def whole(file: Path) -> str:
         FormatError: it is too large for that, or not UTF-8.
     """
     if file.stat().st_size > LARGEST_FILE:
-        raise FormatError(f"{file}: this file is read at a time, but has more than {LARGEST_FILE >> 30} GiB. Split it.")
+        raise FormatError(f"{file}: this file is read at once, but is larger than {LARGEST_FILE >> 30} GiB. Split it.")
     return decode(file.read_bytes(), file)
 
 
 def text(file: Path) -> str:
-    """All of a file that is read by people.
+    """The whole contents of a file written by people.
 
     Raises:
         FormatError: as for `whole`, or it has a zero byte.
@@ -81,5 +81,5 @@ def text(file: Path) -> str:
     content = whole(file)
     if "\0" in content:
         at = content.count("\n", 0, content.index("\0")) + 1
-        raise FormatError(f"{file}:{at}: holds a zero byte, so this is no text.")
+        raise FormatError(f"{file}:{at}: contains a zero byte, so this is not a text.")
     return content

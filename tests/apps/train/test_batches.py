@@ -120,7 +120,7 @@ def test_evaluation_has_every_row_once(task: str) -> None:
 
 
 def test_what_makes_no_batches() -> None:
-    with pytest.raises(ConfigError, match="examples: there are none"):
+    with pytest.raises(ConfigError, match="examples: there are no examples"):
         batches([])
     with pytest.raises(ConfigError, match="batch: expected 1 or more, got 0"):
         batches(make(1), batch=0)

@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method: str, log_every: int, tmp
         same(again.adapters, whole.adapters)
         assert again.losses == whole.losses == journal.losses
         assert again.best == whole.best
-        assert f"Going on after step {step} of 8." in journal.notes
+        assert f"Continuing after step {step} of 8." in journal.notes
         timeless = [[without_time(line) for line in text.splitlines()] for text in
                     ((given.out / "metrics.jsonl").read_text(), lines)]  # fmt: skip
         assert timeless[0] == timeless[1]
@@ -126,7 +126,9 @@ def test_generators_are_saved_and_come_back(tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
     run(settings(tmp_path))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(ConfigError, match=rf"out: {tmp_path} holds a run. Go on with it by --resume, or use another"):
+    with pytest.raises(
+        ConfigError, match=rf"out: {tmp_path} contains a run. Continue it with --resume, or use another"
+    ):
         run(settings(tmp_path))
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
@@ -134,12 +136,12 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["metrics.jsonl", CHECKPOINTS])
 def test_what_looks_like_a_run_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(ConfigError, match=rf"holds {name}, but no run.json"):
+    with pytest.raises(ConfigError, match=rf"contains {name}, but no run.json"):
         run(settings(tmp_path))
 
 
 def test_there_must_be_something_to_go_on_with(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"resume: .* holds no run to go on with. Start one without --resume"):
+    with pytest.raises(ConfigError, match=r"resume: .* contains no run to continue. Start one without --resume"):
         run(settings(tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
@@ -155,7 +157,7 @@ def test_there_must_be_something_to_go_on_with(tmp_path: Path) -> None:
 def test_other_settings_are_named(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
     given = settings(tmp_path, save_every=4)
     run(given)
-    with pytest.raises(ConfigError, match=f"resume: the run in .* is another one: {said}"):
+    with pytest.raises(ConfigError, match=f"resume: the run in .* differs: {said}"):
         run(replace(given, resume=True, **changed))
 
 
@@ -165,9 +167,9 @@ def test_other_data_and_another_base_are_named(tmp_path: Path) -> None:
     base = byte_base()
     params = {name: tensor + (name == "embed.weight") for name, tensor in base.params.items()}
     other = Base(**vars(base) | {"params": params})
-    with pytest.raises(ConfigError, match=r"is another one: other data than there\. Give"):
+    with pytest.raises(ConfigError, match=r"differs: other data than there\. Give"):
         run(replace(given, resume=True), base, data(n=12))
-    with pytest.raises(ConfigError, match=r"is another one: other base model than there\. Give"):
+    with pytest.raises(ConfigError, match=r"differs: other base model than there\. Give"):
         run(replace(given, resume=True), other)
 
 
@@ -190,7 +192,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     given = settings(tmp_path / "run")
     with opened(given):
         for resume in (False, True):
-            with pytest.raises(ConfigError, match=f"out: another process is at work in {given.out}"):
+            with pytest.raises(ConfigError, match=f"out: another process is using {given.out}"):
                 run(replace(given, resume=resume))
     run(given)
 
@@ -282,7 +284,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_lost_lines_are_named(finished: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", str(finished), str(tmp_path / "run")], check=True)
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(FormatError, match=r"metrics.jsonl: lines from before the checkpoint are gone"):
+    with pytest.raises(FormatError, match=r"metrics.jsonl: lines from before the checkpoint are missing"):
         run(settings(tmp_path / "run", resume=True))
 
 
@@ -326,7 +328,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
         assert not [*given.out.rglob("*.tmp")]
         remount(folder, "size=1m")
         again, journal = run(replace(given, resume=True))
-        assert journal.notes == [f"Going on after step {last} of 8."]
+        assert journal.notes == [f"Continuing after step {last} of 8."]
         same(again.adapters, whole.adapters)
         assert again.losses == whole.losses
 

@@ -262,7 +262,7 @@ def test_a_run_in_a_folder_that_it_reads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for key in ("model", "data", "validation"):
         given: Any = {"model": tmp_path / "m", "data": tmp_path / "d", "out": tmp_path / "texts" / "run"}
-        with pytest.raises(ConfigError, match=r"^out: .*run lies in .*texts, which is read. Give another folder with"):
+        with pytest.raises(ConfigError, match=r"^out: .*run is inside .*texts, which is read. Give another folder with"):
             check_results(Settings(**given | {key: tmp_path / "texts"}))
 
 
@@ -289,7 +289,7 @@ def test_what_could_not_be_written_is_not_trained(
 
 
 def test_targets_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="targets: all-linear already has all"):
+    with pytest.raises(ConfigError, match="targets: all-linear already includes all"):
         begun(folders["llama"], CAUSAL, tmp_path, targets=("all-linear", "q_proj"))
     with pytest.raises(fl.errors.TargetError, match=r"'q_prj' matches no module. Near names: q_proj"):
         begun(folders["llama"], CAUSAL, tmp_path, targets=("q_prj",))
@@ -299,9 +299,7 @@ def test_targets_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> No
 
 def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
     folder = task_models.save(tmp_path / "model", "llama", rows=100)
-    with pytest.raises(
-        ConfigError, match=r"train.jsonl:1: token '.' has the number \d+, and the embedding of .* 100 rows"
-    ):
+    with pytest.raises(ConfigError, match=r"train.jsonl:1: token '.' has the id \d+, but the embedding of .* 100 rows"):
         begun(folder, CAUSAL, tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_what_is_asked_for_and_not_installed_is_named(
     name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden(name, monkeypatch)
-    said = rf"{name}: it is asked for and not installed. Install it \(pip install {name}\), or leave --{name} out"
+    said = rf"{name}: it is requested, but not installed. Install it \(pip install {name}\), or leave --{name} out"
     with pytest.raises(ConfigError, match=said):
         Journal(settings(tmp_path, **{name: value}))
 

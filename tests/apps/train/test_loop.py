@@ -320,7 +320,7 @@ def test_patience_ends_with_the_best_adapter(tmp_path: Path) -> None:
     assert outcome.best == min(outcome.losses["validation"], key=lambda pair: pair[1])
     assert outcome.step == outcome.best[0] == steps[-3] < steps[-1] < 200
     assert loss_of(base, outcome.adapters, whole.validation) == pytest.approx(outcome.best[1], rel=1e-5)
-    assert any("2 evaluations without a better one" in note for note in journal.notes)
+    assert any("2 evaluations without improvement" in note for note in journal.notes)
     files = sorted(int(file.stem) for file in (tmp_path / CHECKPOINTS).iterdir())
     assert files == [outcome.best[0], steps[-1]], "the last one, and the best"
     again, _ = run(replace(given, resume=True), base, whole)
@@ -337,12 +337,12 @@ def test_without_patience_the_last_adapter_is_the_result(tmp_path: Path) -> None
 
 
 def test_patience_without_evaluations_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"patience=1: it counts evaluations, and there are none"):
+    with pytest.raises(ConfigError, match=r"patience=1: it counts evaluations, but there are none"):
         run(settings(tmp_path, patience=1))
 
 
 def test_evaluations_of_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"eval_every=2: there is nothing to evaluate on. Give --validation"):
+    with pytest.raises(ConfigError, match=r"eval_every=2: there is no data to evaluate on. Give --validation"):
         run(settings(tmp_path, eval_every=2), rows=data(validation=0))
     run(settings(tmp_path, eval_every=2, sample=("a",), sample_tokens=1), rows=data(validation=0))
 
@@ -403,7 +403,7 @@ def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
     blank = Rows([replace(row, labels=[-100] * len(row.ids)) for row in rows(3, 9)], [])
     with pytest.raises(ConfigError, match=r"data: no position of step 1 has a label. Its examples: train.jsonl:\d"):
         run(settings(tmp_path), rows=blank)
-    with pytest.raises(ConfigError, match="data: there is no example to train on"):
+    with pytest.raises(ConfigError, match="data: there are no examples to train on"):
         run(settings(tmp_path / "empty"), rows=Rows([], []))
 
 
@@ -455,6 +455,6 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             return super().loss(bound, batch)
 
-    with pytest.raises(KeyboardInterrupt, match="goes on from the last checkpoint"):
+    with pytest.raises(KeyboardInterrupt, match="continues from the last checkpoint"):
         run(settings(tmp_path), Hasty(**vars(byte_base())))
     assert not (tmp_path / CHECKPOINTS).exists()

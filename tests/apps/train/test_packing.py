@@ -202,7 +202,7 @@ def test_positions_of_padding_are_an_example_of_their_own() -> None:
 
 
 def test_an_example_longer_than_a_row() -> None:
-    with pytest.raises(ConfigError, match="t:1: has 3 tokens, a row takes 2"):
+    with pytest.raises(ConfigError, match="t:1: has 3 tokens, but a row can have 2"):
         pack([Example([1, 2, 3], [1, 2, 3], (3,), "t:1")], 2)
 
 

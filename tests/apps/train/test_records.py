@@ -131,8 +131,8 @@ def test_folders_that_cannot_be_read_as_one(tmp_path: Path) -> None:
 
 BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", "", ": this file is empty."),
-    ("a.jsonl", "\n \n", ": holds no records."),
-    ("a.jsonl", utf8.BOM, ": holds no records."),
+    ("a.jsonl", "\n \n", ": contains no records."),
+    ("a.jsonl", utf8.BOM, ": contains no records."),
     ("a.jsonl", '{"a": 1}\n{"a": "xy', ":2: expected JSON in each line: Unterminated string starting at column 7."),
     ("a.jsonl", '{"a": 1}\n{"a": "xy', "The file ends in this line: is it cut off?"),
     ("a.jsonl", '{"a": 1}\n{"a": [1,', ":2: expected JSON in each line: Expecting value at column 10. The file ends"),
@@ -141,13 +141,13 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '[{"a": 1}]', ':1: expected an object such as {"text": "..."}, got [{'),
     ("a.jsonl", '{"a": 1}\n"text"\n', ":2: expected an object"),
     ("a.jsonl", '{"a": 1}\nnull\n', ":2: expected an object"),
-    ("a.jsonl", '{"a": 1, "b": {"c": 1, "c": 2}}', ":1: expected JSON in each line: the name 'c' is there twice"),
-    ("a.jsonl", '{"a": NaN}', ":1: expected JSON in each line: NaN is not a number that JSON has."),
+    ("a.jsonl", '{"a": 1, "b": {"c": 1, "c": 2}}', ":1: expected JSON in each line: the name 'c' appears twice"),
+    ("a.jsonl", '{"a": NaN}', ":1: expected JSON in each line: NaN is not a number in JSON."),
     ("a.jsonl", '{"a": -Infinity}', ":1: expected JSON in each line: -Infinity is not"),
     ("a.jsonl", '{"a": 1e999}', ":1: expected JSON in each line: '1e999' is too large"),
     ("a.jsonl", '{"a": ' + "9" * 5000 + "}", ":1: expected JSON in each line: Exceeds the limit"),
     ("a.jsonl", '{"a": ' + "[" * 200_000, ":1: expected JSON in each line: maximum recursion depth"),
-    ("a.jsonl", '{"a": ["x", {"b": "\\ud83d"}]}', r":1: '\ud83d' holds half of a surrogate pair"),
+    ("a.jsonl", '{"a": ["x", {"b": "\\ud83d"}]}', r":1: '\ud83d' contains half of a surrogate pair"),
     ("a.jsonl", '{"a": 1}\n{"a": "é"}\n'.encode("latin-1"), ":2: byte 16 of the file, 0xe9, is not UTF-8."),
     ("a.jsonl", utf8.BOM + '{"a": "é"}\n'.encode("latin-1"), ":1: byte 10 of the file, 0xe9, is not UTF-8."),
     ("a.jsonl", '{"a": "é"}\n'.encode("utf-16"), ":1: this is UTF-16, expected UTF-8. Convert the file."),
@@ -156,22 +156,22 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.json", '{"text": "a"}\n{"text": "b"}', ": expected JSON: Extra data at line 2, column 1."),
     ("a.json", '{"data": []}', ": expected an array of objects, got {'data': []}. A file with one object in each"),
     ("a.json", '[{"a": 1}, 2]', "[1]: expected an object"),
-    ("a.json", "[]", ": holds no records."),
+    ("a.json", "[]", ": contains no records."),
     ("a.json", '[{"a": 1}', ": expected JSON: Expecting ',' delimiter"),
     ("a.json", '[\n{"a": "é"}]'.encode("latin-1"), ":2: byte 9 of the file, 0xe9, is not UTF-8."),
-    ("a.csv", "text,text\na,b\n", ":1: column 2: the name 'text' is there twice."),
+    ("a.csv", "text,text\na,b\n", ":1: column 2: the name 'text' appears twice."),
     ("a.csv", "text,\na,b\n", ":1: column 2: the name '' is blank."),
-    ("a.csv", "text,n\na,b\n\nc\n", ":4: expected 2 values, as there are names in the first row, got 1."),
+    ("a.csv", "text,n\na,b\n\nc\n", ":4: expected 2 values, one for each name in the first row, got 1."),
     ("a.csv", 'text,n\n"a\nb",1\nc,d,e\n', ":4: expected 2 values"),
     ("a.csv", 'text\n"abc\n\n', ":3: expected a row of values: unexpected end of data."),
     ("a.csv", 'text\n"a"b\n', ":2: expected a row of values: ',' expected after"),
-    ("a.csv", "text\na\0b\n", ":2: holds a zero byte"),
-    ("a.csv", "text\n\n", ": holds no records."),
+    ("a.csv", "text\na\0b\n", ":2: contains a zero byte"),
+    ("a.csv", "text\n\n", ": contains no records."),
     ("a.csv", "text\né\n".encode("latin-1"), ":2: byte 5 of the file, 0xe9"),
-    ("a.parquet", "no table", ": this is not a whole Parquet file: "),
-    ("a.parquet", b"PAR1" + bytes(20) + b"PAR1", ": this is not a whole Parquet file: "),
+    ("a.parquet", "no table", ": this is not a complete Parquet file: "),
+    ("a.parquet", b"PAR1" + bytes(20) + b"PAR1", ": this is not a complete Parquet file: "),
     ("a.txt", b"one\ntwo \xff\n", ":2: byte 8 of the file, 0xff, is not UTF-8."),
-    ("a.txt", b"one\ntwo \0\n", ":2: holds a zero byte, so this is no text."),
+    ("a.txt", b"one\ntwo \0\n", ":2: contains a zero byte, so this is not a text."),
     ("a.bin", b"\xff\xfea\0", ":1: this is UTF-16"),
 ]
 
@@ -187,13 +187,13 @@ def test_a_parquet_file_that_is_cut_off(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).to_parquet(str(tmp_path / "whole.parquet"))
     whole = (tmp_path / "whole.parquet").read_bytes()
     for part in (whole[:-1], whole[: len(whole) // 2], whole[: len(whole) // 2] + whole[-len(whole) // 3 :]):
-        assert ": this is not a whole Parquet file: " in refused(write(tmp_path / "a.parquet", part))
+        assert ": this is not a complete Parquet file: " in refused(write(tmp_path / "a.parquet", part))
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     assert refused(tmp_path / "none.jsonl") == ": there is no such file."
     os.mkfifo(tmp_path / "pipe.jsonl")
-    assert refused(tmp_path / "pipe.jsonl") == ": this is no regular file."
+    assert refused(tmp_path / "pipe.jsonl") == ": this is not a regular file."
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -214,7 +214,7 @@ def test_a_huge_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
     with (tmp_path / name).open("wb") as stream:
         stream.truncate(1 << 40)
-    assert refused(tmp_path / name).startswith(": this file is read at a time, but has more than 4 GiB.")
+    assert refused(tmp_path / name).startswith(": this file is read at once, but is larger than 4 GiB.")
 
 
 def test_records_are_read_as_they_are_asked_for(tmp_path: Path) -> None:

@@ -98,13 +98,13 @@ def test_a_value_of_any_kind_is_taken_or_refused_by_the_name_of_its_option(key: 
 @pytest.mark.parametrize(
     ("suffix", "content", "message"),
     [
-        (".toml", "rnak = 3", r"run.toml: 'rnak' is no key of a run. Near names: rank\."),
-        (".toml", "rank = 3\nrank = 4", "is no TOML: "),
-        (".yaml", "rank: 3\nrank: 4", "is no YAML: line 2: 'rank' is there twice"),
+        (".toml", "rnak = 3", r"run.toml: 'rnak' is not a key of a run. Near names: rank\."),
+        (".toml", "rank = 3\nrank = 4", "is not valid TOML: "),
+        (".yaml", "rank: 3\nrank: 4", "is not valid YAML: line 2: 'rank' appears twice"),
         (".yaml", "[1, 2]", r"expected keys with values, got \[1, 2\]"),
         (".yaml", "1: 2", "expected names as keys, got 1"),
-        (".yaml", "a: &a [*a]", "'a' is no key"),
-        (".yaml", "!!python/object/apply:os.system ['true']", "is no YAML: could not determine a constructor"),
+        (".yaml", "a: &a [*a]", "'a' is not a key"),
+        (".yaml", "!!python/object/apply:os.system ['true']", "is not valid YAML: could not determine a constructor"),
         (".toml", "rank = true", "run.toml: rank: expected a whole number, got True"),
         (".toml", "rank = 3.0", "run.toml: rank: expected a whole number, got 3.0"),
         (".toml", "rank = '3'", "run.toml: rank: expected a whole number, got '3'"),
@@ -121,15 +121,15 @@ def test_a_value_of_any_kind_is_taken_or_refused_by_the_name_of_its_option(key: 
         (".toml", "steps = 3\nepochs = 2.0", "run.toml: steps and .*run.toml: epochs exclude each other"),
         (".toml", "validation = 'a'\nvalidation_split = 0.1", "validation and .*validation_split exclude each other"),
         (".toml", "init = 'pisa'", "init: expected one of .*, got 'pisa'. Near names: pissa"),
-        (".toml", "init = 'loftq'", "init: loftq makes up for 4-bit weights"),
+        (".toml", "init = 'loftq'", "init: loftq compensates for 4-bit quantisation"),
         (".toml", "double_quant = true", "double_quant: only nf4 and fp4 have scales"),
-        (".toml", "packing = true\ntask = 'seq2seq'", "packing: only causal-lm looks at it, and the task is seq2seq"),
-        (".toml", "train_on = 'all'\ntask = 'seq2seq'", "train_on: only causal-lm looks at it"),
-        (".toml", "text_field = 'x'\ntask = 'seq2seq'", "text_field: only causal-lm and sequence-classification look "),
-        (".toml", "label_field = 'x'", "label_field: only sequence-classification and token-classification look at"),
+        (".toml", "packing = true\ntask = 'seq2seq'", "packing: only causal-lm uses it, and the task is seq2seq"),
+        (".toml", "train_on = 'all'\ntask = 'seq2seq'", "train_on: only causal-lm uses it"),
+        (".toml", "text_field = 'x'\ntask = 'seq2seq'", "text_field: only causal-lm and sequence-classification use "),
+        (".toml", "label_field = 'x'", "label_field: only sequence-classification and token-classification use"),
         (".toml", "sample_tokens = 3", "sample_tokens: there is no prompt to continue. Give --sample too"),
-        (".toml", "patience = 2", "patience: needs evaluations to wait for"),
-        (".toml", "model = 'm'", "--data: there is nothing to train m on"),
+        (".toml", "patience = 2", "patience: needs evaluations"),
+        (".toml", "model = 'm'", "--data: there is no data to train m on"),
         (".txt", "rank = 3", r"expected a .toml or .yaml file"),
     ],
 )  # fmt: skip
@@ -150,7 +150,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is larger than"):
         read(tmp_path / "large.toml", {})
     (tmp_path / "deep.yaml").write_text("[" * 60_000)
-    with pytest.raises(FormatError, match="is no YAML"):
+    with pytest.raises(FormatError, match="is not valid YAML"):
         read(tmp_path / "deep.yaml", {})
 
 

@@ -154,7 +154,7 @@ def test_messages_that_the_template_leaves_out_are_counted(tmp_path: Path) -> No
     template = PLAIN.replace("m['content'] + ", "(m['content'][0].text or '') + ")
     data = examples(tmp_path, [turns("a b", "c")], tokenizer(template))
     (note,) = data.notes
-    assert note.startswith("1 example of whose messages the chat template leaves out or changes some; the first is")
+    assert note.startswith("1 example in which the chat template leaves out or changes some messages; the first is")
     assert examples(tmp_path, CHATS, tokenizer(PLAIN)).notes == []
 
 
@@ -170,7 +170,12 @@ CHAT_ERRORS: list[tuple[dict[str, Any], str | None, type[Exception], str]] = [
         r"messages\[0\]: expected {.* got {'from': 'user'}",
     ),
     ({"messages": [{"role": "user"}]}, PLAIN, FormatError, r"messages\[0\]: content: expected a text, got None"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, PLAIN, FormatError, r"messages\[0\] is the assistant's"),
+    (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        PLAIN,
+        FormatError,
+        r"messages\[0\] belongs to the assistant",
+    ),
     (turns("a", "b", system="c"), BRACKETS, FormatError, "the chat template refuses these messages: roles must alter"),
     ({**turns("a", "b"), "tools": "["}, PLAIN, FormatError, "data.jsonl:1: tools: expected JSON"),
     ({**turns("a", "b"), "tools": {}}, PLAIN, FormatError, "data.jsonl:1: tools: expected a list, got {}"),
@@ -232,7 +237,9 @@ def test_a_prompt_that_merges_with_its_completion_is_counted(tmp_path: Path) -> 
     data = examples(tmp_path, PAIRS, tokens)
     assert said(tokens, data.train[-1]) == ["this</s>"]
     (note,) = [note for note in data.notes if "merges" in note]
-    assert note.startswith("1 example whose prompt's end merges into the completion's first token; the first is")
+    assert note.startswith(
+        "1 example in which the end of the prompt merges into the first token of the completion; the first is"
+    )
     assert note.endswith("data.jsonl:5.")
 
 
@@ -272,8 +279,8 @@ def test_the_context_is_the_models_at_most(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"text": "x" * 100}])
     data = prepare(Settings(data=file, validation_split=0.0), ByteTokenizer(), 32)
     assert max(len(example.ids) for example in data.train) == 32
-    assert data.notes[0] == "The context is 32 tokens, the model's longest, and not 512."
-    assert data.notes[-1].startswith("1 example of more than 32 tokens cut into several")
+    assert data.notes[0] == "The context is 32 tokens, the model's maximum, instead of 512."
+    assert data.notes[-1].startswith("1 example of more than 32 tokens split into several")
 
 
 def test_examples_without_tokens_or_loss_are_counted(tmp_path: Path) -> None:
@@ -284,7 +291,7 @@ def test_examples_without_tokens_or_loss_are_counted(tmp_path: Path) -> None:
         "2 examples without tokens left out",
         "1 example without a token that has loss left out",
     ]
-    with pytest.raises(FormatError, match=r"data.jsonl: nothing is left to .* 1 example without tokens"):
+    with pytest.raises(FormatError, match=r"data.jsonl: no token is left to .* 1 example without tokens"):
         examples(tmp_path, rows[:1], ByteTokenizer())
 
 
@@ -297,11 +304,11 @@ SCHEMA_ERRORS: list[tuple[Rows, dict[str, Any], str]] = [
         {},
         "data.jsonl:1: expected a text under 'text', prompt and .* it has 'txt'",
     ),
-    ([{}], {}, "it has nothing"),
-    ([{"text": None}], {}, "it has nothing"),
-    ([{"text": "a", "prompt": "b"}], {}, "data.jsonl:1: has prompt, text, each of which is data by itself"),
-    ([{"text": "a", "completion": "b"}], {}, "data.jsonl:1: has completion, text, each of which is data by itself"),
-    ([{"text": "a", "messages": []}], {}, "data.jsonl:1: has messages, text, each of which is data by itself"),
+    ([{}], {}, "it has no fields"),
+    ([{"text": None}], {}, "it has no fields"),
+    ([{"text": "a", "prompt": "b"}], {}, "data.jsonl:1: has prompt, text, which are different kinds of data"),
+    ([{"text": "a", "completion": "b"}], {}, "data.jsonl:1: has completion, text, which are different kinds of data"),
+    ([{"text": "a", "messages": []}], {}, "data.jsonl:1: has messages, text, which are different kinds of data"),
     ([{"prompt": "b"}], {}, "data.jsonl:1: expected a value under 'completion'; it has 'prompt'"),
     ([{"completion": "b"}], {}, "expected a value under 'prompt'"),
     ([{"text": "a"}, {"text": 3}], {}, "data.jsonl:2: text: expected a text, got 3"),
@@ -310,7 +317,7 @@ SCHEMA_ERRORS: list[tuple[Rows, dict[str, Any], str]] = [
     ([{"prompt": ["a"], "completion": "b"}], {}, r"prompt: expected a text, got \['a'\]"),
     ([{"text": "a", "lable": 1}], {"task": SEQUENCE}, "expected a value under 'label'; .* Near names: lable"),
     ([{"text": "a", "label": 1.5}], {"task": SEQUENCE}, "label: expected a class as a text or a whole number, got 1.5"),
-    ([{"text": "a", "label": 1}] * 2, {"task": SEQUENCE}, "expected two classes or more, got 1"),
+    ([{"text": "a", "label": 1}] * 2, {"task": SEQUENCE}, "expected at least two classes, got 1"),
     (
         [{"text": "a", "label": 1}, {"text": "a", "label": "1"}],
         {"task": SEQUENCE},
@@ -333,8 +340,8 @@ def test_records_that_do_not_fit(tmp_path: Path, rows: Rows, settings: dict[str,
 
 def test_settings_that_contradict_themselves(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"data": None}, "data: expected a file"),
-        ({"context": 1}, "context: expected 2 tokens or more"),
+        ({"data": None}, "data: no training data is given. Give a file"),
+        ({"context": 1}, "context: expected at least 2 tokens"),
         ({"packing": True, "model": None}, "packing: the demo's base cannot"),
         ({"validation_split": 0.9}, "validation_split: 0.9 of 4 leaves nothing"),
     ]
@@ -357,7 +364,7 @@ def test_a_tokenizer_without_an_end_token_is_noted(tmp_path: Path) -> None:
     tokens = tokenizer(eos=None)
     data = examples(tmp_path, PAIRS[:1], tokens)
     assert said(tokens, data.train[0]) == ["2"]
-    assert data.notes == ["The tokenizer has no end token, so nothing teaches the model to stop."]
+    assert data.notes == ["The tokenizer has no end token, so the model cannot learn to stop."]
 
 
 # Classification and translation
@@ -401,7 +408,7 @@ def test_classes_that_the_model_knows_have_its_order(
     data = prepare(settings, tokenizer(), None, known)
     assert data.classes == classes
     assert [classes[example.labels[0]] for example in data.train] == ["a", "b"]
-    assert ("The model's head is of other classes: b, x." in data.notes) == ("x" in known)
+    assert ("The model's head has other classes: b, x." in data.notes) == ("x" in known)
     assert ("No training example is of class c." in data.notes) == ("c" in known)
 
 
@@ -492,7 +499,7 @@ def test_a_file_of_validation(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"held.jsonl:1: has 'prompt', but .*data.jsonl:1 has 'text'"):
         examples(tmp_path, TEXTS, tokenizer(), validation=file)
     jsonl(file, [{"prompt": "a" * 600, "completion": ""}])
-    with pytest.raises(FormatError, match=r"held.jsonl: nothing is left"):
+    with pytest.raises(FormatError, match=r"held.jsonl: no token is left"):
         examples(tmp_path, PAIRS, tokenizer(), validation=file)
 
 
