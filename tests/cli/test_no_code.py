@@ -154,4 +154,4 @@ def test_a_model_that_is_an_adapter_too(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound / "adapter", folder, dirs_exist_ok=True)
     result = CliRunner().invoke(app, ["generate", "--model", str(folder), "--prompt", "a"])
     assert result.exit_code == 2
-    assert f"{folder} also contains an adapter (adapter_config.json), so transformers would load its base" in result.stderr
+    assert f"{folder} also contains an adapter (adapter_config.json), so transformers would load" in result.stderr

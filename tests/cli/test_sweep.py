@@ -451,7 +451,7 @@ def test_broken_files_are_told(tmp_path: Path, task: Task) -> None:
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     one, other = Store(tmp_path, {}, 1), Store(tmp_path, {}, 1)
-    with one.lock(), pytest.raises(ConfigError, match="another process is at work"), other.lock():
+    with one.lock(), pytest.raises(ConfigError, match="another process is using"), other.lock():
         pass
     with other.lock():
         pass

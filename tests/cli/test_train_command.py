@@ -191,7 +191,7 @@ def test_what_is_wrong_is_one_line(folders: dict[str, Path], tmp_path: Path) -> 
         (model, "--data: there is no data to train"),
         ((*model, "--data", tmp_path / "none.jsonl"), "none.jsonl: there is no such file"),
         (("--model", tmp_path / "none", *data), "none is not a directory"),
-        ((*model, *data, "--task", "seq2seq"), "has no form for seq2seq"),
+        ((*model, *data, "--task", "seq2seq"), "does not support seq2seq"),
         ((*model, *data, "--targets", "q_prj"), "'q_prj' matches no module. Near names: q_proj"),
         ((*model, *data, "--device", "cuda:7"), "'cuda:7' cannot be used here"),
         ((*model, *data, "--steps", 2, "--epochs", 2), "--steps and --epochs exclude each other"),

@@ -262,7 +262,7 @@ def test_a_run_in_a_folder_that_it_reads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for key in ("model", "data", "validation"):
         given: Any = {"model": tmp_path / "m", "data": tmp_path / "d", "out": tmp_path / "texts" / "run"}
-        with pytest.raises(ConfigError, match=r"^out: .*run is inside .*texts, which is read. Give another folder with"):
+        with pytest.raises(ConfigError, match=r"^out: .*run is inside .*texts, which is read. Give another"):
             check_results(Settings(**given | {key: tmp_path / "texts"}))
 
 
