@@ -8,7 +8,6 @@ from torch.utils import _pytree as pytree
 
 from funclora._bind.checks import check_adapters
 from funclora.rules.base import Adapters, Params
-from funclora.rules.low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def summary(params: Params, adapters: Adapters) -> Summary:
             name,
             type(rule).__name__,
             tuple(params[name].shape),
-            rule.r if isinstance(rule, LowRank) else None,
+            rule.r,
             sum(leaf.numel() for leaf in pytree.tree_leaves(rule)),
         )
         for name, rule in adapters.items()

@@ -78,7 +78,7 @@ def relative_to_original(
             LoRA(rule.a, rule.b, scaling=rule.scaling, layout=rule.layout),
             LoRA(first.a, -first.b, scaling=rule.scaling, layout=first.layout),
         ]
-        both = concatenated(name, [Term(1.0, term) for term in terms])
+        both = concatenated(name, [Term.of(1.0, term) for term in terms])
         converted[name] = replace(rule, a=both.a, b=both.b)
     factor = math.sqrt(2) if config.use_rslora else 2
     return converted, config.replace(

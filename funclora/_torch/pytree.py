@@ -174,19 +174,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         >>> fl.rules.map_tensors(lambda x: x.to(torch.bfloat16), adapters)["weight"].a.dtype
         torch.bfloat16
     """
-    done: dict[int, Tensor] = {}
-
-    def once(x: Tensor) -> Tensor:
-        if id(x) not in done:
-            done[id(x)] = function(x)
-        return done[id(x)]
-
-    return _mapped(function, once, tree)
+    return _mapped(function, _once(function), tree)
 
 
 def map_frozen(function: TensorFunction, tree: Any) -> Any:
     """The tree with the results of the function in place of the frozen tensors; leaves stay as they are."""
-    return _mapped(lambda x: x, function, tree)
+    return _mapped(lambda x: x, _once(function), tree)
+
+
+def _once(function: TensorFunction) -> TensorFunction:
+    """The function, called once for each tensor."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, so that no other one gets its id
+
+    def once(x: Tensor) -> Tensor:
+        if id(x) not in done:
+            done[id(x)] = x, function(x)
+        return done[id(x)][1]
+
+    return once
 
 
 def _mapped(of_leaf: TensorFunction, of_frozen: TensorFunction, tree: Any) -> Any:

@@ -317,6 +317,13 @@ class PreparedRouted(Rule):
         out = rows_back(out.to(dtype), place)
         return out if self.n == 1 else track.scope.enter(out, place)
 
+    def transposed(self) -> Rule | None:
+        return self._viewed([rule.transposed() for rule in self.rules])
+
+    def _viewed(self, rules: list[LowRank | None]) -> Rule | None:
+        found = tuple(rule for rule in rules if rule is not None)
+        return replace(self, rules=found, seconds=ReorderedB()) if len(found) == len(rules) else None
+
     def _by_part(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result, rewritten group by group; x is the operation's input by rows."""
         sizes = [end - start for start, end in (self.groups[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]

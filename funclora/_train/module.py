@@ -28,6 +28,7 @@ from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
 from funclora._many.stack import Stack
 from funclora._torch.memory import place_of
+from funclora._torch.pytree import map_frozen
 from funclora._tracking.routed import Routed
 from funclora._train.module_hf import overrides, own_configs
 from funclora.errors import ConfigError, FuncloraWarning, ParamsError, UnsupportedError, near
@@ -35,8 +36,13 @@ from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.folder import save_peft
 from funclora.rules.base import Adapters, Params, Rule
 
-# How the leaves of a rule are called among the parameters: as PEFT calls them. What replaces a parameter has its name.
-_LEAVES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector", "value": ""}
+# What the leaves of these rules are called among the parameters: as PEFT calls them. What replaces a parameter has its
+# name. Those of other rules have their own names.
+_LEAVES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("a", "b"): ("lora_A", "lora_B"),
+    ("a", "b", "magnitude"): ("lora_A", "lora_B", "lora_magnitude_vector"),
+    ("value",): ("",),
+}
 
 
 def as_module(model: nn.Module, params: Params, adapters: Adapters, config: LoraConfig | None = None) -> AdapterModule:
@@ -140,8 +146,8 @@ class AdapterModule(nn.Module):
         }
         self._slots: list[tuple[str, str, nn.Module, str]] = []  # each leaf's rule, name there, owner and name here
         for name, rule in sorted(adapters.items()):  # optimizers know parameters by their order
-            for leaf in rule.leaf_names:
-                path = ".".join(filter(None, (name, _LEAVES.get(leaf, leaf))))
+            for leaf, here in zip(rule.leaf_names, _LEAVES.get(rule.leaf_names, rule.leaf_names), strict=True):
+                path = ".".join(filter(None, (name, here)))
                 self._slots.append((name, leaf, *_register(self.adapter, path, getattr(rule, leaf))))
         self._adapter_config = config
         self._names = list(params)
@@ -280,6 +286,7 @@ class AdapterModule(nn.Module):
         tensors = {place: self._params[name] for name, place in places.items()}
         with torch.no_grad():
             moved = {place: fn(tensor) for place, tensor in tensors.items()}
+            self._rules = map_frozen(fn, self._rules)
         self._params = {name: moved[place] for name, place in places.items()}
         self._live = self._live._replace(leaves=None)
         return self
@@ -330,7 +337,8 @@ class AdapterModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
         new = memo[id(self)] = _blank(self._kind)
-        memo.update({id(tensor): tensor for tensor in self._params.values()})  # nobody writes to them
+        frozen = [getattr(rule, name) for rule in self._rules.values() for name in rule.frozen_names]
+        memo.update({id(tensor): tensor for tensor in (*self._params.values(), *frozen)})  # nobody writes to them
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return new
 

@@ -14,9 +14,7 @@ from funclora.algebra._sums import concatenated, low_rank, mixed_in_full, nonzer
 from funclora.algebra._terms import Term, base_of, change, compute_dtype, finite, gather, made_of, positive
 from funclora.errors import ConfigError, ParamsError, near
 from funclora.rules.base import Adapters, Params, Rule
-from funclora.rules.dense import Full
-from funclora.rules.dora import DoRA
-from funclora.rules.low_rank import LoRA, LowRank
+from funclora.rules.low_rank import LoRA
 
 _DORA = "The change that a DoRA rule makes depends on the base weight."
 
@@ -121,16 +119,15 @@ def combine(
     """
     kind, mixing = _settings(combination_type, svd_rank, svd_clamp, density, majority_sign_method, generator)
     terms = gather(adapters, weights)
-    rank = svd_rank or max(
-        (term.rule.r for of_one in terms.values() for term in of_one if isinstance(term.rule, LowRank)), default=1
-    )
+    ranks = (term.low.r for of_one in terms.values() for term in of_one if term.low is not None)
+    rank = svd_rank or max(ranks, default=1)
 
     def combined(name: str, of_one: list[Term]) -> Rule | None:
         if combination_type == "cat":
             return summed(name, of_one, params)
         if not any(term.weight for term in of_one):
             return None
-        if any(isinstance(term.rule, Full) for term in of_one):
+        if any(term.low is None for term in of_one):
             return mixed_in_full(name, of_one, mixing, params)
         if not kind.on_changes:
             return _on_factors(name, of_one, mixing, combination_type)
@@ -200,25 +197,26 @@ def _on_changes(
     name: str, terms: Sequence[Term], mixing: Mixing, rank: int, clamp: float | None, params: Params | None
 ) -> LoRA:
     """The best approximation of the combined changes."""
-    like = [term.rule for term in terms if not isinstance(term.rule, Full)]
-    if mixing == Mixing() and clamp is None and not any(isinstance(rule, DoRA) for rule in like):
-        wide = [term._replace(rule=_wide(rule)) for term, rule in zip(terms, like, strict=True)]
+    like = [term.low for term in terms if term.low is not None]
+    if mixing == Mixing() and clamp is None and all(term.linear for term in terms):
+        wide = [term._replace(low=_wide(rule)) for term, rule in zip(terms, like, strict=True)]
         return made_of(name, like, *truncated_product(name, concatenated(name, wide), rank))
-    changes = [_change(name, rule, terms, params) for rule in like]
+    changes = [_change(name, term, terms, params) for term in terms]
     turned = like[0].layout.transposed  # random numbers go to the entries in the order of the weight, as in PEFT
     oriented = [each.mT if turned else each for each in changes]
     total = mixing(f"the change of {name!r}", oriented, [term.weight for term in terms])
     return made_of(name, like, *truncated(name, total.mT if turned else total, rank, clamp))
 
 
-def _change(name: str, rule: LoRA | DoRA, terms: Sequence[Term], params: Params | None) -> Tensor:
+def _change(name: str, term: Term, terms: Sequence[Term], params: Params | None) -> Tensor:
     """What the rule adds to the weight, as a matrix `[*lead, out, in]`."""
-    if isinstance(rule, LoRA):
-        return rule.delta()
-    return rule.layout.to_matrix(change(rule, base_of(name, terms, params, _DORA)))
+    assert term.low is not None
+    if term.linear:
+        return term.low.delta()
+    return term.low.layout.to_matrix(change(term.rule, base_of(name, terms, params, _DORA)))
 
 
-def _wide(rule: LoRA | DoRA) -> LoRA | DoRA:
+def _wide(rule: LoRA) -> LoRA:
     """The rule with its factors in float32 at least."""
     dtype = compute_dtype(rule.a.dtype, rule.b.dtype)
     return replace(rule, a=rule.a.to(dtype), b=rule.b.to(dtype))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from funclora._torch.linalg import svd
-from funclora.algebra._terms import compute_dtype, made_of, positive, rules
+from funclora.algebra._terms import Term, compute_dtype, made_of, positive, rules
+from funclora.errors import UnsupportedError
 from funclora.rules.base import Adapters, Rule
-from funclora.rules.dense import Full
 from funclora.rules.low_rank import LowRank
 
 
@@ -46,11 +46,20 @@ def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:
     positive("rank", rank)
     found: dict[str, Rule] = {}
     for name, rule in rules("adapters", adapters).items():
-        if isinstance(rule, Full) or rule.r <= rank:
+        term = Term.of(1.0, rule)
+        if term.low is None or term.low.r <= rank:
             found[name] = rule
-        else:
-            short = made_of(name, [rule], *truncated_product(name, rule, rank))
+            continue
+        short = made_of(name, [term.low], *truncated_product(name, term.low, rank))
+        if term.linear:
+            found[name] = short
+        elif isinstance(rule, LowRank):
             found[name] = replace(rule, a=short.a, b=short.b, scaling=1.0)
+        else:
+            raise UnsupportedError(
+                f"adapters[{name!r}]: {type(rule).__name__} gives no as_lora, and its factors are not its leaves: "
+                "there is no such rule of a smaller rank. Leave the parameter out."
+            )
     return found
 
 

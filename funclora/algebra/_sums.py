@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import cast
 
@@ -26,7 +25,6 @@ from funclora.algebra._terms import (
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.dense import Full
-from funclora.rules.dora import DoRA
 from funclora.rules.low_rank import LoRA
 
 _FULL = "Full replaces the weight, and only its difference from the base can be weighted."
@@ -60,7 +58,7 @@ def scale(adapters: Adapters, factor: float, *, params: Params | None = None) ->
     found = rules("adapters", adapters)
     if factor == 1:
         return dict(found)
-    return {name: _scaled(name, Term(factor, rule), params) for name, rule in found.items()}
+    return {name: _scaled(name, Term.of(factor, rule), params) for name, rule in found.items()}
 
 
 def negate(adapters: Adapters, *, params: Params | None = None) -> dict[str, Rule]:
@@ -198,7 +196,7 @@ def summed(name: str, terms: Sequence[Term], params: Params | None) -> Rule | No
         return None
     if len(terms) == 1:
         return _scaled(name, terms[0], params)
-    if any(isinstance(term.rule, Full) for term in terms):
+    if any(term.low is None for term in terms):
         return mixed_in_full(name, terms, Mixing(), params)
     return concatenated(name, terms)
 
@@ -224,21 +222,25 @@ def concatenated(name: str, terms: Sequence[Term]) -> LoRA:
 
 
 def low_rank(name: str, terms: Sequence[Term]) -> list[LoRA]:
-    """The rules of one parameter, none of which may be DoRA."""
-    if any(isinstance(term.rule, DoRA) for term in terms):
-        raise UnsupportedError(
-            f"{name!r}: DoRA normalises the weight, so its change is not linear in its factors and a DoRA rule cannot "
-            "be scaled or added to another. Combine the changes of the weights instead: combine(..., "
-            "combination_type='svd', params=...), or one of the other types that end in _svd."
-        )
-    return [cast(LoRA, term.rule) for term in terms]
+    """The updates of one parameter, none of which may be scaled as DoRA scales its own."""
+    for term in terms:
+        if not term.linear:
+            kind = type(term.rule).__name__
+            raise UnsupportedError(
+                f"{name!r}: {kind} normalises the weight, or scales it, so its change is not linear in its factors and "
+                f"a {kind} rule cannot be scaled or added to another. Combine the changes of the weights instead: "
+                "combine(..., combination_type='svd', params=...), or one of the other types that end in _svd."
+            )
+    return [term.low for term in terms if term.low is not None]
 
 
 def _scaled(name: str, term: Term, params: Params | None) -> Rule:
     """One rule with a weight."""
     if term.weight == 1:
         return term.rule
-    if isinstance(term.rule, Full):
+    if term.low is None:
         return mixed_in_full(name, [term], Mixing(), params)
-    (rule,) = low_rank(name, [term])
-    return replace(rule, scaling=term.weight * rule.scaling)
+    low_rank(name, [term])  # for its error
+    scaled = term.rule.scaled(term.weight)
+    assert scaled is not None
+    return scaled

@@ -16,22 +16,36 @@ from funclora._torch.functions import is_mapped
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.dense import Full
-from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Layout, Parameter
-from funclora.rules.low_rank import LoRA, LowRank
+from funclora.rules.low_rank import LoRA, lora_of, low_rank_of
 
 
 class Term(NamedTuple):
-    """One summand of the rule of one parameter."""
+    """One summand of the rule of one parameter.
+
+    Attributes:
+        weight: w.
+        rule: the rule.
+        low: its update s·B·A; None if it replaces the weight.
+        linear: the rule adds that update to the weight, and does nothing else.
+    """
 
     weight: float
-    rule: LoRA | DoRA | Full
+    rule: Rule
+    low: LoRA | None
+    linear: bool
+
+    @staticmethod
+    def of(weight: float, rule: Rule) -> Term:
+        """That weight of a rule that `rules` has let through."""
+        lora = lora_of(rule)
+        return Term(weight, rule, low_rank_of(rule) if lora is None else lora, lora is not None)
 
     @property
     def coefficient(self) -> float:
         """What B·A of a low-rank rule is multiplied with: w·s."""
-        assert isinstance(self.rule, LowRank)
-        return self.weight * float(self.rule.scaling)
+        assert self.low is not None
+        return self.weight * float(self.low.scaling)
 
 
 def gather(adapters: Sequence[Adapters], weights: Sequence[float] | None) -> dict[str, list[Term]]:
@@ -60,24 +74,27 @@ def gather(adapters: Sequence[Adapters], weights: Sequence[float] | None) -> dic
         where = f"adapters[{i}]"
         number = finite(f"weights[{i}]", weight)
         for name, rule in rules(where, adapter).items():
-            terms.setdefault(name, []).append(Term(number, rule))
+            terms.setdefault(name, []).append(Term.of(number, rule))
     for name, of_one in terms.items():
         _check_fit(name, of_one)
     return terms
 
 
-def rules(where: str, adapters: object) -> dict[str, LoRA | DoRA | Full]:
+def rules(where: str, adapters: object) -> dict[str, Rule]:
     """The rules of one adapter, after checking that they can be calculated with."""
     if not isinstance(adapters, Mapping):
         got = _kind(adapters, "Take its members one by one: stack[i].")
         raise UnsupportedError(f"{where}: expected one adapter, a dict of rules, got {got}")
     if not adapters:
         raise ParamsError(f"{where}: the adapter has no rules.")
-    found: dict[str, LoRA | DoRA | Full] = {}
+    found: dict[str, Rule] = {}
     for name, rule in adapters.items():
-        if not isinstance(rule, (LoRA, DoRA, Full)):
-            raise UnsupportedError(f"{where}[{name!r}]: expected LoRA, DoRA or Full, got {type(rule).__name__}.")
-        if isinstance(rule, LowRank) and isinstance(rule.scaling, Tensor):
+        if not isinstance(rule, Full) and (not isinstance(rule, Rule) or low_rank_of(rule) is None):
+            raise UnsupportedError(
+                f"{where}[{name!r}]: expected LoRA, DoRA or Full, or a rule that gives as_lora or low_rank, got "
+                f"{type(rule).__name__}. Leave the parameter out, or merge its adapter into the base weights first."
+            )
+        if isinstance(rule.scaling, Tensor):
             raise UnsupportedError(
                 f"{where}[{name!r}]: the scaling is a tensor, as inside vmap over members whose scalings differ. "
                 "Combine the members one by one."
@@ -126,12 +143,12 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def lead(rule: LowRank) -> int:
+def lead(rule: LoRA) -> int:
     """How many leading dimensions of the factors count matrices (experts)."""
     return rule.layout.factors(rule.a, rule.b)[0].dim() - 2
 
 
-def made_of(name: str, like: Sequence[LowRank], a: Tensor, b: Tensor, *, scaling: float = 1.0) -> LoRA:
+def made_of(name: str, like: Sequence[LoRA], a: Tensor, b: Tensor, *, scaling: float = 1.0) -> LoRA:
     """The rule s·B·A in place of others: with their layout and dtype, and their dropout where they have the same.
 
     Args:
@@ -166,7 +183,7 @@ def rounded(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_fit(name: str, terms: Sequence[Term]) -> None:
     """Raise `ParamsError` if rules of one parameter are not about weights of one shape on one device."""
-    low_rank = [term.rule for term in terms if isinstance(term.rule, LowRank)]
+    low_rank = [term.low for term in terms if term.low is not None]
     seen: dict[str, set[Any]] = {
         "layouts": {_place(rule.layout) for rule in low_rank},
         "shapes of a, but for the rank": {_without(rule.a, lead(rule)) for rule in low_rank},

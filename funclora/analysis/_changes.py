@@ -306,6 +306,4 @@ def _norm(tensor: Tensor) -> float:
 
 def describe(rule: Rule) -> tuple[str, int | None, float | None]:
     """The kind of a rule, its rank and its scaling, where it has them."""
-    scaling = getattr(rule, "scaling", None)
-    r = rule.r if isinstance(rule, LowRank) else None
-    return type(rule).__name__, r, None if scaling is None else float(scaling)
+    return type(rule).__name__, rule.r, None if rule.scaling is None else float(rule.scaling)

@@ -138,12 +138,11 @@ def _report(
     found: CombinedFolders, adapters: list[Path], weights: Sequence[float], kind: str, out: Path
 ) -> dict[str, Any]:
     from funclora.rules.base import Adapters
-    from funclora.rules.low_rank import LowRank
 
     def facts(rules: Adapters) -> dict[str, Any]:
         return {
             "targets": len(rules),
-            "ranks": sorted({rule.r for rule in rules.values() if isinstance(rule, LowRank)}),
+            "ranks": sorted({rule.r for rule in rules.values() if rule.r is not None}),
             "parameters": sum(getattr(rule, leaf).numel() for rule in rules.values() for leaf in rule.leaf_names),
         }
 

@@ -15,6 +15,7 @@ from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._transforms import GradientTransformation
 from funclora.optim._trees import PyTree, by_member, overwriting, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
+from funclora.rules.base import Rule
 
 
 class AdamWState(NamedTuple):
@@ -184,7 +185,7 @@ def lora_plus(
     base: Callable[..., GradientTransformation] = adamw,
     **kwargs: Any,
 ) -> GradientTransformation:
-    """LoRA+: every `b` factor learns at `ratio·lr`, all other leaves at `lr`.
+    """LoRA+: the factors next to the output (`b` of LoRA and DoRA) learn at `ratio·lr`, all other leaves at `lr`.
 
     Args:
         lr: A number, a tensor `[]` or `[n_adapters]`, or a schedule.
@@ -194,10 +195,11 @@ def lora_plus(
         **kwargs: Further arguments of `base`.
 
     Returns:
-        The transformation, with the state of `base`. It takes leaves for `b` whose path ends in that name.
+        The transformation, with the state of `base`. Which leaves of a rule are next to the output, its
+        `up_leaf_names` says; in trees without rules, they are the leaves whose path ends in `b`.
 
     Raises:
-        ConfigError: If `ratio` is not positive; in `init` and `update`, if no leaf is a `b` factor.
+        ConfigError: If `ratio` is not positive; in `init` and `update`, if no leaf is such a factor.
 
     Examples:
         >>> grads = {"w": {"a": torch.ones(1), "b": torch.ones(1)}}
@@ -223,15 +225,28 @@ def lora_plus(
 
 
 def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
-    paths, leaves, spec = optree.tree_flatten_with_path(tree)
-    is_b = [path[-1:] == ("b",) for path in paths]
-    if not any(is_b):
+    leaves, spec = optree.tree_flatten(tree)
+    ups = _next_to_output(tree)
+    if not any(ups):
         raise ConfigError(
-            f"lora_plus: expected a tree with `b` factors, got {len(paths)} leaves and no `b` among them, "
-            f"beginning {paths[:3]}; pass adapters with LoRA or DoRA rules, or use the base optimizer alone"
+            f"lora_plus: expected a tree with `b` factors, got {len(leaves)} leaves and no `b` among them, "
+            f"beginning {spec.paths()[:3]}; pass adapters with LoRA or DoRA rules, or rules that name such leaves in "
+            "up_leaf_names, or use the base optimizer alone"
         )
-    scaled = [times(x, ratio) if b else x for x, b in zip(leaves, is_b, strict=True)]
-    return optree.tree_unflatten(spec, scaled)
+    return optree.tree_unflatten(spec, [times(x, ratio) if up else x for x, up in zip(leaves, ups, strict=True)])
+
+
+def _next_to_output(tree: PyTree) -> list[bool]:
+    """For each leaf, whether it is a factor next to the output."""
+    found = []
+    paths, nodes, _ = optree.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Rule))
+    for path, node in zip(paths, nodes, strict=True):
+        if isinstance(node, Rule):
+            for name in node.leaf_names:
+                found += [name in node.up_leaf_names] * len(optree.tree_leaves(getattr(node, name)))
+        else:
+            found.append(path[-1:] == ("b",))
+    return found
 
 
 def _one_minus_power(decay: float, count: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from funclora.rules.layouts import Layout, Shape
 from funclora.rules.linear_ops import LinearOp
+
+R = TypeVar("R", bound="Rule")
 
 
 class Rule(ABC):
@@ -105,10 +107,10 @@ class Rule(ABC):
         """What each output unit of `low_rank` is multiplied with, `[*lead, out]`; None for 1."""
         return None
 
-    def with_scaling(self, scaling: float | Tensor) -> Rule:
+    def with_scaling(self: R, scaling: float | Tensor) -> R:
         """The rule with another scaling."""
         rule: Any = self
-        changed: Rule = replace(rule, scaling=scaling)
+        changed: R = replace(rule, scaling=scaling)
         return changed
 
     def scaled(self, factor: float) -> Rule | None:

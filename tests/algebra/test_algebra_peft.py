@@ -289,7 +289,7 @@ def test_equal_ranks_under_configurations_that_differ() -> None:
     with pytest.raises(ValueError, match="must have the same r"):
         model.base_model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "new", combination_type="linear")
     combined = algebra.combine(ours, [1.0, 4.0], "linear")["up.weight"]
-    s = [rule.scaling for adapters in ours for rule in adapters.values()]
+    s: Any = [rule.scaling for adapters in ours for rule in adapters.values()]
     a = [s[0] ** 0.5, (4 * s[1]) ** 0.5]
     assert isinstance(combined, fl.LoRA)
     first, second = ours[0]["up.weight"], ours[1]["up.weight"]

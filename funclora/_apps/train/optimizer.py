@@ -23,7 +23,6 @@ from funclora.optim import (
 )
 from funclora.optim._values import Schedule
 from funclora.rules.base import Adapters, Rule
-from funclora.rules.low_rank import LowRank
 
 DECAYED, UNDECAYED = "decayed", "undecayed"
 
@@ -113,7 +112,7 @@ class Vectors:
         self.shapes = [leaf.shape for leaf in leaves]
         self.groups: dict[tuple[str, ...], list[int]] = {}
         for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-            kind = "b" if path[-1] == "b" else "rest"
+            kind = "b" if path[1] in tree[path[0]].up_leaf_names else "rest"
             decay = UNDECAYED if _is_bias(tree[path[0]], leaf) else DECAYED
             self.groups.setdefault((decay, str(leaf.dtype).removeprefix("torch."), kind), []).append(i)
 
@@ -138,4 +137,4 @@ class Vectors:
 
 
 def _is_bias(rule: Rule, leaf: Tensor) -> bool:
-    return not isinstance(rule, LowRank) and leaf.dim() <= 1
+    return rule.layout is None and leaf.dim() <= 1

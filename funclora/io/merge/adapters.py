@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ from funclora.io.peft.folder import PeftFolder
 from funclora.rules.base import Rule
 from funclora.rules.dense import Delta, Full
 from funclora.rules.dora import DoRA
-from funclora.rules.low_rank import LoRA, LowRank
+from funclora.rules.low_rank import lora_of
 from funclora.rules.tokens import Tied, TrainableTokens, untied
 
 V = TypeVar("V")
@@ -96,7 +95,8 @@ class WeightedAdapters:
         for name in self.names:
             rules = self._given(name)
             for index, rule in rules:
-                if not isinstance(rule, LoRA) or (rule.a.any() and rule.b.any()):
+                lora = lora_of(rule)
+                if lora is None or (lora.a.any() and lora.b.any()):
                     acting.add(index)
             self._refuse(name, rules)
             self.words[name] = " + ".join(self._words(index, rule) for index, rule in rules)
@@ -114,7 +114,8 @@ class WeightedAdapters:
         rules = []
         for index, rule in self._given(name):
             weight = self.weights[index]
-            rules.append(replace(rule, scaling=weight * rule.scaling) if isinstance(rule, LoRA) else rule)
+            lora = lora_of(rule)
+            rules.append(rule if lora is None else lora.scaled(weight))
         return rules
 
     def follows(self, name: str) -> str | None:
@@ -126,9 +127,10 @@ class WeightedAdapters:
         return [(i, _followed(opened, name)) for i, opened in enumerate(self._opened) if name in opened.targets]
 
     def _refuse(self, name: str, rules: Sequence[tuple[int, Rule]]) -> None:
-        if all(isinstance(rule, LoRA) for _, rule in rules):
+        others_than_lora = [(i, rule) for i, rule in rules if lora_of(rule) is None]
+        if not others_than_lora:
             return
-        index, rule = next((i, rule) for i, rule in rules if not isinstance(rule, LoRA))
+        index, rule = others_than_lora[0]
         kind = _KINDS.get(type(rule), f"has a {type(rule).__name__} rule")
         if len(rules) > 1:
             others = ", ".join(str(self.folders[i]) for i, _ in rules if i != index)
@@ -145,7 +147,7 @@ class WeightedAdapters:
     def _words(self, index: int, rule: Rule) -> str:
         if isinstance(rule, TrainableTokens):
             return f"{len(rule.token_indices)} new rows"
-        if not isinstance(rule, LowRank):
+        if rule.r is None:
             return "added values" if isinstance(rule, Delta) else "new value"
         weight = self.weights[index]
         factor = "" if weight == 1 else f"{weight:g} × "

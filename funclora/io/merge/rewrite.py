@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from funclora._bind.merge import refuse_nonfinite
 from funclora._files.safetensors import certainly_within
+from funclora._torch.pytree import map_tensors
 from funclora.errors import NonFiniteError, UnsupportedError
 from funclora.io.hf.structure import Part, Shape
 from funclora.rules.base import Rule
-from funclora.rules.dora import DoRA
+from funclora.rules.low_rank import low_rank_of
 
 # Elements of a weight that are computed together: they stay in a core's cache from reading to rounding.
 BLOCK = 2**19
@@ -33,7 +33,7 @@ class PartRewriter:
     """
 
     def __init__(self, part: Part, rules: Sequence[Rule], whole: Shape, read: Read, *, double: bool = False) -> None:
-        self._part, self._read = part, read
+        self._part, self._read, self._double = part, read, double
         shape = [*whole]
         for dim, start, length in part.cuts:
             rules = [_narrowed(rule, tuple(shape), dim, start, length) for rule in rules]
@@ -42,8 +42,8 @@ class PartRewriter:
         # The dimension of the parameter that is the tensor's first: what stands before it has length 1.
         self._dim = len(shape) - len(part.shape)
         if double:
-            rules = [_as_double(rule) for rule in rules]
-        rules = [self._with_norm(rule) for rule in rules]
+            rules = [map_tensors(Tensor.double, rule) for rule in rules]
+        rules = [self._prepared(rule) for rule in rules]
         self._rules = rules
         self.divisible = bool(part.shape) and all(map(self._is_divisible, rules))
 
@@ -51,12 +51,12 @@ class PartRewriter:
         """True if the rule has a part for each slice."""
         return rule.narrow(self._shape, self._dim, 0, 0) is not None
 
-    def _with_norm(self, rule: Rule) -> Rule:
-        """A DoRA rule whose norms run across the slices gets them now, from the whole weight."""
-        if not isinstance(rule, DoRA) or self._is_divisible(rule):
+    def _prepared(self, rule: Rule) -> Rule:
+        """A rule without a part for each slice, as DoRA if its norms run across them, after it saw the whole weight."""
+        if not self._part.shape or self._is_divisible(rule) or low_rank_of(rule) is None:
             return rule
         weight = self._base(0, self._part.shape[0])
-        return rule.prepared(weight.double() if rule.a.dtype == torch.float64 else weight)
+        return rule.prepared(weight.double() if self._double else weight)
 
     def blocks(self) -> list[tuple[int, int]]:
         """`(first slice, number of slices)` of each block, counted from the part's beginning."""
@@ -85,10 +85,6 @@ def _narrowed(rule: Rule, shape: Shape, dim: int, start: int, length: int) -> Ru
     if part is None:
         raise UnsupportedError(f"{type(rule).__name__} has no part along dimension {dim} of a weight {list(shape)}.")
     return part
-
-
-def _as_double(rule: Rule) -> Rule:
-    return replace(rule, **{leaf: getattr(rule, leaf).double() for leaf in rule.leaf_names})  # type: ignore[type-var]
 
 
 def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

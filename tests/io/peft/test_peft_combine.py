@@ -135,7 +135,7 @@ def test_peft_computes_the_combination(name: str, kind: str, net: nn.Module, tmp
     paths, adapters = write(tmp_path, net, *SOURCES[name])
     weights = [0.6, -1.2, 0.8][: len(paths)]
     options: dict[str, Any] = {"density": 0.5} if "ties" in kind else {}
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[str, set[int | None]] = {}
     for rules in adapters:
         for key, rule in rules.items():
             ranks.setdefault(key, set()).add(rule.r)
