@@ -329,7 +329,7 @@ def test_a_model_without_a_form_for_the_task(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"type 't5' .* does not support causal-lm"):
         loaded(folders["t5"], CAUSAL)
     for task in TASKS[1:]:
-        with pytest.raises(ConfigError, match=f"the demo's base is a causal language model, and {task} needs another"):
+        with pytest.raises(ConfigError, match=f"the demo's base is a causal language model, not for {task}"):
             load_base(Settings(task=task), ByteTokenizer())
 
 
