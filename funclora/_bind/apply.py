@@ -56,7 +56,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 
 def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
     refuse_unbindable(model)
-    check_adapters(params, adapters)
+    check_adapters(params, adapters, values=True)
     adapters = untied(adapters)
     if torch.compiler.is_compiling():
         return cast(M, TracedModule(model, params, adapters))

@@ -13,6 +13,7 @@ from funclora._tracking.routed import Routed
 from funclora.errors import ParamsError, PurityError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.tokens import untied
+from funclora.rules.weights import refuse_elsewhere, refuse_weight
 
 
 @contextlib.contextmanager
@@ -53,14 +54,21 @@ def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
     return next(iter(sizes), (1, 1))
 
 
-def check_adapters(params: Params, adapters: Adapters) -> None:
-    """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name."""
+def check_adapters(params: Params, adapters: Adapters, *, values: bool = False) -> None:
+    """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name.
+
+    Args:
+        params: full name -> tensor.
+        adapters: full name of a parameter -> rule.
+        values: the weights' values will be read, not only their shapes.
+    """
     for name, rule in untied(adapters).items():
         weight = params.get(name)
         if weight is None:
             raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")
         if not isinstance(rule, Rule):
             raise ParamsError(f"adapters[{name!r}]: expected a rule (LoRA, DoRA, Full), got {type(rule).__name__}.")
+        refuse_weight(name, weight)
         rule.check(name, weight)
         for frozen in rule.frozen_names:
             tensor = getattr(rule, frozen)
@@ -70,6 +78,8 @@ def check_adapters(params: Params, adapters: Adapters) -> None:
                     f"adapters[{name!r}].{frozen}: expected a frozen tensor, got {got}. Pass tensor.detach(), or make "
                     f"it a leaf of {type(rule).__name__}."
                 )
+        if values:
+            refuse_elsewhere(name, rule, weight)
 
 
 def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:

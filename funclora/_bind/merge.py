@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funclora._bind.checks import check_adapters
 from funclora._quant.tensor import Quantized
-from funclora._torch.functions import is_mapped
+from funclora._torch.functions import has_values
 from funclora._torch.memory import place_of
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
 from funclora.rules.base import Adapters, Params
@@ -46,7 +46,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         >>> merged["bias"] is params["bias"]
         True
     """
-    check_adapters(params, adapters)
+    check_adapters(params, adapters, values=True)
     _report_ties(params, adapters)
     merged = dict(params)
     for name, rule in untied(adapters).items():
@@ -64,8 +64,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         # In the base's order in memory: safetensors takes no transposed view.
         order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
         merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
-        # Inside vmap or grad a value cannot be looked at; whoever gets it out of there can.
-        if not is_mapped(dense):
+        if has_values(dense):  # else whoever gets it out of the transform can look at it
             refuse_nonfinite(name, dense, merged[name])
     for name, tie in adapters.items():
         if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:

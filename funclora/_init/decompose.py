@@ -16,6 +16,7 @@ from funclora._config.peft_fields import DECOMPOSITIONS
 from funclora._init.fresh import draw_root, generator_of, init
 from funclora._quant.quantize import quantize as quantize_params
 from funclora._quant.tensor import Quantized, plain_weight
+from funclora._torch.functions import no_autocast
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.algebra._terms import positive
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
@@ -155,7 +156,7 @@ def _olora(rule: LowRank, weight: Tensor) -> LowRank:
 
 def _principal(name: str, rule: LowRank, matrix: Tensor, decomposed: Svd) -> LowRank:
     """The rule with s·B·A the leading singular part of a matrix; both factors have the roots of S/s."""
-    with torch.autocast(matrix.device.type, enabled=False):
+    with no_autocast(matrix.device):
         u, s, vh = decomposed(matrix)
     smallest, largest = s[..., rule.r - 1], s[..., 0]
     if (smallest <= largest * torch.finfo(s.dtype).eps * max(matrix.shape[-2:])).any():

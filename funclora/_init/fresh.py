@@ -19,6 +19,7 @@ from funclora.rules.dora import DoRA, weight_norms
 from funclora.rules.layouts import Embedding
 from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
+from funclora.rules.weights import refuse_weight
 
 
 def init(
@@ -103,6 +104,7 @@ def _fresh(
 ) -> Rule:
     if target.rule is Tied:
         return Tied(target.tied_to)
+    refuse_weight(name, weight)
     if weight.is_meta and (config.use_dora or target.layout is None):
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if target.rule is Full:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,13 +17,19 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import TransformType
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of that kind that takes up one element: NaN."""
+    if not torch.compiler.is_compiling() and _len_torch_dispatch_stack():
+        with _disable_current_modes():  # FakeTensorMode would make it a subclass of torch's, which can become no other
+            return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)
     return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
@@ -120,6 +127,11 @@ def no_gradients() -> Iterator[None]:
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Keeps products in their own dtype in this block. There is no autocast on the meta device."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def is_mapped(*tensors: Tensor) -> bool:
     """True inside of a transform of `torch.func` over one of the tensors."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
@@ -139,6 +151,17 @@ def vmapped_once() -> bool:
 def is_differentiated() -> bool:
     """True where reverse or forward mode records what is computed."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for tensors that only have a shape, and inside of a transform, where nothing can be looked at."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor) or is_mapped(tensor))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may hold only a part of a tensor: a DTensor, whose module is slow to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 class NoFormError(Exception):

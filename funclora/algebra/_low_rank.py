@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from funclora._torch.functions import no_autocast
 from funclora._torch.linalg import svd
 from funclora.algebra._terms import Term, compute_dtype, made_of, positive, rules
 from funclora.errors import UnsupportedError
@@ -67,7 +68,7 @@ def truncated_product(name: str, rule: LowRank, rank: int) -> tuple[Tensor, Tens
     """The factors of the best approximation of s·B·A of at most that rank: `[*lead, k, in]` and `[*lead, out, k]`."""
     a, b = rule.layout.factors(rule.a, rule.b)
     dtype = compute_dtype(a.dtype, b.dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with no_autocast(a.device):
         q1, r1 = torch.linalg.qr(b.to(dtype))
         q2, r2 = torch.linalg.qr(a.to(dtype).mT)
         core_a, core_b = truncated(name, rule.scaling * r1 @ r2.mT, rank)

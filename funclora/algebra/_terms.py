@@ -18,6 +18,7 @@ from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.dense import Full
 from funclora.rules.layouts import Layout, Parameter
 from funclora.rules.low_rank import LoRA, lora_of, low_rank_of
+from funclora.rules.weights import refuse_weight
 
 
 class Term(NamedTuple):
@@ -126,6 +127,7 @@ def base_of(name: str, terms: Iterable[Term], params: Params | None, why: str) -
     weight = params[name]
     if weight.is_meta:
         raise ParamsError(f"params hold {name!r} on the meta device. {why} Give real tensors.")
+    refuse_weight(name, weight)
     for term in terms:
         term.rule.check(name, weight)
     return weight

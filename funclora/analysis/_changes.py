@@ -23,6 +23,7 @@ from funclora.rules.dora import NORM_BLOCK
 from funclora.rules.layouts import Conv, Layout, Linear, Parameter
 from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied, TrainableTokens
+from funclora.rules.weights import refuse_weight
 
 Tuned = Mapping[str, Rule] | Mapping[str, Tensor]
 """What is analysed: an adapter, or tuned weights. A mapping that reads on demand is read one by one."""
@@ -181,6 +182,7 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
         ParamsError: the rule does not fit the weight, or needs one.
     """
     if weight is not None:
+        refuse_weight(name, weight)
         rule.check(name, weight)
         weight = plain_weight(weight).detach()
     if isinstance(rule, LowRank):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import no_gradients
+from funclora._torch.functions import no_autocast, no_gradients
 from funclora._torch.pytree import pytree_node
 from funclora.rules.layouts import ConvTranspose, Layout
 from funclora.rules.low_rank import LowRank, compute_dtype, updated
@@ -143,7 +143,7 @@ def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor)
     """
     a, b, s = a.double(), b.double(), scalings.double()[:, None]
     own, inner = b.new_zeros(matrix.shape[0]), torch.zeros_like(b.mT).flatten(0, 1)
-    with torch.autocast(matrix.device.type, enabled=False):
+    with no_autocast(matrix.device):
         n = max(1, NORM_BLOCK // len(matrix))
         for columns, a_ in zip(matrix.split(n, -1), a.split(n, -1), strict=True):
             block = columns.double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import is_mapped
+from funclora._torch.functions import is_mapped, no_autocast
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
@@ -245,7 +245,7 @@ def updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Te
     eager = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not is_mapped(matrix, a, b)
     if eager and matrix is not given and matrix.dim() == 2:
         return matrix.addmm_(b, a, alpha=scaling)  # into the copy, which saves a pass over memory
-    with torch.autocast(matrix.device.type, enabled=False):  # a weight is never computed in half precision
+    with no_autocast(matrix.device):  # a weight is never computed in half precision
         if matrix.dim() == 2:
             return torch.addmm(matrix, b, a, alpha=scaling)
         return torch.add(matrix, b @ a, alpha=scaling)

@@ -20,6 +20,7 @@ from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Attention
 from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
+from funclora.rules.weights import refuse_weight
 
 
 def tensors_of(adapters: Adapters, wrapped: Mapping[str, PeftTarget]) -> dict[str, Tensor]:
@@ -65,6 +66,7 @@ class Reader:
 
     def rule(self, name: str, target: Target, weight: Tensor) -> Rule:
         """The rule of a parameter that follows no other one."""
+        refuse_weight(name, weight)
         stored, dtype = self.stored, torch.promote_types(weight.dtype, torch.float32)
         if target.rule is TrainableTokens:
             shape = (len(target.tokens), weight.shape[1])

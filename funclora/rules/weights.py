@@ -1,0 +1,57 @@
+"""Which tensors can carry a rule: dense ones of floating-point numbers that are where the rule's tensors are."""
+
+from __future__ import annotations
+
+import optree
+import torch
+from torch import Tensor
+
+from funclora._torch.functions import is_sharded
+from funclora.errors import ParamsError
+from funclora.rules.base import Rule
+
+# What most weights are: `bind` asks for each.
+_USUAL = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+def refuse_weight(name: str, weight: Tensor) -> None:
+    """Raise `ParamsError` if no rule can rewrite a tensor of that kind, naming it and what to do."""
+    if weight.dtype in _USUAL and weight.layout == torch.strided and not weight.is_nested:
+        return
+    if weight.is_nested or weight.layout == torch.jagged:
+        raise ParamsError(
+            f"{name!r} is a nested tensor; a rule needs a weight of one shape. Pad it (to_padded_tensor), or leave it "
+            "out of the targets."
+        )
+    if weight.layout != torch.strided:
+        raise ParamsError(
+            f"{name!r} has layout {weight.layout}; a rule needs a dense weight. Put its to_dense() into params, or "
+            "leave it out of the targets."
+        )
+    if weight.is_floating_point() and torch.finfo(weight.dtype).bits < 16:
+        raise ParamsError(
+            f"{name!r} has dtype {weight.dtype}, in which torch does not compute. Put its value (with the scale that "
+            "the model keeps beside it) into params as bfloat16 or wider, or leave it out of the targets."
+        )
+
+
+def refuse_elsewhere(name: str, rule: Rule, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight has no values, or only a part of them, and the rule's tensors have all.
+
+    torch computes with meta tensors and real ones together, and returns memory that nobody wrote.
+    """
+    if weight.is_meta and not all(leaf.is_meta for leaf in _leaves(rule)):
+        raise ParamsError(
+            f"{name!r} is on the meta device: it has a shape, but no values. Load the model's weights first, or move "
+            "the adapters and the inputs to the meta device too, if only shapes are wanted."
+        )
+    if type(weight) is not Tensor and is_sharded(weight) and not all(map(is_sharded, _leaves(rule))):
+        raise ParamsError(
+            f"{name!r} is a DTensor, of which this process holds a part; the adapter's tensors are whole. Put its "
+            "full_tensor() into params, or distribute the adapter over the same mesh."
+        )
+
+
+def _leaves(rule: Rule) -> list[Tensor]:
+    tree: object = rule
+    return optree.tree_leaves(tree)  # type: ignore[arg-type]
