@@ -16,6 +16,13 @@ class FuncloraError(Exception):
     """Base class of every error that funclora raises."""
 
 
+class ArgumentError(FuncloraError, TypeError):
+    """An argument is something else than its place takes: swapped, forgotten, or of another type.
+
+    What is of the right type and holds something wrong raises one of the others, most of them `ValueError`s.
+    """
+
+
 class ConfigError(FuncloraError, ValueError):
     """A configuration value is invalid, or values contradict each other."""
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.checks import check_adapters, refuse_unbindable, rows_of_batch, unwritten
+from funclora._api.arguments import check_model
+from funclora._bind.checks import check_adapters, check_rules, refuse_unbindable, rows_of_batch, unwritten
 from funclora._bind.clone import clone_module
 from funclora._bind.compiled import TracedModule
 from funclora._bind.params import named_tensors
@@ -55,6 +56,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 
 
 def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | None) -> M:
+    check_model(model)
     refuse_unbindable(model)
     check_adapters(params, adapters, values=True)
     adapters = untied(adapters)
@@ -162,6 +164,7 @@ def trace_targets(
         >>> trace_targets(model, {"weight": torch.zeros(1, 2)}, adapters, torch.ones(3, 2))
         {'weight': 'fast'}
     """
+    check_rules(adapters)
     uses = dict.fromkeys(adapters, "untouched")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DenseFallbackWarning)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import ORDER, check_params, refuse
+from funclora._many.stack import Stack
 from funclora._torch.functions import is_mapped, plain_tensors
 from funclora._tracking.routed import Routed
 from funclora.errors import ParamsError, PurityError, UnsupportedError, near
@@ -54,20 +56,43 @@ def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
     return next(iter(sizes), (1, 1))
 
 
+def check_rules(adapters: object, where: str = "adapters") -> None:
+    """Raise `ArgumentError` unless that is one adapter: a mapping from names to rules.
+
+    Args:
+        adapters: the argument.
+        where: its name.
+    """
+    expected = "one adapter, a dict from full parameter names to rules,"
+    if isinstance(adapters, Stack):
+        refuse(where, expected, adapters, "Take one member, stack[i]; for all of them use route, vmap or unstack.")
+    if adapters is None:
+        refuse(where, expected, adapters, "The base model alone is {}.")
+    if isinstance(adapters, (list, tuple)):
+        remedy = "Several go through stack and route, or algebra.add; load_peft returns a pair, (adapters, config)."
+        refuse(where, expected, adapters, remedy)
+    if not isinstance(adapters, Mapping):
+        refuse(where, expected, adapters, f"init and load_peft make one. {ORDER}")
+    for name, rule in adapters.items():
+        if not isinstance(rule, Rule):
+            swapped = f"Are params and adapters swapped? {ORDER}" if isinstance(rule, Tensor) else ""
+            refuse(f"{where}[{name!r}]", "a rule (LoRA, DoRA, Full, ...)", rule, swapped)
+
+
 def check_adapters(params: Params, adapters: Adapters, *, values: bool = False) -> None:
-    """Raise `ParamsError` unless every adapter is a rule that fits the parameter of its name.
+    """Raise an error unless those are weights and one adapter, every rule of which fits the parameter of its name.
 
     Args:
         params: full name -> tensor.
         adapters: full name of a parameter -> rule.
         values: the weights' values will be read, not only their shapes.
     """
+    check_params(params)
+    check_rules(adapters)
     for name, rule in untied(adapters).items():
         weight = params.get(name)
         if weight is None:
             raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")
-        if not isinstance(rule, Rule):
-            raise ParamsError(f"adapters[{name!r}]: expected a rule (LoRA, DoRA, Full), got {type(rule).__name__}.")
         refuse_weight(name, weight)
         rule.check(name, weight)
         for frozen in rule.frozen_names:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from funclora._api.arguments import check_model
 from funclora._quant.quantize import of_bitsandbytes, refuse_repacked
 from funclora.errors import ParamsError
 
@@ -31,6 +32,7 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
         >>> sorted(base_params(nn.Linear(2, 3)))
         ['bias', 'weight']
     """
+    check_model(model)
     params = {}
     for name, tensor, _, transient in named_tensors(model):
         if is_lazy(tensor):

@@ -9,11 +9,12 @@ from typing import cast
 import torch
 from torch import Generator, Tensor, nn
 
+from funclora._api.arguments import check_function
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.peft_fields import DECOMPOSITIONS
-from funclora._init.fresh import draw_root, generator_of, init
+from funclora._init.fresh import check_setup, draw_root, generator_of, init
 from funclora._quant.quantize import quantize as quantize_params
 from funclora._quant.tensor import Quantized, plain_weight
 from funclora._torch.functions import no_autocast
@@ -84,6 +85,9 @@ def decompose(
         >>> torch.allclose(apply(model, params, adapters, x), model(x), atol=1e-5)
         True
     """
+    check_setup(model, config, generator, params, dtype)
+    if quantize is not None:
+        check_function(quantize, "quantize", "quantize(weight)")
     kind = config.decomposition
     if kind is None:
         raise ConfigError(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from funclora._api.arguments import check_batches, check_function
 from funclora._bind.apply import bind
 from funclora._bind.checks import unwritten
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
 from funclora._init.eva_inputs import Inputs
-from funclora._init.fresh import draw_root, init
+from funclora._init.fresh import check_setup, draw_root, init
 from funclora.errors import ConfigError, NonFiniteError, ParamsError
 from funclora.rules.base import Params, Rule
 from funclora.rules.low_rank import LowRank
@@ -109,6 +110,11 @@ def init_eva(
         >>> sum(rule.r for rule in adapters.values())
         4
     """
+    check_setup(model, config, generator, params, dtype)
+    check_batches(batches, "batches")
+    if forward is not None:
+        check_function(forward, "forward", "forward(model, batch)")
+    check_function(mask, "mask", "mask(batch)")
     _check(config, rho, tau, max_batches)
     params = base_params(model) if params is None else params
     fresh = init(model, config.replace(init_lora_weights=True), generator=generator, params=params, dtype=dtype)

@@ -8,7 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_dtype, check_generator, check_model, check_params
 from funclora._bind.params import base_params
+from funclora._config.checks import check_config
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora._config.targets import select
@@ -58,6 +60,7 @@ def init(
         >>> {name: (rule.a.shape, rule.b.shape) for name, rule in adapters.items()}
         {'0.weight': (torch.Size([2, 4]), torch.Size([3, 2]))}
     """
+    check_setup(model, config, generator, params, dtype)
     _refuse_elsewhere(config)
     if params is None:
         params = base_params(model)
@@ -68,6 +71,15 @@ def init(
             raise ParamsError(f"params lack {name!r}, which the configuration targets.{near(name, params)}")
         adapters[name] = _fresh(name, target, params[name].detach(), config, generator_of(root, name), dtype)
     return adapters
+
+
+def check_setup(model: object, config: object, generator: object, params: object, dtype: object) -> None:
+    """Raise an error unless those are what fresh adapters are made from."""
+    check_model(model)
+    check_config(config)
+    check_generator(generator)
+    check_dtype(dtype)
+    check_params(params, optional=True)
 
 
 def _refuse_elsewhere(config: LoraConfig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from funclora._bind.checks import check_rules
+from funclora._config.checks import check_config
 from funclora._config.config import LoraConfig
 from funclora.algebra._sums import concatenated
 from funclora.algebra._terms import Term, gather
@@ -48,6 +50,9 @@ def relative_to_original(
         >>> plain["0.weight"].r, plain["0.weight"].scaling, plain_config.lora_alpha
         (4, 2.0, 8)
     """
+    check_rules(adapters)
+    check_rules(initial, "initial")
+    check_config(config)
     if config.decomposition is None:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} leaves the base weights as they are: the adapter is "

@@ -10,7 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._many.stack import Group, Stack, unscaled
+from funclora._api.arguments import refuse
+from funclora._many.stack import Group, Stack, check_stack, unscaled
 from funclora._tracking.routed import Assignment, Routed, RoutedGroup, RoutedGroups
 from funclora.errors import ConfigError
 from funclora.rules.base import Rule
@@ -63,10 +64,7 @@ def route(
         >>> fl.apply(model, params, route(members, [1, -1, 0]), torch.ones(3, 2)).flatten().tolist()
         [4.0, 0.0, 2.0]
     """
-    if not isinstance(stack, Stack):
-        raise ConfigError(
-            f"route: expected a stack of adapters, got a {type(stack).__name__}; make one by stack([...])."
-        )
+    check_stack(stack)
     if (ids is None) == (weights is None):
         raise ConfigError("route: expected either ids or weights.")
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
@@ -127,6 +125,8 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
 
 
 def _checked(ids: Any, n_members: int) -> list[int]:
+    if not isinstance(ids, (Tensor, Sequence)) or isinstance(ids, str):
+        refuse("ids", "one int for each row (a list or a tensor)", ids)
     members = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if not members or not all(isinstance(i, int) and not isinstance(i, bool) for i in members):
         raise ConfigError(f"route: ids: expected one int for each row, got {members!r:.200}.")

@@ -8,7 +8,7 @@ the one that went in. A stack is a pytree of those leaves: optimizers and gradie
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
@@ -16,8 +16,9 @@ import optree
 import torch
 from torch import Tensor
 
+from funclora._api.arguments import refuse
 from funclora._torch.pytree import StaticTensors, map_frozen, pytree_node
-from funclora.errors import ConfigError, ParamsError
+from funclora.errors import ConfigError
 from funclora.rules.base import Rule
 from funclora.rules.tokens import untied
 
@@ -172,7 +173,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
 
     Raises:
         ConfigError: there are no members.
-        ParamsError: a leaf is not a tensor.
+        ArgumentError: those are no members, or a leaf is not a tensor.
 
     Examples:
         >>> from funclora import LoRA, DoRA
@@ -182,6 +183,9 @@ def stack(members: Iterable[T]) -> Stack[T]:
         >>> both[0]["weight"].scaling, both[1]["weight"].r
         (2.0, 4)
     """
+    if isinstance(members, (Mapping, str, Tensor)) or not isinstance(members, Iterable):
+        remedy = "One adapter becomes a stack of one: stack([adapters])." if isinstance(members, Mapping) else ""
+        refuse("members", "adapters (a list of dicts of rules)", members, remedy)
     groups: dict[Any, tuple[list[list[Tensor]], list[Any], list[int]]] = {}
     for i, member in enumerate(members):
         tree: Any = member
@@ -189,7 +193,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
         for path, leaf in zip(spec.paths(), leaves, strict=True):
             if not isinstance(leaf, Tensor):
                 where = ".".join(map(str, path)) or "the member itself"
-                raise ParamsError(f"stack: member {i}: {where}: expected a tensor, got {type(leaf).__name__}.")
+                refuse(f"members[{i}]: {where}", "a tensor", leaf)
         key = (_structure(member), tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
         values, specs, positions = groups.setdefault(key, ([], [], []))
         values.append(leaves)
@@ -203,6 +207,13 @@ def stack(members: Iterable[T]) -> Stack[T]:
     ))  # fmt: skip
 
 
+def check_stack(stack: object, where: str = "stack") -> None:
+    """Raise `ArgumentError` unless that is a stack."""
+    if not isinstance(stack, Stack):
+        of = "[adapters]" if isinstance(stack, Mapping) else "adapters" if isinstance(stack, (list, tuple)) else "[...]"
+        refuse(where, "a stack of adapters", stack, f"Make one: stack({of}).")
+
+
 def unstack(stack: Stack[T]) -> list[T]:
     """The members of a stack, as they were.
 
@@ -210,6 +221,7 @@ def unstack(stack: Stack[T]) -> list[T]:
         >>> unstack(stack([{"x": torch.zeros(2)}, {"x": torch.ones(2)}]))[1]
         {'x': tensor([1., 1.])}
     """
+    check_stack(stack)
     return list(stack)
 
 

@@ -9,8 +9,9 @@ import optree
 import torch
 from torch import Tensor
 
+from funclora._api.arguments import check_function
 from funclora._api.deprecated import warn_old
-from funclora._many.stack import Group, Stack
+from funclora._many.stack import Group, Stack, check_stack
 from funclora.errors import ConfigError
 
 Dims = tuple[Any, ...]
@@ -52,10 +53,12 @@ def vmap(
         >>> vmap(outputs, in_dims=(0, 1), out_dims=1)(members, torch.ones(5, 2, 3)).shape
         torch.Size([5, 2, 2])
     """
+    check_function(function, "function", "function(adapters, *args)")
     if randomness not in ("error", "same", "different"):
         raise ConfigError(f"vmap: randomness: expected 'error', 'same' or 'different', got {randomness!r}.")
 
     def mapped(stack: Stack[Any], *args: Any) -> Any:
+        check_stack(stack)
         given: Any = args
         leaves, spec = optree.tree_flatten(given, none_is_leaf=True)
         dims = _spread("in_dims", _dims(in_dims, len(args)), given)

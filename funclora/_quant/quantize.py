@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_dtype, check_params, refuse
 from funclora._quant.packing import FourBit, Int8, Packing, Repacked
 from funclora._quant.tensor import UNPACKED_DTYPES, Quantized, Source
 from funclora._torch.memory import place_of
@@ -64,6 +65,7 @@ def quantize(
         >>> fl.apply(model, packed, fl.init(model, config, params=packed), torch.ones(3, 64)).shape
         torch.Size([3, 2])
     """
+    check_params(params)
     packing = _packing(kind, double_quant, blocksize)
     if dtype is not None and dtype not in UNPACKED_DTYPES:
         raise ConfigError(f"quantize: dtype: expected one of {', '.join(map(str, UNPACKED_DTYPES))}, got {dtype}.")
@@ -95,6 +97,8 @@ def dequantize(params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
         >>> type(dequantize(packed)["weight"]).__name__
         'Tensor'
     """
+    check_params(params)
+    check_dtype(dtype)
     return {
         name: tensor.dequantize().to(dtype or tensor.dtype) if isinstance(tensor, Quantized) else tensor
         for name, tensor in params.items()
@@ -113,6 +117,8 @@ def _packing(kind: str, double_quant: bool, blocksize: int) -> Packing:
 
 def _targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]:
     """The names of the weights that the targets name."""
+    if not isinstance(targets, Iterable) or isinstance(targets, (Tensor, nn.Module)):
+        refuse("targets", "names of parameters or modules, or a dict of adapters,", targets)
     if isinstance(targets, str):
         raise ConfigError(
             f"quantize: targets: expected names of parameters or modules, got the string {targets!r}. For all linear "
@@ -120,6 +126,8 @@ def _targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]
         )
     found = []
     for entry in targets:
+        if not isinstance(entry, str):
+            refuse("targets", "names of parameters or modules", entry)
         named = [name for name in params if name == entry or name.endswith(f".{entry}")]
         within = [name for name in params if f".{name.rpartition('.')[0]}".endswith(f".{entry}") and entry]
         matched = named + [name for name in within if params[name].dim() > 1 and params[name].is_floating_point()]

@@ -14,6 +14,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_batches, check_function, check_model, check_params
 from funclora._many.stack import Group, Stack, TreeSpecs
 from funclora._torch.memory import Peak, budget, is_out_of_memory
 from funclora._train.members import BatchedModel, MemberModel, Population
@@ -74,6 +75,10 @@ def evaluate(
         >>> evaluate(model, params, members, data, lambda bound, x: bound(x)[:, 0]).tolist()
         [0.0, 1.5]
     """
+    check_model(model)
+    check_params(params)
+    check_batches(data, "data")
+    check_function(metric, "metric", "metric(bound, batch)")
     check_members("evaluate", stack, None, None)
     if memory is not None and (not isinstance(memory, int) or isinstance(memory, bool) or memory < 1):
         raise ConfigError(f"evaluate: memory: expected a positive number of bytes, got {memory!r}.")

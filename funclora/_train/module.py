@@ -21,12 +21,13 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_model
 from funclora._bind.apply import bind
 from funclora._bind.checks import check_adapters, unwritten, versions
 from funclora._bind.clone import clone_module
 from funclora._bind.params import named_tensors
+from funclora._config.checks import check_config
 from funclora._config.config import LoraConfig
-from funclora._many.stack import Stack
 from funclora._torch.memory import place_of
 from funclora._torch.pytree import map_frozen
 from funclora._tracking.routed import Routed
@@ -67,7 +68,7 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
         ConfigError: there is nothing to train, or adapters and configuration do not agree.
         UnsupportedError: the model cannot be bound, or PEFT cannot hold the adapters (with a configuration);
-            the adapters are a stack, or were routed.
+            the adapters were routed.
 
     Examples:
         >>> import funclora as fl
@@ -81,18 +82,19 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
         >>> optimizer.step()
         >>> trained = module.adapters  # {"2.weight": LoRA(...)}, as apply, merge and save_peft take it
     """
-    given: Any = adapters
-    if isinstance(given, Stack) or any(isinstance(rule, Routed) for rule in adapters.values()):
+    check_model(model)
+    check_adapters(params, adapters)
+    if any(isinstance(rule, Routed) for rule in adapters.values()):
         raise UnsupportedError(
-            "as_module takes one adapter, got a stack or routed adapters. Pass one member, stack[i]; population_step "
-            "trains all members of a stack."
+            "as_module takes one adapter, got routed adapters. Pass one member of the stack, stack[i]; population_step "
+            "trains all members."
         )
     if isinstance(model, AdapterModule):
         raise UnsupportedError("as_module: the model was itself made by as_module. Pass the model that it was made of.")
     if not adapters:
         raise ConfigError("as_module: there is nothing to train, adapters hold no rule.")
-    check_adapters(params, adapters)
     if config is not None:
+        check_config(config)
         check_against_config(adapters, config)  # what cannot be saved is refused before it is trained
     kind: Any = type(model)
     return _class_for(kind)(model, params, adapters, config)

@@ -14,14 +14,15 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_integer, check_model, check_numbers, check_params
 from funclora._bind.checks import unwritten
-from funclora._many.stack import Group, Stack, TreeSpecs
+from funclora._many.stack import Group, Stack, TreeSpecs, check_stack
 from funclora._tracking.tensor import streams
 from funclora._train.members import BatchedModel, MemberModel, Population
-from funclora._train.step import LossFn, autograd, checked_loss, mean, micro_batches
-from funclora.errors import ConfigError, ParamsError
+from funclora._train.step import LossFn, autograd, check_bindable, checked_loss, mean, micro_batches
+from funclora.errors import ConfigError
 from funclora.optim import apply_updates, global_norm, per_member
-from funclora.optim._members import MemberTransformation, Optimizer
+from funclora.optim._members import MemberTransformation, Optimizer, check_optimizer
 from funclora.rules.base import Adapters, Params, Rule
 
 
@@ -71,12 +72,15 @@ def population_step(
         >>> metrics["loss"].tolist(), [round(m["weight"].b[0, 0].item(), 3) for m in members]
         ([1.0, 1.0], [0.4, 0.8])
     """
+    check_model(model)
+    check_optimizer(optimizer)
     by_member = optimizer if isinstance(optimizer, MemberTransformation) else per_member(lambda: optimizer)
     loss_fn = checked_loss(loss_fn, has_aux)
 
     def step(
         params: Params, members: Population, state: Any, batch: Any, *, seeds: Sequence[int] | None = None
     ) -> tuple[Population, Any, dict[str, Any]]:
+        check_params(params)
         check_members("population_step", members, batch, None if shared else 0)
         generators = _generators(seeds, members)
         members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
@@ -133,6 +137,7 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
     loss_fn = checked_loss(loss_fn, has_aux)
 
     def run(model: nn.Module, params: Params, adapters: Adapters, batch: Any) -> tuple[Any, dict[str, Rule]]:
+        check_bindable(model, params, adapters)
         tree: Any = dict(adapters)
         leaves, spec = optree.tree_flatten(tree)
         n = batch_size(batch, 0, "per_example_value_and_grad")
@@ -186,8 +191,7 @@ def batch_size(batch: Any, dim: int, where: str) -> int:
 
 
 def check_members(where: str, members: Any, batch: Any, dim: int | None) -> None:
-    if not isinstance(members, Stack):
-        raise ParamsError(f"{where}: expected a stack of adapters, got a {type(members).__name__}; use stack([...]).")
+    check_stack(members)
     n = len(members) if dim is None else batch_size(batch, dim, where)
     if n != len(members):
         raise ConfigError(
@@ -199,6 +203,9 @@ def check_members(where: str, members: Any, batch: Any, dim: int | None) -> None
 def _generators(seeds: Sequence[int] | None, members: Stack[Any]) -> list[torch.Generator] | None:
     if seeds is None:
         return None
+    check_numbers(seeds, "seeds")
+    for i, seed in enumerate(seeds):
+        check_integer(seed, f"seeds[{i}]")
     if len(seeds) != len(members):
         raise ConfigError(f"seeds: expected one int for each of {len(members)} members, got {len(seeds)}.")
     device = next((value.device for group in members.groups for value in group.values), "cpu")

@@ -11,12 +11,13 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_function, check_integer, check_model, check_params
 from funclora._bind.apply import bind
-from funclora._bind.checks import unwritten
+from funclora._bind.checks import check_rules, unwritten
 from funclora._torch.functions import in_transform
 from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import apply_updates, global_norm
-from funclora.optim._members import Optimizer, is_pure
+from funclora.optim._members import Optimizer, check_optimizer, is_pure
 from funclora.rules.base import Adapters, Params, Rule
 
 LossFn = Callable[..., Any]
@@ -55,6 +56,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
     def run(
         model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Rule]]:
+        check_bindable(model, params, adapters)
         params = {name: tensor.detach() for name, tensor in params.items()}
 
         def loss_and_aux(adapters: Adapters) -> tuple[Tensor, Any]:
@@ -121,12 +123,17 @@ def train_step(
     """
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         raise ConfigError(f"accumulate: expected a positive integer, got {accumulate!r}.")
+    check_model(model)
+    check_optimizer(optimizer)
     gradient = value_and_grad(checked_loss(loss_fn, has_aux), has_aux=True)
     pure = is_pure(optimizer)
 
     def step(
         params: Params, adapters: Adapters, state: Any, batch: Any, *, seed: int | None = None
     ) -> tuple[dict[str, Rule], Any, dict[str, Any]]:
+        check_bindable(model, params, adapters)
+        if seed is not None:
+            check_integer(seed, "seed")
         tree: Any = optree.tree_map(torch.Tensor.detach, cast(Any, dict(adapters)))
         with seeded(seed, tree):
             parts = [gradient(model, params, tree, part) for part in micro_batches(batch, accumulate)]
@@ -142,6 +149,13 @@ def train_step(
         return tree, state, metrics
 
     return step
+
+
+def check_bindable(model: object, params: object, adapters: object) -> None:
+    """Raise `ArgumentError` unless those are a model, its weights and one adapter. Whether they fit, `bind` checks."""
+    check_model(model)
+    check_params(params)
+    check_rules(adapters)
 
 
 def autograd(loss_and_aux: Callable[[Any], tuple[Tensor, Any]], tree: Any) -> tuple[Tensor, Any, Any]:
@@ -202,6 +216,7 @@ def _graph(loss: Tensor) -> list[Any]:
 
 def checked_loss(loss_fn: LossFn, has_aux: bool) -> LossFn:
     """The loss as a function that returns a pair of a scalar and aux, `()` if it has none."""
+    check_function(loss_fn, "loss_fn", "loss_fn(bound, batch)")
 
     def pair(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         out = loss_fn(*args, **kwargs)

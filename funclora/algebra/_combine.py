@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Generator, Tensor
 
+from funclora._api.arguments import check_generator, check_params
 from funclora.algebra._elementwise import SIGN_METHODS, Mixing, Pruning
 from funclora.algebra._low_rank import truncated, truncated_product
 from funclora.algebra._sums import concatenated, low_rank, mixed_in_full, nonzero, summed
@@ -102,7 +103,7 @@ def combine(
 
     Raises:
         ConfigError: an option is invalid, missing, or has no meaning for the type.
-        UnsupportedError: an adapter is a stack, or has rules that the type does not combine.
+        UnsupportedError: an adapter has rules that the type does not combine.
         ParamsError: rules do not fit each other, or base weights are missing.
         NonFiniteError: an adapter, or the result in its dtype, holds NaN or infinity.
 
@@ -117,6 +118,8 @@ def combine(
         >>> combine([one, other], [1.0, -3.0], "ties", density=0.5)["weight"].r
         1
     """
+    check_params(params, optional=True)
+    check_generator(generator)
     kind, mixing = _settings(combination_type, svd_rank, svd_clamp, density, majority_sign_method, generator)
     terms = gather(adapters, weights)
     ranks = (term.low.r for of_one in terms.values() for term in of_one if term.low is not None)
@@ -145,7 +148,7 @@ def _settings(
     generator: Generator | None,
 ) -> tuple[_Type, Mixing]:
     """The type and what it does to tensors, or `ConfigError`."""
-    kind = _TYPES.get(combination_type)
+    kind = _TYPES.get(combination_type) if isinstance(combination_type, str) else None
     if kind is None:
         raise ConfigError(
             f"combination_type: expected one of {', '.join(COMBINATION_TYPES)}, got {combination_type!r}."

@@ -35,7 +35,7 @@ def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:
 
     Raises:
         ConfigError: `rank` is no positive integer.
-        UnsupportedError: the adapter is a stack, or has other rules.
+        UnsupportedError: the adapter has other rules.
         NonFiniteError: a factor holds NaN or infinity.
 
     Examples:

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from funclora._api.arguments import check_params
 from funclora._api.deprecated import warn_old
 from funclora.algebra._elementwise import Mixing
 from funclora.algebra._terms import (
@@ -45,7 +46,7 @@ def scale(adapters: Adapters, factor: float, *, params: Params | None = None) ->
 
     Raises:
         ConfigError: `factor` is no finite number.
-        UnsupportedError: the adapter is a stack, or has a DoRA rule: its change is not linear in anything that it
+        UnsupportedError: the adapter has a DoRA rule: its change is not linear in anything that it
             holds, so no DoRA rule has a multiple of it.
         ParamsError: the base weight of a `Full` is missing.
 
@@ -54,6 +55,7 @@ def scale(adapters: Adapters, factor: float, *, params: Params | None = None) ->
         >>> scale({"weight": LoRA(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)}, 0.25)["weight"].scaling
         0.5
     """
+    check_params(params, optional=True)
     factor = finite("factor", factor)
     found = rules("adapters", adapters)
     if factor == 1:
@@ -72,7 +74,7 @@ def negate(adapters: Adapters, *, params: Params | None = None) -> dict[str, Rul
         Full parameter name -> rule. Factors are the same tensors.
 
     Raises:
-        UnsupportedError: the adapter is a stack, or has a DoRA rule.
+        UnsupportedError: the adapter has a DoRA rule.
         ParamsError: the base weight of a `Full` is missing.
 
     Examples:
@@ -98,7 +100,7 @@ def add(adapters: Sequence[Adapters], *more: Adapters, params: Params | None = N
         Full parameter name -> rule, as of `task_arithmetic` with the weight 1 for each.
 
     Raises:
-        UnsupportedError: an adapter is a stack, or one of several rules of a parameter is DoRA.
+        UnsupportedError: one of several rules of a parameter is DoRA.
         ParamsError: rules do not fit each other, or base weights are missing.
 
     Examples:
@@ -109,6 +111,7 @@ def add(adapters: Sequence[Adapters], *more: Adapters, params: Params | None = N
         >>> total.r, total.dense(torch.zeros(2, 3))
         (5, tensor([[4., 4., 4.], [4., 4., 4.]]))
     """
+    check_params(params, optional=True)
     if more or isinstance(adapters, Mapping):
         warn_old("add(one, other)", "add([one, other])")
         adapters = [cast(Adapters, adapters), *more]
@@ -131,7 +134,7 @@ def interpolate(start: Adapters, end: Adapters, t: float, *, params: Params | No
 
     Raises:
         ConfigError: `t` is no finite number.
-        UnsupportedError: an adapter is a stack, or has a DoRA rule, between the ends.
+        UnsupportedError: an adapter has a DoRA rule, between the ends.
         ParamsError: rules do not fit each other, or base weights are missing.
 
     Examples:
@@ -163,7 +166,7 @@ def task_arithmetic(
 
     Raises:
         ConfigError: the weights are not as many finite numbers as there are adapters, or all are 0.
-        UnsupportedError: an adapter is a stack, or a DoRA rule has a weight other than 1 or is one of several.
+        UnsupportedError: a DoRA rule has a weight other than 1 or is one of several.
         ParamsError: rules do not fit each other, or base weights are missing.
 
     Examples:
@@ -173,6 +176,7 @@ def task_arithmetic(
         >>> total["q.weight"].scaling, total["v.weight"].scaling
         (0.5, -2.0)
     """
+    check_params(params, optional=True)
     return summed_up(gather(adapters, weights), params)
 
 

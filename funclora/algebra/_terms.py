@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funclora._api.arguments import check_numbers, refuse
+from funclora._bind.checks import check_rules
 from funclora._many.stack import Stack
 from funclora._torch.functions import is_mapped
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError, near
@@ -58,16 +60,19 @@ def gather(adapters: Sequence[Adapters], weights: Sequence[float] | None) -> dic
 
     Raises:
         ConfigError: the weights are not as many finite numbers as there are adapters.
-        UnsupportedError: an adapter is a stack, or has rules that cannot be combined.
+        ArgumentError: those are no adapters.
+        UnsupportedError: an adapter has rules that cannot be combined.
         ParamsError: rules of one parameter do not fit each other.
     """
-    if not isinstance(adapters, (list, tuple)):
-        got = _kind(adapters, "Give its members: list(stack).")
-        raise UnsupportedError(f"adapters: expected a list of adapters, got {got}")
+    given: object = adapters
+    if not isinstance(given, (list, tuple)):
+        remedy = "Give the members of a stack: list(stack)." if isinstance(given, Stack) else ""
+        refuse("adapters", "a list of adapters", given, remedy or "One adapter goes into a list: [adapters].")
     if not adapters:
         raise ConfigError("adapters: expected one adapter at least, got an empty list.")
     if weights is None:
         weights = [1.0] * len(adapters)
+    check_numbers(weights, "weights")
     if len(weights) != len(adapters):
         raise ConfigError(f"weights: expected {len(adapters)}, one for each adapter, got {len(weights)}.")
     terms: dict[str, list[Term]] = {}
@@ -83,9 +88,8 @@ def gather(adapters: Sequence[Adapters], weights: Sequence[float] | None) -> dic
 
 def rules(where: str, adapters: object) -> dict[str, Rule]:
     """The rules of one adapter, after checking that they can be calculated with."""
-    if not isinstance(adapters, Mapping):
-        got = _kind(adapters, "Take its members one by one: stack[i].")
-        raise UnsupportedError(f"{where}: expected one adapter, a dict of rules, got {got}")
+    check_rules(adapters, where)
+    assert isinstance(adapters, Mapping)
     if not adapters:
         raise ParamsError(f"{where}: the adapter has no rules.")
     found: dict[str, Rule] = {}
@@ -206,10 +210,3 @@ def _place(layout: Layout) -> Layout:
 
 def _without(factor: Tensor, dim: int) -> tuple[int, ...]:
     return (*factor.shape[:dim], *factor.shape[dim + 1 :])
-
-
-def _kind(value: object, of_stack: str) -> str:
-    """What a value is that should have been something else, and what to do if it is a stack."""
-    if isinstance(value, Stack):
-        return f"a stack of {len(value)}. {of_stack}"
-    return "one adapter." if isinstance(value, Mapping) else f"{type(value).__name__}."

@@ -14,7 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_model, check_params, refuse
 from funclora._config.layers import weights_of
+from funclora._many.stack import Stack
 from funclora._quant.tensor import plain_weight
 from funclora.errors import NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.rules.base import Params, Rule
@@ -135,10 +137,11 @@ def changes(tuned: Tuned, params: Params | None, model: nn.Module | None = None)
         model: says how weights lie in memory where a rule does not: any tensor, `Full` and `Delta`.
 
     Raises:
-        UnsupportedError: `tuned` is a stack, or a member of one inside of vmap.
+        ArgumentError: `tuned` is neither an adapter nor weights.
+        UnsupportedError: it is a member of a stack inside of vmap.
         ParamsError: a rule or tensor does not fit its base weight, or there is none and it needs one.
     """
-    known = _checked(tuned, model)
+    known = _checked("tuned", tuned, params, model)
     for name in tuned:
         if (found := _found(name, tuned, params, known)) is not None:
             yield found
@@ -151,8 +154,8 @@ def paired(
 
     Every parameter that one of them changes comes once, those of the first before the rest.
     """
-    known = _checked(first, model)
-    _checked(second, model)
+    known = _checked("first", first, params, model)
+    _checked("second", second, params, model)
     for name in dict.fromkeys([*first, *second]):
         here = None if params is None else {name: _base(name, params)}  # read once for both
         sides = [side for side in (first, second) if name in side]
@@ -222,15 +225,15 @@ def refuse_nonfinite(name: str, *tensors: Tensor) -> None:
         raise NonFiniteError(f"{name!r}: the base weight, or what is done to it, holds NaN or infinity.")
 
 
-def _checked(tuned: Tuned, model: nn.Module | None) -> dict[str, Layout]:
+def _checked(where: str, tuned: object, params: Params | None, model: nn.Module | None) -> dict[str, Layout]:
     """Raise if that is no adapter and no state dict; the layouts that the model gives."""
     if not isinstance(tuned, Mapping):
-        raise UnsupportedError(
-            f"expected an adapter (a dict of rules) or a state dict, got {type(tuned).__name__}. Take the members of a "
-            "stack one by one: stack[i]."
-        )
+        remedy = "Take the members of a stack one by one: stack[i]." if isinstance(tuned, Stack) else ""
+        refuse(where, "an adapter (a dict of rules) or tuned weights (a dict of tensors)", tuned, remedy)
+    check_model(model, optional=True)
+    check_params(params, optional=True)
     if not tuned:
-        raise ParamsError("expected an adapter or a state dict, got one with nothing in it.")
+        raise ParamsError(f"{where}: expected an adapter or a state dict, got one with nothing in it.")
     return {} if model is None else layouts(model)
 
 
@@ -251,7 +254,7 @@ def _rule(name: str, value: object, tuned: Tuned) -> Rule:
             raise ParamsError(f"{name!r} is tied to {value.to!r}, which has no rule of its own.")
         value = followed
     if not isinstance(value, Rule):
-        raise ParamsError(f"{name!r}: expected a rule (LoRA, DoRA, Full) or a tensor, got {type(value).__name__}.")
+        refuse(repr(name), "a rule (LoRA, DoRA, Full, ...) or a tensor", value)
     if isinstance(value, LowRank) and isinstance(value.scaling, Tensor):
         raise UnsupportedError(
             f"{name!r}: the scaling is a tensor, as inside vmap over members whose scalings differ. Analyse the "
@@ -264,6 +267,7 @@ def _base(name: str, params: Params) -> Tensor:
     weight = params.get(name)
     if weight is None:
         raise ParamsError(f"params lack {name!r}, the base weight of what is analysed.{near(name, params)}")
+    check_params({name: weight})  # a mapping that reads on demand is not read as a whole
     if weight.is_meta:
         raise ParamsError(f"params hold {name!r} on the meta device, but its values are needed. Give real tensors.")
     return weight

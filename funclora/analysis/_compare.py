@@ -85,7 +85,6 @@ def compare(first: Tuned, second: Tuned, *, params: Params | None = None, model:
 
     Raises:
         ParamsError: a base weight is missing, or the adapters' parameters differ in shape.
-        UnsupportedError: an adapter is a stack.
         NonFiniteError: a weight or a factor holds NaN or infinity.
 
     Examples:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_params
 from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, changes
 from funclora.analysis._data import Data
@@ -156,7 +157,6 @@ def magnitude_direction(
         ParamsError: a base weight is missing, does not fit, or has three dimensions that only a `model` can explain; or
             nothing is left to compare.
         ConfigError: `per` is something else.
-        UnsupportedError: `tuned` is a stack.
         NonFiniteError: a weight or a factor holds NaN or infinity.
 
     Examples:
@@ -165,6 +165,7 @@ def magnitude_direction(
         >>> round(row.delta_m, 6), round(row.delta_d, 6)
         (2.5, 0.5)
     """
+    check_params(params)
     if per not in ("output", "input"):
         raise ConfigError(f"per: expected 'output' or 'input', got {per!r}.")
     rows = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_tensor
 from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, changes, describe
 from funclora.analysis._data import Data
@@ -32,6 +33,7 @@ def effective_rank(singular_values: Tensor) -> Tensor:
         >>> effective_rank(torch.tensor([[2.0, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
         tensor([2., 1., 0.])
     """
+    check_tensor(singular_values, "singular_values", "[*, k]")
     total = singular_values.sum(-1, keepdim=True)
     share = singular_values / torch.where(total > 0, total, 1.0)
     entropy = torch.special.entr(share).sum(-1)
@@ -53,6 +55,7 @@ def stable_rank(singular_values: Tensor) -> Tensor:
         >>> stable_rank(torch.tensor([2.0, 2.0, 1.0]))
         tensor(2.2500)
     """
+    check_tensor(singular_values, "singular_values", "[*, k]")
     largest = singular_values.amax(-1, keepdim=True)
     share = singular_values / torch.where(largest > 0, largest, 1.0)
     return share.square().sum(-1)
@@ -136,7 +139,6 @@ def spectra(tuned: Tuned, *, params: Params | None = None, model: nn.Module | No
 
     Raises:
         ParamsError: a base weight is missing, or does not fit.
-        UnsupportedError: `tuned` is a stack.
         NonFiniteError: a weight or a factor holds NaN or infinity.
 
     Examples:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_tensor
 from funclora._torch.linalg import svd
 from funclora.analysis._changes import Change, Tuned, paired, refuse_nonfinite
 from funclora.analysis._data import Data
@@ -80,6 +81,13 @@ def phi(first: Tensor, second: Tensor) -> Tensor:
         tensor([[0.0000, 0.0000],
                 [1.0000, 0.5000]])
     """
+    check_tensor(first, "first", "[*lead, dim, m]")
+    check_tensor(second, "second", "[*lead, dim, n]")
+    if first.dim() < 2 or second.dim() < 2 or first.shape[:-1] != second.shape[:-1]:
+        raise ParamsError(
+            f"first and second: expected [*lead, dim, m] and [*lead, dim, n], got {list(first.shape)} and "
+            f"{list(second.shape)}."
+        )
     overlap = (first.mT @ second).square().cumsum(-1).cumsum(-2)
     m, n = overlap.shape[-2:]
     i, j = (torch.arange(1, k + 1, dtype=overlap.dtype, device=overlap.device) for k in (m, n))
@@ -121,7 +129,6 @@ def subspace_similarity(
     Raises:
         ConfigError: `of` or `k` is something else.
         ParamsError: no parameter is in both, the parameters differ in shape, or a base weight is missing.
-        UnsupportedError: an adapter is a stack.
         NonFiniteError: a weight or a factor holds NaN or infinity.
 
     Examples:

@@ -11,7 +11,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._many.stack import Group, Stack, TreeSpecs, stack, unscaled
+from funclora._api.arguments import check_function, refuse
+from funclora._many.stack import Group, Stack, TreeSpecs, check_stack, stack, unscaled
 from funclora.errors import ConfigError
 from funclora.optim._transforms import GradientTransformation
 
@@ -26,6 +27,16 @@ class Optimizer(Protocol):
     @property
     def update(self) -> Callable[..., tuple[Any, Any]]:
         """`(grads, state, params=...) -> (updates, state)`; the updates are added to the parameters."""
+
+
+def check_optimizer(optimizer: object, where: str = "optimizer") -> None:
+    """Raise `ArgumentError` unless that is a pair of functions."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        remedy = "torch.optim's write to parameters of their own: take funclora.optim's, TorchOpt's or optax's kind."
+        refuse(where, "a pair of functions init and update", optimizer, remedy)
+    if isinstance(optimizer, type) or not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        remedy = "Call the factory, as in adamw(1e-3)." if callable(optimizer) else "For example adamw(1e-3)."
+        refuse(where, "a pair of functions init and update", optimizer, remedy)
 
 
 def is_pure(optimizer: Optimizer) -> dict[str, bool]:
@@ -62,10 +73,10 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         >>> updates[0]["x"].item(), updates[1]["x"].item()
         (-0.5, -2.0)
     """
+    check_function(build, "build", "build(**values)")
 
     def init(members: Stack[Any]) -> Stack[Any]:
-        if not isinstance(members, Stack):
-            raise ConfigError(f"per_member: init: expected a stack, got a {type(members).__name__}.")
+        check_stack(members, "members")
         tensors = {name: _numbers(name, value) for name, value in values.items()}
         for name, tensor in tensors.items():
             if tensor.shape != (len(members),):
@@ -135,9 +146,11 @@ def _group(tree: Any, members: tuple[int, ...]) -> Group[Any]:
 
 def _like(state: Stack[Any], members: Stack[Any]) -> list[Group[Any]]:
     """The state's groups, in the grouping and order of another stack of the same members."""
-    if not isinstance(state, Stack) or len(state) != len(members):
-        got = f"one of {len(state)}" if isinstance(state, Stack) else f"a {type(state).__name__}"
-        raise ConfigError(f"per_member: update: expected the state of {len(members)} members, got {got}.")
+    trees: list[Any] = [group.tree() for group in state.groups] if isinstance(state, Stack) else [None]
+    if not all(isinstance(tree, dict) and tree.keys() == {"values", "state"} for tree in trees):
+        refuse("state", "what per_member(...).init, or update before, returned", state)
+    if len(state) != len(members):
+        raise ConfigError(f"state: expected that of {len(members)} members, got that of {len(state)}.")
     if [c.members for c in state.groups] == [c.members for c in members.groups]:
         return list(state.groups)
     grouped = []

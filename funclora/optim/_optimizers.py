@@ -10,10 +10,11 @@ import optree
 import torch
 from torch import Tensor
 
+from funclora._api.arguments import check_function, refuse
 from funclora.errors import ConfigError
 from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._transforms import GradientTransformation
-from funclora.optim._trees import PyTree, by_member, overwriting, times, tree_map, widest
+from funclora.optim._trees import PyTree, by_member, check_leaves, overwriting, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 from funclora.rules.base import Rule
 
@@ -80,6 +81,7 @@ def adamw(
         return AdamWState(_no_step(params), tree_map(_moment, params=params), tree_map(_moment, params=params))
 
     def update(grads: PyTree, state: AdamWState, params: PyTree = None) -> tuple[PyTree, AdamWState]:
+        check_state(state, AdamWState)
         decays, t = _decays(weight_decay, params), state.step + 1
         # What is one number per adapter comes first: few operations are left that run over whole leaves.
         count = t.to(widest(state.mu))
@@ -148,6 +150,8 @@ def sgd(
     """
     _check_rates(lr, weight_decay)
     check("momentum", momentum, lambda x: 0 <= x < 1, "a number in [0, 1)", "0.9 is usual")
+    if not isinstance(nesterov, bool):
+        refuse("nesterov", "True or False", nesterov)
     if nesterov and not momentum:
         raise ConfigError("nesterov: expected momentum > 0 with it, got momentum=0; pass momentum=0.9, say")
 
@@ -156,6 +160,7 @@ def sgd(
         return SgdState(_no_step(params), tree_map(_moment, params=params) if momentum else ())
 
     def update(grads: PyTree, state: SgdState, params: PyTree = None) -> tuple[PyTree, SgdState]:
+        check_state(state, SgdState)
         rate = lr(state.step) if callable(lr) else lr
         decays = _decays(weight_decay, params)
         like = grads if params is None else params
@@ -211,6 +216,7 @@ def lora_plus(
         LoRA+: arXiv 2402.12354. Deviation from PEFT: embeddings have no learning rate of their own.
     """
     check("ratio", ratio, lambda x: 0 < x < math.inf, "a finite number > 0", "16 is usual", tensor=True)
+    check_function(base, "base", "base(lr, **kwargs)")
     inner = base(lr, **kwargs)
 
     def init(params: PyTree) -> PyTree:
@@ -249,6 +255,12 @@ def _next_to_output(tree: PyTree) -> list[bool]:
     return found
 
 
+def check_state(state: object, kind: type) -> None:
+    """Raise `ArgumentError` unless that is the state of this optimizer."""
+    if not isinstance(state, kind):
+        refuse("state", "what init, or update before, returned", state, f"It is of type {kind.__name__}.")
+
+
 def _one_minus_power(decay: float, count: Tensor) -> Tensor:
     # Through expm1: in float32, 1 - 0.999 is wrong by 1e-5 already.
     return -torch.expm1(count * (math.log(decay) if decay else -math.inf))
@@ -276,6 +288,7 @@ def _moment(leaf: Tensor) -> Tensor:
 
 def _no_step(params: PyTree) -> Tensor:
     # A tensor and not an int, for which torch.compile would make a new graph at every step.
+    check_leaves("params", params)
     leaves = optree.tree_leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 

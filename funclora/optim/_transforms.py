@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funclora.errors import ConfigError
-from funclora.optim._trees import PyTree, by_member, times, tree_map
+from funclora.optim._trees import PyTree, by_member, check_leaves, times, tree_map
 from funclora.optim._values import PerMember, check, wide
 
 
@@ -88,6 +88,7 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
     check("max_norm", max_norm, lambda x: x > 0, "a number > 0", "1.0 is usual", tensor=True)
 
     def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        check_leaves("grads", grads)
         leaves = optree.tree_leaves(grads)
         if isinstance(max_norm, Tensor) and max_norm.dim() == 1:
             for leaf in leaves:
@@ -109,6 +110,7 @@ def global_norm(tree: PyTree) -> Tensor:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
         tensor(5.)
     """
+    check_leaves("tree", tree)
     # A norm of norms has the gradient 0 where all is 0; the root of a sum of squares has none.
     leaves: list[Tensor] = optree.tree_leaves(tree)
     norms = [torch.linalg.vector_norm(x, dtype=wide(x.dtype)).to(leaves[0].device) for x in leaves]

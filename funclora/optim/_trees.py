@@ -10,12 +10,22 @@ import optree
 import torch
 from torch import Tensor
 
+from funclora._api.arguments import refuse
 from funclora._torch.functions import in_transform, is_differentiated
 from funclora.errors import ConfigError
 from funclora.optim._values import PerMember, wide
 
 PyTree: TypeAlias = Any
 """A tree of tensors, in containers that optree knows: dicts, tuples, lists, rules, stacks."""
+
+
+def check_leaves(where: str, tree: PyTree) -> None:
+    """Raise `ArgumentError` unless all leaves of a tree are tensors."""
+    leaves: list[Any] = optree.tree_leaves(tree)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        paths, leaves, _ = optree.tree_flatten_with_path(tree)
+        path, leaf = next((p, x) for p, x in zip(paths, leaves, strict=True) if not isinstance(x, Tensor))
+        refuse(f"{where} at {path}" if path else where, "a tree of tensors", leaf)
 
 
 def by_member(value: PerMember, leaf: Tensor) -> PerMember:
@@ -61,6 +71,7 @@ def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> An
     """
     (first, tree), *others = trees.items()
     leaves, spec = optree.tree_flatten(tree)
+    check_leaves(first, tree)
     columns = [leaves]
     for name, other in others:
         try:

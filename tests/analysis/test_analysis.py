@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 import funclora as fl
 from funclora import analysis
 from funclora.analysis import _changes, _spectrum
-from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
+from funclora.errors import ArgumentError, ConfigError, NonFiniteError, ParamsError, UnsupportedError
 from funclora.rules.layouts import Conv, ConvTranspose, Layout, Linear, Matrices, Parameter
 
 KINDS = ("lora", "dora", "full")
@@ -454,8 +454,8 @@ WRONG: Any = {"stack": fl.stack([{"w": LORA}]), "adapter": {"w": 1}, "word": "ro
     ("call", "error", "words"),
     [
         (lambda: analysis.spectra({}), ParamsError, "with nothing in it"),
-        (lambda: analysis.spectra(WRONG["stack"]), UnsupportedError, r"stack\[i\]"),
-        (lambda: analysis.spectra(WRONG["adapter"]), ParamsError, "expected a rule"),
+        (lambda: analysis.spectra(WRONG["stack"]), ArgumentError, r"stack\[i\]"),
+        (lambda: analysis.spectra(WRONG["adapter"]), ArgumentError, "expected a rule"),
         (lambda: analysis.spectra({"w": fl.Full(torch.ones(2, 3))}), ParamsError, "depends on the base weight"),
         (lambda: analysis.spectra({"v": LORA}, params=BASE), ParamsError, "params lack 'v'.* Near names: w"),
         (lambda: analysis.spectra({"w": LORA}, params={"w": torch.zeros(2, 4)}), ParamsError, "a has shape"),

@@ -209,7 +209,6 @@ LORA = LoRA(torch.ones(2, 5), torch.ones(4, 2))
     ("name", "rule", "message"),
     [
         ("0.wieght", LORA, r"adapters rewrite '0.wieght', which params do not hold. Near names: 0.weight"),
-        ("0.weight", {"a": 1}, r"adapters\['0.weight'\]: expected a rule \(LoRA, DoRA, Full\), got dict"),
         ("0.weight", replace(LORA, a=torch.ones(2, 6)), r"'0.weight': a has shape \[2, 6\], expected \[2, 5\]"),
         ("0.weight", replace(LORA, b=torch.ones(5, 2)), r"b has shape \[5, 2\], expected \[4, 2\] .* rank 2"),
         ("0.weight", replace(LORA, b=torch.ones(4, 3)), r"b has shape \[4, 3\], expected \[4, 2\]"),

@@ -464,8 +464,6 @@ def test_what_does_not_fit_is_refused() -> None:
         route(several, weights=torch.ones(3, 3))
     with pytest.raises(ConfigError, match="repeats"):
         route(several, [0], repeats=0)
-    with pytest.raises(ConfigError, match="stack"):
-        route(several[0], [0])
     with pytest.raises(UnsupportedError, match="3 rows"):
         apply(model, params, route(several, [0, 1, 0]), torch.randn(4, 6, dtype=F64))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from funclora import DoRA, Full, LoRA, stack, unstack
-from funclora.errors import ConfigError, ParamsError
+from funclora.errors import ArgumentError, ConfigError
 
 optree: Any = _optree
 
@@ -63,7 +63,7 @@ def test_members_come_out_as_they_went_in(members: list[Any], data: Any) -> None
 def test_what_is_no_stack_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one"):
         stack([])
-    with pytest.raises(ParamsError, match="tensor"):
+    with pytest.raises(ArgumentError, match=r"members\[0\]: x: expected a tensor, got 1\.0"):
         stack([{"x": 1.0}])
     several = stack([{"x": torch.ones(1)}])
     for index in (1, -2):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import funclora as fl
 from funclora._torch.memory import Peak, is_out_of_memory, nbytes
 from funclora._train import evaluate as evaluating
-from funclora.errors import ConfigError, ParamsError
+from funclora.errors import ArgumentError, ConfigError
 
 VOCAB = 11
 
@@ -225,7 +225,7 @@ def test_what_is_refused() -> None:
         _complaint(batches=[torch.zeros(0, 3, dtype=torch.long)])
     with pytest.raises(ConfigError, match="agree in their dimension 0"):
         _complaint(batches=[(torch.zeros(2, 3), torch.zeros(3, 3))])
-    with pytest.raises(ParamsError, match="expected a stack of adapters, got a list"):
+    with pytest.raises(ArgumentError, match="expected a stack of adapters, got a list"):
         _complaint(stack=members())
     for memory in (0, -1, 1.5, True):
         with pytest.raises(ConfigError, match="memory: expected a positive number of bytes"):

@@ -23,7 +23,7 @@ from funclora import (
     unstack,
     value_and_grad,
 )
-from funclora.errors import ConfigError, ParamsError, UnsupportedError
+from funclora.errors import ArgumentError, ConfigError, UnsupportedError
 
 optree: Any = _optree
 F64 = torch.float64
@@ -320,7 +320,7 @@ def test_what_does_not_fit_the_population_raises() -> None:
         step(params, members, state, (batch[0], batch[1][:4]))
     with pytest.raises(ConfigError, match="seeds"):
         step(params, members, state, batch, seeds=[1, 2])
-    with pytest.raises(ParamsError, match="stack"):
+    with pytest.raises(ArgumentError, match="stack"):
         step(params, members[0], state, batch)
     with pytest.raises(ConfigError, match="scalar"):
         population_step(model, lambda bound, b: bound(b[0]), sgd)(params, members, state, batch)

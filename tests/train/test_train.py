@@ -199,11 +199,10 @@ def test_a_loss_of_another_model_is_refused() -> None:
         value_and_grad(lambda bound, batch: mse(p.model, batch).detach())(p.model, p.params, p.adapters, p.batch)
 
 
-@pytest.mark.parametrize("adapters", [{}, {"fc1.weight": None}])
-def test_no_adapters_are_refused(adapters: Any) -> None:
+def test_no_adapters_are_refused() -> None:
     p = problem()
     with pytest.raises(ConfigError, match="adapters: there is nothing to train"):
-        value_and_grad(mse)(p.model, p.params, adapters, p.batch)
+        value_and_grad(mse)(p.model, p.params, {}, p.batch)
 
 
 def test_unused_adapters_are_named_and_get_zeros() -> None:

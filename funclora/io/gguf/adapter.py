@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from funclora._bind.checks import check_adapters
+from funclora._api.arguments import check_model, check_path
+from funclora._bind.checks import check_adapters, check_rules
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
@@ -68,6 +69,9 @@ def save_gguf(
         ...     sorted(read_adapter(Path(folder, "adapter.gguf")).tensors)
         ['blk.0.attn_q.weight.lora_a', 'blk.0.attn_q.weight.lora_b']
     """
+    check_path(path, order="path, adapters, model")
+    check_rules(adapters)
+    check_model(model)
     if dtype not in GGUF_DTYPES:
         raise ConfigError(f"dtype: expected {' or '.join(map(str, GGUF_DTYPES))}, got {dtype!r}.")
     gguf = package()
@@ -119,6 +123,8 @@ def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         >>> torch.equal(loaded[name].a, adapters[name].a), config.target_modules
         (True, ('q_proj',))
     """
+    check_path(path, order="path, model")
+    check_model(model)
     gguf, file = package(), Path(path)
     arch, slots = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family_of(model).arch]], slots_of(model, gguf)
     stored = read_adapter(file)

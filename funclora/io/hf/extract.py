@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from funclora._api.arguments import check_path
 from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora._config.targets import select
@@ -113,9 +114,11 @@ def extract_adapter(
         Traceback (most recent call last):
         funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
     """
+    for where, path in (("base_dir", base_dir), ("tuned_dir", tuned_dir), ("out_dir", out_dir)):
+        check_path(path, where)
     if rest not in ("error", "save", "ignore"):
         raise ConfigError(f"rest: expected 'error', 'save' or 'ignore', got {rest!r}.")
-    if niter is not None and niter < 0:
+    if niter is not None and (not isinstance(niter, int) or niter < 0):
         raise ConfigError(f"niter: expected a number of iterations from 0 up, or None, got {niter!r}.")
     config = LoraConfig(
         r=r,

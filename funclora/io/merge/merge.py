@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from funclora._api.arguments import check_dtype, check_path, check_paths
 from funclora._files.safetensors import DTYPES
 from funclora._files.staging import check_out, staged_folder
 from funclora.io.hf.checkpoint import Checkpoint
@@ -127,8 +128,13 @@ def merge_checkpoint(
         Traceback (most recent call last):
         funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
     """
+    several = [adapter_dirs] if isinstance(adapter_dirs, (str, os.PathLike)) else adapter_dirs
+    check_path(base_dir, "base_dir")
+    check_paths(several, "adapter_dirs")
+    check_path(out_dir, "out_dir")
+    check_dtype(dtype)
     base, out = Path(base_dir), Path(out_dir)
-    folders = [Path(adapter_dirs)] if isinstance(adapter_dirs, (str, os.PathLike)) else [Path(d) for d in adapter_dirs]
+    folders = [Path(folder) for folder in several]
     check_out(out, [base, *folders])
     with Checkpoint(base) as checkpoint:
         plan = MergePlan(checkpoint, folders, weights, dtype, max_shard_size)

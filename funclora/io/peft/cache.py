@@ -16,6 +16,7 @@ import optree
 import torch
 from torch import nn
 
+from funclora._api.arguments import check_model, check_path
 from funclora._many.route import route
 from funclora._many.stack import stack
 from funclora._torch.memory import nbytes
@@ -84,6 +85,9 @@ class AdapterCache:
         *,
         device: torch.device | str | int | None = None,
     ) -> None:
+        check_model(model)
+        if not isinstance(source, Mapping):
+            check_path(source, "source", "model, source, memory")
         if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
             raise ConfigError(f"AdapterCache: memory: expected a positive number of bytes, got {memory!r}.")
         if not isinstance(source, Mapping) and not Path(source).is_dir():

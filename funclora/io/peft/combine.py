@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator, nn
 
+from funclora._api.arguments import check_generator, check_model, check_path, check_paths
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
@@ -95,6 +96,10 @@ def combine_peft(
         ...     load_peft(f"{folder}/both", model)[1].r, both.config.lora_alpha
         (4, 4)
     """
+    check_paths(paths)
+    check_path(out, "out", "paths, out, weights")
+    check_model(model, optional=True)
+    check_generator(generator)
     if dtype not in SAVED_DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(map(str, SAVED_DTYPES))}, got {dtype!r}.")
     if Path(out).resolve() in {Path(path).resolve() for path in paths}:

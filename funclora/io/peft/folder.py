@@ -15,7 +15,10 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from funclora._api.arguments import check_model, check_path
+from funclora._bind.checks import check_rules
 from funclora._bind.params import named_tensors
+from funclora._config.checks import check_config
 from funclora._config.config import LoraConfig
 from funclora._config.embeddings import TiedEmbeddings
 from funclora._config.targets import Unmatched, select, without
@@ -70,6 +73,9 @@ def save_peft(
         ...     sorted(file.name for file in Path(folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    check_path(path, order="path, adapters, config")
+    check_rules(adapters)
+    check_config(config)
     config = tied_as_in_peft(config, adapters)
     wrapped = check_against_config(adapters, config)
     if fold_scaling:
@@ -126,6 +132,8 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         >>> torch.equal(loaded["0.weight"].a, adapters["0.weight"].a), loaded_config == config
         (True, True)
     """
+    check_path(path, order="path, model")
+    check_model(model)
     opened = PeftFolder(Path(path), model)
     adapters = {name: opened.rule(name) for name in opened.targets}
     opened.refuse_rest(opened.weights, adapters)
