@@ -15,9 +15,10 @@ from torch import Tensor
 import funclora as fl
 from funclora._apps.train.base import Base, ByteTokenizer, takes
 from funclora._apps.train.settings import CAUSAL
+from funclora._torch.memory import is_out_of_memory
 from funclora.cli._adapters import for_base
 from funclora.cli._prompts import Prompt
-from funclora.errors import ConfigError
+from funclora.errors import ConfigError, FuncloraError
 from funclora.io.hf.library import first_line
 from funclora.io.hf.origin import check_origin
 from funclora.io.peft.tensors import WEIGHTS_FILE
@@ -170,18 +171,20 @@ class Generator:
                 ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
             )
         )
-        settings = self._settings(room)
         with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
             # transformers draws from the global generators: give them the state of ours, one batch after the other.
             torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._random, device=base.device)))
             try:
+                settings = self._settings(room)
                 out = bound.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     generation_config=settings,
                     streamer=None if write is None else _streamer(tokenizer, write),
                 )
-            except ValueError as error:
+            except Exception as error:  # generation_config.json may hold anything
+                if isinstance(error, FuncloraError) or is_out_of_memory(error):
+                    raise
                 raise ConfigError(
                     f"{base.name}: transformers refuses to generate: {first_line(error)}. Does generation_config.json "
                     "ask for something else than sampling, or the likeliest token?"

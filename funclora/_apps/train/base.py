@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
 from funclora._bind.apply import bind
 from funclora._bind.params import base_params
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.io.hf.library import first_line
+from funclora.io.hf.library import first_line, reading
 from funclora.rules.base import Params
 
 DEMO = "the demo's base"
@@ -198,9 +199,15 @@ def known_classes(settings: Settings) -> tuple[str, ...]:
         return ()
     config = load_config(settings.model)
     head = CLASSES[settings.task].removeprefix("AutoModel")
-    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    has = any(name.endswith(head) for name in config.architectures or ())
+    names = _labels(settings.model, config)
+    has = any(str(name).endswith(head) for name in config.architectures or ())
     return names if has and names != tuple(f"LABEL_{i}" for i in range(len(names))) else ()
+
+
+def _labels(folder: Path, config: Any) -> tuple[str, ...]:
+    """The names of the classes in a folder's configuration, which may be of any kind."""
+    with reading(folder, f"model: id2label in {folder / 'config.json'} does not name the classes"):
+        return tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -> Base:
@@ -249,8 +256,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
                 "with. Add it; for T5 it is the padding id."
             )
         if settings.task in (SEQUENCE, TOKEN) and not classes:
-            config: Any = model.config
-            classes = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+            classes = _labels(settings.model, model.config)
     packed: dict[str, Tensor] = {}
     if settings.quantize != "none" and not splits_weights(settings):
         packed = pack(base_params(model), packed_names(model, settings, new), settings, device)

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
-from funclora._apps.train.tokenizer import model_folder
-from funclora._files.atomic import read_json
+from funclora._apps.train.tokenizer import load_config as load_config
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
-from funclora.io.hf.library import OPTIONS, check_config, reading, transformers
+from funclora.io.hf.library import OPTIONS, reading, transformers
 from funclora.io.hf.structure import at_most, named_class, without_weights
 
 _PARAMETERS = 200_000  # more than any model has
@@ -73,19 +72,6 @@ def load_model(
     missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     new = tuple(dict.fromkeys(_new_module(folder, model, key, task) for key in sorted(missing)))
     return model.eval().requires_grad_(False), new
-
-
-def load_config(folder: Path) -> Any:
-    """transformers' configuration of a folder.
-
-    Raises:
-        FormatError: it cannot be read.
-        UnsupportedError: it needs code that is not in transformers.
-    """
-    file = model_folder(folder) / CONFIG_FILE
-    check_config(folder, read_json(file))
-    with reading(folder, f"model: {file} cannot be read"):
-        return transformers().AutoConfig.from_pretrained(str(folder), **OPTIONS)
 
 
 def empty_model(folder: Path, task: str | None) -> nn.Module:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from funclora._apps.train.settings import Settings
+from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError, UnsupportedError
-from funclora.io.hf.library import OPTIONS, reading, transformers
+from funclora.io.hf.checkpoint import CONFIG_FILE
+from funclora.io.hf.library import OPTIONS, check_config, reading, transformers
 from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
+
+_PROBE = f"{string.printable} é Жα漢字 \N{ELECTRIC LIGHT BULB}\N{ARABIC LIGATURE BISMILLAH AR-RAHMAN AR-RAHEEM}"
 
 
 class ByteTokenizer:
@@ -58,10 +63,12 @@ def load_tokenizer(settings: Settings) -> Any:
     """
     if settings.model is None:
         return ByteTokenizer()
-    folder = model_folder(settings.model)
+    folder = settings.model
+    load_config(folder)  # which transformers looks at too
     remedy = " Put the tokenizer's files next to the model's, with tokenizer.save_pretrained(folder)."
     with reading(folder, f"model: transformers finds no tokenizer in {folder}", remedy):
         tokenizer = transformers().AutoTokenizer.from_pretrained(str(folder), **OPTIONS)
+        tokenizer.decode(tokenizer(_PROBE)["input_ids"])  # what is wrong with one often shows at a text
     if tokenizer.pad_token_id is None:
         token = tokenizer.eos_token or tokenizer.unk_token
         if token is None:
@@ -99,6 +106,19 @@ def begun(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """
     ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids[:-1] if ends_texts(tokenizer) else ids
+
+
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of a folder.
+
+    Raises:
+        FormatError: it cannot be read.
+        UnsupportedError: it needs code that is not in transformers.
+    """
+    file = model_folder(folder) / CONFIG_FILE
+    check_config(folder, read_json(file))
+    with reading(folder, f"model: {file} cannot be read"):
+        return transformers().AutoConfig.from_pretrained(str(folder), **OPTIONS)
 
 
 def model_folder(folder: Path) -> Path:

@@ -115,7 +115,9 @@ def quiet(library: Any) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
+    """The first line of an error's message, with the next one if it announces that; its kind if it has none."""
     text = str(error).encode("utf-8", "backslashreplace").decode()
-    line = next((line.strip().rstrip(".") for line in text.splitlines() if line.strip()), type(error).__name__)
+    first, second, *_ = [*(line.strip() for line in text.splitlines() if line.strip()), "", ""]
+    line = f"{first} {second}" if first.endswith(":") else first
+    line = line.strip().rstrip(".") or type(error).__name__
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
