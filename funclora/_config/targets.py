@@ -152,7 +152,7 @@ class _Selection:
         """The modules that `target_modules` names, without the excluded ones."""
         config = self.config
         if config.all_linear:
-            matched = {n: m for n, m in self.modules.items() if isinstance(m, nn.Linear) or is_hf_conv1d(m)}
+            matched = {n: m for n, m in self.modules.items() if self._is_linear(n, m)}
             for head in self._heads():
                 matched = {n: m for n, m in matched.items() if m is not head}
             if not matched:
@@ -168,6 +168,11 @@ class _Selection:
             of = {*matched, self.tables.input} - {*self.tables.tied}
             matched = {n: m for n, m in self.modules.items() if n in of}
         return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
+
+    def _is_linear(self, name: str, module: nn.Module) -> bool:
+        """Whether "all-linear" means the module. One without a single weight, as MobileBERT has, cannot be adapted."""
+        weight = self.tensors.get(f"{name}.weight" if name else "weight")
+        return (isinstance(module, nn.Linear) or is_hf_conv1d(module)) and (weight is None or weight.numel() > 0)
 
     def _check_tie(self, matched: Collection[str], excluded: Collection[str]) -> None:
         if self.config.ensure_weight_tying and self.tables.named(matched) and self.tables.named(excluded):

@@ -295,7 +295,7 @@ class PreparedRouted(Rule):
         if isinstance(op, LeftMatmulOp) and place.dim >= x.dim() - 2:
             raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
         if self.n > 1 and not _keeps(op, x, place):
-            raise lost(type(op).__name__.removesuffix("LinearOp"), "a weight that differs by row is read along rows")
+            raise lost(type(op).__name__.removesuffix("Op"), "a weight that differs by row is read along rows")
         rows, op, track = rows_first(x, place, self.n), op.with_input(x), op.x
         scales = [rule.output_scale(weight) for rule in self.rules]
         scaled = any(scale is not None for scale in scales)
@@ -316,13 +316,6 @@ class PreparedRouted(Rule):
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
         out = rows_back(out.to(dtype), place)
         return out if self.n == 1 else track.scope.enter(out, place)
-
-    def transposed(self) -> Rule | None:
-        return self._viewed([rule.transposed() for rule in self.rules])
-
-    def _viewed(self, rules: list[LowRank | None]) -> Rule | None:
-        found = tuple(rule for rule in rules if rule is not None)
-        return replace(self, rules=found, seconds=ReorderedB()) if len(found) == len(rules) else None
 
     def _by_part(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result, rewritten group by group; x is the operation's input by rows."""

@@ -480,3 +480,11 @@ def test_selecting_reads_the_model_only() -> None:
         assert torch.equal(p, state[n]), n
     assert all(p.requires_grad for p in net.parameters())
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_a_single_weight_is_none_of_all_linear() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0), nn.Linear(3, 2))
+    assert [*init(model, LoraConfig(target_modules="all-linear"))] == ["0.weight", "2.weight"]
+    with pytest.raises(TargetError, match=r"cannot adapt '1.weight' has shape \[0, 3\]: it is empty"):
+        init(model, LoraConfig(target_modules=["1"]))
