@@ -1,5 +1,6 @@
 # Each target sets up what it needs in .venv, from nothing but make and Python 3.10 or later.
 #
+#   make quick                      while you work: every rule on every layer in one dtype, in less than a minute
 #   make test ARGS="-k lora -x"     pytest's own options
 #   make test ARGS=--hypothesis-profile=explore   with examples that no run has seen
 #   make test JOBS=0                in one process, for a debugger
@@ -9,61 +10,73 @@ TORCH  ?= 2.13.0
 JOBS   ?= 2
 PYTHON ?=
 ARGS   ?=
+VENV   ?= .venv
+
+# What `make quick` runs: the laws that all rules obey, and the code that every call goes through.
+QUICK := tests/laws tests/rules tests/bind tests/lazy tests/many
+# Rounding differs between processors: what `make numeric` runs with torch's plain kernels, which every processor has.
+NUMERIC := $(QUICK) tests/quant tests/parity
 
 # What `python3` means on this machine is the first choice, the newest other one the second.
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10)
-BIN     := .venv/bin
+BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check "torch==$(TORCH)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint docs clean distclean
+.PHONY: help demo test quick numeric bench lint docs clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
 		printf 'make %-10s %s\n' "$$name" "$$text"; done
 
-demo: .venv/.has-demo ## run the demo
+demo: $(VENV)/.has-demo ## run the demo
 	@$(BIN)/funclora demo $(ARGS)
 
-test: .venv/.has-test ## run the tests and the examples in the docstrings
+test: $(VENV)/.has-test ## run the tests and the examples in the docstrings
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-header -n $(JOBS) $(ARGS)
 
-bench: .venv/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md and docs/benchmarks-many.md
+quick: $(VENV)/.has-test ## run the laws for every rule in one dtype, while you work
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-header -n $(JOBS) --quick $(QUICK) $(ARGS)
+
+numeric: $(VENV)/.has-test ## run what depends on rounding, with the kernels that every processor has
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-header -n $(JOBS) -m "not slow" $(NUMERIC) $(ARGS)
+
+bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md and docs/benchmarks-many.md
 	@$(BIN)/python examples/benchmark.py $(ARGS)
 	@$(BIN)/python examples/benchmark_many.py $(ARGS)
 
-lint: .venv/.has-lint .venv/.has-test ## check style, formatting and types
+lint: $(VENV)/.has-lint $(VENV)/.has-test ## check style, formatting and types
 	@$(BIN)/ruff check -q
 	@$(BIN)/ruff format -q --diff
 	@$(BIN)/mypy --no-error-summary
 	@echo "No complaints."
 
-docs: .venv/.has-docs ## build the pages into site/
+docs: $(VENV)/.has-docs ## build the pages into site/
 	@$(BIN)/python docs/check_api.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: that keeps warnings from strict mode too
 
 clean: ## remove what builds, tests and the demo leave
 	@rm -rf build dist site funclora-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
-	@rm -rf .venv
+distclean: clean ## remove the environment too
+	@rm -rf $(VENV)
 
 # An extra is installed anew when pyproject.toml changes; torch is named each time, so that nothing replaces it.
-.venv/.has-%: pyproject.toml .venv/.torch-$(TORCH)
+$(VENV)/.has-%: pyproject.toml $(VENV)/.torch-$(TORCH)
 	@echo "Installing funclora[$*]"
 	@$(INSTALL) --editable ".[$*]"
 	@touch $@
 
-.venv/.torch-$(TORCH): .venv/.made
+$(VENV)/.torch-$(TORCH): $(VENV)/.made
 	@echo "Installing torch $(TORCH): once, and it can take minutes"
 	@$(INSTALL)
 	@touch $@
 
 # A .venv that is there and works is kept. Debian's Python may come without ensurepip: apt has it.
-.venv/.made:
+$(VENV)/.made:
 	@set -e; \
 	fits() { "$$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }; \
 	complete() { "$$1" -c 'import ensurepip, venv' 2>/dev/null; }; \
@@ -93,6 +106,6 @@ distclean: clean ## remove .venv too
 				exit 1; \
 			fi; \
 		fi; \
-		"$$found" -m venv --clear .venv; \
+		"$$found" -m venv --clear $(VENV); \
 	fi; \
 	touch $@

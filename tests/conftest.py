@@ -26,7 +26,9 @@ os.environ |= {
 }  # fmt: skip
 
 import random
+import sys
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +53,7 @@ register_random(_torch_random)
 # To look elsewhere: make test ARGS=--hypothesis-profile=explore
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True, derandomize=True)
 settings.register_profile("explore", settings.get_profile("default"), derandomize=False)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
 
 
@@ -60,3 +63,37 @@ def _seed(request: pytest.FixtureRequest) -> None:
     seed = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+# --- make quick ------------------------------------------------------------------------------------------------
+
+STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "tables of dtypes in float32 only, nothing slow, few random examples; tests that start a process are skipped"
+    parser.addoption("--quick", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("quick"):
+        settings.load_profile("quick")
+        sys.addaudithook(skip_starts)
+
+
+def skip_starts(event: str, args: tuple[Any, ...]) -> None:
+    if event in STARTS and "PYTEST_CURRENT_TEST" in os.environ:
+        pytest.skip("starts a process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        left_out = [item for item in items if not is_quick(item)]
+        items[:] = [item for item in items if is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def is_quick(item: pytest.Item) -> bool:
+    values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    dtypes = {value for value in values if isinstance(value, torch.dtype)}
+    return item.get_closest_marker("slow") is None and dtypes <= {torch.float32}

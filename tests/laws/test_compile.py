@@ -23,6 +23,7 @@ from funclora.errors import strict
 from funclora.rules.layouts import Embedding, Linear, Parameter
 
 pytestmark = [
+    pytest.mark.slow,
     # what tracing and inductor themselves bring up
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
@@ -210,7 +211,6 @@ def test_gradients_under_vmap(entry: Callable[[Subject], Entry], name: str) -> N
         check(s, entry(s), "eager")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="inductor needs a C++ compiler"
 )

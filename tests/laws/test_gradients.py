@@ -175,6 +175,7 @@ def along_two_directions(case: Case, kind: str) -> tuple[Callable[[Tensor], Tens
 HERE = torch.tensor([0.1, -0.2], dtype=torch.float64)
 
 
+@pytest.mark.slow
 @every_kind
 @every_case
 def test_jacobians_and_hessians(case: Case, kind: str) -> None:
@@ -199,6 +200,7 @@ LINEARIZED = [("linear", kind) for kind in KINDS] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # the tracer's own
 @pytest.mark.parametrize(("name", "kind"), LINEARIZED)
 def test_linearize(name: str, kind: str) -> None:

@@ -154,6 +154,7 @@ def in_float64(weight: Tensor, rule: DoRA) -> Tensor:
     return oracle(weight.double(), widened(rule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("path", "scales"), EVERY_PATH, ids=str)
 def test_every_path_is_right_at_extreme_scales(
