@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from checkpoints import save_adapter
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import funclora
 from funclora.cli._app import app
 
 CODE = """
@@ -155,3 +157,36 @@ def test_a_model_that_is_an_adapter_too(sound: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["generate", "--model", str(folder), "--prompt", "a"])
     assert result.exit_code == 2
     assert f"{folder} also contains an adapter (adapter_config.json), so transformers would load" in result.stderr
+
+
+def calls() -> list[tuple[str, str, list[str]]]:
+    """Every call of a method in the package: where, its name, and the names of its keywords."""
+    found = []
+    for file in sorted(Path(funclora.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                keywords = [keyword.arg or f"**{ast.unparse(keyword.value)}" for keyword in node.keywords]
+                found.append((f"{file.name}:{node.lineno}", ast.unparse(node.func), keywords))
+    return found
+
+
+def test_every_call_that_loads_says_that_no_code_may_run() -> None:
+    loading = [call for call in calls() if call[1].rpartition(".")[2] in ("from_pretrained", "from_config")]
+    assert len(loading) >= 5
+    for where, name, keywords in loading:
+        assert {"**OPTIONS", "trust_remote_code"} & {*keywords}, f"{where}: {name}"
+    weights = [call for call in loading if "Auto" not in call[1] and call[1].endswith("from_pretrained")]
+    assert len(weights) == 2
+    for where, name, keywords in weights:
+        assert "use_safetensors" in keywords, f"{where}: {name}"  # else a pickle would do
+
+
+def test_nothing_is_unpickled() -> None:
+    for file in Path(funclora.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "shelve", "marshal", "joblib", "dill"} & {name.partition(".")[0] for name in names}, (
+                file
+            )
+    assert not [call for call in calls() if call[1] in ("torch.load", "np.load", "numpy.load", "torch.jit.load")]

@@ -97,7 +97,11 @@ SEEDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "layers": ("config.json", {"num_hidden_layers": 10**9}, r"num_hidden_layers: expected 10000 at most"),
     "labels": ("config.json", {"num_labels": 10**9}, r"num_labels: expected 10000 at most"),
     "a vocabulary": ("config.json", {"vocab_size": 10**12}, r"describes .* values, but the weight files contain"),
-    "positions": ("config.json", {"rope_parameters": {"rope_type": "x"}}, r"rope_type|cannot|does not describe a model"),
+    "positions": (
+        "config.json",
+        {"rope_parameters": {"rope_type": "x"}},
+        r"rope_type|cannot|does not describe a model",
+    ),
     "a kind": ("config.json", {"model_type": []}, r"cannot be read|no tokenizer"),
     "a class": ("tokenizer_config.json", {"tokenizer_class": 5}, r"finds no tokenizer in"),
     "a length": ("tokenizer_config.json", {"model_max_length": []}, r"finds no tokenizer in"),
