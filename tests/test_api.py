@@ -91,9 +91,7 @@ def public() -> Iterator[tuple[str, Any]]:
 
 def methods(path: str, cls: type) -> Iterator[tuple[str, Any]]:
     for base in cls.__mro__:
-        # The methods of rules are for who writes rules.
-        ours = base.__module__.startswith("funclora") and not base.__module__.startswith("funclora.rules")
-        for name, value in vars(base).items() if ours else ():
+        for name, value in vars(base).items() if base.__module__.startswith("funclora") else ():
             function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             constructs = name == "__init__" or isinstance(value, (classmethod, staticmethod))
             is_public = cls not in MADE_BY if constructs else not name.startswith("_")
@@ -130,3 +128,20 @@ def test_the_version_stands_in_one_place() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys; from funclora.cli._app import app; print('torch' in sys.modules)"
     assert python(code) == "False"
+
+
+@pytest.mark.parametrize(("path", "function"), [row for row in public() if row[0].split(".")[-2].islower()])
+def test_arguments_have_one_order(path: str, function: Any) -> None:
+    """What is computed with: model, params, adapters. Files are named first; base weights that may be left out, and
+    flags, by keyword only."""
+    parameters = list(inspect.signature(function).parameters.values())
+    given = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if "path" in given:
+        assert given[0] == "path"
+    else:
+        order = ["model", "params", "adapters", "config"]
+        assert [name for name in given if name in order] == [name for name in order if name in given]
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
+    flags = [p.name for p in parameters if isinstance(p.default, bool)]
+    assert "params" not in positional
+    assert path == "funclora.optim.sgd" or not set(flags) & set(positional)  # its arguments are torch.optim.SGD's

@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         ConfigError: there is no data, a batch's tensors differ in their numbers of rows, or the metric returns
             something else than the above.
-        ParamsError: `stack` is not a stack, or a member does not fit the model.
+        ParamsError: a member does not fit the model.
         UnsupportedError: the model mixes rows, so that members cannot be told apart.
         torch.OutOfMemoryError: the smallest pass does not fit; larger ones are made smaller and tried again.
 
