@@ -10,15 +10,16 @@ import errno
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from funclora._files.snapshot import ChangedError, OpenFile
 from funclora.errors import FormatError
 
 # The floating-point types that weights are computed with, by their name in a header.
@@ -27,6 +28,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}  # without it transformers refuses a file
 
 _LONGEST = 2**63 - 1  # that torch counts to
+_LONGEST_HEADER = 100_000_000  # as in the library of that name
+_MOST_DIMS = 64  # that torch has
+_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
 _CHUNK = 64 << 20  # bytes that the kernel is asked to copy at a time
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -67,9 +75,9 @@ class Stored:
         n = self.shape[0] if self.shape else 1
         length = n - first if length is None else length
         size = self.nbytes // n if n else 0
-        raw = torch.empty(length * size, dtype=torch.uint8)
-        fill(descriptor, raw, self.start + first * size)
-        return raw.view(DTYPES[self.dtype]).reshape((length, *self.shape[1:]) if self.shape else ())
+        values = torch.empty((length, *self.shape[1:]) if self.shape else (), dtype=DTYPES[self.dtype])
+        fill(descriptor, values.reshape(-1).view(torch.uint8), self.start + first * size)
+        return values
 
 
 def _buffer(raw: Tensor) -> memoryview:
@@ -84,7 +92,7 @@ def fill(descriptor: int, raw: Tensor, at: int) -> None:
     while done < len(view):
         got = os.preadv(descriptor, [view[done:]], at + done)
         if not got:
-            raise FormatError(f"a file ended {len(view) - done} bytes early while it was read: it was cut meanwhile.")
+            raise ChangedError(f"a file ended {len(view) - done} bytes early while it was read: it was cut meanwhile.")
         done += got
 
 
@@ -111,11 +119,11 @@ def copy_range(source: int, start: int, target: int, at: int, nbytes: int) -> No
             spill(target, raw, at + done)
             got = n
         if not got:
-            raise FormatError(f"a file ended {nbytes - done} bytes early while it was copied: it was cut meanwhile.")
+            raise ChangedError(f"a file ended {nbytes - done} bytes early while it was copied: it was cut meanwhile.")
         done += got
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: OpenFile) -> dict[str, Stored]:
     """The tensors of a file by key, in the order in which they lie there.
 
     Raises:
@@ -123,21 +131,61 @@ def read_header(file: Path) -> dict[str, Stored]:
         OSError: it cannot be read.
     """
     try:
-        with file.open("rb") as stream:  # which says why, where safe_open says that there is no such file
-            with safe_open(file, framework="pt"):  # the header is sound, and the file as long as it says
-                pass
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{file}: this is not a safetensors file, or it is cut off: {error}") from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if max(entry["shape"], default=0) > _LONGEST:
-            raise FormatError(f"{file}: {key!r} has the shape {entry['shape']}, which no tensor has.")
-        tensors[key] = Stored(file, key, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
-    return tensors
+        begin, header = _header(file)
+        return {key: _stored(file.path, key, begin, entry) for key, entry in header}
+    except (ValueError, RecursionError) as error:
+        file.check()
+        raise FormatError(f"{file.path}: this is not a safetensors file, or it is cut off: {error}") from error
+
+
+def _header(file: OpenFile) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
+    """Where the first tensor lies, and the entries of all in order; `ValueError` for what the format does not allow."""
+    size = int.from_bytes(file.read(0, 8), "little")
+    if not 2 <= size <= min(_LONGEST_HEADER, file.size - 8):
+        raise ValueError(f"its header would have {size} bytes, and the file has {file.size}")
+    header = json.loads(file.read(8, size).decode(), object_pairs_hook=_unique)
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else 0
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise ValueError("its header is not a map of tensors")
+    end = 0
+    entries = sorted(header.items(), key=lambda item: _offsets(*item))
+    for key, entry in entries:
+        start, stop = _offsets(key, entry)
+        bits = _BITS.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
+        shape = entry.get("shape")
+        if bits is None or not isinstance(shape, list) or len(shape) > _MOST_DIMS or not all(map(_is_count, shape)):
+            raise ValueError(f"{key!r} has the dtype {entry.get('dtype')!r} and the shape {reprlib.repr(shape)}")
+        if start != end or (stop - start) * 8 != bits * math.prod(shape):
+            raise ValueError(f"{key!r} lies at {start} to {stop}, which is not where or how long it should be")
+        end = stop
+    if 8 + size + end != file.size:
+        raise ValueError(f"its tensors end at {8 + size + end}, and the file has {file.size} bytes")
+    return 8 + size, entries
+
+
+def _stored(file: Path, key: str, begin: int, entry: dict[str, Any]) -> Stored:
+    start, stop = entry["data_offsets"]
+    return Stored(file, key, entry["dtype"], tuple(entry["shape"]), begin + start, stop - start)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key of its header is there twice")
+    for key in found:
+        key.encode()  # or this raises: half a surrogate pair
+    return found
+
+
+def _offsets(key: str, entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise ValueError(f"{key!r} has no place")
+    return offsets[0], offsets[1]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LONGEST
 
 
 @dataclass(frozen=True)

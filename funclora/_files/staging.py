@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from funclora._files.atomic import flush_folder, lock_folder
+from funclora._files.atomic import flush_folder
+from funclora._files.locks import entries, hidden, is_hidden, locked_beside, missing, remove_empty
 from funclora.errors import ConfigError
+
+_DRAFT = "partial"
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
@@ -29,16 +33,19 @@ def check_out(out: Path, sources: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path, sources: Sequence[Path] = (), *, replace: bool = False) -> Iterator[Path]:
     """A new folder next to `out`, which gets its name when the block ends without an exception, and is removed else.
 
-    A process that is killed leaves it behind; the next one for the same `out` removes it.
+    To be entered before anything is read: it also keeps other processes from the same `out`. A process that is killed
+    leaves it behind; the next one for the same `out` removes it. Its permissions are those of `out`, if that is there.
 
     Args:
-        out: the folder that is to be made; it does not exist or is empty.
+        out: the folder that is to be made.
+        sources: the folders that are read for it.
+        replace: `out` may be there, and is removed when the new one has taken its place; otherwise it must be empty.
 
     Raises:
-        ConfigError: another process is at work on the same folder.
+        ConfigError: `out` is in use, or another process is at work on it.
         OSError: the folder cannot be written.
 
     Examples:
@@ -50,31 +57,64 @@ def staged_folder(out: Path) -> Iterator[Path]:
         ...     before, [file.name for file in Path(parent, "out").iterdir()]
         (False, ['a.txt'])
     """
-    made = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.parent / f".{out.name}.funclora-partial"
-    busy = _BusyError(f"out_dir: another process is writing {out} at this moment ({draft}).")
-    with contextlib.ExitStack() as held:
-        try:
-            if draft.exists():
-                held.enter_context(lock_folder(draft, busy))
-                shutil.rmtree(draft)
-            draft.mkdir()
-            held.enter_context(lock_folder(draft, busy))
-            yield draft
-            flush_folder(draft)
-            if out.is_dir():
-                out.rmdir()  # empty, or this raises
-            draft.rename(out)
-            flush_folder(out.parent)
-        except BaseException as error:
-            if not isinstance(error, _BusyError):
+    if not replace:
+        check_out(out, sources)
+    made = missing(out.parent)
+    busy = ConfigError(f"out_dir: another process is writing {out} at this moment. Wait for it to end.")
+    mode = out.stat().st_mode & 0o777 if out.is_dir() else None
+
+    def make(draft: Path) -> None:
+        draft.mkdir(mode=0o777 if mode is None else mode)
+        if mode is not None:
+            draft.chmod(mode)  # what the umask takes away
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked_beside(out, _DRAFT, make, shutil.rmtree, busy) as draft:
+            try:
+                if not replace:
+                    check_out(out, ())  # another process may have ended meanwhile
+                yield draft
+                flush_folder(draft)
+                _put(draft, out, replace=replace)
+                flush_folder(out.parent)
+            except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
-                for parent in made:
-                    with contextlib.suppress(OSError):  # not empty: what lies there now is not ours
-                        parent.rmdir()
+                raise
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def _put(draft: Path, out: Path, *, replace: bool) -> None:
+    if replace and out.is_dir() and any(out.iterdir()):
+        aside = hidden(out, _DRAFT)
+        out.rename(aside)
+        try:
+            draft.rename(out)
+        except BaseException:
+            aside.rename(out)
             raise
+        shutil.rmtree(aside)
+        return
+    if out.is_dir():
+        out.rmdir()  # empty, or this raises
+    draft.rename(out)
 
 
-class _BusyError(ConfigError):
-    """Another process holds the folder."""
+def has_draft(out: Path) -> bool:
+    """Whether a process makes the folder at this moment, or was killed while it did."""
+    return any(is_hidden(path, out.name, _DRAFT) for path in entries(out.parent))
+
+
+def flush_files(folder: Path) -> None:
+    """Make every file in a folder durable.
+
+    Raises:
+        OSError: one cannot be flushed.
+    """
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with Path(path, name).open("rb") as file:
+                os.fsync(file.fileno())
+        flush_folder(Path(path))

@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from funclora._files.locks import claimed_folder
 from funclora.errors import ConfigError, FormatError, FuncloraError
-from funclora.io.peft.config_file import CONFIG_FILE
+from funclora.io.peft.files import CONFIG_FILE
 
 
 def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:
@@ -31,6 +32,21 @@ def adapter_folders(paths: Sequence[Path]) -> dict[str, Path]:
         found += [folder for folder in inside if folder not in found]
     names = [folder.resolve().name for folder in found]
     return {str(folder) if names.count(name) > 1 else name: folder for name, folder in zip(names, found, strict=True)}
+
+
+@contextlib.contextmanager
+def adapter_out(out: Path, *, overwrite: bool) -> Iterator[None]:
+    """Keep other processes from a folder that an adapter is to be written to, before anything is read for it.
+
+    Raises:
+        ConfigError: another process is at work there; or there is an adapter, which may not be replaced.
+        OSError: the folder cannot be made.
+    """
+    busy = ConfigError(f"--out: another process is using {out}. Wait for it to end, or give another folder.")
+    with claimed_folder(out, busy):
+        if (out / CONFIG_FILE).exists() and not overwrite:
+            raise ConfigError(f"--out: {out} already contains an adapter. Give another folder, or --overwrite.")
+        yield
 
 
 @contextlib.contextmanager

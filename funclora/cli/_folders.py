@@ -14,7 +14,7 @@ from funclora.io.hf.origin import check_origin
 from funclora.io.hf.structure import Structure
 from funclora.io.hf.weights import Weights
 from funclora.io.merge.adapters import LazyMapping
-from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
+from funclora.io.peft.files import AdapterFiles
 from funclora.io.peft.folder import PeftFolder
 from funclora.io.peft.without_model import read_bare
 from funclora.rules.base import Rule
@@ -64,10 +64,11 @@ class AdapterFolder:
         self.rules: Mapping[str, Rule]
         self.notes: list[str] = []
         self.config: LoraConfig
+        files = AdapterFiles(folder)
         if base is None:
-            self.rules, self.config = read_bare(folder, in_out=has_in_out_linear(folder / CONFIG_FILE), dora=True)
+            self.rules, self.config = read_bare(files, in_out=files.has_in_out_linear, dora=True)
             return
-        opened = PeftFolder(folder, base.structure.model)
+        opened = PeftFolder(files, base.structure.model)
         self.config = opened.config
         if opened.config.decomposition:
             raise UnsupportedError(

@@ -21,7 +21,7 @@ from funclora.cli._prompts import Prompt
 from funclora.errors import ConfigError, FuncloraError
 from funclora.io.hf.library import first_line
 from funclora.io.hf.origin import check_origin
-from funclora.io.peft.tensors import WEIGHTS_FILE
+from funclora.io.peft.files import WEIGHTS_FILE
 
 # Bytes of adapters that are kept between batches; more if the largest adapter needs more.
 HELD = 1 << 30

@@ -20,7 +20,7 @@ from funclora.cli._folders import AdapterFolder, BaseFolder
 from funclora.errors import FormatError, near
 from funclora.io.hf.checkpoint import CONFIG_FILE as MODEL_CONFIG
 from funclora.io.hf.checkpoint import Checkpoint, OnProgress
-from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
+from funclora.io.peft.files import CONFIG_FILE as ADAPTER_CONFIG
 from funclora.rules.dense import Delta, Full
 
 

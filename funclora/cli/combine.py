@@ -116,22 +116,21 @@ def _combined(
 ) -> CombinedFolders:
     import torch
 
+    from funclora.cli._adapters import adapter_out
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
     from funclora.io.peft.combine import combine_peft
-    from funclora.io.peft.config_file import CONFIG_FILE
 
-    if (out / CONFIG_FILE).exists() and not overwrite:
-        raise ConfigError(f"--out: {out} already contains an adapter. Give another folder, or --overwrite.")
     generator = None
     if "dare" in kind:
         generator = torch.Generator().manual_seed(seed or 0)
     elif seed is not None:
         raise ConfigError(f"--seed: --type {kind} uses no random numbers. Leave it out.")
-    model = None if base is None else base_model(base)
-    return combine_peft(
-        adapters, out, weights, kind, model=model, dtype=getattr(torch, dtype), generator=generator, **options
-    )
+    with adapter_out(out, overwrite=overwrite):
+        model = None if base is None else base_model(base)
+        return combine_peft(
+            adapters, out, weights, kind, model=model, dtype=getattr(torch, dtype), generator=generator, **options
+        )
 
 
 def _report(

@@ -68,33 +68,36 @@ def convert(
 def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> dict[str, Any]:
     import torch
 
+    from funclora._files.locks import claimed_file
     from funclora.cli._base import base_model
     from funclora.errors import ConfigError
     from funclora.io.gguf.adapter import save_gguf
     from funclora.io.hf.origin import check_origin
-    from funclora.io.peft.folder import load_peft
-    from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
+    from funclora.io.peft.files import AdapterFiles
+    from funclora.io.peft.folder import load_files
+    from funclora.io.peft.tensors import StoredTensors
 
-    if out.exists() and not overwrite:
-        raise ConfigError(f"--out: {out} already exists. Give another file, or --overwrite.")
-    # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's.
-    weights = any(".base_layer." in key for key in StoredTensors(folder / WEIGHTS_FILE).shapes())
-    model = base_model(base, weights=weights)
-    adapters, _ = load_peft(folder, model)
-    check_origin([folder], base)
-    save_gguf(out, adapters, model, dtype=getattr(torch, dtype))
+    busy = ConfigError(f"--out: another process is writing {out} at this moment. Wait for it to end.")
+    with claimed_file(out, busy):
+        if out.exists() and not overwrite:
+            raise ConfigError(f"--out: {out} already exists. Give another file, or --overwrite.")
+        # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's.
+        files = AdapterFiles(folder)
+        weights = any(".base_layer." in key for key in StoredTensors(files).shapes())
+        model = base_model(base, weights=weights)
+        adapters, _ = load_files(files, model)
+        check_origin([folder], base)
+        save_gguf(out, adapters, model, dtype=getattr(torch, dtype))
     return {"out": out, "updates": len(adapters), "dtype": dtype, "bytes": out.stat().st_size}
 
 
 def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> dict[str, Any]:
+    from funclora.cli._adapters import adapter_out
     from funclora.cli._base import base_model
-    from funclora.errors import ConfigError
     from funclora.io.gguf.adapter import load_gguf
-    from funclora.io.peft.config_file import CONFIG_FILE
     from funclora.io.peft.folder import save_peft
 
-    if (out / CONFIG_FILE).exists() and not overwrite:
-        raise ConfigError(f"--out: {out} already contains an adapter. Give another folder, or --overwrite.")
-    adapters, config = load_gguf(file, base_model(base, weights=False))
-    save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
+    with adapter_out(out, overwrite=overwrite):
+        adapters, config = load_gguf(file, base_model(base, weights=False))
+        save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
     return {"out": out, "updates": len(adapters), "r": config.r, "lora_alpha": config.lora_alpha}

@@ -95,6 +95,7 @@ def sweep(
     members = space.draws(random, seed) if random else space.grid()
     from funclora._apps.sweep.memory import parse_size
     from funclora._apps.sweep.settings import SearchSettings
+    from funclora._apps.sweep.store import claimed
     from funclora._apps.sweep.task import demo_task, folder_task
 
     settings = SearchSettings(
@@ -102,8 +103,12 @@ def sweep(
         population,
     )  # fmt: skip
     sizes: dict[str, Any] = {"context": context, "windows": windows, "device": device}
-    task = folder_task(model, data, **sizes) if model is not None and data is not None else demo_task(domain, **sizes)
-    _run(out, task, members, settings, {"source": task.name, **sizes}, save, json)
+    with claimed(out):
+        if model is not None and data is not None:
+            task = folder_task(model, data, **sizes)
+        else:
+            task = demo_task(domain, **sizes)
+        _run(out, task, members, settings, {"source": task.name, **sizes}, save, json)
 
 
 def _run(
@@ -128,29 +133,28 @@ def _run(
     config = {**source, **trained, "members": [asdict(member) for member in members], **task.digests()}
     store = Store(out, config, len(members))
     console = Console(stderr=as_json, quiet=as_json)
-    with store.lock():
-        live = Live(console=console, auto_refresh=False, transient=True)
+    live = Live(console=console, auto_refresh=False, transient=True)
 
-        drawn = 0.0
+    drawn = 0.0
 
-        def observe(status: Status) -> None:
-            nonlocal drawn
-            # Drawing the table takes longer than a small step, and in a log nobody looks at it.
-            if console.is_terminal and time.monotonic() > drawn + 0.25:
-                live.update(_table(status, search), refresh=True)
-                drawn = time.monotonic()
+    def observe(status: Status) -> None:
+        nonlocal drawn
+        # Drawing the table takes longer than a small step, and in a log nobody looks at it.
+        if console.is_terminal and time.monotonic() > drawn + 0.25:
+            live.update(_table(status, search), refresh=True)
+            drawn = time.monotonic()
 
-        search = Search(task, members, settings, store, observe)
-        resumed = sum(p.step for p in search.progress.values())
-        if not store.state.done:
-            with live:
-                search.run()
-                search.status.doing = "writing"
-                write(search, save)
-        if all(p.status == NOT_FINITE for p in search.progress.values()):
-            from funclora.errors import NonFiniteError
+    search = Search(task, members, settings, store, observe)
+    resumed = sum(p.step for p in search.progress.values())
+    if not store.state.done:
+        with live:
+            search.run()
+            search.status.doing = "writing"
+            write(search, save)
+    if all(p.status == NOT_FINITE for p in search.progress.values()):
+        from funclora.errors import NonFiniteError
 
-            raise NonFiniteError("No member has a finite loss. Lower --lr, or check the data.")
+        raise NonFiniteError("No member has a finite loss. Lower --lr, or check the data.")
     _report(search, resumed, console, as_json)
 
 

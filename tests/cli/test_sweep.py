@@ -26,13 +26,14 @@ from funclora._apps.sweep import memory, report
 from funclora._apps.sweep.search import Search
 from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Member, Space
-from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, Store
+from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, Store, claimed
 from funclora._apps.sweep.task import Task, demo_task, folder_task
 from funclora._files import atomic as _files
+from funclora._files.seal import BLANK, sealed
 from funclora.cli._app import app
 from funclora.demo.corpus import encode, windows
 from funclora.demo.model import ByteLM, ByteLMConfig
-from funclora.errors import ConfigError, FormatError
+from funclora.errors import ConfigError, FormatError, FuncloraWarning
 
 TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
 SETTINGS = SearchSettings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
@@ -444,17 +445,65 @@ def test_broken_files_are_told(tmp_path: Path, task: Task) -> None:
     with pytest.raises(FormatError, match=r"has lost lines. Use another --out"):
         Store(tmp_path, config, 2)
     (tmp_path / "state.json").write_text("{")
+    (tmp_path / "before.json").unlink()
     with pytest.raises(FormatError, match=r"state.json is not JSON"):
         Store(tmp_path, config, 2)
 
 
+@pytest.mark.parametrize("what", ["state", "cut state", "tensors", "no tensors"])
+def test_a_damaged_state_is_left_for_the_one_before(what: str, tmp_path: Path, task: Task) -> None:
+    """The search goes on from there and ends as it would have ended."""
+    expected = losses(searched(tmp_path / "whole", task, SMALL, CUT))
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "_cut", killed)
+        with pytest.raises(Killed, match="at the rung"):
+            searched(out, task, SMALL, CUT)
+    last = json.loads((out / "state.json").read_text())
+    file = out / "state" / max(member["file"] for member in last["members"].values() if member["file"])
+    damaged = {"tensors": file, "no tensors": file}.get(what, out / "state.json")
+    content = damaged.read_bytes()
+    if what == "no tensors":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content[:-40] + (b"0" if what != "tensors" else b"") + content[-39:])
+    with pytest.warns(FuncloraWarning, match=r"(damaged|not JSON).* The search goes on from the state before it\."):
+        again = searched(out, task, SMALL, CUT)
+    assert losses(again) == expected
+
+
+def killed(*_: object) -> None:
+    raise Killed("at the rung")
+
+
+def test_a_file_outside_of_the_folder_is_not_read(tmp_path: Path, task: Task) -> None:
+    """`state.json` names files; none of them leads out of the folder, by a path or by a link."""
+    searched(tmp_path / "in", task, SMALL[:2], CUT)
+    folder = tmp_path / "in"
+    config, state = (json.loads((folder / f"{name}.json").read_text()) for name in ("sweep", "state"))
+    (folder / "before.json").unlink()
+    name = next(member["file"] for member in state["members"].values())
+    outside = tmp_path / "outside.safetensors"
+    (folder / "state" / name).rename(outside)
+    (folder / "state" / "link.safetensors").symlink_to(outside)
+    for given in ("../../outside.safetensors", str(outside), "link.safetensors", "a" * 10_000, 7, "..", "\x1b[2J"):
+        for member in state["members"].values():
+            member["file"] = given
+        (folder / "state.json").write_bytes(sealed(json.dumps({**state, **BLANK}).encode()))
+        with pytest.raises(FormatError, match=r"state\.json: file: (expected names of files|.*a link that leads out)"):
+            Store(folder, config, 2)
+        assert outside.exists()
+
+
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    one, other = Store(tmp_path, {}, 1), Store(tmp_path, {}, 1)
-    with one.lock(), pytest.raises(ConfigError, match="another process is using"), other.lock():
+    out = tmp_path / "search"
+    with claimed(out), pytest.raises(ConfigError, match="another process is using"), claimed(out):
         pass
-    with other.lock():
-        pass
+    assert not out.exists(), "nothing was begun"
+    with claimed(out):
+        Store(out, {}, 1)
+    assert out.exists()
 
 
 # The command

@@ -2,6 +2,7 @@
 
 sweep.json        the configuration, which later runs in the folder must agree with
 state.json        how far each member is; names the files with its tensors. Its renaming is the commit
+before.json       the state before, which is gone on from if something of the last one is damaged
 state/*.safetensors
 results.jsonl     one line for each member and evaluation
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,10 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from funclora._files.atomic import lock_folder, replace_files
-from funclora.errors import ConfigError, FormatError
+from funclora._files.atomic import replace_files
+from funclora._files.locks import claimed_folder
+from funclora._files.names import file_inside
+from funclora._files.seal import BLANK, CHECKSUM, is_intact, sealed
+from funclora.errors import ConfigError, FormatError, FuncloraWarning
 
-CONFIG, STATE, RESULTS = "sweep.json", "state.json", "results.jsonl"
+CONFIG, STATE, BEFORE, RESULTS = "sweep.json", "state.json", "before.json", "results.jsonl"
 LIVE, HALVED, NOT_FINITE = "live", "halved", "not finite"
 
 
@@ -68,6 +73,12 @@ class State:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
+def claimed(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes out of a search's folder; to be entered before a `Store` is made, which writes there."""
+    busy = ConfigError(f"--out: another process is using {folder}. Wait for it to end, or use another folder.")
+    return claimed_folder(folder, busy)
+
+
 class Store:
     """The folder of one search."""
 
@@ -86,21 +97,48 @@ class Store:
         else:
             replace_files(folder, {CONFIG: _writer(_json(given))})
         self.state = State({i: MemberProgress() for i in range(n)})
-        if (folder / STATE).exists():
-            self.state = self._load()
+        self._last: bytes | None = None  # what state.json holds
+        self._before: set[str] = set()  # files with tensors of the state before
+        self._load()
         self._sweep_up()
 
-    def _load(self) -> State:
-        raw = _read(self.folder / STATE)
+    def _load(self) -> None:
+        """Take up the last state that is intact together with its files."""
+        damaged: list[FormatError] = []
+        for file in (self.folder / STATE, self.folder / BEFORE):
+            if not file.exists():
+                continue
+            try:
+                self.state, self._last = self._read_state(file), file.read_bytes()
+            except FormatError as error:
+                damaged.append(error)
+            else:
+                break
+        if damaged and self._last is None:
+            raise damaged[0]
+        for why in damaged:
+            warnings.warn(f"{why} The search goes on from the state before it.", FuncloraWarning, stacklevel=3)
+        if not damaged and (self.folder / BEFORE).exists():
+            self._before = _named((self.folder / BEFORE).read_bytes())
+
+    def _read_state(self, file: Path) -> State:
+        raw = _read(file)
+        if not is_intact(file.read_bytes()):
+            raise FormatError(f"{file} is damaged: its checksum does not match. Use another --out.")
         try:
+            del raw[CHECKSUM]
             members = {int(i): MemberProgress(**each) for i, each in raw.pop("members").items()}
             state = State(members, **raw)
-            with (self.folder / RESULTS).open(encoding="utf-8") as file:
-                state.records = [json.loads(line) for line, _ in zip(file, range(state.lines), strict=False)]
+            with (self.folder / RESULTS).open(encoding="utf-8") as results:
+                state.records = [json.loads(line) for line, _ in zip(results, range(state.lines), strict=False)]
         except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-            raise FormatError(f"{self.folder / STATE} is broken: {error}. Use another --out.") from error
+            raise FormatError(f"{file} is broken: {error}. Use another --out.") from error
         if len(state.records) != state.lines:
             raise FormatError(f"{self.folder / RESULTS} has lost lines. Use another --out.")
+        for name in {member.file for member in members.values()} - {None}:
+            tensors = file_inside(self.tensors, name, f"{file}: file")
+            if not tensors.is_file() or not is_intact(tensors.read_bytes()):
+                raise FormatError(f"{tensors} is missing or damaged: its checksum does not match. Use another --out.")
         return state
 
     def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
@@ -109,16 +147,22 @@ class Store:
         if tensors:
             name = f"{state.files:06d}.safetensors"
             flat = {f"{i}/{key}": tensor for i, own in tensors.items() for key, tensor in own.items()}
-            replace_files(self.tensors, {name: _writer(save(flat))})
+            replace_files(self.tensors, {name: _writer(sealed(save(flat, dict(BLANK))))})
             for i in tensors:
                 state.members[i].file = name
             state.files += 1
         state.lines = len(state.records)
         lines = "".join(json.dumps(record) + "\n" for record in state.records)
-        raw = asdict(state)
+        raw = {**BLANK, **asdict(state)}
         del raw["records"]
+        content = sealed(_json(raw).encode())
         # Results first: the next run cuts off lines beyond those in the state.
-        replace_files(self.folder, {RESULTS: _writer(lines), STATE: _writer(_json(raw))})
+        before = {} if self._last is None or state.done else {BEFORE: _writer(self._last)}
+        replace_files(self.folder, {RESULTS: _writer(lines), **before, STATE: _writer(content)})
+        if state.done:  # nothing is to be gone on from
+            (self.folder / BEFORE).unlink(missing_ok=True)
+        self._before = _named(self._last) if before and self._last is not None else set()
+        self._last = content
         self._sweep_up()
 
     def load(self, i: int) -> dict[str, Tensor]:
@@ -129,14 +173,9 @@ class Store:
             prefix = f"{i}/"
             return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other processes out of the folder."""
-        busy = ConfigError(f"--out: another process is using {self.folder}. Use another folder.")
-        return lock_folder(self.folder / CONFIG, busy)
-
     def _sweep_up(self) -> None:
         """Remove files that no commit refers to: old tensors, and drafts of killed processes."""
-        used = {member.file for member in self.state.members.values()}
+        used = {member.file for member in self.state.members.values()} | self._before
         for file in [*self.tensors.glob("*.safetensors"), *self.tensors.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
             if file.name not in used:
                 file.unlink(missing_ok=True)
@@ -149,6 +188,15 @@ def _agree(folder: Path, stored: dict[str, Any], config: dict[str, Any]) -> None
                 f"--out: {folder} has a search with {key} = {_short(stored.get(key))}, this one has "
                 f"{_short(config.get(key))}. Give the same options to continue it, or another folder."
             )
+
+
+def _named(state: bytes) -> set[str]:
+    """The files with tensors that a state names."""
+    try:
+        members = json.loads(state)["members"].values()
+        return {str(member["file"]) for member in members if member["file"] is not None}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()  # it is damaged, and will not be gone on from
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
 """A run on disk. If it is killed at any moment, its folder contains the last complete checkpoint.
 
 run.json                            what the run is: settings, digests of data and base. With it the folder holds a run
-checkpoints/00000040.safetensors    after step 40: adapters, optimizer, generators; the progress in its metadata
+checkpoints/00000040.safetensors    after step 40: adapters, optimizer, generators; metadata: progress, checksum
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funclora._apps.train.settings import Settings
-from funclora._files.atomic import lock_folder, read_json, replace_files
+from funclora._files.atomic import read_json, replace_files
+from funclora._files.locks import claimed_folder
+from funclora._files.seal import BLANK, is_intact, sealed
 from funclora.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -62,6 +64,10 @@ class RunProgress:
     stopped: str = ""
 
 
+class DamagedError(FormatError):
+    """A file is not what was written into it."""
+
+
 class Run:
     """The folder of one run, from `opened`.
 
@@ -75,7 +81,7 @@ class Run:
         self.settings = settings
         self.folder = settings.out
         self.id = uuid.uuid4().hex
-        steps = self._steps()
+        steps = self.steps()
         self.last = steps[-1] if steps else None
 
     def file(self, step: int) -> Path:
@@ -128,7 +134,7 @@ class Run:
         from funclora._torch.pytree import keyed_copies
 
         file = self.file(progress.step)
-        content = save(keyed_copies(tree), {"progress": json.dumps(asdict(progress))})
+        content = sealed(save(keyed_copies(tree), {"progress": json.dumps(asdict(progress)), **BLANK}))
         try:
             replace_files(file.parent, {file.name: _writer(content)})
         except OSError as error:
@@ -141,10 +147,16 @@ class Run:
         self.last = progress.step
         self.prune(progress)
 
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint another name, which is returned: it counts no more, and can be looked at."""
+        aside = self.file(step).with_suffix(".damaged")
+        self.file(step).replace(aside)
+        return aside
+
     def prune(self, progress: RunProgress) -> None:
         """Remove old checkpoints."""
-        kept = {*self._steps()[-self.settings.keep :], progress.best[0] if progress.best else progress.step}
-        for step in self._steps():
+        kept = {*self.steps()[-self.settings.keep :], progress.best[0] if progress.best else progress.step}
+        for step in self.steps():
             if step not in kept:
                 self.file(step).unlink(missing_ok=True)
 
@@ -156,10 +168,11 @@ class Run:
             like: a tree of the same structure, shapes, dtypes and devices.
 
         Raises:
-            FormatError: the file is not a checkpoint of such a tree.
+            DamagedError: the file is not what was written.
+            FormatError: it is not a checkpoint of such a tree.
         """
         import optree
-        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load
 
         from funclora._torch.pytree import leaf_keys
 
@@ -168,10 +181,16 @@ class Run:
         leaves: list[Tensor]
         leaves, spec = optree.tree_flatten(like)
         try:
-            with safe_open(file, framework="pt") as stored:
-                progress = _progress((stored.metadata() or {})["progress"], step)
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 -- no dict
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            content = file.read_bytes()
+            if not is_intact(content):
+                raise DamagedError(f"{file}: this is not what was written: its checksum does not match. {hint}.")
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            progress, tensors = _progress(header["__metadata__"]["progress"], step), load(content)
+        except OSError as error:
+            raise DamagedError(f"{file}: it cannot be read: {error.strerror or error}. {hint}.") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, FormatError):
+                raise
             raise FormatError(f"{file}: this is not a checkpoint, or it is broken: {error}. {hint}.") from error
         keys = leaf_keys(spec)
         if {*keys} != {*tensors}:
@@ -192,7 +211,7 @@ class Run:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.file(self.last)}"
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
         """The steps of the existing checkpoints, in order."""
         files = (self.folder / CHECKPOINTS).glob("*.safetensors")
         return sorted(int(file.stem) for file in files if file.stem.isdecimal())
@@ -209,28 +228,22 @@ def opened(settings: Settings) -> Iterator[Run]:
             `resume` is not set; `resume` is set and it contains none.
     """
     folder = settings.out
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{uuid.uuid4().hex}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"out: {folder} cannot be written to: {error.strerror or error}. Give another folder with --out."
-        ) from error
     busy = ConfigError(f"out: another process is using {folder}. Wait for it to end, or use another folder.")
-    try:
-        with lock_folder(folder, busy):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(claimed_folder(folder, busy))
             _check(settings)
-            for parent in (folder, folder / CHECKPOINTS):
-                for draft in parent.glob(".*.tmp"):  # of a process that was killed
-                    draft.unlink(missing_ok=True)
-            yield Run(settings)
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # not empty: the run has begun
-                folder.rmdir()
+            probe = folder / f".{uuid.uuid4().hex}.tmp"
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"out: {folder} cannot be written to: {error.strerror or error}. Give another folder with --out."
+            ) from error
+        for parent in (folder, folder / CHECKPOINTS):
+            for draft in parent.glob(".*.tmp"):  # of a process that was killed
+                draft.unlink(missing_ok=True)
+        yield Run(settings)
 
 
 def _check(settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,8 +91,8 @@ def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> li
     """
     adapters, config = start.exported(outcome.adapters)
     folders = [settings.out / ADAPTER]
-    _clear(folders[0])
-    with staged_folder(folders[0]) as draft:
+    # What an earlier process of the same run has written may go: its checkpoints hold all that it was made of.
+    with staged_folder(folders[0], replace=True) as draft:
         save_peft(draft, adapters, config)
         if settings.model is not None:
             write_origin(draft, settings.model)
@@ -104,7 +103,6 @@ def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> li
         _write(draft / CARD, card(start, outcome, data, settings))
     if settings.merge:
         folders.append(settings.out / MERGED)
-        _clear(folders[1])
         _merge(start, adapters, settings, folders[1])
     return folders
 
@@ -222,13 +220,14 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
 
         model: Any = load_base()
         weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
-        with staged_folder(out) as draft:
+        with staged_folder(out, replace=True) as draft:
             metadata = {"config": json.dumps(asdict(model.config))}
             save_file({name: _own(tensor) for name, tensor in weights.items()}, draft / "model.safetensors", metadata)
         return
     config: Any = base.model.config
     if _fits_folder(start):
-        merge_checkpoint(settings.model, settings.out / ADAPTER, out)
+        with staged_folder(out, replace=True) as draft:
+            merge_checkpoint(settings.model, settings.out / ADAPTER, draft)
         return
     # The folder does not have this model: its head is new, or of another kind.
     model, _ = load_model(settings.model, settings.task, classes=base.classes, seed=settings.seed)
@@ -236,7 +235,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     model.load_state_dict(weights)
     if not positions_after_padding(model):  # of which it would move the positions
         model.config.pad_token_id = config.pad_token_id
-    with staged_folder(out) as draft, quiet(transformers()):
+    with staged_folder(out, replace=True) as draft, quiet(transformers()):
         model.save_pretrained(str(draft))
         base.tokenizer.save_pretrained(str(draft))
 
@@ -250,12 +249,6 @@ def _fits_folder(start: Start) -> bool:
 
 def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
-
-
-def _clear(folder: Path) -> None:
-    """Remove the results of an earlier process of the same run; its checkpoints contain everything needed."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
 
 
 def _write(file: Path, text: str) -> None:

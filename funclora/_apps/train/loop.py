@@ -19,7 +19,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._apps.train.checkpoint import Run, RunProgress, fingerprint, opened
+from funclora._apps.train.checkpoint import DamagedError, Run, RunProgress, fingerprint, opened
 from funclora._apps.train.evaluate import evaluate
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import Steps
@@ -120,7 +120,7 @@ class _Training:
         self.progress = RunProgress()
         run.begin({"data": data.digest(), "base model": fingerprint(base.params)})
         if run.last is not None:
-            self.progress = self._restore(run.last)
+            self.progress = self._restore_last()
             run.prune(self.progress)  # what a killed process did not finish
         self.saved = (run.last, self.progress.evaluated)
         self.before = (self.progress.tokens, self.progress.seconds)
@@ -272,6 +272,24 @@ class _Training:
         progress.metrics = self.journal.mark()
         self.run.save(progress, self._tree())
         self.saved = (progress.step, progress.evaluated)
+
+    def _restore_last(self) -> RunProgress:
+        """Go on from the last checkpoint that is intact."""
+        damaged: list[tuple[int, DamagedError]] = []
+        for step in reversed(self.run.steps()):
+            try:
+                progress = self._restore(step)
+            except DamagedError as error:  # noqa: PERF203 -- each is a file
+                damaged.append((step, error))
+            else:
+                self.run.last = step
+                break
+        else:
+            raise damaged[0][1]
+        for bad, _ in damaged:
+            aside = self.run.set_aside(bad)
+            self.journal.note(f"The checkpoint of step {bad} is damaged and was set aside as {aside}.")
+        return progress
 
     def _restore(self, step: int) -> RunProgress:
         progress, tree = self.run.load(step, self._tree())

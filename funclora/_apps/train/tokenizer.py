@@ -12,7 +12,7 @@ from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError, UnsupportedError
 from funclora.io.hf.checkpoint import CONFIG_FILE
 from funclora.io.hf.library import OPTIONS, check_config, reading, transformers
-from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
+from funclora.io.peft.files import CONFIG_FILE as ADAPTER_CONFIG
 
 _PROBE = f"{string.printable} é Жα漢字 \N{ELECTRIC LIGHT BULB}\N{ARABIC LIGATURE BISMILLAH AR-RAHMAN AR-RAHEEM}"
 

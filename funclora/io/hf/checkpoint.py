@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-import threading
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from funclora._files.atomic import read_json
+from funclora._files.locks import entries
+from funclora._files.names import file_inside
 from funclora._files.safetensors import Stored, read_header
+from funclora._files.snapshot import ChangedError, OpenFile, State, Stillness, attempts, being_replaced, state_of
 from funclora.errors import FormatError, UnsupportedError, near
-from funclora.io.peft.config_file import CONFIG_FILE as ADAPTER_CONFIG
+from funclora.io.peft.files import CONFIG_FILE as ADAPTER_CONFIG
 
 OnProgress = Callable[[int, int], None]  # what is done of how much
 
@@ -30,7 +33,7 @@ _WEIGHTS = (
 
 
 class Checkpoint:
-    """A model's folder, open for reading.
+    """A model's folder, open for reading: what it was when it was opened, even while another process replaces it.
 
     Attributes:
         folder: the folder.
@@ -43,30 +46,23 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not folder.is_dir():
-            raise FormatError(f"{folder}: there is no such folder. Give that of a transformers model.")
-        if not (folder / CONFIG_FILE).is_file():
-            hint = " It is the folder of an adapter." if (folder / ADAPTER_CONFIG).is_file() else ""
-            raise FormatError(f"{folder}: there is no {CONFIG_FILE} in this folder.{hint}")
-        self.config = read_json(folder / CONFIG_FILE)
+        self.config, self.tensors, self._opened, seen = _opened(folder)
         if self.config.get("quantization_config"):
             raise UnsupportedError(
                 f"{folder}: its weights are quantised (quantization_config), and rounding a merged weight again loses "
                 "digits. Give the folder of the model before it was quantised."
             )
-        self.tensors = stored_tensors(folder)
         self.files = [*dict.fromkeys(tensor.file for tensor in self.tensors.values())]
         self.small: list[Path] = []
         self.left: list[Path] = []
-        for path in _files(folder):
+        for path in seen:
             (self.left if path.name.endswith(_WEIGHTS) else self.small).append(path)
         if Path(ADAPTER_CONFIG) in self.small:
             raise UnsupportedError(
                 f"{folder}: it holds an adapter too ({ADAPTER_CONFIG}), which transformers would add to the model when "
                 "it loads it. Move the adapter to a folder of its own."
             )
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._seen = {path: seen[path] for path in self.small}
 
     @property
     def nbytes(self) -> int:
@@ -75,20 +71,39 @@ class Checkpoint:
 
     def descriptor(self, file: Path) -> int:
         """The file, open for reading."""
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            return self._descriptors[file]
+        return self._opened[file].descriptor
 
     def read(self, key: str, first: int = 0, length: int | None = None) -> Tensor:
         """A tensor, or some slices of it along its first dimension, in memory of its own."""
         stored = self.tensors[key]
         return stored.read(self.descriptor(stored.file), first, length)
 
+    def copy(self, path: Path, target: Path) -> None:
+        """Copy one of the small files.
+
+        Raises:
+            ChangedError: it is no longer what it was when the folder was opened.
+            FormatError: it is a link to a file that is not there.
+            OSError: it cannot be read, or the target not be written.
+        """
+        file, seen = self.folder / path, self._seen[path]
+        if seen is None and file.is_symlink():
+            raise FormatError(f"{file}: it is a link to a file that is not there.")
+        if seen is None or state_of(file) != seen:
+            raise ChangedError(f"{file}: another process has changed or removed it meanwhile.")
+        shutil.copyfile(file, target)
+        if state_of(file) != seen:
+            raise ChangedError(f"{file}: another process has changed or removed it meanwhile.")
+
+    def check(self) -> None:
+        """Raise `ChangedError` if a program has written into the files of tensors since they were opened."""
+        for file in self._opened.values():
+            file.check()
+
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for file in self._opened.values():
+            file.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -104,9 +119,49 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         FormatError: there is none, a file is broken, or the index does not fit the files.
         UnsupportedError: there are pickles instead.
     """
+    return _tensors(folder)[0]
+
+
+_Opened = tuple[dict[str, Any], dict[str, Stored], dict[Path, OpenFile], dict[Path, State | None]]
+
+
+def _opened(folder: Path) -> _Opened:
+    """The configuration, the tensors, their files, and all paths inside the folder, all of one version."""
+    stands_still = Stillness(folder)
+    for last in attempts():
+        before = _states(folder)
+        try:
+            seen = {path: state_of(folder / path) for path in _files(folder)}
+            found = _config(folder), *_tensors(folder), seen
+        except (FormatError, OSError):
+            if last or (_states(folder) == before and stands_still()):
+                raise
+        else:
+            if _states(folder) == before:
+                return found
+    raise being_replaced(folder)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such folder. Give that of a transformers model.")
+    if not (folder / CONFIG_FILE).is_file():
+        hint = " It is the folder of an adapter." if (folder / ADAPTER_CONFIG).is_file() else ""
+        raise FormatError(f"{folder}: there is no {CONFIG_FILE} in this folder.{hint}")
+    return read_json(folder / CONFIG_FILE)
+
+
+def _states(folder: Path) -> dict[Path, State | None]:
+    """What tells versions of the model apart."""
+    files = [folder / CONFIG_FILE, folder / INDEX_FILE, *(f for f in entries(folder) if f.suffix == ".safetensors")]
+    return {file: state_of(file) for file in files}
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Stored], dict[Path, OpenFile]]:
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file():  # transformers looks for it first
-        return read_header(folder / SINGLE_FILE)
+        single = OpenFile(folder / SINGLE_FILE)
+        return read_header(single), {single.path: single}
     if not index.is_file():
         pickles = sorted(folder.glob("*.bin"))
         if pickles:
@@ -119,19 +174,19 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map: expected a JSON object, got {reprlib.repr(weight_map)}.")
     tensors: dict[str, Stored] = {}
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise FormatError(f"{index}: expected names of files in this folder, got {reprlib.repr(name)}.")
-    for name in dict.fromkeys(weight_map.values()):
-        if not (folder / name).is_file():
-            raise FormatError(f"{index}: it names {name}, which is not there.")
-        found = read_header(folder / name)
+    opened: dict[Path, OpenFile] = {}
+    paths = [file_inside(folder, name, f"{index}: weight_map", links=True) for name in weight_map.values()]
+    for path in dict.fromkeys(paths):
+        if not path.is_file():
+            raise FormatError(f"{index}: it names {path.name}, which is not there.")
+        opened[path] = OpenFile(path)
         # transformers loads what the files hold, named in the index or not
-        tensors |= {key: tensor for key, tensor in found.items() if weight_map.get(key, name) == name}
+        found = read_header(opened[path])
+        tensors |= {key: tensor for key, tensor in found.items() if weight_map.get(key, path.name) == path.name}
     for key, name in weight_map.items():
         if key not in tensors:
             raise FormatError(f"{index}: {key!r} is not in {name}.{near(key, tensors, n=3)}")
-    return tensors
+    return tensors, opened
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:

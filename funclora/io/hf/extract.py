@@ -16,7 +16,7 @@ from funclora._config.config import LoraConfig
 from funclora._config.target import Target
 from funclora._config.targets import select
 from funclora._files.safetensors import certainly_within
-from funclora._files.staging import check_out, staged_folder
+from funclora._files.staging import staged_folder
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.errors import ConfigError, FormatError, TargetError, UnsupportedError
 from funclora.io.hf.checkpoint import Checkpoint
@@ -128,8 +128,11 @@ def extract_adapter(
         base_model_name_or_path=str(base_dir),
     )
     out = Path(out_dir)
-    check_out(out, [Path(base_dir), Path(tuned_dir)])
-    with Checkpoint(Path(base_dir)) as base, Checkpoint(Path(tuned_dir)) as tuned:
+    with (
+        staged_folder(out, [Path(base_dir), Path(tuned_dir)]) as draft,
+        Checkpoint(Path(base_dir)) as base,
+        Checkpoint(Path(tuned_dir)) as tuned,
+    ):
         if base.config.get("architectures") != tuned.config.get("architectures"):
             raise FormatError(
                 f"{tuned.folder} is a {tuned.config.get('architectures')}, {base.folder} a "
@@ -150,8 +153,9 @@ def extract_adapter(
                 "that. Save it in full (rest='save'), leave it out (rest='ignore'), or widen the targets."
             )
         config, saved = found.saved(config) if rest == "save" else (found.exact(config), {})
-        with staged_folder(out) as draft:
-            save_peft(draft, {**found.adapters, **saved}, config)
+        base.check()
+        tuned.check()
+        save_peft(draft, {**found.adapters, **saved}, config)
     return ExtractReport(
         weights=tuple(found.weights),
         same=tuple(found.same),

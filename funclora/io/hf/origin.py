@@ -23,7 +23,7 @@ from funclora._files.atomic import read_json, replace_files
 from funclora._files.safetensors import DTYPES, Stored, fill
 from funclora.errors import FormatError, OtherBaseWarning
 from funclora.io.hf.checkpoint import stored_tensors
-from funclora.io.peft.config_file import CONFIG_FILE
+from funclora.io.peft.files import CONFIG_FILE, AdapterFiles
 
 ORIGIN_FILE = "base.json"
 _TENSORS, _VALUES = 128, 64
@@ -124,7 +124,7 @@ def _stored(file: Path) -> dict[str, str]:
 
 
 def _named(adapter: Path) -> str | None:
-    named = read_json(adapter / CONFIG_FILE).get("base_model_name_or_path")
+    named = AdapterFiles(adapter).config.get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError
+from funclora.io.peft.files import AdapterFiles
 from funclora.io.peft.folder import PeftFolder
 from funclora.rules.base import Rule
 from funclora.rules.dense import Delta, Full
@@ -67,7 +68,7 @@ class WeightedAdapters:
         for weight in self.weights:
             if not math.isfinite(weight) or weight == 0:
                 raise ConfigError(f"weights: expected finite numbers other than 0, got {weight!r}.")
-        self._opened = [PeftFolder(folder, model) for folder in self.folders]
+        self._opened = [PeftFolder(AdapterFiles(folder), model) for folder in self.folders]
         for opened in self._opened:
             if opened.config.decomposition:
                 raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from funclora._api.arguments import check_dtype, check_path, check_paths
 from funclora._files.safetensors import DTYPES
-from funclora._files.staging import check_out, staged_folder
+from funclora._files.staging import check_out, flush_files, staged_folder
 from funclora.io.hf.checkpoint import Checkpoint
 from funclora.io.hf.origin import check_origin
 from funclora.io.merge.plan import MergePlan
@@ -82,6 +83,7 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     verify: bool = False,
+    fsync: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -106,6 +108,8 @@ def merge_checkpoint(
             base. A single larger tensor still makes a file of its own.
         verify: read the result again and compare every tensor with its value in float64, and the outputs of both
             models on a probe input where they fit into memory, before `out_dir` appears.
+        fsync: return when the result is on the disk, and safe from a power failure; otherwise the system decides when,
+            as with `cp`.
         dry_run: check everything and say what would be done, but write nothing.
         progress: called with the bytes that are written and the bytes in all.
 
@@ -135,17 +139,21 @@ def merge_checkpoint(
     check_dtype(dtype)
     base, out = Path(base_dir), Path(out_dir)
     folders = [Path(folder) for folder in several]
-    check_out(out, [base, *folders])
-    with Checkpoint(base) as checkpoint:
-        plan = MergePlan(checkpoint, folders, weights, dtype, max_shard_size)
-        check_origin(folders, base)
+    with contextlib.ExitStack() as stack:
+        draft = None
         if dry_run:
-            return _report(plan, None)
+            check_out(out, [base, *folders])
+        else:
+            draft = stack.enter_context(staged_folder(out, [base, *folders]))
+        plan = MergePlan(stack.enter_context(Checkpoint(base)), folders, weights, dtype, max_shard_size)
+        check_origin(folders, base)
         verification = None
-        with staged_folder(out) as draft:
+        if draft is not None:
             write(plan, draft, progress or (lambda done, total: None))
             if verify:
                 verification = verified(plan, draft)
+            if fsync:
+                flush_files(draft)
         return _report(plan, verification)
 
 

@@ -52,6 +52,7 @@ def write(plan: MergePlan, folder: Path, progress: OnProgress) -> None:
             done += nbytes
             progress(done, total)
         _small_files(plan, folder)
+        plan.base.check()
         for path, file in files.items():
             if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 raise FileNotFoundError(errno.ENOENT, "another file has taken its place meanwhile", str(path))
@@ -61,7 +62,7 @@ def _small_files(plan: MergePlan, folder: Path) -> None:
     for path in plan.base.small:
         for parent in reversed(path.parents[:-1]):  # not the folder itself: if it is gone, so are the tensors
             (folder / parent).mkdir(exist_ok=True)
-        shutil.copyfile(plan.base.folder / path, folder / path)
+        plan.base.copy(path, folder / path)
     if plan.config != plan.base.config:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

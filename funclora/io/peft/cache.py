@@ -21,7 +21,7 @@ from funclora._many.route import route
 from funclora._many.stack import stack
 from funclora._torch.memory import nbytes
 from funclora.errors import ConfigError, near
-from funclora.io.peft.config_file import CONFIG_FILE
+from funclora.io.peft.files import CONFIG_FILE
 from funclora.io.peft.folder import load_peft
 from funclora.rules.base import Rule
 

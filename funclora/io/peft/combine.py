@@ -17,7 +17,7 @@ from funclora._config.infer import configured
 from funclora._config.targets import select
 from funclora.algebra import combine
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.io.peft.config_file import CONFIG_FILE, has_in_out_linear
+from funclora.io.peft.files import AdapterFiles
 from funclora.io.peft.folder import load_peft, save_peft
 from funclora.io.peft.tensors import SAVED_DTYPES
 from funclora.io.peft.without_model import read_bare
@@ -105,8 +105,9 @@ def combine_peft(
     if Path(out).resolve() in {Path(path).resolve() for path in paths}:
         raise ConfigError(f"out: {os.fspath(out)!r} is one of the adapters to combine. Name another folder.")
     if model is None:
-        in_out = any(has_in_out_linear(Path(path) / CONFIG_FILE) for path in paths)
-        read = [read_bare(Path(path), in_out=in_out) for path in paths]
+        folders = [AdapterFiles(Path(path)) for path in paths]
+        in_out = any(files.has_in_out_linear for files in folders)
+        read = [read_bare(files, in_out=in_out) for files in folders]
     else:
         read = [load_peft(path, model) for path in paths]
     sources = [adapters for adapters, _ in read]

@@ -7,8 +7,6 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -16,10 +14,8 @@ from funclora._config.config import LoraConfig
 from funclora._config.embeddings import TiedEmbeddings
 from funclora._config.names import named
 from funclora._config.peft_fields import HEADS, OF_INITIALISATION, beyond_us, own_fields, peft_fields, unknown_fields
-from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError, PeftFormatWarning, UnsupportedError
-
-CONFIG_FILE = "adapter_config.json"
+from funclora.io.peft.files import AdapterFiles
 
 _OWN = tuple(f.name for f in fields(LoraConfig))
 
@@ -58,11 +54,11 @@ def _listed(names: Sequence[str]) -> list[str] | str:
     return list(names)
 
 
-def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
+def read_config(files: AdapterFiles, model: nn.Module) -> tuple[LoraConfig, bool]:
     """The configuration in a file.
 
     Args:
-        file: the path of `adapter_config.json`.
+        files: the folder.
         model: the model that the adapter is for; some task types mean more than the file says.
 
     Returns:
@@ -70,11 +66,12 @@ def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
         order.
 
     Raises:
-        FormatError: the file is missing, broken, or has a value that is invalid.
+        FormatError: the file has a value that is invalid.
         UnsupportedError: the file asks for something that is not supported.
     """
     # How an adapter started says nothing about one that is there.
-    raw = {name: value for name, value in _json(file).items() if name not in OF_INITIALISATION}
+    file = files.config_file
+    raw = {name: value for name, value in files.config.items() if name not in OF_INITIALISATION}
     kind = raw.get("peft_type")
     if kind != "LORA":
         got = f"got {kind!r}" if "peft_type" in raw else "but it is missing"
@@ -95,21 +92,6 @@ def read_config(file: Path, model: nn.Module) -> tuple[LoraConfig, bool]:
         _warn(f"{file}: ensure_weight_tying has no effect, as in PEFT: the model ties nothing to its input embeddings.")
         config = config.replace(ensure_weight_tying=False)
     return config.replace(modules_to_save=_saved(config, model)), "megatron_core" in raw
-
-
-def has_in_out_linear(file: Path) -> bool:
-    """Whether the file says that layers of transformers' `Conv1D` are adapted. PEFT lets the last layer decide."""
-    return bool(_json(file).get("fan_in_fan_out"))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.parent.is_dir():
-        raise FormatError(f"{file.parent}: there is no such folder. Give a PEFT folder: it holds {file.name}.")
-    if not file.is_file():
-        inner = sorted(str(found.parent) for found in file.parent.glob(f"*/{file.name}"))
-        hint = f" PEFT keeps named adapters in folders of their own: {', '.join(inner)}." if inner else ""
-        raise FormatError(f"{file.parent}: there is no {file.name} in this folder.{hint}")
-    return read_json(file)
 
 
 def _saved(config: LoraConfig, model: nn.Module) -> Iterable[str] | None:

@@ -6,6 +6,7 @@ gives PEFT's outputs. Where that cannot be, both refuse.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import reprlib
 import warnings
@@ -23,15 +24,17 @@ from funclora._config.config import LoraConfig
 from funclora._config.embeddings import TiedEmbeddings
 from funclora._config.targets import Unmatched, select, without
 from funclora._files.atomic import replace_files
+from funclora._files.snapshot import ChangedError, attempts
 from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
-from funclora.io.peft.config_file import CONFIG_FILE, config_text, read_config
+from funclora.io.peft.config_file import config_text, read_config
 from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.decomposed import on_the_original
+from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.fold import folded
 from funclora.io.peft.keys import Keys, PeftTarget
 from funclora.io.peft.limits import differences, unsupported_by_peft, unsupported_in_model, unsupported_ties
 from funclora.io.peft.rules import Reader, tensors_of
-from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
+from funclora.io.peft.tensors import StoredTensors
 from funclora.io.peft.ties import output_layer, tied_as_in_peft
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.tokens import Tied
@@ -42,8 +45,9 @@ def save_peft(
 ) -> None:
     """Write adapters as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Both files are replaced as a whole, and never one without the other: a process that is killed between the two
-    leaves a folder without configuration, which nobody loads. What is in the folder besides stays.
+    Both files are replaced as a whole, and never one without the other. `load_peft` reads the old or the new adapter at
+    any time, also where this process is killed between the two files: for other programs the folder then has no
+    configuration. What is in the folder besides stays.
 
     The model is not asked for, so a target of the configuration that the adapters lack as a whole goes unnoticed,
     and so does a module that the model holds under two names. `load_peft` notices both. Rows of a weight that are
@@ -102,6 +106,8 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     The adapters lie on the devices of their base weights, in float32 where the base is in half precision and in its
     dtype otherwise, as PEFT keeps them. The model is only read, its weights only compared with those in the file.
 
+    A folder that another process replaces meanwhile is read as it was before or as it is afterwards, never half.
+
     PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here such
     an adapter comes out relative to the weights as they are (`relative_to_original`), with twice the rank.
 
@@ -134,13 +140,26 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     """
     check_path(path, order="path, model")
     check_model(model)
-    opened = PeftFolder(Path(path), model)
+    for last in attempts():
+        with contextlib.suppress(*(() if last else (ChangedError,))):
+            return load_files(AdapterFiles(Path(path)), model)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def load_files(files: AdapterFiles, model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
+    """As `load_peft`, from files that are open.
+
+    Raises:
+        ChangedError: a program has written into them meanwhile.
+    """
+    opened = PeftFolder(files, model)
     adapters = {name: opened.rule(name) for name in opened.targets}
     opened.refuse_rest(opened.weights, adapters)
+    files.check()
     for message in opened.differences():
-        warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=2)
+        warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=3)
     if opened.config.decomposition:
-        return on_the_original(opened.folder / CONFIG_FILE, model, adapters, opened.config)
+        return on_the_original(files.config_file, model, adapters, opened.config)
     return adapters, opened.config
 
 
@@ -156,10 +175,10 @@ class PeftFolder:
         weights: full name -> tensor of the model, which may be on the meta device: rules are then on the CPU.
     """
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
-        self.folder, self._model = folder, model
-        file = folder / CONFIG_FILE
-        config, self._by_peft = read_config(file, model)
+    def __init__(self, files: AdapterFiles, model: nn.Module) -> None:
+        self.folder, self._model = files.folder, model
+        folder, file = files.folder, files.config_file
+        config, self._by_peft = read_config(files, model)
         unmatched: list[Unmatched] = []
         try:
             self.targets = targets = select(model, config, unmatched=unmatched)
@@ -187,7 +206,7 @@ class PeftFolder:
         self._keys = Keys(self._wrapped)
         table = self.weights.get(f"{TiedEmbeddings.of(model).input}.weight")
         self._stored = StoredTensors(
-            folder / WEIGHTS_FILE,
+            files,
             components={part for name in self.weights for part in name.split(".")},
             advice=" ".join([*self._unmatched, _advice(config, model)]),
             vocabulary=0 if table is None else table.shape[0],

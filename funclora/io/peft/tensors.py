@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from funclora._files.safetensors import certainly_within, read_header
-from funclora.errors import FormatError, NonFiniteError, UnsupportedError, near
+from funclora._files.safetensors import DTYPES, Stored, certainly_within, read_header
+from funclora.errors import FormatError, NonFiniteError, near
+from funclora.io.peft.files import AdapterFiles
 from funclora.io.peft.foreign_keys import refuse_foreign
 from funclora.io.peft.keys import PREFIX, Keys
 from funclora.rules.base import Adapters
 from funclora.rules.dense import Full
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
 SAVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Keys as PEFT's modules have them in memory, with the name of the adapter in them, load as well.
@@ -38,7 +35,7 @@ class StoredTensors:
     """The tensors of a file, by the keys that PEFT would write.
 
     Args:
-        file: the file.
+        files: the folder. A tensor is read when it is asked for.
         components: the components of the names of the model's modules and parameters; empty if they are not known.
         advice: what to do where the tensors do not fit the model.
         vocabulary: how many rows the model's table of tokens has; 0 if it has none.
@@ -52,16 +49,17 @@ class StoredTensors:
     """
 
     def __init__(
-        self, file: Path, *, components: Set[str] = frozenset(), advice: str = "", vocabulary: int = 0
+        self, files: AdapterFiles, *, components: Set[str] = frozenset(), advice: str = "", vocabulary: int = 0
     ) -> None:
-        self.file, self._advice, self._vocabulary = file, f" {advice}".rstrip(), vocabulary
-        self._tensors: dict[str, Tensor] = {}
+        self.file, self._advice, self._vocabulary = files.weights_file, f" {advice}".rstrip(), vocabulary
+        self._opened, file = files.weights, self.file
+        self._tensors: dict[str, Stored] = {}
         self._taken: set[str] = set()
-        read = list(_read(file))
-        refuse_foreign(file, [key for key, _ in read])
-        keys = [_unwrapped(key, components) for key, _ in read]
+        read = read_header(self._opened)
+        refuse_foreign(file, [*read])
+        keys = [_unwrapped(key, components) for key in read]
         bare = bool(read) and not any(key.startswith(PREFIX) for key in keys)
-        for unwrapped, (given, tensor) in zip(keys, read, strict=True):
+        for unwrapped, (given, tensor) in zip(keys, read.items(), strict=True):
             key = PREFIX + unwrapped if bare else unwrapped
             if not key.startswith(PREFIX):
                 raise FormatError(
@@ -72,13 +70,13 @@ class StoredTensors:
                 key = pattern.sub(short, key)
             if key in self._tensors:
                 raise FormatError(f"{file}: {given!r} is there twice, under another name for the same thing.")
-            if tensor.dtype not in SAVED_DTYPES:
-                raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected a floating-point one.")
+            if not tensor.is_floating:
+                raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected {', '.join(DTYPES)}.")
             self._tensors[key] = tensor
         self.notes: list[str] = []
         if bare:
             self.notes.append(f"no key starts with {PREFIX!r}; they are read as if they did. PEFT would load nothing.")
-        left_out = {part for (given, _), key in zip(read, keys, strict=True) for part in _left_out(given, key)}
+        left_out = {part for given, key in zip(read, keys, strict=True) for part in _left_out(given, key)}
         if left_out:
             names = ", ".join(map(repr, sorted(left_out)))
             self.notes.append(
@@ -87,11 +85,11 @@ class StoredTensors:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that were not taken yet, by key."""
-        return {key: tuple(tensor.shape) for key, tensor in self._rest().items()}
+        return {key: tensor.shape for key, tensor in self._rest().items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype in which the file holds a tensor that is there."""
-        return self._tensors[key].dtype
+        return DTYPES[self._tensors[key].dtype]
 
     def rows(self, key: str, why: str) -> int:
         """The length of the first dimension of a tensor that must be there."""
@@ -108,19 +106,22 @@ class StoredTensors:
             dtype: the dtype to give it.
             why: what it is for, for messages.
         """
-        tensor = self._get(key, why)
-        if tuple(tensor.shape) != tuple(shape):
+        stored, wanted = self._get(key, why), tuple(shape)
+        if stored.shape != wanted:
             raise FormatError(
-                f"{self.file}: {key!r} has shape {list(tensor.shape)}, expected {list(shape)} for {why}."
-                + (self._of_tokens(tensor.shape, [*shape]) or self._advice)
+                f"{self.file}: {key!r} has shape {list(stored.shape)}, expected {list(wanted)} for {why}."
+                + (self._of_tokens(stored.shape, wanted) or self._advice)
             )
         self._taken.add(key)
-        tensor = tensor.to(device="cpu" if like.is_meta else like.device, dtype=dtype, copy=True)
+        tensor = self._read(stored).to(device="cpu" if like.is_meta else like.device, dtype=dtype)
         if not certainly_within(tensor, 1e15) and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{self.file}: {key!r} holds NaN or infinity in {dtype}.")
         return tensor
 
-    def _get(self, key: str, why: str) -> Tensor:
+    def _read(self, stored: Stored) -> Tensor:
+        return stored.read(self._opened.descriptor)
+
+    def _get(self, key: str, why: str) -> Stored:
         if key not in self._tensors:
             raise FormatError(
                 f"{self.file}: there is no {key!r}, which {why} needs.{near(key, self._tensors, n=3)}{self._advice}"
@@ -137,7 +138,7 @@ class StoredTensors:
             f"load that one, or call model.resize_token_embeddings({differ[0][0]}) as was done for the training."
         )
 
-    def _rest(self) -> dict[str, Tensor]:
+    def _rest(self) -> dict[str, Stored]:
         return {key: tensor for key, tensor in self._tensors.items() if key not in self._taken}
 
     def refuse_rest(self, keys: Keys, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
@@ -150,7 +151,7 @@ class StoredTensors:
         if not rest:
             return
         names = {keys.full(name): name for name in weights}
-        for key, tensor in rest.items():
+        for key, stored in rest.items():
             name = names.get(key.replace(".original_module.", "."))
             if name is not None:
                 same = weights[name]
@@ -160,7 +161,7 @@ class StoredTensors:
                 if not isinstance(rule, Full):
                     raise FormatError(f"{self.file}: unexpected key {key!r}. {_hint(key)}{self._advice}")
                 same = rule.value
-            if same.is_meta or not torch.equal(tensor.to(same.device, same.dtype), same):
+            if same.is_meta or not torch.equal(self._read(stored).to(same.device, same.dtype), same):
                 raise FormatError(
                     f"{self.file}: {key!r} holds other values than {name!r} has, and PEFT would overwrite it. Load the "
                     "base weights that the adapter was trained on into the model."
@@ -180,22 +181,6 @@ def _unwrapped(key: str, components: Set[str]) -> str:
 def _left_out(given: str, key: str) -> set[str]:
     """The wrappers in a key that are not in the one that it is read as."""
     return {part for part in Counter(given.split(".")) - Counter(key.split(".")) if part in WRAPPERS}
-
-
-def _read(file: Path) -> Iterable[tuple[str, Tensor]]:
-    if not file.is_file():
-        if (file.parent / _PICKLE_FILE).exists():
-            raise UnsupportedError(
-                f"{file.parent / _PICKLE_FILE} is a pickle, which can run code when it is read. Load it with PEFT if "
-                "you trust it, and save it again with safe_serialization=True."
-            )
-        raise FormatError(f"{file.parent}: there is no {file.name} in this folder.")
-    keys = read_header(file)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return [(key, tensors.get_tensor(key)) for key in keys]
-    except SafetensorError as error:  # a dtype that torch does not have
-        raise FormatError(f"{file}: a tensor cannot be read: {error}") from error
 
 
 def _hint(key: str) -> str:

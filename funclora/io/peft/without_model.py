@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from funclora._config.config import LoraConfig
 from funclora._config.covers import covers
 from funclora._config.peft_fields import HEADS
 from funclora.errors import FormatError, UnsupportedError
-from funclora.io.peft.config_file import CONFIG_FILE, read_config
+from funclora.io.peft.config_file import read_config
+from funclora.io.peft.files import AdapterFiles
 from funclora.io.peft.keys import FORMS, PREFIX
-from funclora.io.peft.tensors import WEIGHTS_FILE, StoredTensors
+from funclora.io.peft.tensors import StoredTensors
 from funclora.rules.base import Rule
 from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Conv, Conv1D, Embedding, Layout, Linear
@@ -25,7 +25,7 @@ _A = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<suffix>lora_A\.weight|
 _ADVICE = "Give the base model (--base on the command line, model= in Python)."
 
 
-def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[str, Rule], LoraConfig]:
+def read_bare(files: AdapterFiles, *, in_out: bool, dora: bool = False) -> tuple[dict[str, Rule], LoraConfig]:
     """The adapters of a folder, as far as they can be understood without the model.
 
     The layout of a convolution leaves out its padding, and all linear layers get the same one: enough to calculate
@@ -33,8 +33,8 @@ def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[s
     tensors goes unnoticed.
 
     Args:
-        folder: a PEFT folder.
-        in_out: linear layers are taken for transformers' `Conv1D` (see `has_in_out_linear`).
+        files: a PEFT folder.
+        in_out: linear layers are taken for transformers' `Conv1D` (see `AdapterFiles`).
         dora: read `DoRA` too, for callers that look at the factors only: what it computes depends on the model.
 
     Returns:
@@ -45,8 +45,8 @@ def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[s
         UnsupportedError: what the folder holds depends on the model.
         NonFiniteError: a tensor holds NaN or infinity.
     """
-    file = folder / CONFIG_FILE
-    config, _ = read_config(file, nn.Module())
+    file = files.config_file
+    config, _ = read_config(files, nn.Module())
     depends = {
         "init_lora_weights": config.decomposition,
         "use_dora": config.use_dora and not dora,
@@ -58,7 +58,7 @@ def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[s
     for field, value in depends.items():
         if value:
             raise UnsupportedError(f"{file}: with {field}={value!r} the adapter depends on the base model. {_ADVICE}")
-    stored = StoredTensors(folder / WEIGHTS_FILE)
+    stored = StoredTensors(files)
     adapters = {
         f"{match['module']}.weight": _rule(stored, match, shape, config, in_out=in_out)
         for key, shape in stored.shapes().items()
@@ -68,6 +68,7 @@ def read_bare(folder: Path, *, in_out: bool, dora: bool = False) -> tuple[dict[s
         raise UnsupportedError(f"{stored.file}: {key!r} is no factor of a low-rank update. {_ADVICE}")
     if not adapters:
         raise FormatError(f"{stored.file}: there are no low-rank updates in this file.")
+    files.check()
     return adapters, config
 
 

@@ -133,10 +133,13 @@ def stops_after(step: Any, n: int) -> Any:
 def forget(file: Path, name: str) -> None:
     """Zero the tensors of a checkpoint whose key contains a name."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save
+
+    from funclora._files.seal import BLANK, sealed
 
     with safe_open(file, framework="pt") as stored:
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         metadata = stored.metadata()
     assert any(name in key for key in tensors)
-    save_file({key: value * 0 if name in key else value for key, value in tensors.items()}, file, metadata)
+    kept = {key: value * 0 if name in key else value for key, value in tensors.items()}
+    file.write_bytes(sealed(save(kept, {**metadata, **BLANK})))

@@ -1,0 +1,53 @@
+"""Files that hold their own checksum, so that damage to them is noticed.
+
+The checksum is the SHA-256 of the file with zeros in its place, which is in a JSON object, or in the metadata of a
+safetensors file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+CHECKSUM = "sha256"
+BLANK = {CHECKSUM: "0" * 64}  # to be among what is written
+_PLACE = re.compile(rf'"{CHECKSUM}": ?"([0-9a-f]{{64}})"'.encode())
+
+
+def sealed(content: bytes) -> bytes:
+    """The content with its checksum where `BLANK` is.
+
+    Args:
+        content: of a file, with `BLANK` in it, before any text that comes from elsewhere.
+
+    Examples:
+        >>> import json
+        >>> content = sealed(json.dumps({**BLANK, "step": 3}).encode())
+        >>> is_intact(content), is_intact(content.replace(b"3", b"4"))
+        (True, False)
+    """
+    start, end = _place(content)
+    return content[:start] + _digest(content, start, end).encode() + content[end:]
+
+
+def is_intact(content: bytes) -> bool:
+    """Whether a file's content is what was sealed."""
+    try:
+        start, end = _place(content)
+    except ValueError:
+        return False
+    return _digest(content, start, end).encode() == content[start:end]
+
+
+def _place(content: bytes) -> tuple[int, int]:
+    match = _PLACE.search(content)
+    if match is None:
+        raise ValueError("there is no place for a checksum")
+    return match.span(1)
+
+
+def _digest(content: bytes, start: int, end: int) -> str:
+    digest = hashlib.sha256(content[:start])
+    digest.update(BLANK[CHECKSUM].encode())
+    digest.update(memoryview(content)[end:])
+    return digest.hexdigest()
