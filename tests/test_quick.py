@@ -19,8 +19,10 @@ def test_the_quick_loop_has_every_rule_on_every_layer_in_one_dtype() -> None:
     argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--quick"]
     done = subprocess.run([*argv, *paths[1].split()], cwd=ROOT, capture_output=True, text=True, check=True)
     values = {*re.findall(r"\[(.*)\]$", done.stdout, re.MULTILINE)}
-    assert values >= {f"{case.name}-{kind}" for case in CASES for kind in KINDS}
-    assert not [each for each in values if re.search(r"bfloat16|float16|float64", each)]
+    every = {f"{case.name}-{kind}" for case in CASES for kind in KINDS}
+    assert values >= every
+    assert {f"{each}-float32" for each in every} & values
+    assert not {f"{each}-{dtype}" for each in every for dtype in ("float64", "bfloat16")} & values
 
 
 def test_a_quick_test_starts_no_process(request: pytest.FixtureRequest) -> None:
