@@ -14,7 +14,7 @@ from pathlib import Path
 import griffe
 
 DOCS = Path(__file__).parent
-NAMESPACES = ("funclora", "funclora.algebra", "funclora.analysis", "funclora.io", "funclora.optim")
+NAMESPACES = ("funclora", "funclora.algebra", "funclora.analysis", "funclora.io", "funclora.optim", "funclora.rules")
 
 
 def documented() -> dict[str, str]:

@@ -23,7 +23,7 @@ from funclora.rules.base import Params, Rule
 from funclora.rules.dense import Delta, Full
 from funclora.rules.dora import NORM_BLOCK
 from funclora.rules.layouts import Conv, Layout, Linear, Parameter
-from funclora.rules.low_rank import LoRA, LowRank
+from funclora.rules.low_rank import LoRA, LowRank, lora_of
 from funclora.rules.tokens import Tied, TrainableTokens
 from funclora.rules.weights import refuse_weight
 
@@ -160,7 +160,7 @@ def paired(
         here = None if params is None else {name: _base(name, params)}  # read once for both
         sides = [side for side in (first, second) if name in side]
         # A tuned weight next to a rule that knows where the matrix lies is read as that rule says.
-        said = [value.layout for side in sides if isinstance(value := side[name], LowRank)]
+        said = [value.layout for side in sides if isinstance(value := side[name], Rule) and value.layout is not None]
         layout = {name: said[0]} if said else known
         one, two = (_found(name, side, here, layout) if name in side else None for side in (first, second))
         if one is not None and two is not None and one.shape != two.shape:
@@ -188,8 +188,9 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
         refuse_weight(name, weight)
         rule.check(name, weight)
         weight = plain_weight(weight).detach()
-    if isinstance(rule, LowRank):
-        return _of_low_rank(name, rule, weight)
+    low = rule if isinstance(rule, LowRank) else lora_of(rule)
+    if low is not None:
+        return replace(_of_low_rank(name, low, weight), given=rule)
     if isinstance(rule, TrainableTokens) and weight is not None:
         return Change(name, rule, replace(rule, layout=Parameter()), rule.layout.to_matrix(weight))
     if weight is None and not isinstance(rule, Delta):
@@ -255,7 +256,7 @@ def _rule(name: str, value: object, tuned: Tuned) -> Rule:
         value = followed
     if not isinstance(value, Rule):
         refuse(repr(name), "a rule (LoRA, DoRA, Full, ...) or a tensor", value)
-    if isinstance(value, LowRank) and isinstance(value.scaling, Tensor):
+    if isinstance(value.scaling, Tensor):
         raise UnsupportedError(
             f"{name!r}: the scaling is a tensor, as inside vmap over members whose scalings differ. Analyse the "
             "members one by one."

@@ -5,10 +5,9 @@
     Full(value)            W  ->  value
     Delta(value)           W  ->  W + s·value
 
-A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows two
-things: its dense form (`dense`), and how an operation that is linear in the weight is computed without that
-dense form (`apply_op`). A new method is a new subclass of `Rule`, made a tree node by `pytree_node`; those of embedding
-matrices are in `tokens`.
+A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows its dense
+form (`dense`), how an operation that is linear in the weight is computed without it (`apply_op`), and which other forms
+it has. A new method is a new subclass of `Rule`, made a tree node by `pytree_node`.
 """
 
 from __future__ import annotations

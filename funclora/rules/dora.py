@@ -41,7 +41,7 @@ class DoRA(LowRank):
         magnitude: m, `[*lead, out]`.
         scaling: s.
         dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
-        layout: where the matrix lies in the weight.
+        layout: where the matrix is in the weight.
         exact_norm_grad: differentiate through the norm too.
 
     Examples:

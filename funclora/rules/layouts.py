@@ -1,7 +1,7 @@
-"""Where the matrix that a low-rank update changes lies inside a weight tensor.
+"""Where the matrix that a low-rank update changes is inside a weight tensor.
 
 Every rule thinks of a weight as a matrix M of shape `[*lead, out, in]`, one row per output unit. A layout says
-how M lies in the tensor that the module stores, and how the factors of an update B·A are shaped:
+how M is stored in the tensor that the module stores, and how the factors of an update B·A are shaped:
 
     layout                  weight                    a                  b                  lead
     Linear, Recurrent, ...  [out, in]                 [r, in]            [out, r]
@@ -28,7 +28,16 @@ Shape = tuple[int, ...] | Size
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """The place of the matrix `[*lead, out, in]` in a weight. One subclass per kind of owner."""
+    """The place of the matrix `[*lead, out, in]` in a weight. One subclass per kind of owner.
+
+    Examples:
+        >>> from funclora.rules import Conv, Conv1D
+        >>> import torch
+        >>> Conv1D().to_matrix(torch.zeros(5, 3)).shape, Conv().to_matrix(torch.zeros(4, 2, 3, 3)).shape
+        (torch.Size([3, 5]), torch.Size([4, 18]))
+        >>> Conv().factor_shapes((4, 2, 3, 3), r=8)
+        ((8, 2, 3, 3), (4, 8, 1, 1))
+    """
 
     @abstractmethod
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -94,7 +103,12 @@ def padded(factor: Tensor, dim: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Matrices(Layout):
-    """M (or a stack of them) is the last two dimensions of the weight."""
+    """M (or a stack of them) is the last two dimensions of the weight, maybe transposed.
+
+    Examples:
+        >>> Parameter().counts((8, 3, 5), 0), Parameter().counts((8, 3, 5), 1), Conv1D().counts((5, 3), 1)
+        ('experts', 'outputs', 'outputs')
+    """
 
     @property
     def rank_dims(self) -> tuple[int, int]:
@@ -126,12 +140,22 @@ class Matrices(Layout):
 
 @dataclass(frozen=True)
 class Linear(Matrices):
-    """`nn.Linear`: weight `[out, in]`."""
+    """`nn.Linear`: weight `[out, in]`.
+
+    Examples:
+        >>> Linear().factor_shapes((3, 5), r=2)
+        ((2, 5), (3, 2))
+    """
 
 
 @dataclass(frozen=True)
 class Conv1D(Matrices):
-    """transformers' `Conv1D` (GPT-2), a linear layer whose weight is stored as `[in, out]`."""
+    """transformers' `Conv1D` (GPT-2), a linear layer whose weight is stored as `[in, out]`.
+
+    Examples:
+        >>> Conv1D().factor_shapes((5, 3), r=2)
+        ((2, 5), (3, 2))
+    """
 
     @property
     def transposed(self) -> bool:
@@ -145,6 +169,10 @@ class Embedding(Matrices):
     Attributes:
         max_norm: the module renormalises the rows that it reads. Kept so that writers of formats whose
             readers apply it elsewhere can refuse.
+
+    Examples:
+        >>> Embedding().factor_shapes((7, 4), r=2)
+        ((2, 7), (4, 2))
     """
 
     max_norm: bool = False
@@ -156,12 +184,22 @@ class Embedding(Matrices):
 
 @dataclass(frozen=True)
 class Attention(Matrices):
-    """An input or output projection of `nn.MultiheadAttention`: weight `[out, in]`."""
+    """An input or output projection of `nn.MultiheadAttention`: weight `[out, in]`.
+
+    Examples:
+        >>> Attention().factor_shapes((24, 8), r=2)
+        ((2, 8), (24, 2))
+    """
 
 
 @dataclass(frozen=True)
 class Recurrent(Matrices):
-    """A weight of `nn.RNN`, `nn.LSTM` or `nn.GRU`: `[gates·hidden, in]`."""
+    """A weight of `nn.RNN`, `nn.LSTM` or `nn.GRU`: `[gates·hidden, in]`.
+
+    Examples:
+        >>> Recurrent().factor_shapes((16, 3), r=2)
+        ((2, 3), (16, 2))
+    """
 
 
 @dataclass(frozen=True)
@@ -173,6 +211,10 @@ class Parameter(Matrices):
         position: how many adapted parameters the same module registered before this one. PEFT's files know
             the parameters of one module by this order alone.
         siblings: how many parameters of the module are adapted in all.
+
+    Examples:
+        >>> Parameter(stored_transposed=True).factor_shapes((8, 5, 3), r=2)
+        ((8, 2, 5), (8, 3, 2))
     """
 
     stored_transposed: bool = False
@@ -196,6 +238,10 @@ class Conv(Layout):
         dilated: the module's dilation is not 1 everywhere.
         padding_mode: the module's padding mode. Neither changes the update; both are kept so that writers of
             formats whose readers drop them can refuse.
+
+    Examples:
+        >>> Conv(groups=2).factor_shapes((6, 2, 3), r=4)
+        ((4, 2, 3), (6, 4, 1))
     """
 
     groups: int = 1
@@ -225,6 +271,10 @@ class ConvTranspose(Layout):
 
     Attributes:
         groups: the module's groups. They share `a`, as those of `Conv` do.
+
+    Examples:
+        >>> ConvTranspose(groups=2).factor_shapes((4, 3, 3), r=5)
+        ((5, 2, 3), (6, 5, 1))
     """
 
     groups: int = 1

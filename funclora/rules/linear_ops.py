@@ -25,6 +25,30 @@ class LinearOp(ABC):
         transposed: the operation computes `x·M`.
         takes_dropout: dropout acts on its input.
         feature_dim: the dimension of its input and of its result that the matrix acts on.
+
+    Examples:
+        A rule that multiplies the weight by one number does so in whatever operation the model calls:
+
+        >>> from dataclasses import dataclass
+        >>> import funclora as fl
+        >>> @fl.rules.pytree_node
+        ... @dataclass(frozen=True, eq=False)
+        ... class Gain(fl.Rule):
+        ...     gain: Tensor
+        ...     leaf_names = ("gain",)
+        ...     layout = fl.rules.Linear()
+        ...
+        ...     def dense(self, weight):
+        ...         return weight * self.gain
+        ...
+        ...     def apply_op(self, op, weight, dropout):
+        ...         return op.scaled_input(self.gain).dense(weight, bias=True)
+        ...
+        ...     def check(self, name, weight): ...
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> rule = Gain(torch.tensor(10.0))
+        >>> fl.apply(model, {"weight": torch.ones(1, 2)}, {"weight": rule}, torch.ones(1, 2))
+        tensor([[20.]])
     """
 
     x: Tensor

@@ -22,6 +22,7 @@ class LowRank(Rule):
     """What rules with the factors of a low-rank update share: g·(W + s·B·A), with one g for each output unit.
 
     A subclass says what g is, by `output_scale`, and names its leaves: `a`, `b`, then vectors `[*lead, out]`.
+    Operations and views of the weight are here.
 
     Attributes:
         a: the factor that reads the input, `[r, in]` (see `funclora.rules.layouts` for convolutions and experts).
@@ -29,7 +30,22 @@ class LowRank(Rule):
         scaling: s, usually α/r, or α/√r for rsLoRA (arXiv 2312.03732). A number; a tensor `[]` where members of a
             stack that differ in it are mapped.
         dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
-        layout: where the matrix lies in the weight.
+        layout: where the matrix is in the weight.
+
+    Examples:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from funclora.rules import LowRank, pytree_node
+        >>> @pytree_node
+        ... @dataclass(frozen=True, eq=False)
+        ... class Gained(LowRank):
+        ...     gain: Tensor
+        ...     leaf_names = ("a", "b", "gain")
+        ...
+        ...     def output_scale(self, weight):
+        ...         return self.gain
+        >>> Gained(torch.zeros(1, 2), torch.zeros(1, 1), torch.tensor([5.0])).dense(torch.ones(1, 2))
+        tensor([[5., 5.]])
     """
 
     a: Tensor
@@ -160,7 +176,7 @@ class LoRA(LowRank):
         b: the factor that writes the output, `[out, r]`.
         scaling: s.
         dropout: the probability with which inputs of `a` are dropped while the weight's module trains.
-        layout: where the matrix lies in the weight.
+        layout: where the matrix is in the weight.
 
     Examples:
         >>> import torch
@@ -237,7 +253,21 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
 
 
 def updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
-    """M + s·B·A in the compute dtype; shapes `[*lead, out, in]`, `[*lead, r, in]`, `[*lead, out, r]`."""
+    """M + s·B·A, in the dtype that `compute_dtype` gives.
+
+    Args:
+        matrix: M, `[*lead, out, in]`.
+        a: A, `[*lead, r, in]`.
+        b: B, `[*lead, out, r]`.
+        scaling: s.
+
+    Returns:
+        `[*lead, out, in]`.
+
+    Examples:
+        >>> updated(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), 2.0)
+        tensor([[ 7., 13.]])
+    """
     dtype = compute_dtype(matrix.dtype, a.dtype)
     given, matrix, a, b = matrix, matrix.to(dtype), a.to(dtype), b.to(dtype)
     if isinstance(scaling, Tensor):
@@ -252,5 +282,10 @@ def updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Te
 
 
 def compute_dtype(weight: torch.dtype, factor: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight is rewritten: the wider of the two, float32 at least."""
+    """The dtype in which a weight is rewritten: the wider of the two, float32 at least.
+
+    Examples:
+        >>> compute_dtype(torch.bfloat16, torch.float16), compute_dtype(torch.float32, torch.float64)
+        (torch.float32, torch.float64)
+    """
     return torch.promote_types(torch.promote_types(weight, factor), torch.float32)

@@ -114,7 +114,7 @@ def test_apply_and_merge_compute_the_formula(case: Case, kind: str) -> None:
     weights = rewritten(s.params, adapters)
     with plain_attention():
         expected = dense_call(s, weights)  # before: torch's recurrent layers keep what functional_call gave them
-        check = snapshot(s.model, s.params, s.args, s.kwargs, adapters)
+        check = snapshot(s.model, s.params, s.args, s.kwargs, adapters, [frozen_of(rule) for rule in adapters.values()])
         close(output(s, adapters), expected, 1e-11)
         uses = fl.trace_targets(s.model, s.params, adapters, *s.args, **s.kwargs)
     merged = fl.merge(s.params, adapters)
@@ -457,6 +457,16 @@ def test_lora_plus_trains_the_leaves_next_to_the_output_faster() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_analysis_needs_no_base_for_an_update(kind: str) -> None:
+    rule = make_rule(kind, fl.rules.Linear(), (4, 6), gen(1))
+    (row,) = fl.analysis.spectra({"weight": rule}).rows
+    assert (row.rule, row.r) == (type(rule).__name__, 2)
+    assert row.singular_values is not None
+    values = torch.tensor(row.singular_values[0], dtype=F64)
+    close(values, torch.linalg.svdvals(formula(rule, (4, 6)))[: len(values)], 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_the_weight_have_rules(kind: str) -> None:
     w = drawn((3, 4, 5), gen(0))
     rule: Any = make_rule(kind, fl.rules.Parameter(), (3, 4, 5), gen(1))
@@ -512,8 +522,9 @@ def test_a_rule_with_a_dense_form_alone_is_right_or_refused_by_name(tmp_path: Pa
         algebra.add([gain(2.0), gain(3.0)])
     with pytest.raises(ConfigError, match=r"up_leaf_names"):
         fl.optim.lora_plus(0.1).init(gain(1.0))
-    with pytest.raises(UnsupportedError, match=r"'weight': a PEFT folder has no place for the rule Gain"):
-        fl.save_peft(tmp_path / "out", gain(1.0), fl.LoraConfig(target_modules=["x"]))
+    for adapters, remedy in ((gain(1.0), r"Merge the adapter"), ({"weight": vera()}, r"rule\.as_lora\(\)")):
+        with pytest.raises(UnsupportedError, match=rf"'weight': a PEFT folder has no place for the rule .*{remedy}"):
+            fl.save_peft(tmp_path / "out", adapters, fl.LoraConfig(target_modules=["x"]))
     assert not (tmp_path / "out").exists()
     assert torch.equal(fl.merge(params, {"weight": Negated()})["weight"], -params["weight"])
 

@@ -22,7 +22,7 @@ from funclora.rules.base import Adapters, Rule
 from funclora.rules.dense import Delta, Full
 from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Attention, Conv, Conv1D, Embedding, Linear, Matrices, Parameter
-from funclora.rules.low_rank import LoRA
+from funclora.rules.low_rank import LoRA, lora_of
 from funclora.rules.tokens import Tied, TrainableTokens
 
 _INSTEAD = "Merge the adapter (funclora.merge) and save the weights instead."
@@ -41,7 +41,10 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
     wrapped = {}
     for name, rule in adapters.items():
         if type(rule) not in (LoRA, DoRA, Full, Delta, TrainableTokens, Tied):
-            raise UnsupportedError(f"{name!r}: a PEFT folder has no place for the rule {type(rule).__name__}.")
+            equal = (
+                "Save the LoRA that it equals, rule.as_lora()" if isinstance(rule, Rule) and lora_of(rule) else _INSTEAD
+            )
+            raise UnsupportedError(f"{name!r}: a PEFT folder has no place for the rule {type(rule).__name__}. {equal}")
         _check_leaves(name, rule)
         if isinstance(rule, (LoRA, DoRA)):
             by_parameter = config.names("target_parameters", name)
