@@ -25,7 +25,7 @@ from funclora._apps.sweep.task import Task
 from funclora._many.stack import Stack
 from funclora._torch.pytree import keyed_copies, leaf_keys
 from funclora._train.members import Population
-from funclora.errors import ConfigError
+from funclora.errors import ConfigError, FormatError
 from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation
 
@@ -295,9 +295,16 @@ class Search:
         if i not in self._specs:
             members, state = self._begun([self._fresh(i)], [i])
             like: Any = {"adapters": members[0], "state": state[0]}
-            self._specs[i] = optree.tree_structure(like)
-        spec, stored = self._specs[i], self.store.load(i)
-        tree: dict[str, Any] = spec.unflatten([stored[key].to(self.task.device) for key in leaf_keys(spec)])
+            leaves, spec = optree.tree_flatten(like)
+            self._specs[i] = spec, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        (spec, kinds), stored = self._specs[i], self.store.load(i)
+        keys = leaf_keys(spec)
+        if {*keys} != {*stored} or [(stored[key].shape, stored[key].dtype) for key in keys] != kinds:
+            raise FormatError(
+                f"{self.store.tensors / str(self.progress[i].file)}: it does not hold the tensors of member {i}. Use "
+                "another --out."
+            )
+        tree: dict[str, Any] = spec.unflatten([stored[key].to(self.task.device) for key in keys])
         return tree
 
     # Telling

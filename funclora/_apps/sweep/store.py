@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from funclora._files.atomic import replace_files
 from funclora._files.locks import claimed_folder
 from funclora._files.names import file_inside
 from funclora._files.seal import BLANK, CHECKSUM, is_intact, sealed
+from funclora._files.typed import as_type
 from funclora.errors import ConfigError, FormatError, FuncloraWarning
 
 CONFIG, STATE, BEFORE, RESULTS = "sweep.json", "state.json", "before.json", "results.jsonl"
@@ -91,6 +93,7 @@ class Store:
         """
         self.folder = folder
         self.tensors = folder / "state"
+        self._n = n
         given: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read again
         if (folder / CONFIG).exists():
             _agree(folder, _read(folder / CONFIG), given)
@@ -127,19 +130,46 @@ class Store:
             raise FormatError(f"{file} is damaged: its checksum does not match. Use another --out.")
         try:
             del raw[CHECKSUM]
-            members = {int(i): MemberProgress(**each) for i, each in raw.pop("members").items()}
-            state = State(members, **raw)
+            state: State = as_type(State, {**raw, "records": []}, str(file))
+            self._check(state)
             with (self.folder / RESULTS).open(encoding="utf-8") as results:
-                state.records = [json.loads(line) for line, _ in zip(results, range(state.lines), strict=False)]
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-            raise FormatError(f"{file} is broken: {error}. Use another --out.") from error
+                lines = [json.loads(line) for line, _ in zip(results, range(state.lines), strict=False)]
+            state.records = [self._record(line, state) for line in lines]
+        except FormatError as error:
+            raise FormatError(f"{error} Use another --out.") from error
+        except (ValueError, RecursionError, FileNotFoundError) as error:
+            raise FormatError(f"{file} is broken: {error} Use another --out.") from error
         if len(state.records) != state.lines:
             raise FormatError(f"{self.folder / RESULTS} has lost lines. Use another --out.")
-        for name in {member.file for member in members.values()} - {None}:
+        for name in {member.file for member in state.members.values()} - {None}:
             tensors = file_inside(self.tensors, name, f"{file}: file")
             if not tensors.is_file() or not is_intact(tensors.read_bytes()):
                 raise FormatError(f"{tensors} is missing or damaged: its checksum does not match. Use another --out.")
         return state
+
+    def _check(self, state: State) -> None:
+        """Raise `ValueError` for a state that no search has."""
+        if {*state.members} != {*range(self._n)}:
+            raise ValueError(f"members: expected those from 0 to {self._n - 1}.")
+        numbers = [state.rung, state.files, state.lines, *(member.step for member in state.members.values())]
+        if min(numbers) < 0 or (state.size is not None and state.size < 1):
+            raise ValueError("a number is negative.")
+        for i, member in state.members.items():
+            if member.status not in (LIVE, HALVED, NOT_FINITE):
+                raise ValueError(f"members[{i}]: {reprlib.repr(member.status)} is no status.")
+            if member.status == LIVE and member.step and member.file is None and not state.done:
+                raise ValueError(f"members[{i}]: its tensors are in no file.")
+
+    def _record(self, line: Any, state: State) -> dict[str, Any]:
+        """A line of the results."""
+        where = str(self.folder / RESULTS)
+        record: dict[str, Any] = as_type(dict[str, Any], line, where)
+        if as_type(int, record.get("member"), f"{where}: member") not in state.members:
+            raise ValueError(f"{where}: there is no member {record['member']}.")
+        as_type(int, record.get("step"), f"{where}: step")
+        for name in ("heldout_loss", "train_loss"):
+            as_type(float | None, record.get(name), f"{where}: {name}")
+        return record
 
     def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
         """Commit the state and new tensors of some members, from which a later run continues."""
@@ -169,9 +199,12 @@ class Store:
         """The tensors of a member."""
         name = self.state.members[i].file
         assert name is not None
-        with safe_open(str(self.tensors / name), framework="pt") as file:
-            prefix = f"{i}/"
-            return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+        prefix = f"{i}/"
+        try:
+            with safe_open(str(self.tensors / name), framework="pt") as file:
+                return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{self.tensors / name} cannot be read: {error}. Use another --out.") from error
 
     def _sweep_up(self) -> None:
         """Remove files that no commit refers to: old tensors, and drafts of killed processes."""
@@ -207,7 +240,7 @@ def _short(value: Any) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file} is not JSON: {error}. Use another --out.") from error
     if not isinstance(content, dict):
         raise FormatError(f"{file}: expected an object. Use another --out.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from funclora._apps.train.settings import Settings
+from funclora._files.typed import as_type
 from funclora.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -52,15 +53,12 @@ class Metrics:
             return []
         try:
             self._stream = self.file.open("r+b", buffering=0)
-            head = self._stream.read(size)
-            lines = [json.loads(line) for line in head.splitlines()]
-        except (FileNotFoundError, ValueError) as error:
+            head = self._stream.read(min(size, self.file.stat().st_size))
+            lines = [_line(line, str(self.file)) for line in head.splitlines()]
+        except (FileNotFoundError, ValueError, RecursionError) as error:
             raise FormatError(f"{self.file}: lines from before the checkpoint are missing: {error}. {_HINT}") from error
-        if len(head) < size or not all(isinstance(line, dict) and "step" in line for line in lines):
-            raise FormatError(
-                f"{self.file}: expected {size} bytes of lines with a step, as at the checkpoint, found {len(head)}. "
-                + _HINT
-            )
+        if len(head) < size:
+            raise FormatError(f"{self.file}: expected {size} bytes, as at the checkpoint, found {len(head)}. {_HINT}")
         self._stream.truncate(size)
         self._stream.seek(size)
         return lines
@@ -88,6 +86,16 @@ class Metrics:
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
+
+
+def _line(text: bytes, where: str) -> Line:
+    """A line of before, whose numbers are numbers."""
+    line: Line = as_type(dict[str, Any], json.loads(text), where)
+    as_type(int, line.get("step"), f"{where}: step")
+    for name in ("loss", "validation_loss"):
+        if name in line:
+            as_type(float, line[name], f"{where}: {name}")
+    return line
 
 
 class TensorBoard:

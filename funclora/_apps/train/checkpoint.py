@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import reprlib
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +21,7 @@ from funclora._apps.train.settings import Settings
 from funclora._files.atomic import read_json, replace_files
 from funclora._files.locks import claimed_folder
 from funclora._files.seal import BLANK, is_intact, sealed
+from funclora._files.typed import as_type
 from funclora.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -104,12 +106,11 @@ class Run:
             replace_files(self.folder, {RUN: _writer(json.dumps({"id": self.id, **given}, indent=1) + "\n")})
             return
         stored = read_json(file)
-        try:
-            self.id, settings, known = stored["id"], dict(stored["settings"]), dict(stored["digests"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{file}: expected id, settings and digests, found {sorted(stored)}.") from error
+        self.id = as_type(str, stored.get("id"), f"{file}: id")
+        settings = as_type(dict[str, Any], stored.get("settings"), f"{file}: settings")
+        known = as_type(dict[str, Any], stored.get("digests"), f"{file}: digests")
         differ = [
-            f"{key} = {settings.get(key)!r} there and {given['settings'].get(key)!r} here"
+            f"{key} = {reprlib.repr(settings.get(key))} there and {given['settings'].get(key)!r} here"
             for key in {**settings, **given["settings"]}
             if settings.get(key) != given["settings"].get(key)
         ] + [f"other {key} than there" for key in {**known, **digests} if known.get(key) != digests.get(key)]
@@ -172,12 +173,14 @@ class Run:
             FormatError: it is not a checkpoint of such a tree.
         """
         import optree
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         from funclora._torch.pytree import leaf_keys
 
         file = self.file(step)
         hint = "Remove it to continue from the checkpoint before it, if there is one"
+        broken = f"{file}: this is not a checkpoint, or it is broken"
         leaves: list[Tensor]
         leaves, spec = optree.tree_flatten(like)
         try:
@@ -185,13 +188,15 @@ class Run:
             if not is_intact(content):
                 raise DamagedError(f"{file}: this is not what was written: its checksum does not match. {hint}.")
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            progress, tensors = _progress(header["__metadata__"]["progress"], step), load(content)
+            progress, tensors = _progress(header["__metadata__"]["progress"], step, broken), load(content)
         except OSError as error:
             raise DamagedError(f"{file}: it cannot be read: {error.strerror or error}. {hint}.") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(f"{file}: this is not a checkpoint, or it is broken: {error}. {hint}.") from error
+        except DamagedError:
+            raise
+        except FormatError as error:
+            raise FormatError(f"{error} {hint}.") from error
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FormatError(f"{broken}: {error}. {hint}.") from error
         keys = leaf_keys(spec)
         if {*keys} != {*tensors}:
             odd = sorted({*keys} ^ {*tensors})
@@ -285,20 +290,14 @@ def plain(settings: Settings) -> dict[str, Any]:
     return raw
 
 
-def _progress(text: str, step: int) -> RunProgress:
-    """The progress in a checkpoint of a step; `ValueError`, `TypeError` or `KeyError` if there is none."""
-    raw = json.loads(text)
-    default = RunProgress()
-    values = {key: raw.pop(key) for key in asdict(default)}
-    if raw or values["step"] != step:
-        raise ValueError(f"it is of step {values['step']!r}, with unknown {sorted(raw)}")
-    best, pending = values.pop("best"), values.pop("pending")
-    for key, value in values.items():
-        wanted = type(getattr(default, key))
-        if type(value) is not wanted:
-            raise TypeError(f"{key}: expected {wanted.__name__}, got {value!r}")
-    pairs = [(float(loss), float(norm)) for loss, norm in pending]
-    return RunProgress(**values, pending=pairs, best=None if best is None else (int(best[0]), float(best[1])))
+def _progress(text: str, step: int, where: str) -> RunProgress:
+    """The progress in a checkpoint of a step; a `FormatError` if there is none."""
+    progress: RunProgress = as_type(RunProgress, json.loads(text), where)
+    if progress.step != step:
+        raise FormatError(f"{where}: it is of step {progress.step}, expected {step}.")
+    if min(progress.step, progress.waited, progress.metrics, progress.tokens) < 0:
+        raise FormatError(f"{where}: step, waited, metrics and tokens are 0 at least.")
+    return progress
 
 
 def _writer(content: str | bytes) -> Any:
