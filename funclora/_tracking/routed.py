@@ -23,7 +23,7 @@ from funclora._tracking.propagation import Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Rule, of_members
-from funclora.rules.layouts import Layout, Shape
+from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
 from funclora.rules.low_rank import LowRank, low_rank_of_members
 
@@ -196,7 +196,7 @@ class Routed(Rule):
     def transposed(self) -> Rule | None:
         return self.of_each(lambda rule: rule.transposed())
 
-    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Rule | None:
+    def narrow(self, shape: tuple[int, ...], dim: int, start: int, length: int) -> Rule | None:
         return self.of_each(lambda rule: rule.narrow(shape, dim, start, length))
 
     def of_each(self, form: Callable[[Rule], Rule | None]) -> Rule | None:

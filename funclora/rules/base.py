@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from funclora.rules.layouts import Layout, Shape
+from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import LinearOp
 
 R = TypeVar("R", bound="Rule")
@@ -168,7 +168,7 @@ class Rule(ABC):
         lora = self.as_lora()
         return None if lora is None else lora.select_experts(index)
 
-    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Rule | None:
+    def narrow(self, shape: tuple[int, ...], dim: int, start: int, length: int) -> Rule | None:
         """The rule of `weight.narrow(dim, start, length)`; None if there is no such rule.
 
         Args:

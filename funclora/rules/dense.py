@@ -12,7 +12,6 @@ from funclora._quant.tensor import Quantized
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
-from funclora.rules.layouts import Shape
 from funclora.rules.linear_ops import added
 
 
@@ -45,7 +44,7 @@ class Full(Rule):
     def transposed(self) -> Full:
         return replace(self, value=self.value.mT)
 
-    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Full:
+    def narrow(self, shape: tuple[int, ...], dim: int, start: int, length: int) -> Full:
         return replace(self, value=self.value.narrow(dim, start, length))
 
     def check(self, name: str, weight: Tensor) -> None:
@@ -88,7 +87,7 @@ class Delta(Rule):
     def transposed(self) -> Delta:
         return replace(self, value=self.value.mT)
 
-    def narrow(self, shape: Shape, dim: int, start: int, length: int) -> Delta:
+    def narrow(self, shape: tuple[int, ...], dim: int, start: int, length: int) -> Delta:
         return replace(self, value=self.value.narrow(dim, start, length))
 
     def check(self, name: str, weight: Tensor) -> None:

@@ -21,9 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Size, Tensor
-
-Shape = tuple[int, ...] | Size
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,14 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `to_matrix`: the tensor of the given shape that holds `matrix: [*lead, out, in]`."""
 
     @abstractmethod
-    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of `a` and `b` of a rank-r update of a weight of that shape."""
 
-    def magnitude_shape(self, shape: Shape) -> tuple[int, ...]:
+    def magnitude_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a DoRA magnitude, one value per output unit: `[*lead, out]`."""
         return self.factor_shapes(shape, 1)[1][: self.expert_dims(shape) + 1]
 
@@ -67,11 +65,11 @@ class Layout(ABC):
         """True if the weight stores `[*lead, in, out]`."""
         return False
 
-    def expert_dims(self, shape: Shape) -> int:
+    def expert_dims(self, shape: tuple[int, ...]) -> int:
         """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
         return 0
 
-    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+    def counts(self, shape: tuple[int, ...], dim: int) -> Literal["experts", "outputs", "inputs"] | None:
         """What a dimension of the weight, counted from the front, counts; None if it is none of these alone."""
         return None
 
@@ -114,10 +112,10 @@ class Matrices(Layout):
     def rank_dims(self) -> tuple[int, int]:
         return -2, -1
 
-    def expert_dims(self, shape: Shape) -> int:
+    def expert_dims(self, shape: tuple[int, ...]) -> int:
         return len(shape) - 2
 
-    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+    def counts(self, shape: tuple[int, ...], dim: int) -> Literal["experts", "outputs", "inputs"] | None:
         if dim < len(shape) - 2:
             return "experts"
         return "inputs" if (dim == len(shape) - 1) != self.transposed else "outputs"
@@ -128,10 +126,10 @@ class Matrices(Layout):
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
-    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         return matrix.mT if self.transposed else matrix
 
-    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         *lead, n_out, n_in = shape
         if self.transposed:
             n_in, n_out = n_out, n_in
@@ -248,16 +246,16 @@ class Conv(Layout):
     dilated: bool = False
     padding_mode: str = "zeros"
 
-    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+    def counts(self, shape: tuple[int, ...], dim: int) -> Literal["experts", "outputs", "inputs"] | None:
         return "outputs" if dim == 0 else None
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         return matrix.reshape(shape)
 
-    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         n_out, n_in, *kernel = shape
         return (r, n_in, *kernel), (n_out, r, *(1 for _ in kernel))
 
@@ -279,7 +277,7 @@ class ConvTranspose(Layout):
 
     groups: int = 1
 
-    def counts(self, shape: Shape, dim: int) -> Literal["experts", "outputs", "inputs"] | None:
+    def counts(self, shape: tuple[int, ...], dim: int) -> Literal["experts", "outputs", "inputs"] | None:
         return "outputs" if dim == 1 and self.groups == 1 else None
 
     def of_outputs(self) -> Layout | None:
@@ -289,12 +287,12 @@ class ConvTranspose(Layout):
         grouped: Tensor = weight.unflatten(0, (self.groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def from_matrix(self, matrix: Tensor, shape: Shape) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         n_in, n_out, *kernel = shape
         grouped = matrix.reshape(self.groups, n_out, n_in // self.groups, *kernel)
         return grouped.transpose(1, 2).reshape(shape)
 
-    def factor_shapes(self, shape: Shape, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         n_in, n_out, *kernel = shape
         return (r, n_in // self.groups, *kernel), (n_out * self.groups, r, *(1 for _ in kernel))
 

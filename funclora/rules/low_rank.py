@@ -100,7 +100,7 @@ class LowRank(Rule):
         scale = self.output_scale(weight)
         return self.low_rank() if scale is None else self.with_scale(scale)
 
-    def with_scale(self, scale: Tensor) -> ScaledLowRank:
+    def with_scale(self, scale: Tensor) -> LowRank:
         """The same update with other multiples of the output units, `[*lead, out]`."""
         low = self.low_rank()
         return ScaledLowRank(low.a, low.b, scale, scaling=low.scaling, dropout=low.dropout, layout=low.layout)
