@@ -8,12 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+
+# Control characters but for tab and line feed, characters that turn the direction of writing, and halves of pairs.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 200  # characters that are shown of a name
+_MOST = 10_000  # names that are compared
+
+
+def printable(text: str) -> str:
+    """A text without what steers a terminal: such characters are written as Python escapes them.
+
+    Examples:
+        >>> printable("name" + chr(27) + "[2J").count("x1b")
+        1
+    """
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(name: object) -> str:
+    """A name, or whatever came instead of one, for a message."""
+    text = repr(name[: _LONGEST + 1] if isinstance(name, str) else name)
+    return text if len(text) <= _LONGEST + 2 else f"{text[:_LONGEST]}..."
 
 
 class FuncloraError(Exception):
     """Base class of every error that funclora raises."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ArgumentError(FuncloraError, TypeError):
@@ -58,6 +83,9 @@ class FormatError(FuncloraError, ValueError):
 class FuncloraWarning(UserWarning):
     """Base class of every warning that funclora gives."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+
 
 class DenseFallbackWarning(FuncloraWarning):
     """An operation without a fast form computed the dense adapted weight: correct, but slow."""
@@ -89,8 +117,10 @@ def near(name: str, names: Iterable[str], n: int = 5) -> str:
         ''
     """
     candidates = list(dict.fromkeys(names))
-    close = difflib.get_close_matches(name, candidates, n=n, cutoff=0.3) or candidates[:n]
-    return f" Near names: {', '.join(close)}." if close else ""
+    short = [candidate for candidate in candidates[:_MOST] if len(candidate) <= _LONGEST]  # long ones take long
+    close = difflib.get_close_matches(name[:_LONGEST], short, n=n, cutoff=0.3) or candidates[:n]
+    shown = (each if len(each) <= _LONGEST else f"{each[:_LONGEST]}..." for each in close)
+    return f" Near names: {', '.join(shown)}." if close else ""
 
 
 _strict: ContextVar[bool] = ContextVar("funclora.errors.strict", default=False)

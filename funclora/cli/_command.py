@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from funclora.cli._options import VALUES, prepared
-from funclora.errors import FuncloraError, FuncloraWarning
+from funclora.errors import FuncloraError, FuncloraWarning, printable
 
 FAILED, STOPPED = 2, 130
 
@@ -176,7 +176,7 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
 def say(*words: str) -> None:
     """One line on stderr: `funclora COMMAND: message`."""
     *names, message = words
-    typer.echo(f"{' '.join(['funclora', *names])}: {' '.join(message.split())}", err=True)
+    typer.echo(f"{' '.join(['funclora', *names])}: {printable(' '.join(message.split()))}", err=True)
 
 
 def _complaint(error: BaseException) -> str | None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from funclora.cli._output import say_text
+
 if TYPE_CHECKING:
     from funclora._apps.train.base import Base
     from funclora._apps.train.records import Record
@@ -96,4 +98,4 @@ def _line(sign: str | None) -> str | None:
 
 def write_text(text: str) -> None:
     """Print a part of an answer."""
-    typer.echo(text, nl=False)
+    say_text(text, end="")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Annotated, Any
 
 import typer
+
+from funclora.errors import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -14,6 +17,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 def print_json(tree: Any) -> None:
     """Print one JSON value on stdout. NaN and infinity, which JSON does not have, become null; paths become texts."""
     typer.echo(json_text(tree))
+
+
+def say_text(text: str, *, end: str = "\n") -> None:
+    """A model's text on stdout: as it is for a program, without what steers a terminal for one."""
+    typer.echo((printable(text) if sys.stdout.isatty() else text) + end, nl=False)
 
 
 def json_text(tree: Any) -> str:

@@ -44,8 +44,9 @@ def check_plot(file: Path | None) -> None:
 @contextlib.contextmanager
 def bar(words: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr, if it is a terminal; yields a function of the finished and the total number."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from funclora._apps.train.console import Console
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)

@@ -154,9 +154,10 @@ def _report(
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from funclora._apps.train.console import Console
 
     table = Table(title=f"Combined by {report['combination_type']}")
     table.add_column("adapter")

@@ -30,8 +30,9 @@ def demo(
         funclora demo
         funclora demo --out quick --domains 3 --steps 9 --rank 4
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from funclora._apps.train.console import Console
 
     console = Console(stderr=json)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -56,9 +57,10 @@ def demo(
 
 
 def _report(results: Results, console: object) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from funclora._apps.train.console import Console
 
     assert isinstance(console, Console)
     table = Table(title="Loss on held-out text, nats per byte")

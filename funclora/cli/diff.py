@@ -47,8 +47,9 @@ def diff(
 
 
 def _print(found: Difference, plot: Path | None) -> None:
-    from rich.console import Console
     from rich.markup import escape
+
+    from funclora._apps.train.console import Console
 
     console = Console()
     rules = [["–" if side is None else words(side.rule, side.r, None) for side in row.sides] for row in found.rows]

@@ -11,8 +11,7 @@ import typer
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from funclora._apps.train.console import Console
     from funclora.cli._losses import Losses
 
 
@@ -48,8 +47,9 @@ def evaluate(
         funclora eval adapters --data heldout.txt
         funclora eval code prose --data code.jsonl --data prose.jsonl --model model --rows 64 --out results
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from funclora._apps.train.console import Console
 
     if out is not None and len(data) > 1:
         try:

@@ -13,8 +13,7 @@ from funclora.cli._output import AsJson, print_json
 from funclora.cli._report import bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from funclora._apps.train.console import Console
     from funclora.io.hf.extract import ExtractReport
 
 
@@ -46,8 +45,7 @@ def extract(
         funclora extract base tuned -o adapter --rank 16
         funclora extract base tuned -o adapter --rank 16 --targets q_proj,v_proj --save-rest
     """
-    from rich.console import Console
-
+    from funclora._apps.train.console import Console
     from funclora.errors import ConfigError
 
     if save_rest and ignore_rest:

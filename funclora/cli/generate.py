@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from funclora.cli._converse import BASE, converse, refuse_bytes, spoken, write_text
-from funclora.cli._output import AsJson, json_line, print_json
+from funclora.cli._output import AsJson, json_line, print_json, say_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -216,8 +216,9 @@ def _answer_file(
     json: bool,
 ) -> None:
     """All prompts of a file: printed as they come, or as one JSON value, or written."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from funclora._apps.train.console import Console
 
     quiet = json or out is not None
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -231,7 +232,7 @@ def _answer_file(
                 results.append(_result(prompt, answer))
                 if not quiet:
                     typer.secho(f"{prompt.where} under {prompt.adapter or BASE}", bold=True)
-                    typer.echo(answer.text)
+                    say_text(answer.text)
             bar.update(task, advance=len(answers))
     facts = {
         "model": base.name,

@@ -50,8 +50,9 @@ def inspect(
 
 
 def _print(found: Inspection, plot: Path | None) -> None:
-    from rich.console import Console
     from rich.markup import escape
+
+    from funclora._apps.train.console import Console
 
     console = Console()
     if found.kind == "adapter":

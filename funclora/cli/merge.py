@@ -12,8 +12,7 @@ import typer
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from funclora._apps.train.console import Console
     from funclora.io.merge.merge import MergeReport
 
 
@@ -41,6 +40,9 @@ def merge(
         str | None, typer.Option(help="Maximum size of a file, such as 5GB.", show_default="the files of the base")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the result again and compare it.")] = False,
+    fsync: Annotated[
+        bool, typer.Option(help="Wait until the result is on the disk, and safe from a power failure.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Show what would change, and write nothing.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -53,8 +55,9 @@ def merge(
         funclora merge model adapter -o merged --verify
         funclora merge model code prose -o merged --weights 0.7,0.3 --dtype bfloat16
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from funclora._apps.train.console import Console
 
     columns = (
         BarColumn(),
@@ -82,6 +85,7 @@ def merge(
             dtype=None if dtype is None else getattr(torch, dtype.value),
             max_shard_size=max_shard_size,
             verify=verify,
+            fsync=fsync,
             dry_run=dry_run,
             progress=progress,
         )

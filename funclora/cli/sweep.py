@@ -122,12 +122,12 @@ def _run(
 ) -> None:
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.live import Live
 
     from funclora._apps.sweep.report import write
     from funclora._apps.sweep.search import Search
     from funclora._apps.sweep.store import NOT_FINITE, Store
+    from funclora._apps.train.console import Console
 
     trained = {k: v for k, v in asdict(settings).items() if k not in ("budget", "population")}
     config = {**source, **trained, "members": [asdict(member) for member in members], **task.digests()}

@@ -20,8 +20,7 @@ from funclora.cli._report import short, size, weights
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from rich.console import Console
-
+    from funclora._apps.train.console import Console
     from funclora._apps.train.plan import Plan
     from funclora._apps.train.run import Result
     from funclora._bind.summary import SummaryRow
@@ -111,7 +110,7 @@ train.__signature__ = _with_options()  # type: ignore[attr-defined]
 def _file(config: Path | None, given: dict[str, Any]) -> Path | None:
     """The file of settings; a run that is resumed has its own, which is used if no other is given."""
     if config is None and given.get("resume"):
-        own = Path(given.get("out", Settings.out)) / RUN_FILE
+        own = Path(given.setdefault("out", Settings.out)) / RUN_FILE  # and not where the file says: it may have moved
         return own if own.is_file() else None
     return config
 
@@ -132,8 +131,9 @@ def _facts(settings: Settings, result: Result) -> dict[str, Any]:
 
 
 def _print(settings: Settings, result: Result) -> None:
-    from rich.console import Console
     from rich.markup import escape
+
+    from funclora._apps.train.console import Console
 
     console, outcome = Console(), result.outcome
     train, validation = outcome.losses["train"], outcome.losses["validation"]
@@ -161,7 +161,7 @@ def _plan(settings: Settings, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(made) | {"memory": asdict(made.memory) | {"total": made.memory.total}})
         return
-    from rich.console import Console
+    from funclora._apps.train.console import Console
 
     _print_plan(made, Console())
 

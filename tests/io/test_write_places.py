@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import funclora as fl
 from funclora._files.atomic import replace_files
 from funclora._files.locks import lock_folder
+from funclora._files.staging import staged_folder
 from funclora.cli._app import app
 from funclora.errors import ConfigError, FormatError
 
@@ -195,6 +196,56 @@ def test_what_killed_processes_left_is_removed(root: Path) -> None:
     fl.save_peft(root / "adapter", *fl.load_peft(root / "adapter", model))
     assert not any(file.exists() for file in abandoned)
     assert all(file.exists() for file in others)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_the_result_from_the_start(umask: int, tmp_path: Path) -> None:
+    """A draft is never open to more users than what it becomes, a file that is replaced keeps its permissions."""
+    seen: list[int] = []
+
+    def mode(file: Path) -> int:
+        return file.stat().st_mode & 0o777
+
+    def write(file: Path) -> None:
+        seen.append(mode(file))
+        file.write_text("new")
+
+    secret, hidden, before = tmp_path / "secret", tmp_path / "hidden", os.umask(umask)
+    try:
+        replace_files(tmp_path, {"new": write})
+        assert [*seen, mode(tmp_path / "new")] == 2 * [0o666 & ~umask]
+        for given in (0o600, 0o640, 0o444):
+            secret.write_text("old")
+            secret.chmod(given)
+            replace_files(tmp_path, {"secret": write})
+            assert mode(secret) == given
+            assert seen[-1] & ~0o600 & ~given == 0
+            secret.unlink()
+        hidden.mkdir(mode=0o700)
+        with staged_folder(hidden) as draft:
+            assert mode(draft) == 0o700
+        assert mode(hidden) == 0o700
+        with staged_folder(tmp_path / "open") as draft:
+            assert mode(draft) == 0o777 & ~umask
+    finally:
+        os.umask(before)
+
+
+def test_names_of_drafts_cannot_be_predicted(tmp_path: Path) -> None:
+    """Neither can a link be planted where a draft will be, nor does one that is there matter."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").write_text("mine")
+    (tmp_path / ".out.funclora-partial").symlink_to(tmp_path / "target")
+    (tmp_path / f".out.{'0' * 32}.partial").symlink_to(tmp_path / "target")
+    names = set()
+    for _ in range(3):
+        with staged_folder(tmp_path / "out") as draft:
+            names.add(draft.name)
+        (tmp_path / "out").rmdir()
+        replace_files(tmp_path, {"file": lambda file: names.add(file.name)})
+    assert len(names) == 6
+    assert (tmp_path / "target" / "mine").read_text() == "mine"
 
 
 def test_two_writers_of_one_adapter(root: Path) -> None:

@@ -182,7 +182,7 @@ class Terminal:
     EVERY = 10.0  # seconds between lines of training in a log
 
     def __init__(self, console: Console | None) -> None:
-        from rich.console import Console
+        from funclora._apps.train.console import Console
 
         self.console = console or Console(stderr=True)
         self._bar: Any = None

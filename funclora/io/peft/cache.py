@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from funclora._api.arguments import check_model, check_path
+from funclora._files.names import is_file_name
 from funclora._many.route import route
 from funclora._many.stack import stack
 from funclora._torch.memory import nbytes
-from funclora.errors import ConfigError, near
+from funclora.errors import ConfigError, near, shortened
 from funclora.io.peft.files import CONFIG_FILE
 from funclora.io.peft.folder import load_peft
 from funclora.rules.base import Rule
@@ -109,7 +110,7 @@ class AdapterCache:
 
     def __contains__(self, name: object) -> bool:
         """Whether the adapter is held now."""
-        return name in self._held
+        return isinstance(name, str) and name in self._held
 
     def __len__(self) -> int:
         return len(self._held)
@@ -125,7 +126,7 @@ class AdapterCache:
     def drop(self, name: str) -> bool:
         """Forget an adapter, for example because its folder was written anew; whether it was held."""
         with self._lock:
-            if name not in self._held:
+            if name not in self:
                 return False
             _, size = self._held.pop(name)
             self._bytes -= size
@@ -151,8 +152,8 @@ class AdapterCache:
             FormatError: the folder of an adapter is broken. This and any other error of `load_peft` leaves the cache
                 as it was.
         """
-        if isinstance(ids, str) or not len(ids):
-            raise ConfigError(f"AdapterCache: ids: expected an id or None for each row, got {ids!r}.")
+        if isinstance(ids, str) or not isinstance(ids, Sequence) or not len(ids):
+            raise ConfigError(f"AdapterCache: ids: expected an id or None for each row, got {shortened(ids)}.")
         found = self._get([name for name in ids if name is not None])
         if not found:
             return {}
@@ -161,6 +162,9 @@ class AdapterCache:
 
     def _get(self, ids: Sequence[str]) -> dict[str, Adapter]:
         """The adapters by their ids, each once. Nothing changes unless all of them can be had."""
+        for name in ids:
+            if not isinstance(name, str):
+                raise ConfigError(f"AdapterCache: ids: expected texts, got {shortened(name)}.")
         wanted = list(dict.fromkeys(ids))
         folders = {name: self._folder(name) for name in wanted}
         found: dict[str, Adapter] = {}
@@ -238,8 +242,7 @@ class AdapterCache:
             known = list(self._source)
         else:
             # A name, not a path: an id that comes with a request must not lead out of the folder.
-            folder = self._source / name
-            if name not in ("", ".", "..") and Path(name).name == name and folder.is_dir():
-                return folder
+            if is_file_name(name) and (self._source / name).is_dir():
+                return self._source / name
             known = sorted(path.parent.name for path in self._source.glob(f"*/{CONFIG_FILE}"))
-        raise ConfigError(f"AdapterCache: there is no adapter {name!r}.{near(name, known)}")
+        raise ConfigError(f"AdapterCache: there is no adapter {shortened(name)}.{near(name, known)}")

@@ -1,0 +1,20 @@
+"""rich's console, on which text from files and models cannot steer the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from funclora.errors import printable
+
+
+class Console(rich.console.Console):
+    """A console that shows control characters in what it is given as escapes."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As the base class does."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
