@@ -105,6 +105,6 @@ def test_dora_is_refused_with_advice(base: Path, tmp_path: Path) -> None:
     fl.save_peft(tmp_path / "peft", fl.init(model, config), config)
     done = run(tmp_path / "peft", "--to=gguf", "--base", base, "-o", tmp_path / "a.gguf")
     assert done.exit_code == 2
-    assert "llama.cpp has no form for the rule DoRA" in done.stderr
+    assert "llama.cpp does not support the rule DoRA" in done.stderr
     assert "Merge the adapter into the base" in done.stderr
     assert not (tmp_path / "a.gguf").exists()

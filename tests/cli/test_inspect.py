@@ -196,7 +196,7 @@ def test_complaints(folders: Path, tmp_path: Path) -> None:
         ((infinite,), "NaN or infinity"),
         (
             (folders / "lora", "--base", tmp_path / "none"),
-            "there is no such folder. Give that of a transformers model.",
+            "there is no such folder. Give the folder of a transformers model.",
         ),
         ((folders / "lora", "--base", folders / "moe"), "matches no module"),
         ((folders / "tuned", "--base", folders / "moe"), "They belong to different models"),

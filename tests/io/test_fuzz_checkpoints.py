@@ -95,15 +95,15 @@ def test_json(attempt: Callable[..., None], whole: Path, job: Any, name: str, ed
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], type[FuncloraError], str]] = {
-    "layers without end": ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers: expected 10000 at most"),
-    "more layers than tensors": ({"num_hidden_layers": 900}, FormatError, "asks for more than 1210 parameters"),
+    "layers without end": ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers: expected at most 10000"),
+    "more layers than tensors": ({"num_hidden_layers": 900}, FormatError, "has more than 1210 parameters"),
     "a vocabulary": ({"vocab_size": 10**15}, FormatError, "has shape"),
-    "no number": ({"hidden_size": "16"}, FormatError, "LlamaForCausalLM cannot be made as config.json says: "),
-    "no heads": ({"num_attention_heads": 0}, FormatError, "LlamaForCausalLM cannot be made as config.json says: "),
-    "a module": ({"architectures": ["utils"]}, UnsupportedError, "has no class 'utils' of models"),
-    "a function": ({"architectures": ["__init__"]}, UnsupportedError, "has no class '__init__' of models"),
+    "no number": ({"hidden_size": "16"}, FormatError, "LlamaForCausalLM cannot be made from config.json: "),
+    "no heads": ({"num_attention_heads": 0}, FormatError, "LlamaForCausalLM cannot be made from config.json: "),
+    "a module": ({"architectures": ["utils"]}, UnsupportedError, "has no model class 'utils'"),
+    "a function": ({"architectures": ["__init__"]}, UnsupportedError, "has no model class '__init__'"),
     "a list of kinds": ({"model_type": []}, FormatError, "model_type: expected a string, got "),
-    "no name": ({"architectures": [{}]}, UnsupportedError, "has no class {} of models"),
+    "no name": ({"architectures": [{}]}, UnsupportedError, "has no model class {}"),
 }
 
 

@@ -1,7 +1,7 @@
 """llama.cpp's LoRA adapters: `save_gguf` and `load_gguf`.
 
-A file means here what it means to llama.cpp: each update is scaled by alpha/r, with one alpha for the file and r of the
-tensor at hand, whatever made the adapter. What llama.cpp would refuse, ignore or stop at is refused.
+A file has the same meaning as in llama.cpp: each update is scaled by alpha/r, with one alpha for the file and the r of
+the tensor. Anything that llama.cpp would refuse, ignore or stop at is refused.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from funclora.rules.base import Adapters, Rule
 from funclora.rules.layouts import Conv1D, Embedding, Linear
 from funclora.rules.low_rank import LoRA
 
-# A factor nearer to 1 than this changes no number by more than float32's rounding.
+# A factor closer to 1 than this changes no number by more than rounding in float32.
 _ROUNDING = 2.0**-24
 
 
 def save_gguf(
     path: str | os.PathLike[str], adapters: Adapters, model: nn.Module, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write adapters as a GGUF file that llama.cpp loads next to its file of the base model.
+    """Write adapters as a GGUF file that llama.cpp loads together with the base model's file.
 
-    llama.cpp scales every update by alpha/r, with one alpha for all. The alpha of most of the rules is written; where
-    a rule has another one (`alpha_pattern`, rsLoRA with several ranks), the quotient goes into its B. Dropout, which
-    acts in training only, is not written.
+    llama.cpp scales every update by alpha/r, with one alpha for all. The most common alpha of the rules is written; for
+    a rule with another one (`alpha_pattern`, rsLoRA with several ranks), B is multiplied by the quotient. Dropout,
+    which acts only in training, is not written.
 
     Args:
-        path: the file. It is replaced as a whole; its folder is made if it does not exist.
+        path: the file. It is replaced atomically; its folder is made if it does not exist.
         adapters: full parameter name -> `LoRA`.
         model: the base model, of transformers: Llama, Mistral, Qwen2, Qwen3, GPT-2 or Gemma (1 to 3, text) with a
-            language modelling head. Only its structure is read: it may lie on the meta device.
-        dtype: in which the factors are written, float32 or float16.
+            language modelling head. Only its structure is read: it may be on the meta device.
+        dtype: of the written factors, float32 or float16.
 
     Raises:
-        UnsupportedError: llama.cpp has no place for an adapter, or the model is of another family; or the package
-            `gguf` is not installed.
+        UnsupportedError: llama.cpp does not support an adapter, or the model's family; or the package `gguf` is not
+            installed.
         ParamsError: an adapter does not fit the model, or has no effect.
-        ConfigError: there are no adapters, or dtype is another one.
-        NonFiniteError: an adapter holds NaN or infinity, or numbers beyond the range of dtype.
-        OSError: the file cannot be written. What was there is then still there.
+        ConfigError: there are no adapters, or dtype is not one of these.
+        NonFiniteError: an adapter contains NaN or infinity, or numbers outside the range of dtype.
+        OSError: the file cannot be written. An existing file is then unchanged.
 
     Examples:
         >>> import tempfile
@@ -91,11 +91,11 @@ def save_gguf(
 
 
 def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
-    """Read a LoRA adapter that llama.cpp loads.
+    """Read a LoRA adapter from llama.cpp's format.
 
-    The factors lie on the devices of their base weights, in float32 or the base's dtype if that is wider. Quantised
-    ones are unpacked. The configuration has the ranks and alphas of the file, and names the targets as briefly as it
-    can.
+    The factors are on the devices of their base weights, in float32 or in the base's dtype if it is wider. Quantised
+    factors are dequantised. The configuration has the ranks and alphas of the file, and the shortest names of the
+    targets.
 
     Args:
         path: the file.
@@ -105,9 +105,9 @@ def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         Full parameter name -> `LoRA`, and a configuration with which `save_peft` writes the same adapter.
 
     Raises:
-        FormatError: the file is missing or broken, is no LoRA adapter, or does not fit the model.
-        UnsupportedError: the file or the model is of a kind that is not supported; or `gguf` is not installed.
-        NonFiniteError: a tensor holds NaN or infinity.
+        FormatError: the file is missing or broken, is not a LoRA adapter, or does not fit the model.
+        UnsupportedError: this kind of file or model is not supported; or `gguf` is not installed.
+        NonFiniteError: a tensor contains NaN or infinity.
 
     Examples:
         >>> import tempfile
@@ -129,7 +129,9 @@ def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     arch, slots = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family_of(model).arch]], slots_of(model, gguf)
     stored = read_adapter(file)
     if stored.arch != arch:
-        raise FormatError(f"{file}: an adapter for {stored.arch!r}, but {type(model).__name__} is {arch!r} there.")
+        raise FormatError(
+            f"{file}: the adapter is for {stored.arch!r}, but {type(model).__name__} is {arch!r} in llama.cpp."
+        )
     known = dict(by_tensor(slots))
     adapters: dict[str, Rule] = {}
     for tensor in _pairs(file, stored):
@@ -144,26 +146,26 @@ def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
 
 
 def _supported(name: str, rule: Rule, slots: Mapping[str, Slot]) -> LoRA:
-    """The rule, if llama.cpp has a place for it."""
+    """The rule, if llama.cpp supports it."""
     why = ""
     if type(rule) is not LoRA:
-        why = f"llama.cpp has no form for the rule {type(rule).__name__}, only for LoRA."
+        why = f"llama.cpp does not support the rule {type(rule).__name__}, only LoRA."
     elif name not in slots:
         why = "there is no such weight in GGUF."
     elif slots[name].why_not:
         why = slots[name].why_not
     elif not isinstance(rule.layout, (Linear, Conv1D, Embedding)):
-        why = f"llama.cpp has no adapter for the layout {type(rule.layout).__name__}."
+        why = f"llama.cpp does not support adapters of the layout {type(rule.layout).__name__}."
     if why:
         raise UnsupportedError(f"{name!r} cannot be written for llama.cpp: {why} {MERGE}")
     assert isinstance(rule, LoRA)
     if not float(rule.scaling):
-        raise ParamsError(f"{name!r} has scaling 0, so that it has no effect. Leave it out.")
+        raise ParamsError(f"{name!r} has scaling 0, so it has no effect. Leave it out.")
     return rule
 
 
 def _alpha(rules: Mapping[str, LoRA]) -> float:
-    """The most common α = s·r, as float32 holds it."""
+    """The most common α = s·r, rounded to float32."""
     alphas = [torch.tensor(float(rule.scaling) * rule.r, dtype=torch.float32).item() for rule in rules.values()]
     alpha = Counter(alphas).most_common(1)[0][0]
     if not alpha or not math.isfinite(alpha):
@@ -172,10 +174,10 @@ def _alpha(rules: Mapping[str, LoRA]) -> float:
 
 
 def _rounded(what: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor on the CPU in that dtype, whose range it must not leave."""
+    """The tensor on the CPU in this dtype; its values must be in range."""
     tensor = tensor.detach().cpu()
     if not torch.isfinite(tensor).all():
-        raise NonFiniteError(f"{what} holds NaN or infinity. Such an adapter is not written.")
+        raise NonFiniteError(f"{what} contains NaN or infinity. Such an adapter is not written.")
     rounded = tensor.to(dtype)
     if not torch.isfinite(rounded).all():
         raise NonFiniteError(
@@ -183,7 +185,9 @@ def _rounded(what: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             + (" Write it in torch.float32." if dtype != torch.float32 else "")
         )
     if tensor.any() and not rounded.any():
-        raise NonFiniteError(f"{what} reaches {tensor.abs().max():g}, which {dtype} rounds to 0: it would do nothing.")
+        raise NonFiniteError(
+            f"{what} reaches {tensor.abs().max():g}, which {dtype} rounds to 0, so it would have no effect."
+        )
     return rounded
 
 
@@ -194,7 +198,7 @@ def _pairs(file: Path, stored: AdapterFile) -> Iterable[str]:
         raise FormatError(f"{file}: there are no tensors in this file.")
     for name in names:
         if name in stored.tensors:
-            raise UnsupportedError(f"{file}: {name!r} is no factor of a low-rank update, and llama.cpp ignores it.")
+            raise UnsupportedError(f"{file}: {name!r} is not a factor of a low-rank update; llama.cpp would ignore it.")
         for key in (f"{name}.lora_a", f"{name}.lora_b"):
             if key not in stored.tensors:
                 raise FormatError(f"{file}: there is no {key!r}, the other factor of {name!r}.")
@@ -205,7 +209,7 @@ def _read_rule(
     file: Path, stored: AdapterFile, tensor: str, slot: Slot, weight: Tensor, layout: Linear | Conv1D | Embedding
 ) -> LoRA:
     packed = [stored.tensors[f"{tensor}.lora_{leaf}"] for leaf in "ab"]
-    r = packed[1].shape[-1]  # where llama.cpp looks
+    r = packed[1].shape[-1]  # where llama.cpp reads it
     blank = [torch.empty(shape, device="meta") for shape in layout.factor_shapes(slot.shape, r)]
     for leaf, have, want in zip("ab", packed, slot.pack(*blank), strict=True):
         if not r or have.shape != want.shape:
@@ -214,7 +218,7 @@ def _read_rule(
                 f"weight of shape {list(slot.shape)} and rank {r}."
             )
         if not torch.isfinite(have).all():
-            raise NonFiniteError(f"{file}: '{tensor}.lora_{leaf}' holds NaN or infinity.")
+            raise NonFiniteError(f"{file}: '{tensor}.lora_{leaf}' contains NaN or infinity.")
     if not math.isfinite(stored.alpha):
         raise NonFiniteError(f"{file}: adapter.lora.alpha is {stored.alpha}.")
     device = torch.device("cpu") if weight.is_meta else weight.device
@@ -226,12 +230,12 @@ def _read_rule(
 def _layout(model: nn.Module, name: str) -> Linear | Conv1D | Embedding:
     layout = (weights_of(model.get_submodule(name.rpartition(".")[0])) or {}).get("weight")
     if not isinstance(layout, (Linear, Conv1D, Embedding)):
-        raise UnsupportedError(f"{name!r} is no weight of a linear layer or an embedding in the model.")
+        raise UnsupportedError(f"{name!r} is not the weight of a linear layer or an embedding of the model.")
     return layout
 
 
 def _config(model: nn.Module, adapters: Adapters) -> LoraConfig:
-    """A configuration that targets exactly these weights, by the shortest ends of names that will do."""
+    """A configuration that targets exactly these weights, by the shortest sufficient ends of names."""
     modules = [name.removesuffix(".weight").split(".") for name in adapters]
     for length in (1, 2):
         ends = sorted({".".join(parts[-length:]) for parts in modules})

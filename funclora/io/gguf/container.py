@@ -1,7 +1,7 @@
-"""The GGUF container as bytes: metadata, and where each tensor lies.
+"""The GGUF container as bytes: metadata, and the position of each tensor.
 
-Every length and count in a file is compared with what the file holds before it is used. The reader of the package
-`gguf` believes them: an array that claims 2⁶⁰ entries keeps it busy, and its memory growing, for ever.
+Every length and count in a file is compared with the size of the file before it is used. The reader of the package
+`gguf` does not check them: with an array that claims 2⁶⁰ entries it would never terminate, and its memory would grow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Packed:
         name: its name.
         shape: its shape, the outermost dimension first.
         kind: the number of its type in ggml.
-        offset: where it begins, from the first tensor on.
+        offset: its position, relative to the first tensor.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Container:
     """A file, open for reading.
 
     Attributes:
-        fields: the metadata. An array of numbers is not read: it stands as how many there are.
-        tensors: what the file says of its tensors.
+        fields: the metadata. Arrays of numbers are not read; their length is stored instead.
+        tensors: the descriptions of the tensors.
 
     Raises:
         FormatError: the file is broken.
-        UnsupportedError: it is written in the byte order of another kind of machine.
+        UnsupportedError: it has the byte order of another kind of machine.
         OSError: it cannot be read.
     """
 
@@ -77,12 +77,12 @@ class Container:
         """The bytes of a tensor."""
         start = self._start + tensor.offset
         if start + nbytes > self._size:
-            raise self._broken(f"{tensor.name!r} ends {start + nbytes - self._size} bytes after the file")
+            raise self._broken(f"{tensor.name!r} ends {start + nbytes - self._size} bytes after the end of the file")
         self._file.seek(start)
         return self._take(nbytes)
 
     def padded(self, nbytes: int) -> int:
-        """Bytes up to where the next tensor may begin."""
+        """Bytes up to the next possible position of a tensor."""
         return -(-nbytes // self._alignment) * self._alignment
 
     def _header(self) -> None:
@@ -93,18 +93,18 @@ class Container:
             if version & 0xFFFF == 0:
                 raise UnsupportedError(f"{self._path}: the file is in the byte order of another kind of machine.")
             raise self._broken(f"expected version {' or '.join(map(str, _VERSIONS))}, got {version}")
-        n_tensors, n_fields = self._count(24), self._count(13)  # the bytes that one takes at least
+        n_tensors, n_fields = self._count(24), self._count(13)  # its minimum number of bytes
         for _ in range(n_fields):
             key = self._text()
             if key in self.fields:
-                raise self._broken(f"{key!r} is there twice")
+                raise self._broken(f"{key!r} appears twice")
             self.fields[key] = self._value(self._number("<I"))
         names = set()
         for _ in range(n_tensors):
             self.tensors.append(self._tensor())
             names.add(self.tensors[-1].name)
         if len(names) < n_tensors:
-            raise self._broken("a name of a tensor is there twice")
+            raise self._broken("a name of a tensor appears twice")
         alignment = self.fields.get(_ALIGNMENT, 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment.bit_count() != 1:
             raise self._broken(f"{_ALIGNMENT}: expected a power of two, got {alignment!r}")
@@ -117,12 +117,12 @@ class Container:
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
-            raise self._broken(f"there is no type of metadata with the number {kind}")
+            raise self._broken(f"there is no metadata type {kind}")
         inner = self._number("<I")
         if inner == _STRING:
             return [self._text() for _ in range(self._count(8))]
-        if inner not in _SCALARS:  # llama.cpp knows no arrays in arrays either
-            raise self._broken(f"there is no type of entries of an array with the number {inner}")
+        if inner not in _SCALARS:  # llama.cpp does not support arrays in arrays either
+            raise self._broken(f"there is no array type {inner}")
         size = struct.calcsize(_SCALARS[inner])
         count = self._count(size)
         self._file.seek(count * size, os.SEEK_CUR)
@@ -138,7 +138,7 @@ class Container:
         shape = tuple(self._number("<Q") for _ in range(dims))[::-1]
         kind, offset = self._number("<I"), self._number("<Q")
         if not 1 <= math.prod(shape) < 2**63:
-            raise self._broken(f"{name!r} has the shape {list(shape)}, which no tensor has")
+            raise self._broken(f"{name!r} has the invalid shape {list(shape)}")
         return Packed(name, shape, kind, offset)
 
     def _text(self) -> str:
@@ -149,10 +149,10 @@ class Container:
             raise self._broken(f"a text is not UTF-8: {error}") from error
 
     def _count(self, size: int) -> int:
-        """How many things of at least that size follow."""
+        """The number of following items of at least that size."""
         count: int = self._number("<Q")
         if count * size > self._size - self._file.tell():
-            raise self._broken(f"it says that {count} entries follow, for which it is too short")
+            raise self._broken(f"it claims {count} entries, but is too short for them")
         return count
 
     def _number(self, form: str) -> Any:

@@ -17,7 +17,7 @@ from funclora.errors import FormatError, UnsupportedError
 from funclora.io.gguf.container import Container
 
 GGUF_DTYPES = (torch.float32, torch.float16)
-# The types that are views of their bytes; the others are unpacked from them.
+# The types that are views of their bytes; the others are converted.
 _VIEWS = {"F32": np.float32, "F16": np.float16}
 
 
@@ -36,10 +36,10 @@ def package() -> ModuleType:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        arch: the architecture, in llama.cpp's words.
+        arch: the architecture, as named by llama.cpp.
         alpha: `adapter.lora.alpha`: llama.cpp scales each update by alpha/r, or by 1 if alpha is 0.
         tensors: name -> tensor, in float32.
     """
@@ -50,17 +50,17 @@ class AdapterFile:
 
 
 def write_adapter(path: Path, arch: str, alpha: float, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Write a file, or replace it as a whole.
+    """Write a file, or replace it atomically.
 
     Args:
         path: the file; its folder is made if it does not exist.
         arch: the architecture.
-        alpha: a number that float32 holds.
+        alpha: a number that float32 can represent.
         tensors: name -> tensor of that dtype, on the CPU.
         dtype: of the tensors.
 
     Raises:
-        OSError: the file cannot be written. What was there is then still there.
+        OSError: the file cannot be written. An existing file is then unchanged.
     """
     gguf = package()
 
@@ -84,10 +84,10 @@ def write_adapter(path: Path, arch: str, alpha: float, tensors: Mapping[str, Ten
 
 
 def read_adapter(path: Path) -> AdapterFile:
-    """Read a file that llama.cpp takes for a LoRA adapter.
+    """Read a LoRA adapter in llama.cpp's format.
 
     Raises:
-        FormatError: the file is missing or broken, or no such adapter.
+        FormatError: the file is missing or broken, or is not such an adapter.
         UnsupportedError: it is an adapter of another kind.
     """
     gguf = package()
@@ -99,7 +99,9 @@ def read_adapter(path: Path) -> AdapterFile:
     keys, wanted = gguf.Keys, {gguf.Keys.General.TYPE: "adapter", gguf.Keys.Adapter.TYPE: "lora"}
     for key, value in wanted.items():
         if fields.get(key) != value:
-            raise FormatError(f"{path}: {key}: expected {value!r}, got {fields.get(key)!r}. This is no LoRA adapter.")
+            raise FormatError(
+                f"{path}: {key}: expected {value!r}, got {fields.get(key)!r}. This is not a LoRA adapter."
+            )
     if fields.get(keys.Adapter.ALORA_INVOCATION_TOKENS):
         raise UnsupportedError(f"{path}: {keys.Adapter.ALORA_INVOCATION_TOKENS} is set; aLoRA is not supported.")
     arch, alpha = fields.get(keys.General.ARCHITECTURE), fields.get(keys.Adapter.LORA_ALPHA, 0.0)
@@ -114,14 +116,14 @@ def read_adapter(path: Path) -> AdapterFile:
 def _unpacked(path: Path, container: Container, gguf: ModuleType) -> Iterator[tuple[str, Tensor]]:
     """Name and values of each tensor.
 
-    They must follow each other without gaps, as llama.cpp asks: a file cannot hold more than it has bytes for.
+    They must follow each other without gaps, as llama.cpp requires, so a file cannot claim more than its bytes.
     """
     end = 0
     for tensor in container.tensors:
         try:
             kind = gguf.GGMLQuantizationType(tensor.kind)
         except ValueError as error:
-            why = f"{path}: {tensor.name!r} has the type {tensor.kind}, which is not known."
+            why = f"{path}: {tensor.name!r} has the unknown type {tensor.kind}."
             raise UnsupportedError(why) from error
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if tensor.shape[-1] % block:
@@ -135,7 +137,7 @@ def _unpacked(path: Path, container: Container, gguf: ModuleType) -> Iterator[tu
         end = container.padded(end + nbytes)
         raw = np.frombuffer(container.data(tensor, nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
         try:
-            with np.errstate(all="ignore"):  # whoever uses the numbers looks for infinity
+            with np.errstate(all="ignore"):  # the caller checks for infinity
                 values = gguf.quants.dequantize(raw.view(_VIEWS.get(kind.name, np.uint8)), kind)
         except NotImplementedError as error:
             raise UnsupportedError(f"{path}: {tensor.name!r} is stored as {kind.name}: {error}") from error

@@ -1,7 +1,7 @@
-"""Where llama.cpp keeps the weights of a transformers model, and how their factors lie there.
+"""The names and layouts of a transformers model's weights in llama.cpp.
 
-The names come from the `gguf` package. What llama.cpp's converter of checkpoints does to a weight besides naming it is
-written here, for the factors of its update:
+The names come from the `gguf` package. What llama.cpp's checkpoint converter does to a weight, besides renaming it, is
+applied here to the factors of its update:
 
     weight                     in llama.cpp                         lora_a         lora_b
     nn.Linear, Conv1D          [out, in]                            A [r, in]      B [out, r]
@@ -29,12 +29,12 @@ MERGE = (
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp knows models of a class as.
+    """How llama.cpp represents models of a class.
 
     Attributes:
         arch: the name of the architecture in `gguf.MODEL_ARCH`.
         pairs: llama.cpp rotates neighbouring rows of a query or key head, transformers rows half a head apart.
-        tied: llama.cpp has no output layer of its own for this architecture.
+        tied: llama.cpp has no separate output layer for this architecture.
     """
 
     arch: str
@@ -52,7 +52,7 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family("QWEN2"),
     "Qwen3ForCausalLM": Family("QWEN3"),
 }
-# The tensors that llama.cpp multiplies with through an adapter, in the graphs of these families.
+# The tensors to which llama.cpp applies adapters, in the graphs of these families.
 _ADAPTABLE = frozenset({
     "ATTN_K", "ATTN_OUT", "ATTN_Q", "ATTN_QKV", "ATTN_V", "FFN_DOWN", "FFN_GATE", "FFN_UP", "OUTPUT", "TOKEN_EMBD",
 })  # fmt: skip
@@ -60,14 +60,14 @@ _ADAPTABLE = frozenset({
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one weight in llama.cpp.
+    """The representation of one weight in llama.cpp.
 
     Attributes:
         tensor: the name of the weight there.
         shape: the shape of the weight in transformers.
-        heads: if not 0, the rows belong to so many heads, and within each the first and the second half interleave:
-            row i of the first half becomes row 2i, row i of the second one row 2i + 1.
-        table: the weight is a table that is looked up.
+        heads: if not 0, the number of heads that the rows belong to. Within each head, the two halves are interleaved:
+            row i of the first half becomes row 2i, row i of the second half becomes row 2i + 1.
+        table: the weight is an embedding.
         why_not: why llama.cpp cannot adapt it; empty if it can.
     """
 
@@ -91,7 +91,7 @@ class Slot:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that a model belongs to, by its class or a class that it derives from.
+    """The family of a model, by its class or one of its base classes.
 
     Raises:
         UnsupportedError: it belongs to none.
@@ -100,7 +100,7 @@ def family_of(model: nn.Module) -> Family:
         if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers."):
             return FAMILIES[cls.__name__]
     raise UnsupportedError(
-        f"model: {type(model).__name__} has no form in GGUF here; these have: {', '.join(sorted(FAMILIES))}. {MERGE}"
+        f"model: {type(model).__name__} has no form in GGUF; supported are: {', '.join(sorted(FAMILIES))}. {MERGE}"
     )
 
 
@@ -108,7 +108,7 @@ def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
     """The weights of a model that have a name in llama.cpp, by their full name.
 
     Args:
-        model: a model of one of the families. Only its structure is read, so it may lie on the meta device.
+        model: a model of one of the families. Only its structure is read, so it may be on the meta device.
         gguf: the package of that name.
     """
     family, config = family_of(model), _config(model)
@@ -122,11 +122,11 @@ def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
         kind, heads = known[0].name, 0
         if family.pairs and kind in ("ATTN_Q", "ATTN_K"):
             heads = config.num_attention_heads if kind == "ATTN_Q" else config.num_key_value_heads
-        why_not = "" if kind in _ADAPTABLE else f"llama.cpp reads {known[1]!r} without asking for an adapter."
+        why_not = "" if kind in _ADAPTABLE else f"llama.cpp does not apply adapters to {known[1]!r}."
         if tied and kind == "OUTPUT":
-            why_not = f"llama.cpp keeps no {known[1]!r} for a model whose output layer is tied to its token embedding."
+            why_not = f"llama.cpp has no {known[1]!r} for a model whose output layer is tied to its token embedding."
         if tied and kind == "TOKEN_EMBD":
-            why_not = "llama.cpp takes the adapter of a tied token embedding for the output layer too, where it stops."
+            why_not = "llama.cpp also uses the adapter of a tied token embedding for the output layer, and stops."
         found[name] = Slot(known[1], tuple(tensor.shape), heads, kind == "TOKEN_EMBD", why_not)
     return found
 

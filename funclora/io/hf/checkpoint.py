@@ -1,4 +1,4 @@
-"""A folder of a transformers model: its tensors, whatever number of files they are in, and everything else in it."""
+"""The folder of a transformers model: its tensors, in any number of files, and its other files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from funclora._files.snapshot import ChangedError, OpenFile, State, Stillness, a
 from funclora.errors import FormatError, UnsupportedError, near
 from funclora.io.peft.files import CONFIG_FILE as ADAPTER_CONFIG
 
-OnProgress = Callable[[int, int], None]  # what is done of how much
+OnProgress = Callable[[int, int], None]  # called with the finished and the total amount
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Files of weights, in whatever format, and what training leaves behind: a merge makes them untrue.
+# Files of weights in any format, and remains of training, which are wrong after a merge.
 _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
     ".gguf", ".ggml", ".onnx", ".onnx_data", ".npz", ".ot", ".tflite", ".mlmodel", ".pkl", ".pickle", ".index",
@@ -38,9 +38,9 @@ class Checkpoint:
     Attributes:
         folder: the folder.
         config: the contents of `config.json`.
-        tensors: key -> where the tensor lies, file after file.
+        tensors: key -> position of the tensor, file after file.
         files: the files of tensors, in order.
-        small: the files to carry over, as paths inside the folder.
+        small: the files to copy, as paths inside the folder.
         left: the files that a copy leaves out, as paths inside the folder.
     """
 
@@ -49,8 +49,8 @@ class Checkpoint:
         self.config, self.tensors, self._opened, seen = _opened(folder)
         if self.config.get("quantization_config"):
             raise UnsupportedError(
-                f"{folder}: its weights are quantised (quantization_config), and rounding a merged weight again loses "
-                "digits. Give the folder of the model before it was quantised."
+                f"{folder}: its weights are quantised (quantization_config), and quantising a merged weight again "
+                "loses precision. Give the folder of the model before it was quantised."
             )
         self.files = [*dict.fromkeys(tensor.file for tensor in self.tensors.values())]
         self.small: list[Path] = []
@@ -59,8 +59,8 @@ class Checkpoint:
             (self.left if path.name.endswith(_WEIGHTS) else self.small).append(path)
         if Path(ADAPTER_CONFIG) in self.small:
             raise UnsupportedError(
-                f"{folder}: it holds an adapter too ({ADAPTER_CONFIG}), which transformers would add to the model when "
-                "it loads it. Move the adapter to a folder of its own."
+                f"{folder}: it also contains an adapter ({ADAPTER_CONFIG}), which transformers would add to the model. "
+                "Move the adapter to its own folder."
             )
         self._seen = {path: seen[path] for path in self.small}
 
@@ -74,7 +74,7 @@ class Checkpoint:
         return self._opened[file].descriptor
 
     def read(self, key: str, first: int = 0, length: int | None = None) -> Tensor:
-        """A tensor, or some slices of it along its first dimension, in memory of its own."""
+        """A copy of a tensor, or of some slices along its first dimension."""
         stored = self.tensors[key]
         return stored.read(self.descriptor(stored.file), first, length)
 
@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Where each tensor of a model's folder lies, file after file, as transformers finds them.
+    """The position of each tensor of a model's folder, file after file, as transformers finds them.
 
     Raises:
         FormatError: there is none, a file is broken, or the index does not fit the files.
@@ -144,9 +144,9 @@ def _opened(folder: Path) -> _Opened:
 
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such folder. Give that of a transformers model.")
+        raise FormatError(f"{folder}: there is no such folder. Give the folder of a transformers model.")
     if not (folder / CONFIG_FILE).is_file():
-        hint = " It is the folder of an adapter." if (folder / ADAPTER_CONFIG).is_file() else ""
+        hint = " It is an adapter folder." if (folder / ADAPTER_CONFIG).is_file() else ""
         raise FormatError(f"{folder}: there is no {CONFIG_FILE} in this folder.{hint}")
     return read_json(folder / CONFIG_FILE)
 
@@ -169,7 +169,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Stored], dict[Path, OpenFile]]:
                 f"{pickles[0]} is a pickle, which can run code when it is read. Load the model with transformers "
                 "if you trust it, and save it again."
             )
-        raise FormatError(f"{folder}: there is neither {SINGLE_FILE} nor {INDEX_FILE} in this folder.")
+        raise FormatError(f"{folder}: contains neither {SINGLE_FILE} nor {INDEX_FILE}.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map: expected a JSON object, got {reprlib.repr(weight_map)}.")
@@ -180,7 +180,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Stored], dict[Path, OpenFile]]:
         if not path.is_file():
             raise FormatError(f"{index}: it names {path.name}, which is not there.")
         opened[path] = OpenFile(path)
-        # transformers loads what the files hold, named in the index or not
+        # transformers loads all tensors of the files, also those that are not in the index
         found = read_header(opened[path])
         tensors |= {key: tensor for key, tensor in found.items() if weight_map.get(key, path.name) == path.name}
     for key, name in weight_map.items():
@@ -190,7 +190,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Stored], dict[Path, OpenFile]]:
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration that says the weights are of that dtype, wherever it says so."""
+    """A configuration with this dtype, in every field for it."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     changed = {**config, **dict.fromkeys(keys, name)}
     for key, value in config.items():

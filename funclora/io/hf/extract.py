@@ -1,4 +1,4 @@
-"""Extracting an adapter from a model that was trained in full."""
+"""Extracting an adapter from a fully fine-tuned model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from funclora.rules.dense import Full
 from funclora.rules.layouts import Layout
 from funclora.rules.low_rank import LoRA
 
-# Differences of more elements are decomposed in float32, which takes half the time and memory.
+# Differences with more elements are decomposed in float32, which needs half the time and memory.
 _DOUBLE = 2**20
 
 
@@ -40,8 +40,8 @@ class ExtractedWeight:
         name: its full name in the model.
         shape: its shape.
         norm: ‖Δ‖, of the difference of both models (Frobenius norm).
-        residual: ‖Δ − B·A‖ / ‖Δ‖: the part of the difference that the adapter leaves out. No adapter of that rank
-            leaves out less (Eckart and Young 1936).
+        residual: ‖Δ − B·A‖ / ‖Δ‖, the relative error of the adapter. No adapter of this rank has a smaller one (Eckart
+            and Young 1936).
     """
 
     name: str
@@ -52,12 +52,12 @@ class ExtractedWeight:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction found.
+    """The result of an extraction.
 
     Attributes:
         weights: the adapted weights, in the order of the model.
-        same: targets that are the same in both models, and have no adapter.
-        saved: parameters that the adapter holds in full.
+        same: targets that are equal in both models, and have no adapter.
+        saved: parameters that the adapter contains completely.
         ignored: parameters that differ, and that the adapter does not change.
     """
 
@@ -79,32 +79,32 @@ def extract_adapter(
     niter: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
-    """The LoRA adapter of rank r that is nearest to a full fine-tuning, as a PEFT folder.
+    """Write the LoRA adapter of rank r that is nearest to a fully fine-tuned model as a PEFT folder.
 
     Each target's difference Δ = tuned − base is replaced by the first r terms of its singular value decomposition.
-    Weights are read one at a time. What differs outside of the targets is never left out silently.
+    Weights are read one at a time. Differences outside the targets are never silently left out.
 
     Args:
         base_dir: the folder of the base model.
-        tuned_dir: the folder of the model that was trained from it.
-        out_dir: the folder to make; it must not exist, or be empty.
+        tuned_dir: the folder of the fine-tuned model.
+        out_dir: the new folder; it must not exist, or be empty.
         r: the rank.
         target_modules: which weights get an update, as in `LoraConfig`.
-        target_parameters: more of them, by the names of parameters (experts).
-        rest: what to do with other parameters that differ: "error" raises and names them, "save" puts them into the
-            adapter in full (`modules_to_save`, and `bias="all"` for biases), "ignore" leaves them out.
-        niter: use a randomised decomposition with so many power iterations (Halko et al., arXiv 0909.4061), which is
-            faster for large weights and nearly as good; else the exact one.
-        progress: called with the number of weights that are done and of all.
+        target_parameters: further weights, by names of parameters (experts).
+        rest: what to do with other parameters that differ: "error" raises and names them, "save" saves them completely
+            in the adapter (`modules_to_save`, and `bias="all"` for biases), "ignore" leaves them out.
+        niter: use a randomised decomposition with this number of power iterations (Halko et al., arXiv 0909.4061),
+            which is faster for large weights and nearly as good; None for the exact decomposition.
+        progress: called with the number of finished weights and of all weights.
 
     Returns:
-        What the adapter holds, and how much it leaves out.
+        A report of the adapter and its errors.
 
     Raises:
         FormatError: a folder is broken, the models do not fit each other, or nothing differs.
         ConfigError: an argument is invalid, or `out_dir` is in use.
         TargetError: a target matches nothing; or parameters differ that no target covers, and `rest` is "error".
-        UnsupportedError: PEFT has no place for what differs.
+        UnsupportedError: a PEFT folder cannot represent a difference.
         OSError: a file cannot be read or written.
 
     Examples:
@@ -112,14 +112,14 @@ def extract_adapter(
         ExtractReport(weights=(...), same=(), saved=(), ignored=())
         >>> extract_adapter("nowhere", "tuned", "adapter", r=16)
         Traceback (most recent call last):
-        funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
+        funclora.errors.FormatError: nowhere: there is no such folder. Give the folder of a transformers model.
     """
     for where, path in (("base_dir", base_dir), ("tuned_dir", tuned_dir), ("out_dir", out_dir)):
         check_path(path, where)
     if rest not in ("error", "save", "ignore"):
         raise ConfigError(f"rest: expected 'error', 'save' or 'ignore', got {rest!r}.")
     if niter is not None and (not isinstance(niter, int) or niter < 0):
-        raise ConfigError(f"niter: expected a number of iterations from 0 up, or None, got {niter!r}.")
+        raise ConfigError(f"niter: expected a number of iterations (at least 0) or None, got {niter!r}.")
     config = LoraConfig(
         r=r,
         lora_alpha=r,  # s = 1
@@ -144,13 +144,13 @@ def extract_adapter(
         pair = _Pair(structure, Weights(base, structure), Weights(tuned, trained))
         found = _Extraction(pair, config, niter, progress or (lambda done, total: None))
         if not found.adapters and not found.changed:
-            raise FormatError(f"{tuned.folder} holds the same weights as {base.folder}: there is nothing to extract.")
+            raise FormatError(f"{tuned.folder} has the same weights as {base.folder}, so there is nothing to extract.")
         if not found.adapters:
             raise TargetError(f"target_modules: no target differs, only {_some(found.changed)}.")
         if found.changed and rest == "error":
             raise TargetError(
                 f"{_some(found.changed)} differ{'s' if len(found.changed) == 1 else ''} too, and no target covers "
-                "that. Save it in full (rest='save'), leave it out (rest='ignore'), or widen the targets."
+                "this. Save it completely (rest='save'), leave it out (rest='ignore'), or add targets."
             )
         config, saved = found.saved(config) if rest == "save" else (found.exact(config), {})
         base.check()
@@ -174,7 +174,7 @@ def _refuse_other_sizes(base: Path, structure: Structure, tuned: Path, trained: 
                 "number of tokens differs, resize the base as the training did (model.resize_token_embeddings)."
             )
     for name in trained.shapes.keys() - structure.shapes.keys():
-        raise FormatError(f"{tuned}: it has {name!r}, and {base} has not; expected models of one structure.")
+        raise FormatError(f"{tuned}: it has {name!r}, but {base} does not; expected models with the same structure.")
 
 
 class _Pair:
@@ -189,7 +189,7 @@ class _Pair:
 
 
 class _Extraction:
-    """Every parameter of the model, looked at once."""
+    """Compare every parameter of the model."""
 
     def __init__(
         self, pair: _Pair, config: LoraConfig, niter: int | None, progress: Callable[[int, int], None]
@@ -208,10 +208,10 @@ class _Extraction:
     def _look(self, name: str, r: int, niter: int | None) -> None:
         old, new = self._pair.read(name)
         if old.is_meta or new.is_meta:
-            return  # integers count and index, they are not trained
+            return  # integers are counters and indices, which are not trained
         delta = new.double() - old.double() if old.numel() <= _DOUBLE else new.float() - old.float()
         if not certainly_within(delta, 1e15):
-            raise FormatError(f"{name!r} holds NaN, infinity or huge values in one of the models.")
+            raise FormatError(f"{name!r} contains NaN, infinity or huge values in one of the models.")
         target = self._targets.get(name)
         if not delta.any():
             if target is not None:
@@ -239,15 +239,15 @@ class _Extraction:
             exact = config.replace(target_modules=candidate or None, target_parameters=parameters or None)
             if _selects(self._model, exact, targets):
                 return exact
-        raise UnsupportedError(f"no list of targets means exactly {_some([*targets])}.")
+        raise UnsupportedError(f"no list of targets selects exactly {_some([*targets])}.")
 
     def saved(self, config: LoraConfig) -> tuple[LoraConfig, dict[str, Rule]]:
-        """A configuration that also holds what differs outside of the targets in full, and those values."""
+        """A configuration that also includes the differences outside the targets, and their values."""
         config = self.exact(config)
         parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for name in self.changed:
             if name not in parameters:
-                raise UnsupportedError(f"{name!r} differs, and is a buffer, for which a PEFT folder has no place.")
+                raise UnsupportedError(f"{name!r} differs, but is a buffer, which a PEFT folder cannot contain.")
         owners = list(dict.fromkeys(n.rpartition(".")[0] for n in self.changed if not n.endswith(".bias")))
         biases = any(n.endswith(".bias") and n.rpartition(".")[0] not in owners for n in self.changed)
         config = config.replace(modules_to_save=owners or None, bias="all" if biases else "none")
@@ -269,7 +269,7 @@ def _selects(model: torch.nn.Module, config: LoraConfig, wanted: dict[str, Targe
 def _nearest(
     name: str, delta: Tensor, layout: Layout, r: int, niter: int | None
 ) -> tuple[Tensor, Tensor, float, float]:
-    """The factors in float32 of the best update of rank r, ‖Δ‖, and the part of it that they leave out."""
+    """The factors in float32 of the best update of rank r, ‖Δ‖, and its relative error."""
     matrix = layout.to_matrix(delta)
     k = min(r, *matrix.shape[-2:])
     if niter is None:
@@ -282,7 +282,7 @@ def _nearest(
     a, b = a.float(), b.float()
     norm = torch.linalg.vector_norm(matrix)
     residual = torch.linalg.vector_norm(matrix - b.to(matrix.dtype) @ a.to(matrix.dtype)) / norm
-    # A weight that is narrower than r gets zeros besides.
+    # A weight with a dimension smaller than r is padded with zeros.
     a = torch.nn.functional.pad(a, (0, 0, 0, r - k))
     b = torch.nn.functional.pad(b, (0, r - k))
     shapes = layout.factor_shapes(delta.shape, r)

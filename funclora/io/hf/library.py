@@ -1,4 +1,4 @@
-"""transformers on folders that nobody vouches for: it runs no code from them, and each of its failures is one error."""
+"""transformers on untrusted folders: it runs no code from them, and each failure becomes one error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from funclora.errors import FormatError, FuncloraError, UnsupportedError
 
-# For every call that reads a folder. With None in place of False, transformers asks on stdin whether to run the code.
+# For every call that reads a folder. With None instead of False, transformers asks on stdin whether to run the code.
 OPTIONS: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
-# transformers makes lists of this length before a model is there that could be counted.
+# transformers makes lists of this length before there is a model whose parameters could be counted.
 _COUNTS = re.compile(r"layer|num_labels")
 _MOST = 10_000
-_LONGEST = 300  # characters of an error that is passed on
+_LONGEST = 300  # characters of a quoted error
 
 
 def transformers() -> Any:
@@ -35,16 +35,16 @@ def transformers() -> Any:
 
 @contextlib.contextmanager
 def reading(folder: Path, message: str, remedy: str = "") -> Iterator[None]:
-    """In the block, transformers reads a folder. Its classes have no common error: whatever they raise is ours.
+    """A block in which transformers reads a folder. Its classes have no common error, so every error is converted.
 
     Args:
         folder: the folder.
-        message: what could not be done.
-        remedy: what to do about it.
+        message: what failed.
+        remedy: what to do.
 
     Raises:
-        UnsupportedError: the folder needs code of its own.
-        FormatError: in place of any other error that is not of this package.
+        UnsupportedError: the folder needs its own code.
+        FormatError: for any other error that is not from this package.
     """
     try:
         with quiet(transformers()):
@@ -54,7 +54,7 @@ def reading(folder: Path, message: str, remedy: str = "") -> Iterator[None]:
     except BaseException as error:
         if "trust_remote_code" in str(error):
             raise needs_code(folder) from error
-        # A panic of tokenizers, which is written in Rust, is no Exception.
+        # A panic in tokenizers, which is written in Rust, is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise FormatError(f"{message}: {first_line(error)}.{remedy}") from error
@@ -69,15 +69,15 @@ def needs_code(folder: Path, what: str = "auto_map in config.json or tokenizer_c
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """See that making a configuration of this JSON runs no code, and takes a bounded time.
+    """Check that making a configuration from this JSON runs no code and takes a bounded time.
 
     Args:
-        folder: where it is from, for messages.
+        folder: its folder, for messages.
         config: the contents of `config.json`.
 
     Raises:
         UnsupportedError: it needs code that is not in transformers.
-        FormatError: it asks for more layers or labels than any model has.
+        FormatError: it has more layers or labels than any model.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -92,7 +92,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
             for key, number in value.items():
                 if _COUNTS.search(key) and isinstance(number, int | float) and abs(number) > _MOST:
                     got = reprlib.repr(number)
-                    raise FormatError(f"{folder / 'config.json'}: {key}: expected {_MOST} at most, got {got}.")
+                    raise FormatError(f"{folder / 'config.json'}: {key}: expected at most {_MOST}, got {got}.")
                 if key.endswith("attn_implementation") and isinstance(number, str) and "/" in number:
                     raise needs_code(folder, f"{key} in config.json: {reprlib.repr(number)}")
         elif isinstance(value, list):
@@ -101,7 +101,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet(library: Any) -> Iterator[None]:
-    """Without the report of new heads and the progress bar of loading: what matters of them is said here."""
+    """Without transformers' report of new heads and its progress bar; funclora reports what matters."""
     logging = library.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""Which weights an adapter belongs to: a sample of its base's values beside it, compared when it meets a model.
+"""Which weights an adapter belongs to: a sample of its base's values beside it, compared when it is used with a model.
 
 Base and instruct versions of a model have the same shapes, so that an adapter of one loads on the other without an
-error. `adapter_config.json` names the base, but a name says nothing once a folder has moved. What `funclora train` and
+error. `adapter_config.json` names the base, but a name is useless after a folder was moved. What `funclora train` and
 `funclora sweep` write has `base.json` too: for some tensors, chosen by their names, a digest of a few values, rounded
 to bfloat16. A copy in another dtype, in other files or in another place is the same base.
 """
@@ -30,11 +30,11 @@ _TENSORS, _VALUES = 128, 64
 
 
 def sample(tensors: Mapping[str, Stored], keys: Iterable[str] | None = None) -> dict[str, str]:
-    """A digest of shape and some values, for some tensors of a model's folder.
+    """Digests of shape and some values, for some tensors of a model's folder.
 
     Args:
-        tensors: where each lies, as `stored_tensors` says.
-        keys: which to look at, of those that are there; else as many as are written, by the digests of their names.
+        tensors: their positions, as from `stored_tensors`.
+        keys: which tensors to use, if they exist; by default, as many as are written, chosen by digests of their names.
     """
     if keys is None:
         keys = sorted(tensors, key=lambda key: hashlib.sha256(key.encode()).digest())[:_TENSORS]
@@ -79,13 +79,13 @@ def write_origin(adapter: Path, base: Path) -> None:
 
 
 def check_origin(adapters: Iterable[Path], base: Path | None) -> None:
-    """Warn, in a line for each, of adapters that belong to another model than the one that they meet.
+    """Warn in one line about each adapter that belongs to another model.
 
-    The sample decides where there is one that can be compared; else the name of the base in `adapter_config.json`.
+    The sample decides if there is one that can be compared; otherwise the name of the base in `adapter_config.json`.
 
     Args:
         adapters: PEFT folders.
-        base: the model's folder; None for a model that is in no folder, of which nothing is said.
+        base: the model's folder; None for a model without a folder, for which there are no warnings.
 
     Raises:
         FormatError: a sample, or the base, is broken.
@@ -109,8 +109,8 @@ def check_origin(adapters: Iterable[Path], base: Path | None) -> None:
                 continue
         if named and not _is_name_of(named, base):
             _warn(
-                f"{adapter}: {CONFIG_FILE} names {named!r} as its base, and this is {base}. If that is another model, "
-                "the result means nothing."
+                f"{adapter}: {CONFIG_FILE} names {named!r} as its base, but this is {base}. If this is another model, "
+                "the result is meaningless."
             )
 
 
@@ -119,7 +119,7 @@ def _stored(file: Path) -> dict[str, str]:
         return {}
     tensors = read_json(file).get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
-        raise FormatError(f"{file}: expected tensors and their digests. Remove the file to do without the comparison.")
+        raise FormatError(f"{file}: expected tensors and their digests. Remove the file to skip the comparison.")
     return tensors
 
 
@@ -129,7 +129,7 @@ def _named(adapter: Path) -> str | None:
 
 
 def _is_name_of(named: str, base: Path) -> bool:
-    """Whether a name, of a folder or on the hub, is that of a folder as far as can be told."""
+    """Whether a name, of a folder or on the hub, appears to be the name of the folder."""
     with contextlib.suppress(OSError, ValueError):
         if Path(named).samefile(base):
             return True

@@ -1,8 +1,8 @@
-"""The model of a checkpoint without its weights, and where the checkpoint keeps each of its parameters.
+"""The model of a checkpoint without its weights, and the position of each parameter in the checkpoint.
 
-transformers renames the keys of a checkpoint when it loads it, and puts several tensors together or cuts one apart: a
-Mixtral on disk has one matrix an expert, in memory one parameter for all. Its own table of these changes is asked, so
-that a parameter is found wherever `from_pretrained` finds it.
+transformers renames the keys of a checkpoint when it loads it, and joins or splits tensors: Mixtral has one matrix for
+each expert on disk, but one parameter for all of them in memory. Its own table of these conversions is used, so that
+parameters are found where `from_pretrained` finds them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a parameter that a tensor of a checkpoint holds.
+    """A part of a parameter that is contained in one tensor of a checkpoint.
 
     Attributes:
         parameter: full name in the model.
         key: key of the tensor.
         first: where the part begins in the tensor, along its first dimension.
         shape: the shape of the part in the tensor.
-        cuts: `(dim, start, length)` of each narrowing that leads from the parameter to the part. What is left of the
-            dimensions of length 1 in front is dropped in the tensor.
+        cuts: `(dim, start, length)` of each narrowing that leads from the parameter to the part. Remaining leading
+            dimensions of length 1 are dropped in the tensor.
     """
 
     parameter: str
@@ -51,10 +51,10 @@ class Structure:
     """A model on the meta device.
 
     Args:
-        folder: the folder that the configuration is from.
+        folder: the folder of the configuration.
         config: the contents of `config.json`.
-        n_tensors: how many tensors the checkpoint holds. A configuration that asks for very many more parameters is
-            refused before they are all made.
+        n_tensors: number of tensors in the checkpoint. A configuration with very many more parameters is refused before
+            all of them are made.
 
     Attributes:
         model: the model.
@@ -80,25 +80,25 @@ class Structure:
         """The same model under a configuration that unties its embeddings.
 
         Raises:
-            UnsupportedError: the class computes otherwise, or ties, whatever the configuration says.
+            UnsupportedError: this changes more than the ties, or the class ties regardless of its configuration.
         """
         other = Structure(self._folder, config, self._n_tensors)
         before, after = self.model.config.to_dict(), other.model.config.to_dict()
         if after.get("tie_word_embeddings") is not False or _besides_ties(before) != _besides_ties(after):
-            raise UnsupportedError(f"{self.name} changes more than its ties when tie_word_embeddings becomes False.")
+            raise UnsupportedError(f"{self.name} changes more than its ties if tie_word_embeddings becomes False.")
         if "tie_word_embeddings" in inspect.unwrap(type(self.model).forward).__code__.co_names:
-            raise UnsupportedError(f"{self.name} computes otherwise when tie_word_embeddings is False.")
+            raise UnsupportedError(f"{self.name} computes something else if tie_word_embeddings is False.")
         return other
 
     def places(self, tensors: Mapping[str, Shape]) -> tuple[dict[str, list[Part]], dict[str, str]]:
-        """Where the tensors of a checkpoint go.
+        """The parameters that the tensors of a checkpoint belong to.
 
         Args:
             tensors: key -> shape.
 
         Returns:
-            Full name of a parameter -> its parts; and full name -> why it cannot be rewritten, for parameters that
-            are made of tensors in a way that is not known here.
+            Full name of a parameter -> its parts; and full name -> why it cannot be rewritten, for parameters with an
+            unknown conversion.
 
         Raises:
             FormatError: a tensor has another shape than its parameter.
@@ -108,25 +108,26 @@ class Structure:
 
 
 def named_class(folder: Path, architectures: object) -> Any:
-    """The class of model that a configuration names.
+    """The model class that a configuration names.
 
     Args:
-        folder: where the configuration is from, for messages.
-        architectures: what stands there under this name.
+        folder: the folder of the configuration, for messages.
+        architectures: the value of this field.
 
     Raises:
-        UnsupportedError: it names none, or one that the installed transformers does not have, or there is none.
+        UnsupportedError: it names no class, or one that the installed transformers does not have, or transformers is
+            not installed.
     """
     library = transformers()
     if not isinstance(architectures, list) or not architectures:
-        raise UnsupportedError(f"{folder}: config.json names no class of model (architectures).")
+        raise UnsupportedError(f"{folder}: config.json names no model class (architectures).")
     name = architectures[0]
     cls = None
     with contextlib.suppress(AttributeError, ImportError, RuntimeError):  # transformers imports it now
         cls = getattr(library, name) if isinstance(name, str) else None
     if not inspect.isclass(cls) or not issubclass(cls, library.PreTrainedModel):
         raise UnsupportedError(
-            f"{folder}: transformers {library.__version__} has no class {reprlib.repr(name)} of models, which "
+            f"{folder}: transformers {library.__version__} has no model class {reprlib.repr(name)}, which "
             "config.json names (architectures)."
         )
     return cls
@@ -134,7 +135,7 @@ def named_class(folder: Path, architectures: object) -> Any:
 
 def without_weights(cls: Any, config: Any) -> nn.Module:
     """A transformers model on the meta device."""
-    # In float32, which trained-in-full parameters are then kept in until they are rounded once.
+    # In float32, so that fully fine-tuned parameters keep it until they are rounded once.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -145,7 +146,7 @@ def without_weights(cls: Any, config: Any) -> nn.Module:
 
 
 def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
-    """The model of a configuration that may be broken, of so many parameters at most."""
+    """The model of a configuration that may be broken, with a maximum number of parameters."""
     check_config(folder, config)
     cls = named_class(folder, config.get("architectures"))
     if not isinstance(config.get("model_type", ""), str):
@@ -153,19 +154,19 @@ def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
     try:
         with at_most(limit):
             return without_weights(cls, cls.config_class.from_dict(dict(config)))
-    except Exception as error:  # each of transformers' classes has its own ways to fail
+    except Exception as error:  # each of transformers' classes fails in its own way
         said = " ".join(str(error).split())
-        raise FormatError(f"{folder}: {cls.__name__} cannot be made as config.json says: {said}") from error
+        raise FormatError(f"{folder}: {cls.__name__} cannot be made from config.json: {said}") from error
 
 
 @contextlib.contextmanager
 def at_most(limit: int) -> Iterator[None]:
-    """Inside the block this thread makes so many parameters at most."""
+    """Inside the block, this thread can make at most this number of parameters."""
     made, thread = count(1), threading.get_ident()
 
     def hook(_module: nn.Module, name: str, _parameter: nn.Parameter) -> None:
         if threading.get_ident() == thread and next(made) > limit:
-            raise FormatError(f"it asks for more than {limit} parameters, many times what the checkpoint holds.")
+            raise FormatError(f"it has more than {limit} parameters, many times more than the checkpoint.")
 
     handle = register_module_parameter_registration_hook(hook)
     try:
@@ -181,7 +182,7 @@ def _besides_ties(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Placing:
-    """transformers' table of changes, applied to the keys of one checkpoint."""
+    """transformers' table of conversions, applied to the keys of one checkpoint."""
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Shape], tensors: Mapping[str, Shape]) -> None:
         from transformers import core_model_loading as loading
@@ -197,7 +198,7 @@ class _Placing:
         known: dict[str, Any] = dict.fromkeys(shapes, True)
         prefix = cast(Any, model).base_model_prefix
         collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-        # The order of experts is that of the numbers in their names, as transformers sorts them.
+        # Experts are ordered by the numbers in their names, as in transformers.
         for key in sorted(tensors, key=loading.dot_natural_key):
             name, pattern = loading.rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
@@ -222,7 +223,7 @@ class _Placing:
         self.parts.setdefault(name, []).append(Part(name, key, 0, shape))
 
     def _converted(self, name: str, converter: Any, sources: Mapping[str, list[str]]) -> None:
-        """Tensors that are put together or cut apart: those ways of it that only move slices."""
+        """Tensors that are joined or split, by conversions that only move slices."""
         from transformers import core_model_loading as loading
 
         ways = [type(operation) for operation in converter.operations]
@@ -251,7 +252,7 @@ class _Placing:
         return names if all(target in self._shapes for target in names) else [name]
 
     def _stacked(self, name: str, stacks: list[list[str]], dim: int | None) -> None:
-        """One tensor an expert; those of several kinds side by side along `dim`."""
+        """One tensor per expert; tensors of several kinds are joined along `dim`."""
         parts, start = [], 0
         for keys in stacks:
             shape = self._tensors[keys[0]]
@@ -275,10 +276,10 @@ class _Placing:
             self._complete(name, [Part(name, key, first, part)])
             first += part[0]
         if first != shape[0]:
-            raise FormatError(f"{key!r} has shape {list(shape)} in the checkpoint, but {first} rows go to {names}.")
+            raise FormatError(f"{key!r} has shape {list(shape)} in the checkpoint, but {names} need {first} rows.")
 
     def _complete(self, name: str, parts: list[Part]) -> None:
-        """Take the parts of a parameter, which must be all of it."""
+        """Set the parts of a parameter, which must cover all of it."""
         whole = self._shapes[name]
         count = 0
         for part in parts:
@@ -291,7 +292,7 @@ class _Placing:
                 break
         if count != torch.Size(whole).numel():
             raise FormatError(
-                f"{name!r} has shape {list(whole)}, which the {len(parts)} tensors of the checkpoint that make it "
-                f"({parts[0].key!r} {list(parts[0].shape)}, ...) do not add up to."
+                f"{name!r} has shape {list(whole)}, but the {len(parts)} tensors of the checkpoint for it "
+                f"({parts[0].key!r} {list(parts[0].shape)}, ...) have another total shape."
             )
         self.parts[name] = [*self.parts.get(name, ()), *parts]

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint by the names that the model has for them."""
+"""The weights of a checkpoint by their names in the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Weights:
     """The parameters and buffers of a model, read one at a time.
 
     Attributes:
-        parts: full name -> the parts of it that the checkpoint holds.
+        parts: full name -> its parts in the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint, structure: Structure) -> None:
@@ -24,11 +24,11 @@ class Weights:
         self._tied = {name: group for group in structure.ties for name in group}
 
     def parts_of(self, name: str) -> list[Part]:
-        """The parts of a parameter, those of one that it is tied to where there is none of its own.
+        """The parts of a parameter; if it has none, of a parameter that it is tied to.
 
         Raises:
-            FormatError: the checkpoint does not hold it.
-            UnsupportedError: it is stored in a way that is not known here.
+            FormatError: the checkpoint does not contain it.
+            UnsupportedError: it is stored in an unknown way.
         """
         for other in (name, *self._tied.get(name, ())):
             if other in self.parts:
@@ -39,12 +39,12 @@ class Weights:
                 "parts. Load the model with transformers, save it with save_original_format=False, and use that folder."
             )
         raise FormatError(
-            f"{self._checkpoint.folder}: the checkpoint does not hold {name!r}, which the model has."
+            f"{self._checkpoint.folder}: the checkpoint does not contain {name!r}, which the model needs."
             f"{near(name, self.parts, n=3)}"
         )
 
     def read(self, name: str) -> Tensor:
-        """A parameter or buffer as the model has it, in memory of its own; on the meta device if it holds integers."""
+        """A copy of a parameter or buffer as in the model; on the meta device if it contains integers."""
         shape = self._structure.shapes[name]
         parts = self.parts_of(name)
         if not all(self._checkpoint.tensors[part.key].is_floating for part in parts):

@@ -1,4 +1,4 @@
-"""Several adapter folders with weights, as one source of rules that are read when they are needed."""
+"""Several adapter folders with weights, as one source of rules that are read on demand."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ V = TypeVar("V")
 _KINDS: dict[type[Rule], str] = {
     Delta: "adds to it",
     DoRA: "is a DoRA adapter",
-    Full: "trains it in full",
-    TrainableTokens: "trains rows of it in full",
+    Full: "fully fine-tunes it",
+    TrainableTokens: "fully fine-tunes rows of it",
 }
 
 
 class LazyMapping(Mapping[str, V]):
-    """A mapping whose values are made at every look-up, so that none is held."""
+    """A mapping whose values are made at every access, so that none is kept in memory."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], V]) -> None:
         self._names, self._make = dict.fromkeys(names), make
@@ -54,13 +54,13 @@ class WeightedAdapters:
         folders: their folders.
         weights: the factor of each adapter's update.
         names: the parameters that they rewrite, in the order of the model.
-        words: full name -> what is done to the parameter, for people.
+        words: full name -> description of the change.
         full: the names that are replaced, not updated.
     """
 
     def __init__(self, folders: Sequence[Path], weights: Sequence[float] | None, model: nn.Module) -> None:
         if not folders:
-            raise ConfigError("adapter_dirs: give at least one folder of an adapter.")
+            raise ConfigError("adapter_dirs: give at least one adapter folder.")
         self.folders = tuple(folders)
         self.weights = tuple(1.0 for _ in folders) if weights is None else tuple(weights)
         if len(self.weights) != len(folders):
@@ -72,8 +72,8 @@ class WeightedAdapters:
         for opened in self._opened:
             if opened.config.decomposition:
                 raise UnsupportedError(
-                    f"{opened.folder}: init_lora_weights={opened.config.init_lora_weights!r}: the adapter is relative "
-                    "to decomposed weights. Make one for the original weights of it: save_peft(new_folder, "
+                    f"{opened.folder}: init_lora_weights={opened.config.init_lora_weights!r}: the adapter "
+                    "belongs to decomposed weights. Convert it to the original weights: save_peft(new_folder, "
                     "*load_peft(folder, model))."
                 )
         have = {name for opened in self._opened for name in opened.targets}
@@ -88,9 +88,9 @@ class WeightedAdapters:
             base: full name -> base weight, for every name of the model.
 
         Raises:
-            FormatError: a file is broken, holds a key that belongs nowhere, or an adapter changes nothing.
-            UnsupportedError: adapters meet in a parameter where their order would count.
-            NonFiniteError: a tensor of an adapter holds NaN or infinity.
+            FormatError: a file is broken, contains a key that fits no weight, or an adapter changes nothing.
+            UnsupportedError: adapters change the same parameter in a way that depends on their order.
+            NonFiniteError: a tensor of an adapter contains NaN or infinity.
         """
         acting: set[int] = set()
         for name in self.names:
@@ -105,13 +105,13 @@ class WeightedAdapters:
                 self.full.add(name)
         for index, opened in enumerate(self._opened):
             if index not in acting:
-                raise FormatError(f"{opened.folder}: every update in it is zero: merging it would change nothing.")
+                raise FormatError(f"{opened.folder}: all its updates are zero, so merging it would change nothing.")
             opened.refuse_rest(base, LazyMapping([*opened.targets], opened.rule))
             for message in opened.differences():
                 warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=4)
 
     def rules(self, name: str) -> list[Rule]:
-        """What is done to a parameter, one after the other."""
+        """The changes of a parameter, in order."""
         rules = []
         for index, rule in self._given(name):
             weight = self.weights[index]
@@ -120,7 +120,7 @@ class WeightedAdapters:
         return rules
 
     def follows(self, name: str) -> str | None:
-        """The parameter whose new value this one gets too, because the only adapter of both ties them."""
+        """The parameter with which this one shares its new value, because the only adapter of both ties them."""
         (target, *others) = [opened.targets[name] for opened in self._opened if name in opened.targets]
         return target.tied_to if target.rule is Tied and not others else None
 
@@ -136,8 +136,8 @@ class WeightedAdapters:
         if len(rules) > 1:
             others = ", ".join(str(self.folders[i]) for i, _ in rules if i != index)
             raise UnsupportedError(
-                f"{name!r} is rewritten by several adapters, and {self.folders[index]} {kind}: the result would depend "
-                f"on the order of it and {others}. Only LoRA updates add up."
+                f"{name!r} is rewritten by several adapters, and {self.folders[index]} {kind}: so the result would "
+                f"depend on the order of it and {others}. Only LoRA updates can be added."
             )
         if self.weights[index] != 1:
             raise UnsupportedError(
@@ -156,6 +156,6 @@ class WeightedAdapters:
 
 
 def _followed(opened: PeftFolder, name: str) -> Rule:
-    """The rule of a parameter; where it follows another one, that one's rule."""
+    """The rule of a parameter; for a tied parameter, the rule of the one that it follows."""
     rule = opened.rule(name)
     return untied({name: rule, rule.to: opened.rule(rule.to)})[name] if isinstance(rule, Tied) else rule

@@ -1,4 +1,4 @@
-"""Folders of transformers: merging adapters into a checkpoint that never is in memory as a whole."""
+"""Merging adapters into transformers folders, without loading the whole checkpoint into memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from funclora.io.merge.write import write
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """What a merge does to one parameter.
+    """The change of one parameter by a merge.
 
     Attributes:
         name: its full name in the model.
-        keys: the tensors of the result that hold it.
+        keys: the tensors of the result that contain it.
         shape: its shape.
-        change: what is done to it, for people.
+        change: description of the change.
         before: its dtype in the base.
         after: its dtype in the result.
         nbytes: bytes of it in the result.
@@ -46,17 +46,17 @@ class MergedWeight:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did, or would do.
+    """The result of a merge, or of its dry run.
 
     Attributes:
         model: the class of the model.
         weights: the parameters that are rewritten, in the order of the model.
-        unchanged: how many tensors of the result are those of the base.
+        unchanged: number of tensors that are equal to the base's.
         files: name -> bytes of the tensors, for each file of tensors.
-        untied: parameters that were tied and now have a value of their own.
-        carried: the other files that were carried over.
-        skipped: files of the base that were left out, because they hold weights in another format.
-        verification: what reading the result again gave; None without `verify`.
+        untied: parameters that were tied and now have their own value.
+        carried: other files that were copied.
+        skipped: files of the base that were left out, because they contain weights in another format.
+        verification: the result of the verification; None without `verify`.
     """
 
     model: str
@@ -89,40 +89,40 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge PEFT folders into the folder of a transformers model, as a new folder that `from_pretrained` takes.
 
-    The model is never in memory, only blocks of one weight and its factors. Weights that no adapter touches are
-    copied as bytes. Each merged weight is computed in float32, or in
-    float64 if any side of it is, and rounded once. The result is written under another
-    name next to `out_dir` and then renamed: a process that is killed leaves no `out_dir`, and the base is only read.
+    Only blocks of one weight and its factors are in memory, never the whole model. Weights without an adapter are
+    copied byte for byte. Each merged weight is computed in float32, or in float64 if one of its inputs is, and rounded
+    once. The result is written under another name next to `out_dir` and then renamed: a killed process leaves no
+    `out_dir`, and the base is only read.
 
-    An adapter on one of several tied weights, say the embedding, gives it a value of its own: the result holds both,
+    An adapter on one of several tied weights, such as the embedding, gives it its own value: the result contains both,
     and `tie_word_embeddings` is false in its configuration.
 
     Args:
         base_dir: a folder with `config.json` and `model.safetensors`, or several files and their index.
         adapter_dirs: PEFT's folder, or several.
-        out_dir: the folder to make; it must not exist, or be empty.
-        weights: the factor of each adapter's update, else 1. Updates of LoRA add up. DoRA and weights that are trained
-            in full have no part, so they take the factor 1, and no other adapter may touch the same weight.
-        dtype: the dtype of every floating-point tensor of the result; else each keeps its own.
-        max_shard_size: bytes of a file of tensors at most, or a text such as "5GB"; else the files are those of the
-            base. A single larger tensor still makes a file of its own.
-        verify: read the result again and compare every tensor with its value in float64, and the outputs of both
-            models on a probe input where they fit into memory, before `out_dir` appears.
+        out_dir: the new folder; it must not exist, or be empty.
+        weights: the factor of each adapter's update; 1 by default. LoRA updates are added. DoRA and fully fine-tuned
+            weights cannot be scaled, so their factor must be 1, and no other adapter may change the same weight.
+        dtype: the dtype of every floating-point tensor of the result; by default, each keeps its own.
+        max_shard_size: maximum bytes of a file of tensors, or a text such as "5GB"; by default, the files are the same
+            as in the base. A single larger tensor gets its own file.
+        verify: before `out_dir` appears, read the result again and compare every tensor with its value in float64, and,
+            if they fit into memory, the outputs of both models on a probe input.
         fsync: return when the result is on the disk, and safe from a power failure; otherwise the system decides when,
             as with `cp`.
-        dry_run: check everything and say what would be done, but write nothing.
-        progress: called with the bytes that are written and the bytes in all.
+        dry_run: check everything and report what would be done, but write nothing.
+        progress: called with the number of written bytes and of all bytes.
 
     Returns:
-        What was done.
+        The report.
 
     Raises:
-        FormatError: a folder is broken, or an adapter holds a key that fits no weight.
+        FormatError: a folder is broken, or an adapter contains a key that fits no weight.
         ConfigError: an argument is invalid, or `out_dir` is in use.
         TargetError: an adapter's configuration does not fit the model.
-        UnsupportedError: the base is quantised or stored in a way that a merge cannot keep, the adapters' result would
-            depend on their order, or a tie cannot be broken.
-        NonFiniteError: an adapter or a merged weight holds NaN or infinity, or overflows its dtype.
+        UnsupportedError: the base is quantised or stored in a way that a merge cannot reproduce, the result would
+            depend on the order of the adapters, or a tie cannot be removed.
+        NonFiniteError: an adapter or a merged weight contains NaN or infinity, or overflows its dtype.
         OSError: the disk is full, or something cannot be read or written.
 
     Examples:
@@ -130,7 +130,7 @@ def merge_checkpoint(
         MergeReport(model='LlamaForCausalLM', ...)
         >>> merge_checkpoint("nowhere", "adapter", "merged")
         Traceback (most recent call last):
-        funclora.errors.FormatError: nowhere: there is no such folder. Give that of a transformers model.
+        funclora.errors.FormatError: nowhere: there is no such folder. Give the folder of a transformers model.
     """
     several = [adapter_dirs] if isinstance(adapter_dirs, (str, os.PathLike)) else adapter_dirs
     check_path(base_dir, "base_dir")
@@ -162,7 +162,7 @@ def _report(plan: MergePlan, verification: MergeVerification | None) -> MergeRep
     for name in plan.adapters.names:
         holders = plan.holders.get(name)
         if holders is None:
-            continue  # it stays tied to one that is there
+            continue  # it stays tied to one that is included
         before = DTYPES[plan.base.tensors[holders[0][0].source].dtype]
         after = DTYPES[holders[0][0].dtype]
         shape = plan.structure.shapes[name]

@@ -1,4 +1,4 @@
-"""What a merge will write: every tensor of every file, before a byte of it is there."""
+"""The plan of a merge: every tensor of every file, decided before anything is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Written:
         key: its key.
         source: key of the tensor of the base that it is made from.
         dtype: the name of its dtype.
-        nbytes: how many bytes it has.
+        nbytes: its size in bytes.
         parts: the parts of rewritten parameters in it; empty if it is only copied.
     """
 
@@ -41,18 +41,18 @@ class Written:
 
 
 class MergePlan:
-    """Everything that is decided before a merge begins to write.
+    """Everything that is decided before a merge writes anything.
 
     Attributes:
         base: the checkpoint.
         structure: the model without weights.
-        adapters: what is merged.
+        adapters: the merged adapters.
         config: the contents of the new `config.json`.
         tensors: key -> tensor of the result, file after file.
-        holders: full name of a rewritten parameter -> the tensors and parts that hold it. One that stays tied to
-            another is held under the other's name.
+        holders: full name of a rewritten parameter -> the tensors and parts that contain it. A parameter that stays
+            tied to another one is listed under the other's name.
         files: name of a file -> keys of the tensors in it.
-        untied: parameters that are tied to another one in the base and get a value of their own.
+        untied: parameters that are tied to another one in the base and get their own value.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class MergePlan:
     # Ties.
 
     def _untie(self) -> tuple[dict[str, Any], list[str], dict[str, str]]:
-        """The new configuration, the parameters that it unties, and name -> name of the tied one it is made from.
+        """The new configuration, the parameters that it unties, and name -> name of the tied parameter in the file.
 
         Raises:
-            UnsupportedError: a tie that an adapter breaks cannot be broken in this class of model.
+            UnsupportedError: an adapter changes only one of two tied weights, which this class of model cannot untie.
         """
         rewritten = set(self.adapters.names)
         broken = [group for group in self.structure.ties if rewritten & {*group} and not self._stays_tied(group)]
@@ -99,12 +99,12 @@ class MergePlan:
         try:
             after = self.structure.untied(config)
         except UnsupportedError as error:
-            raise UnsupportedError(f"the adapter rewrites {names}, which is tied to others, and {error}") from error
+            raise UnsupportedError(f"the adapter rewrites {names}, which is tied to others, but {error}") from error
         for group in after.ties:
             if rewritten & {*group} and not self._stays_tied(group):
                 raise UnsupportedError(
                     f"the adapter rewrites {names}, and {self.structure.name} ties {', '.join(map(repr, group))} "
-                    "whatever its configuration says: they cannot get different values."
+                    "regardless of its configuration, so they cannot have different values."
                 )
         still = {name: group for group in after.ties for name in group}
         apart = {}
@@ -136,7 +136,9 @@ class MergePlan:
         for name, stored in apart.items():
             parts = self._parts[stored]
             if len(parts) != 1 or parts[0].cuts or parts[0].shape != self.base.tensors[parts[0].key].shape:
-                raise UnsupportedError(f"{name!r} is tied to {stored!r}, which is no single tensor of the checkpoint.")
+                raise UnsupportedError(
+                    f"{name!r} is tied to {stored!r}, which is not a single tensor of the checkpoint."
+                )
             tensors[name] = self._written(name, parts[0].key)
         for name in self.adapters.names:
             if name in apart:
@@ -145,7 +147,7 @@ class MergePlan:
                 continue
             for part in self._weights.parts_of(name):
                 if part.parameter != name:
-                    continue  # it stays tied to that one, and gets its value there
+                    continue  # it stays tied to that parameter, which gets the value
                 if not self.base.tensors[part.key].is_floating:
                     raise UnsupportedError(
                         f"{name!r} is stored as {self.base.tensors[part.key].dtype}; only floating-point weights of 16 "
@@ -162,7 +164,7 @@ class MergePlan:
         return Written(key, source, self._dtype, size * math.prod(stored.shape))
 
     def _files(self, limit: int | None) -> dict[str, list[str]]:
-        """The files of the base with what is new next to what it comes from, or files up to a size."""
+        """The files of the base, with new tensors next to their sources, or files up to a size."""
         if limit is None:
             files: dict[str, list[str]] = {file.name: [] for file in self.base.files}
             for key, written in self.tensors.items():
@@ -182,7 +184,7 @@ class MergePlan:
         return {f"model-{i:05d}-of-{n:05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
 
     def drafts(self, folder: Path) -> dict[str, Draft]:
-        """Name of a file -> its bytes before the tensors, and their places in it."""
+        """Name of a file -> its bytes before the tensors, and the positions of these."""
         drafts = {}
         for name, keys in self.files.items():
             written = [(self.tensors[key], self.base.tensors[self.tensors[key].source].shape) for key in keys]
@@ -190,7 +192,7 @@ class MergePlan:
         return drafts
 
     def index(self) -> str | None:
-        """The text of the index, where there are several files or the base's one file has another name."""
+        """The text of the index, if there are several files or the base's only file has another name."""
         if [*self.files] == [SINGLE_FILE]:
             return None
         total = sum(written.nbytes for written in self.tensors.values())
@@ -200,7 +202,7 @@ class MergePlan:
 
     @property
     def skipped(self) -> list[Path]:
-        """Files of the base that the result does not have: weights in other formats, what training left behind."""
+        """Files of the base that are not copied: weights in other formats, and remains of training."""
         own = {file.relative_to(self.base.folder) for file in self.base.files} | {Path(INDEX_FILE)}
         return [path for path in self.base.left if path not in own]
 

@@ -1,4 +1,4 @@
-"""Rewriting the tensors of a checkpoint block by block: no weight is in memory as a whole, if it can be avoided."""
+"""Rewriting the tensors of a checkpoint block by block, so that whole weights are in memory only where necessary."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from funclora.io.hf.structure import Part, Shape
 from funclora.rules.base import Rule
 from funclora.rules.low_rank import low_rank_of
 
-# Elements of a weight that are computed together: they stay in a core's cache from reading to rounding.
+# Elements of a weight that are computed together, so that they stay in a core's cache from reading to rounding.
 BLOCK = 2**19
 
 Read = Callable[[str, int, int], Tensor]
 
 
 class PartRewriter:
-    """What a part of a parameter becomes, slice by slice of the tensor that holds it.
+    """Computes the new values of a part of a parameter, slice by slice of its tensor.
 
     Args:
         part: the part.
@@ -39,7 +39,7 @@ class PartRewriter:
             rules = [_narrowed(rule, tuple(shape), dim, start, length) for rule in rules]
             shape[dim] = length
         self._shape = tuple(shape)
-        # The dimension of the parameter that is the tensor's first: what stands before it has length 1.
+        # The dimension of the parameter that is the tensor's first one: those before it have length 1.
         self._dim = len(shape) - len(part.shape)
         if double:
             rules = [map_tensors(Tensor.double, rule) for rule in rules]
@@ -83,7 +83,9 @@ class PartRewriter:
 def _narrowed(rule: Rule, shape: Shape, dim: int, start: int, length: int) -> Rule:
     part = rule.narrow(shape, dim, start, length)
     if part is None:
-        raise UnsupportedError(f"{type(rule).__name__} has no part along dimension {dim} of a weight {list(shape)}.")
+        raise UnsupportedError(
+            f"{type(rule).__name__} cannot be split along dimension {dim} of a weight {list(shape)}."
+        )
     return part
 
 
@@ -100,14 +102,14 @@ def rounded(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def cast(value: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """A weight that no adapter touches, in another dtype; NaN and infinity that are in it stay.
+    """A weight without an adapter, in another dtype; NaN and infinity in it are kept.
 
     Raises:
         NonFiniteError: a value is too large for the dtype.
     """
     changed = value.to(dtype)
     if (torch.isfinite(value) & ~torch.isfinite(changed)).any():
-        raise NonFiniteError(f"{key!r} holds values that are too large for {dtype}. Choose a wider dtype.")
+        raise NonFiniteError(f"{key!r} contains values that are too large for {dtype}. Choose a wider dtype.")
     return changed
 
 

@@ -1,4 +1,4 @@
-"""Reading a merged checkpoint again: is every number what it should be, and does the model compute what it should?"""
+"""Verifying a merged checkpoint: its tensors and the outputs of its model."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from funclora.rules.base import Rule
 # Deviations that are more than rounding, in units of it. A weight that is computed wider than it is stored is rounded
 # once; the sums of one that is computed as it is stored are rounded too.
 _LIMITS = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 16.0, torch.float64: 16.0}
-# The same for logits, as a part of the largest one: the roundings of all weights add up through the model.
+# The same for logits, relative to the largest one: the rounding errors of all weights add up through the model.
 _LOGITS = {torch.float16: 0.03, torch.bfloat16: 0.2, torch.float32: 1e-3, torch.float64: 1e-3}
 
 
 @dataclass(frozen=True)
 class MergeVerification:
-    """What a second look at a merged checkpoint says.
+    """The result of verifying a merged checkpoint.
 
     Attributes:
         deviations: full name of a rewritten parameter -> the largest deviation from its value in float64, in units of
             rounding: the distance of neighbouring numbers of the dtype at the larger of base and result, for float32
             and float64, in which the sums themselves are rounded, at the largest of a block of results. 0.5 is exact
             arithmetic, rounded once.
-        unchanged: how many other tensors were compared and are those of the base, byte for byte or rounded.
-        logits: the largest difference between the merged model's output and that of the base model under the
-            adapters, as a part of the largest output; None if it was not computed.
+        unchanged: number of other tensors that were compared and equal the base's, byte for byte or rounded.
+        logits: the largest difference between the outputs of the merged model and of the base model with the adapters,
+            relative to the largest output; None if it was not computed.
         skipped: why it was not computed; empty if it was.
     """
 
@@ -53,17 +53,17 @@ class MergeVerification:
 
 
 def verify(plan: MergePlan, folder: Path) -> MergeVerification:
-    """Compare a merged checkpoint with what the plan says.
+    """Compare a merged checkpoint with its plan.
 
     Raises:
-        FormatError: a tensor or the model's output is not what it should be.
+        FormatError: a tensor or the model's output is wrong.
     """
     deviations: dict[str, float] = {}
     unchanged = 0
     with Checkpoint(folder) as merged:
         if merged.tensors.keys() != plan.tensors.keys():
             odd = sorted(merged.tensors.keys() ^ plan.tensors.keys())
-            raise FormatError(f"{folder}: it does not hold the tensors that it should; {odd[0]!r} is one of them.")
+            raise FormatError(f"{folder}: its tensors are not those of the plan, for example {odd[0]!r}.")
         for written in plan.tensors.values():
             if not written.parts:
                 _compare_unchanged(plan, merged, written)
@@ -94,7 +94,7 @@ def _compare_unchanged(plan: MergePlan, merged: Checkpoint, written: Written) ->
             base = plan.base.read(written.source, first, length).to(DTYPES[written.dtype])
             same &= bool(((base == merged.read(written.key, first, length)) | base.isnan()).all())
     if not same:
-        raise FormatError(f"{result.file}: {written.key!r} differs from the base, though no adapter changes it.")
+        raise FormatError(f"{result.file}: {written.key!r} differs from the base, although no adapter changes it.")
 
 
 _CHUNK = 16 << 20
@@ -131,12 +131,12 @@ def _units(got: Tensor, wanted: Tensor, base: Tensor) -> float:
 
 
 def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
-    """The relative difference of outputs, or why it is not known."""
+    """The relative difference of outputs, or why it was not computed."""
     elements = sum(math.prod(shape) for shape in plan.structure.shapes.values())
-    # Both models in float32, the weights that merging several adapters makes, and room to work.
+    # Both models in float32, the weights from merging several adapters, and working memory.
     needed, free = 4 * elements * (3 if len(plan.adapters.folders) > 1 else 2) * 5 // 4, free_on_host()
     if free is None:
-        return None, "this system does not say how much memory is free"
+        return None, "the amount of free memory is unknown on this system"
     if needed > free:
         return None, f"both models would need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
     inputs = _probe(plan)
@@ -147,15 +147,15 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
     try:
         wanted = _first(_adapted(plan, base, inputs))
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        return None, f"{plan.structure.name} does not take the probe input: {error}"
+        return None, f"{plan.structure.name} does not accept the probe input: {error}"
     with torch.no_grad():
         got = _first(merged(**inputs))
     difference = float((got - wanted).abs().max() / wanted.abs().max())
     dtype = max((DTYPES[w.dtype] for w in plan.tensors.values() if w.parts), key=lambda dtype: torch.finfo(dtype).eps)
     if not difference <= _LOGITS[dtype]:
         raise FormatError(
-            f"{folder}: the merged model's output differs by {difference:g} of the largest value from that of the base "
-            "model under the adapters."
+            f"{folder}: the merged model's output differs by {difference:g} relative to the largest value, from the "
+            "base model with the adapters."
         )
     return difference, ""
 
@@ -166,9 +166,9 @@ def _load(cls: Any, folder: Path) -> Any:
 
 
 def _adapted(plan: MergePlan, base: Any, inputs: dict[str, Tensor]) -> Any:
-    """The output of the base model under the adapters, without any merged file."""
+    """The output of the base model with the adapters, without any merged file."""
     params: dict[str, Tensor] = base_params(base)
-    # One adapter acts as it would without a merge; of several, all but the last are merged in float32.
+    # A single adapter is applied without merging; of several, all except the last are merged in float32.
     layers: list[dict[str, Rule]] = []
     for name in plan.adapters.names:
         for i, rule in enumerate(plan.adapters.rules(name)):
@@ -187,7 +187,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _probe(plan: MergePlan) -> dict[str, Tensor] | str:
-    """An input for the model, or why there is none."""
+    """A probe input for the model, or why there is none."""
     model: Any = plan.structure.model
     config, name = model.config, getattr(model, "main_input_name", None)
     if name == "input_ids":
@@ -201,4 +201,4 @@ def _probe(plan: MergePlan) -> dict[str, Tensor] | str:
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.arange(channels * height * width, dtype=torch.float32).mul(0.37).sin()
         return {"pixel_values": pixels.reshape(1, channels, height, width)}
-    return f"{plan.structure.name} takes {name!r}, for which there is no probe input"
+    return f"{plan.structure.name} needs {name!r}, for which there is no probe input"

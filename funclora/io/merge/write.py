@@ -1,4 +1,4 @@
-"""Writing a planned merge: every tensor to its place in its file, by several threads, in whatever order."""
+"""Writing a planned merge: every tensor to its position in its file, by several threads, in any order."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from funclora.io.hf.structure import Part
 from funclora.io.merge.plan import MergePlan, Written
 from funclora.io.merge.rewrite import PartRewriter, cast, ranges, rounded
 
-Job = Callable[[], int]  # does a piece of the work and says how many bytes of the result it was
+Job = Callable[[], int]  # does a part of the work and returns its bytes of the result
 
 _COPY = 64 << 20  # bytes that a job copies
 _COMPUTE = 16 << 20  # bytes that a job computes
 
 
 def write(plan: MergePlan, folder: Path, progress: OnProgress) -> None:
-    """Write the result of a plan into an empty folder. As with `cp`, the system decides when it reaches the disk.
+    """Write the result of a plan into an empty folder. As with `cp`, the system decides when the data reaches the disk.
 
     Raises:
-        NonFiniteError: a merged weight holds NaN or infinity, or overflows its dtype.
+        NonFiniteError: a merged weight contains NaN or infinity, or overflows its dtype.
         OSError: the disk is full, or something cannot be read or written.
     """
     drafts = plan.drafts(folder)
@@ -55,7 +55,7 @@ def write(plan: MergePlan, folder: Path, progress: OnProgress) -> None:
         plan.base.check()
         for path, file in files.items():
             if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                raise FileNotFoundError(errno.ENOENT, "another file has taken its place meanwhile", str(path))
+                raise FileNotFoundError(errno.ENOENT, "it was replaced by another file meanwhile", str(path))
 
 
 def _small_files(plan: MergePlan, folder: Path) -> None:
@@ -72,15 +72,15 @@ def _small_files(plan: MergePlan, folder: Path) -> None:
 
 
 def threads() -> int:
-    """How many cores this process may use, up to a number that no disk keeps busy."""
+    """Number of cores that this process may use, up to a number that no disk can supply with data."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
 
 
 def _run(jobs: Iterator[Job]) -> Iterator[int]:
-    """Do the jobs in threads, few at a time, and yield what each returns; the first exception ends it all."""
+    """Run the jobs in threads, few at a time, and yield their results; the first exception ends them all."""
     n = threads()
-    # One thread of torch's for each of ours: the blocks are small.
+    # One torch thread for each of our threads, since the blocks are small.
     with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending: set[Future[int]] = set()
         try:
@@ -98,7 +98,7 @@ def _run(jobs: Iterator[Job]) -> Iterator[int]:
 
 
 def _jobs(plan: MergePlan, places: dict[str, tuple[int, Stored]]) -> Iterator[Job]:
-    """The whole work. Rules are read when their turn comes, one parameter at a time."""
+    """All jobs. Rules are read on demand, one parameter at a time."""
     base = plan.base
     runs = _Runs(base)
     for key, written in plan.tensors.items():
@@ -154,7 +154,7 @@ def _gaps(written: Written, source: Stored) -> list[tuple[int, int]]:
 
 
 def _casts(base: Checkpoint, source: Stored, first: int, length: int, target: int, place: Stored) -> Iterator[Job]:
-    """Slices that only change their dtype, if that."""
+    """Slices of which at most the dtype changes."""
     dtype = DTYPES[place.dtype]
     n = source.shape[0] if source.shape else 1
     row = place.nbytes // n if n else 0
@@ -171,7 +171,7 @@ def _casts(base: Checkpoint, source: Stored, first: int, length: int, target: in
 
 
 class _Runs:
-    """Tensors that are copied as they are, joined where they lie side by side in both files."""
+    """Tensors that are copied unchanged; neighbours in both files are joined."""
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base

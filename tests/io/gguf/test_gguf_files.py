@@ -287,7 +287,11 @@ REFUSED = {
     "bias": (biased, UnsupportedError, r"'transformer.h.0.*bias'.*rule Full.*Merge"),
     "other module": (other_model, UnsupportedError, "model: Sequential has no form.*LlamaForCausalLM.*Merge"),
     "bert": (bert, UnsupportedError, "model: BertModel has no form"),
-    "positions": (target("GPT2", "wpe"), UnsupportedError, "'transformer.wpe.weight'.*'position_embd.weight' without"),
+    "positions": (
+        target("GPT2", "wpe"),
+        UnsupportedError,
+        "'transformer.wpe.weight'.* does not apply adapters to 'position_embd.weight'",
+    ),
     "tied table": (target("GPT2", "wte"), UnsupportedError, "'transformer.wte.weight'.*tied"),
     "tied output": (target("Llama", "lm_head", tie_word_embeddings=True), UnsupportedError, "lm_head.*tied"),
     "tied embed": (target("Llama", "embed_tokens", tie_word_embeddings=True), UnsupportedError, "embed_tokens.*tied"),
@@ -311,10 +315,10 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("change", "dtype", "error", "message"),
     [
-        ({"a": float("nan")}, torch.float32, NonFiniteError, "q_proj.weight': a holds NaN"),
+        ({"a": float("nan")}, torch.float32, NonFiniteError, "q_proj.weight': a contains NaN"),
         ({"b": 1e5}, torch.float16, NonFiniteError, r"q_proj.weight': b reaches .*beyond.*float16 \(65504\).*float32"),
         ({"b": 1e-12}, torch.float16, NonFiniteError, "b reaches .*rounds to 0"),
-        ({"scaling": 0.0}, torch.float32, ParamsError, "scaling 0, so that it has no effect"),
+        ({"scaling": 0.0}, torch.float32, ParamsError, "scaling 0, so it has no effect"),
         ({"scaling": 1e-60}, torch.float32, NonFiniteError, "alpha=0"),
         ({"scaling": 1e60}, torch.float32, NonFiniteError, "alpha=inf"),
         ({}, torch.bfloat16, ConfigError, "dtype: expected torch.float32 or torch.float16, got torch.bfloat16"),
@@ -382,18 +386,18 @@ def rewrite(file: Path, tensors: dict[str, Any], qtype: Any = None, **changes: A
 A, B = np.ones((2, 16), np.float32), np.ones((16, 2), np.float32)
 PAIR = {"blk.0.attn_q.weight.lora_a": A, "blk.0.attn_q.weight.lora_b": B}
 ODD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
-    (PAIR, {"arch": "qwen2"}, FormatError, "an adapter for 'qwen2', but LlamaForCausalLM is 'llama'"),
+    (PAIR, {"arch": "qwen2"}, FormatError, "the adapter is for 'qwen2', but LlamaForCausalLM is 'llama'"),
     (PAIR, {"type": "model"}, FormatError, "general.type: expected 'adapter', got 'model'"),
     (PAIR, {"kind": "other"}, FormatError, "adapter.type: expected 'lora', got 'other'"),
     (PAIR, {"tokens": [1, 2]}, UnsupportedError, "aLoRA is not supported"),
     (PAIR, {"alpha": float("inf")}, NonFiniteError, "alpha is inf"),
     ({}, {}, FormatError, "no tensors"),
     ({"blk.0.attn_q.weight.lora_a": A}, {}, FormatError, "no 'blk.0.attn_q.weight.lora_b'"),
-    (PAIR | {"blk.0.attn_norm.weight": A[0]}, {}, UnsupportedError, "'blk.0.attn_norm.weight' is no factor"),
+    (PAIR | {"blk.0.attn_norm.weight": A[0]}, {}, UnsupportedError, "'blk.0.attn_norm.weight' is not a factor"),
     ({k.replace("0", "7"): t for k, t in PAIR.items()}, {}, FormatError, "has no weight 'blk.7.attn_q.weight'"),
     (PAIR | {"blk.0.attn_q.weight.lora_a": A.T}, {}, FormatError, r"lora_a' has shape \[16, 2\], expected \[2, 16\]"),
     (PAIR | {"blk.0.attn_q.weight.lora_b": B[:8]}, {}, FormatError, r"lora_b' has shape \[8, 2\], expected \[16, 2\]"),
-    (PAIR | {"blk.0.attn_q.weight.lora_a": A * np.nan}, {}, NonFiniteError, "lora_a' holds NaN"),
+    (PAIR | {"blk.0.attn_q.weight.lora_a": A * np.nan}, {}, NonFiniteError, "lora_a' contains NaN"),
 ]
 
 

@@ -156,7 +156,7 @@ def test_statistics_have_no_place(tmp_path: Path) -> None:
     model = tune(tmp_path / "base", cls, tmp_path / "tuned", "convolution")
     model.get_buffer("resnet.embedder.embedder.normalization.running_mean").add_(1)
     model.save_pretrained(tmp_path / "tuned")
-    with pytest.raises(UnsupportedError, match=r"running_mean' differs, and is a buffer"):
+    with pytest.raises(UnsupportedError, match=r"running_mean' differs, but is a buffer"):
         fl.extract_adapter(
             tmp_path / "base", tmp_path / "tuned", tmp_path / "out", r=2, target_modules=["convolution"], rest="save"
         )

@@ -116,7 +116,11 @@ def test_extracting_from_a_model_of_other_sizes(tmp_path: Path) -> None:
             r"'model\.embed_tokens\.weight' has the shape \[40, 16\].*\[48, 16\]; .*resize",
         ),
         ("fewer", {"num_hidden_layers": 1}, r"'model\.layers\.1.*does not have it; expected the same"),
-        ("more", {"num_hidden_layers": 3}, r"it has 'model\.layers\.2.*has not; expected models of one structure"),
+        (
+            "more",
+            {"num_hidden_layers": 3},
+            r"it has 'model\.layers\.2.*does not; expected models with the same structure",
+        ),
     ):
         llama(**changes).save_pretrained(tmp_path / name)
         with pytest.raises(FormatError, match=message):
@@ -130,7 +134,9 @@ def test_a_gguf_file_of_another_model(kind: str, tmp_path: Path) -> None:
     fl.save_gguf(tmp_path / "a.gguf", fl.init(llama(), config), llama())
     with torch.device("meta"):
         model = MODELS[kind]()
-    with pytest.raises(FuncloraError, match=r"an adapter for 'llama', but GPT2|BertForMaskedLM has no form in GGUF"):
+    with pytest.raises(
+        FuncloraError, match=r"the adapter is for 'llama', but GPT2|BertForMaskedLM has no form in GGUF"
+    ):
         fl.load_gguf(tmp_path / "a.gguf", model)
     with pytest.raises(FormatError, match=r"lora_a' has shape \[2, 16\], expected \[2, 32\]"):
         fl.load_gguf(tmp_path / "a.gguf", llama(hidden_size=32))

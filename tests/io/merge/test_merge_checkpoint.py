@@ -314,17 +314,17 @@ def spoil(folders: Path, how: str) -> None:
 
 WRONG = {
     "unknown key": (FormatError, r"unexpected key .*k_proj"),
-    "zero": (FormatError, r"one: every update in it is zero"),
+    "zero": (FormatError, r"one: all its updates are zero"),
     "nan": (NonFiniteError, r"q_proj.* holds NaN"),
     "overflow": (NonFiniteError, r"merging 'model.layers.0.self_attn.q_proj.weight' gives NaN or infinity"),
-    "missing weight": (FormatError, r"does not hold 'model.layers.0.self_attn.q_proj.weight'"),
+    "missing weight": (FormatError, r"does not contain 'model.layers.0.self_attn.q_proj.weight'"),
     "cut shard": (FormatError, r"not a safetensors file, or it is cut off"),
-    "lost shard": (FormatError, r"model-00001.* is not there"),
+    "lost shard": (FormatError, r"model-00001.* does not exist"),
     "pickles": (UnsupportedError, r"pytorch_model.bin is a pickle"),
     "quantised": (UnsupportedError, r"quantised \(quantization_config\)"),
-    "no class": (UnsupportedError, r"has no class 'NoSuchModel'"),
+    "no class": (UnsupportedError, r"has no model class 'NoSuchModel'"),
     "other sizes": (FormatError, r"has shape \[\d+, \d+\] in the checkpoint, but"),
-    "adapter in base": (UnsupportedError, r"holds an adapter too"),
+    "adapter in base": (UnsupportedError, r"also contains an adapter"),
     "other model": (TargetError, r"matches no module"),
 }
 
@@ -363,9 +363,9 @@ def test_only_lora_updates_add_up(folders: Path) -> None:
             merge(*names)
     with pytest.raises(UnsupportedError, match=r"weights: .*dora has the weight 0.5, but is a DoRA adapter"):
         merge("dora", weights=[0.5])
-    with pytest.raises(UnsupportedError, match=r"weights: .*full has the weight 2, but trains it in full"):
+    with pytest.raises(UnsupportedError, match=r"weights: .*full has the weight 2, but fully fine-tunes it"):
         merge("full", weights=[2.0])
-    with pytest.raises(UnsupportedError, match=r"several adapters, and .*full trains it in full"):
+    with pytest.raises(UnsupportedError, match=r"several adapters, and .*full fully fine-tunes it"):
         merge("full", "full")
     merge("dora", "full", "two")  # they meet nowhere
 
@@ -375,7 +375,7 @@ def test_values_too_large_for_the_dtype(folders: Path) -> None:
     for file in (folders / "base").glob("*.safetensors"):
         edit(file, lambda v: v[norm].fill_(1e5) if norm in v else None)
     fl.merge_checkpoint(folders / "base", folders / "one", folders / "wide")
-    with pytest.raises(NonFiniteError, match=f"{norm!r} holds values that are too large for torch.float16"):
+    with pytest.raises(NonFiniteError, match=f"{norm!r} contains values that are too large for torch.float16"):
         fl.merge_checkpoint(folders / "base", folders / "one", folders / "out", dtype=torch.float16)
     assert not (folders / "out").exists()
 
@@ -393,7 +393,7 @@ def test_verify_sees_a_wrong_number(folders: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(_merge_write, "spill", true)
     monkeypatch.setattr(_merge_write, "copy_range", lambda *_: None)  # zeros stay where the base's bytes should be
-    with pytest.raises(FormatError, match="differs from the base, though no adapter changes it"):
+    with pytest.raises(FormatError, match="differs from the base, although no adapter changes it"):
         fl.merge_checkpoint(folders / "base", folders / "one", folders / "out", verify=True)
 
 
