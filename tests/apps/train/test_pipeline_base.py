@@ -307,7 +307,7 @@ def test_folders_that_are_no_models(folders: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"finds no tokenizer in .* Put the tokenizer's files next"):
         base(tmp_path)
     load_tokenizer(Settings(model=folders["llama"])).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match=r"there is neither model\.safetensors nor"):
+    with pytest.raises(FormatError, match=r"contains neither model\.safetensors nor"):
         base(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((folders["llama"] / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(FormatError, match=r"model\.safetensors: .*header"):
