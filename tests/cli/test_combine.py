@@ -154,7 +154,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["--type", "cat", "--rank", 2], "svd_rank: combination_type='cat' has no use for it"),
     (["--type", "cat", "--seed", 2], "--seed: --type cat uses no random numbers"),
     (["--type", "linear"], "the ranks differ"),
-    (["--base", "nowhere"], "--base: nowhere is no folder"),
+    (["--base", "nowhere"], "--base: nowhere is not a directory"),
     (["--weights", "0,0"], "all of them are 0"),
 ]
 
