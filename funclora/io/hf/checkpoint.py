@@ -178,7 +178,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Stored], dict[Path, OpenFile]]:
     paths = [file_inside(folder, name, f"{index}: weight_map", links=True) for name in weight_map.values()]
     for path in dict.fromkeys(paths):
         if not path.is_file():
-            raise FormatError(f"{index}: it names {path.name}, which is not there.")
+            raise FormatError(f"{index}: it names {path.name}, which does not exist.")
         opened[path] = OpenFile(path)
         # transformers loads all tensors of the files, also those that are not in the index
         found = read_header(opened[path])
