@@ -132,14 +132,19 @@ class Rule(ABC):
             weight: the base weight.
             dropout: the probability that applies in this call (0 in evaluation mode).
         """
-        lora = self.as_lora()
-        if lora is not None:
-            return lora.apply_op(op, weight, dropout)
+        prepared = self.prepared(weight)
+        if prepared is not self:
+            return prepared.apply_op(op, weight, dropout)
         return op.dense(self.dense(weight).to(weight.dtype), bias=True)
 
     def prepared(self, weight: Tensor) -> Rule:
         """A rule with the same results that has computed what depends on nothing but itself and the weight."""
-        return self.as_lora() or self
+        low: Any = self.low_rank()
+        if low is None:
+            return self
+        scale = self.output_scale(weight)
+        prepared: Rule = low if scale is None else low.with_scale(scale)
+        return prepared
 
     @property
     def dropout_p(self) -> float:

@@ -478,6 +478,76 @@ def test_parts_of_the_weight_have_rules(kind: str) -> None:
     close(rule.select_experts(1).dense(w[1]), dense[1], 1e-12)
 
 
+# --- other forms ------------------------------------------------------------------------------------------------
+
+
+class Bare(Rule):
+    """What the rules of the tests below share."""
+
+    layout = fl.rules.Linear()
+
+    def dense(self, weight: Tensor) -> Tensor:
+        low: Any = self.low_rank()
+        scale = self.output_scale(weight)
+        updated: Tensor = low.dense(weight)
+        return updated if scale is None else updated * scale[:, None]
+
+    def check(self, name: str, weight: Tensor) -> None: ...
+
+
+@fl.rules.pytree_node
+@dataclass(frozen=True, eq=False)
+class Offset(Bare):
+    """An update that is not zero where its leaf is zero: B = 1 + b."""
+
+    b: Tensor
+    leaf_names: ClassVar[tuple[str, ...]] = ("b",)
+
+    def as_lora(self) -> fl.LoRA:
+        return fl.LoRA(torch.ones(1, 6, dtype=F64), 1 + self.b, layout=self.layout)
+
+
+@fl.rules.pytree_node
+@dataclass(frozen=True, eq=False)
+class Gained(Bare):
+    """g ∘ (W + B·A), without being a `LowRank`."""
+
+    up: Tensor
+    down: Tensor
+    gain: Tensor
+    leaf_names: ClassVar[tuple[str, ...]] = ("up", "down", "gain")
+
+    def low_rank(self) -> fl.LoRA:
+        return fl.LoRA(self.down, self.up, scaling=0.5, layout=self.layout)
+
+    def output_scale(self, weight: Tensor) -> Tensor:
+        return self.gain * weight.abs().sum(-1)
+
+
+@pytest.mark.parametrize("given", ["list", "tensor", "weights"])
+@pytest.mark.parametrize("kind", [Offset, Gained])
+def test_forms_that_no_class_of_the_library_has(kind: type[Rule], given: str) -> None:
+    model, params = torch.nn.Linear(6, 4), {"weight": drawn((4, 6), gen(0)), "bias": drawn((4,), gen(1))}
+    shapes = [(4, 1)] if kind is Offset else [(4, 1), (1, 6), (4,)]
+    members: list[dict[str, Rule]] = [{"weight": kind(*(drawn(shape, gen(i)) for shape in shapes))} for i in (2, 3)]
+    x, ids = drawn((3, 6), gen(4)), [1, -1, 0]
+    each = [x @ fl.merge(params, adapters)["weight"].T + params["bias"] for adapters in [*members, {}]]
+    for adapters, want in zip(members, each, strict=False):
+        close(fl.apply(model, params, adapters, x), want, 1e-12)
+        assert fl.trace_targets(model, params, adapters, x) == {"weight": "fast"}
+    if given == "weights":
+        weights = drawn((3, 2), gen(5))
+        routed = fl.route(fl.stack(members), weights=weights)
+        rows = each[2] + sum(w[:, None] * (y - each[2]) for w, y in zip(weights.T, each, strict=False))
+    else:
+        routed = fl.route(fl.stack(members), torch.tensor(ids) if given == "tensor" else ids)
+        rows = torch.stack([each[i][row] for row, i in enumerate(ids)])
+    close(fl.apply(model, params, routed, x), rows, 1e-12)
+    svd = algebra.combine(members, [0.5, 0.5], "svd", svd_rank=4, params=params)
+    half = sum(0.5 * (fl.merge(params, adapters)["weight"] - params["weight"]) for adapters in members)
+    close(fl.merge(params, svd)["weight"] - params["weight"], half, 1e-11)
+
+
 # --- a rule that gives its dense form alone ---------------------------------------------------------------------
 
 
