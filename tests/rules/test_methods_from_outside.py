@@ -227,9 +227,10 @@ def test_route_equals_the_loop(case: Case, kind: str, given: str) -> None:
     close(got, want, 1e-10)
 
 
-def test_members_of_near_ranks_are_computed_together() -> None:
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_members_of_near_ranks_are_computed_together(name: str) -> None:
     """LoHa names the dimensions that count ranks, so ranks 2 and 3 need one product."""
-    case = CASES[0]
+    case = next(case for case in CASES if case.name == name)
     s = set_up(case)
     members = fl.stack([adapters_of("loha", case, s.params, seed, r) for seed, r in enumerate((2, 3))])
     assert len(members.groups) == 2
