@@ -23,6 +23,7 @@ from funclora._apps.train.base import context_limit, known_classes, load_base, l
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.cli._app import app
 from funclora.errors import FuncloraError
+from funclora.io.hf.library import check_config
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "model.safetensors"]  # fmt: skip
@@ -116,6 +117,12 @@ def test_what_failed(what: str, attempt: Callable[..., str], whole: Path) -> Non
     name, changes, message = SEEDS[what]
     content = json.loads(content_of(whole, CAUSAL, name)) | changes
     assert re.search(message, attempt(CAUSAL, name, json.dumps(content).encode()))
+
+
+def test_sizes_that_models_have_are_taken() -> None:
+    """Only counts of layers and labels are looked at."""
+    sizes = {"vocab_size_per_layer_input": 262144, "layer_width": 16384, "vocab_size": 10**6, "num_hidden_layers": 512}
+    check_config(Path("x"), sizes | {"text_config": sizes, "id2label": {"0": "a"}, "layer_types": ["full"] * 512})
 
 
 GENERATION: list[Any] = [

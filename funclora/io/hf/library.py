@@ -15,7 +15,7 @@ from funclora.errors import FormatError, FuncloraError, UnsupportedError
 OPTIONS: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 # transformers makes lists of this length before there is a model whose parameters could be counted.
-_COUNTS = re.compile(r"layer|num_labels")
+_COUNTS = re.compile(r"(layers?|num_labels)$")
 _MOST = 10_000
 _LONGEST = 300  # characters of a quoted error
 
@@ -79,10 +79,11 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
         UnsupportedError: it needs code that is not in transformers.
         FormatError: it has more layers or labels than any model.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     own, kind = config.get("auto_map"), config.get("model_type")
-    if isinstance(own, Mapping) and "AutoConfig" in own and kind not in CONFIG_MAPPING_NAMES:
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if isinstance(own, Mapping) and "AutoConfig" in own and not known:
         raise needs_code(folder, f"auto_map in config.json: {reprlib.repr(own['AutoConfig'])}")
     todo: list[Any] = [config]
     while todo:
