@@ -17,6 +17,9 @@ QUICK := tests/laws tests/rules tests/bind tests/lazy tests/many
 # Rounding differs between processors: what `make numeric` runs with torch's plain kernels, which every processor has.
 NUMERIC := $(QUICK) tests/quant tests/parity
 
+# The first torch that pyproject.toml admits.
+OLDEST := $(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
 # What `python3` means on this machine is the first choice, the newest other one the second.
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10)
 BIN     := $(VENV)/bin
@@ -25,7 +28,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check "torch==
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick numeric bench lint docs clean distclean
+.PHONY: help demo test quick numeric oldest bench lint docs clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -42,6 +45,9 @@ quick: $(VENV)/.has-test ## run the laws for every rule in one dtype, while you 
 
 numeric: $(VENV)/.has-test ## run what depends on rounding, with the kernels that every processor has
 	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest --no-header -n $(JOBS) -m "not slow" $(NUMERIC) $(ARGS)
+
+oldest: ## make quick with the oldest torch that is supported, in .venv-oldest
+	@$(MAKE) --no-print-directory quick VENV=.venv-oldest TORCH=$(OLDEST)
 
 bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md and docs/benchmarks-many.md
 	@$(BIN)/python examples/benchmark.py $(ARGS)
@@ -61,8 +67,8 @@ clean: ## remove what builds, tests and the demo leave
 	@rm -rf build dist site funclora-demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## remove the environment too
-	@rm -rf $(VENV)
+distclean: clean ## remove the environments too
+	@rm -rf .venv .venv-oldest
 
 # An extra is installed anew when pyproject.toml changes; torch is named each time, so that nothing replaces it.
 $(VENV)/.has-%: pyproject.toml $(VENV)/.torch-$(TORCH)

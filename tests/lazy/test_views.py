@@ -159,6 +159,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "how"), WAYS)
 @pytest.mark.parametrize("form", FORMS)
 def test_of_another_adapter_for_every_row(form: str, kind: str, how: str) -> None:

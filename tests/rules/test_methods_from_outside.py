@@ -265,6 +265,7 @@ def test_a_population_trains_as_its_members_do_alone(kind: str) -> None:
 # --- transforms, quantised bases, files -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["linear", "conv2d", "embedding"])
 def test_compiles_as_one_graph(name: str, kind: str) -> None:
