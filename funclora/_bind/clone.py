@@ -9,13 +9,12 @@ hooks, generators) still finds the weights that it was made with.
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import operator
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from funclora._bind.checks import refuse_unbindable
+from funclora._bind.state import attributes_of, copied_leaf, copied_object, is_one_way, set_attribute
 from funclora.errors import UnsupportedError
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,12 +39,15 @@ _HOOKS = {
 }
 _hooks = operator.itemgetter(*_HOOKS)
 _ATOMIC = frozenset((
-    type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, torch.Generator,
+    type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size,
     types.BuiltinFunctionType, types.ModuleType,
 ))  # fmt: skip
 _MUTABLE = frozenset((list, set, dict, OrderedDict, defaultdict, deque))
+_CONTAINERS = (list, set, dict, deque)
 _WEAK = frozenset((weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes))
 _LRU_CACHE = type(functools.lru_cache(len))
+# What refers to other things and has no state but theirs.
+_REFERENCES = (type, types.FunctionType, types.MethodType, functools.partial, _LRU_CACHE, *_WEAK)
 # How far to follow plain objects that are no modules (configurations, helpers) in search of modules.
 _OBJECT_DEPTH = 4
 
@@ -54,8 +57,9 @@ def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tens
 
     Plain attributes that refer to modules or parameters of the tree (lists of layers, bound methods, partials,
     closures, helpers, `nn.LSTM`'s flat weights) refer to the copies in the copy, and what two modules share they
-    share there too. Containers and unregistered tensors that belong to a module are copied, so that a forward pass
-    can write to them without touching the original. Plain objects that lead to no module are shared.
+    share there too. Containers, unregistered tensors, random generators and helper objects that belong to a module are
+    copied, so that a forward pass can write to them without touching the original. Functions that lead to no module are
+    shared, and so is what `funclora._bind.state` knows no copy of.
 
     A parameter that is registered under two names gets the tensor of each name; a module that is registered under
     two names becomes two modules, since their weights may now differ. Tied buffers stay tied.
@@ -85,6 +89,7 @@ class _Cloner:
             new = self._module(model, "")
             for scope, attributes, names in self.made:  # grows while modules that are registered nowhere turn up
                 for name in names:
+                    scope.attribute = name
                     attributes[name] = scope.replaced(attributes[name])
         finally:
             self.made.clear()  # ends the cycle with the scopes, so that the copy dies with its last reference
@@ -129,7 +134,7 @@ class _Cloner:
             names.remove("_flat_weights")
         names = [name for name in names if type(attributes[name]) not in _ATOMIC and name not in _REGISTRIES]
         if names:
-            self.made.append((_Rewirer(self, own, replacements), attributes, names))
+            self.made.append((_Rewirer(self, type(module), own, replacements), attributes, names))
         children = attributes["_modules"] = attributes["_modules"].copy()
         for name, child in children.items():
             if child is not None:
@@ -149,8 +154,10 @@ class _Cloner:
 class _Rewirer:
     """Replaces what the attributes of one module refer to."""
 
-    def __init__(self, cloner: _Cloner, own: Replacements, replacements: Replacements) -> None:
+    def __init__(self, cloner: _Cloner, owner: type, own: Replacements, replacements: Replacements) -> None:
         self.cloner = cloner
+        self.owner = owner  # the module's class
+        self.attribute = ""  # the one at hand
         self.own = own  # the module's own tensors
         self.replacements = replacements
 
@@ -173,14 +180,48 @@ class _Rewirer:
                 return new
         if kind in _MUTABLE:
             return self._container(value, depth)
-        if kind in (tuple, frozenset):
+        if isinstance(value, (tuple, frozenset)):
             parts = [self.replaced(part, depth) for part in value]
-            return kind(parts) if any(n is not p for n, p in zip(parts, value, strict=True)) else value
+            if not any(n is not p for n, p in zip(parts, value, strict=True)):
+                return value
+            self._remember(value, (tuple if isinstance(value, tuple) else frozenset).__new__(kind, parts))
+            return self.replacements[key]
+        if not isinstance(value, _REFERENCES):
+            new = self._state(value, depth)
+            if new is not None:
+                return new
         if not self._leads_to_the_tree(value, depth, set()):
             if depth == _OBJECT_DEPTH:
                 self._remember(value, value)
             return value
         return self._copied(value, depth - 1)
+
+    def _state(self, value: Any, depth: int) -> Any:
+        """A copy of what is no reference to something else; None if it is to be shared."""
+        if isinstance(value, _CONTAINERS):
+            new = self._container(value, depth)
+        else:
+            new = copied_leaf(value)
+            if new is not None:
+                self._remember(value, new)
+                return new
+            if is_one_way(value):
+                raise UnsupportedError(
+                    f"{self._where()} is a {type(value).__name__}, which forward would use up for the model too, and "
+                    "which cannot be copied. Keep a list and a position in it instead."
+                )
+            new = copied_object(value) if depth > 0 else None
+            depth -= 1
+        if new is None:
+            return None
+        self._remember(value, new)
+        parts = [(name, part) for name, part in attributes_of(new).items() if type(part) not in _ATOMIC]
+        for name, part in parts:
+            set_attribute(new, name, self.replaced(part, depth))
+        return new
+
+    def _where(self) -> str:
+        return f"the attribute {self.attribute!r} of {self.owner.__name__}"
 
     def _leads_to_the_tree(self, value: Any, depth: int, seen: set[int]) -> bool:
         if id(value) in seen:
@@ -204,16 +245,23 @@ class _Rewirer:
         self.cloner.keep.append(value)
 
     def _container(self, value: Any, depth: int) -> Any:
-        new = value.copy() if type(value) in _MUTABLE else copy.copy(value)
+        """A copy of a container; None if its class makes none."""
+        try:
+            new = value.copy() if type(value) in _MUTABLE else copy.copy(value)
+        except Exception:  # noqa: BLE001  whatever a class of the model says about copies
+            return None
+        if new is value:
+            return None
         self._remember(value, new)  # before its items: one of them may lead back here
         atomic = _ATOMIC.issuperset
         if atomic(map(type, value)) and (not isinstance(value, dict) or atomic(map(type, value.values()))):
             return new
         if isinstance(value, dict):
             items = [(self.replaced(k, depth), self.replaced(v, depth)) for k, v in value.items()]
-            dict.clear(new)
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict  # not through methods of the model's
+            kind.clear(new)
             for k, v in items:
-                dict.__setitem__(new, k, v)
+                kind.__setitem__(new, k, v)
         else:
             parts = [self.replaced(part, depth) for part in value]
             new.clear()
@@ -238,21 +286,16 @@ class _Rewirer:
             return type(value)(self.replaced(value(), depth + 1))
         if type(value) in weakref.ProxyTypes:
             return weakref.proxy(self.replaced(_referent(value), depth + 1))
-        if isinstance(value, tuple):
-            return tuple.__new__(type(value), [self.replaced(part, depth + 1) for part in value])
-        if isinstance(value, (list, dict, set, deque)):
-            new = self._container(value, depth + 1)
-        else:
-            try:
-                new = object.__new__(type(value))
-            except TypeError as error:
-                raise UnsupportedError(
-                    f"an attribute of the model holds a {type(value).__name__} that refers to one of its modules and "
-                    "cannot be copied, so that it would see the base weights."
-                ) from error
-            self._remember(value, new)
-        for name, part in _attributes(value):
-            object.__setattr__(new, name, self.replaced(part, depth))
+        try:
+            new = object.__new__(type(value))
+        except TypeError as error:
+            raise UnsupportedError(
+                f"{self._where()} holds a {type(value).__name__} that refers to one of the model's modules and cannot "
+                "be copied, so that it would see the base weights."
+            ) from error
+        self._remember(value, new)
+        for name, part in attributes_of(value).items():
+            set_attribute(new, name, self.replaced(part, depth))
         return new
 
     def _function(self, value: types.FunctionType, depth: int) -> types.FunctionType:
@@ -291,14 +334,6 @@ def _referent(weak: Any) -> Any:
     return getattr(weak(), "__self__", None) if type(weak) is weakref.WeakMethod else weak()
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, in its dict or in slots."""
-    yield from getattr(value, "__dict__", {}).items()
-    for name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
-        if hasattr(value, name):
-            yield name, getattr(value, name)
-
-
 def _parts(value: Any) -> tuple[list[Any], bool]:
     """What a value refers to, and whether it is a plain object."""
     if isinstance(value, types.MethodType):
@@ -317,4 +352,4 @@ def _parts(value: Any) -> tuple[list[Any], bool]:
         items = [*value.keys(), *value.values()]
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
         items = list(value)
-    return [*items, *(part for _, part in _attributes(value))], not items
+    return [*items, *attributes_of(value).values()], not items

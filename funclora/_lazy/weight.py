@@ -114,6 +114,8 @@ class LazyWeight(torch.Tensor):
                 return func(*args, **kwargs)
         if func == _REQUIRES_GRAD:
             return requires_grad(args[0].base) or requires_grad(args[0].rule)
+        if func == _SET_DATA and _is_itself(*args):  # `module.to(dtype)` in forward, where the weights have it
+            return None
         mapped = None
         try:
             if func in linear_ops:
@@ -152,6 +154,12 @@ def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
     if isinstance(x, Rule):
         return any(requires_grad(getattr(x, leaf)) for leaf in x.leaf_names)
     return x is not None and any(map(requires_grad, x))
+
+
+def _is_itself(x: Any, value: Any) -> bool:
+    """Whether a lazy weight is given its own value."""
+    both = isinstance(x, LazyWeight) and isinstance(value, LazyWeight)
+    return both and value.base is x.base and value.rule is x.rule
 
 
 def _with_own_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,4 +229,5 @@ def _are_matrices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(isinstance(x.rule.layout, Matrices) or differs_by_row(x) for x in lazy)
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
