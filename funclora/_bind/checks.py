@@ -87,13 +87,15 @@ def check_adapters(params: Params, adapters: Adapters, *, values: bool = False) 
         adapters: full name of a parameter -> rule.
         values: the weights' values will be read, not only their shapes.
     """
+    eager = not torch.compiler.is_compiling()  # the compiler follows no questions about the kind of a packed weight
     check_params(params)
     check_rules(adapters)
     for name, rule in untied(adapters).items():
         weight = params.get(name)
         if weight is None:
             raise ParamsError(f"adapters rewrite {name!r}, which params do not hold.{near(name, params)}")
-        refuse_weight(name, weight)
+        if eager:
+            refuse_weight(name, weight)
         rule.check(name, weight)
         for frozen in rule.frozen_names:
             tensor = getattr(rule, frozen)
@@ -103,7 +105,7 @@ def check_adapters(params: Params, adapters: Adapters, *, values: bool = False) 
                     f"adapters[{name!r}].{frozen}: expected a frozen tensor, got {got}. Pass tensor.detach(), or make "
                     f"it a leaf of {type(rule).__name__}."
                 )
-        if values:
+        if values and eager:
             refuse_elsewhere(name, rule, weight)
 
 

@@ -47,7 +47,7 @@ _CONTAINERS = (list, set, dict, deque)
 _WEAK = frozenset((weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes))
 _LRU_CACHE = type(functools.lru_cache(len))
 # What refers to other things and has no state but theirs.
-_REFERENCES = (type, types.FunctionType, types.MethodType, functools.partial, _LRU_CACHE, *_WEAK)
+_REFERENCES: tuple[Any, ...] = (type, types.FunctionType, types.MethodType, functools.partial, _LRU_CACHE, *_WEAK)
 # How far to follow plain objects that are no modules (configurations, helpers) in search of modules.
 _OBJECT_DEPTH = 4
 

@@ -45,7 +45,7 @@ def copied_object(value: Any) -> Any:
     Returns:
         The copy; None if it has no attributes, is known by its identity, or owns something that ends with it.
     """
-    kind = type(value)
+    kind: Any = type(value)
     if kind.__module__.partition(".")[0] in _BY_IDENTITY or hasattr(kind, "__del__"):
         return None
     attributes, slots = _dict(value), _slots(value)

@@ -20,6 +20,8 @@ LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 # The fields that name modules or parameters.
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _LARGEST = 2**31 - 1
+# The smallest and the largest scaling, which a float32 holds in full precision.
+_SMALLEST_SCALING, _LARGEST_SCALING = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 BIASES = ("none", "all", "lora_only")
 TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -132,8 +134,13 @@ class LoraConfig:
                 raise ConfigError(f"{where}: expected a finite number, got {alpha!r}.")
             if alpha == 0:
                 raise ConfigError(f"{where}: 0 would make the adapter have no effect; give a number other than 0.")
-            if self.scaling(max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r, alpha) == 0:
-                raise ConfigError(f"{where}: {alpha!r} divided by the rank is 0, so that the adapter has no effect.")
+            ranks = (self.r, *self.rank_pattern.values())
+            for scaling in (self.scaling(min(ranks), alpha), self.scaling(max(ranks), alpha)):
+                if not _SMALLEST_SCALING <= abs(scaling) <= _LARGEST_SCALING:
+                    raise ConfigError(
+                        f"{where}: {alpha!r} scales the update by {scaling:g}, which float32 does not hold. Give one "
+                        f"that, divided by the rank, is between {_SMALLEST_SCALING:.1e} and {_LARGEST_SCALING:.1e}."
+                    )
         if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
             raise ConfigError(f"lora_dropout: expected a number, got {self.lora_dropout!r}.")
         if not 0 <= self.lora_dropout < 1:

@@ -114,8 +114,6 @@ class LazyWeight(torch.Tensor):
                 return func(*args, **kwargs)
         if func == _REQUIRES_GRAD:
             return requires_grad(args[0].base) or requires_grad(args[0].rule)
-        if func == _SET_DATA and _is_itself(*args):  # `module.to(dtype)` in forward, where the weights have it
-            return None
         mapped = None
         try:
             if func in linear_ops:
@@ -134,6 +132,12 @@ class LazyWeight(torch.Tensor):
                 return contractions[func](LazyWeight, *args, **kwargs)
             except NoFormError:
                 pass
+        if not torch.compiler.is_compiling():
+            # `module.to(dtype)` in forward: first it asks whether the new value may take the old one's place.
+            if func is torch._has_compatible_shallow_copy_type:
+                return all(isinstance(x, LazyWeight) for x in args)
+            if func == _SET_DATA and _is_itself(*args):
+                return None
         by_row = operate_by_row(func, args, kwargs)
         if by_row is not NotImplemented:
             return by_row

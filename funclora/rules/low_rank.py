@@ -62,6 +62,12 @@ class LowRank(Rule):
             value = getattr(self, name)
             if not isinstance(value, Tensor):
                 raise ParamsError(f"{type(self).__name__}.{name}: expected a tensor, got {type(value).__name__}.")
+        if not isinstance(self.scaling, Tensor):
+            largest = torch.finfo(torch.float64 if self.a.dtype == torch.float64 else torch.float32).max
+            if not abs(self.scaling) <= largest:
+                raise ParamsError(
+                    f"{type(self).__name__}.scaling: expected a number up to {largest:.0e}, got {self.scaling!r}."
+                )
         if not 0 <= self.dropout < 1:
             raise ParamsError(f"{type(self).__name__}.dropout: expected a number in [0, 1), got {self.dropout!r}.")
 

@@ -186,3 +186,17 @@ def test_weights_that_are_still_being_gathered_are_waited_for(rule: Rule) -> Non
     params = {"weight": AsyncCollectiveTensor(plain)}
     torch.testing.assert_close(merge(params, adapters)["weight"], merge({"weight": plain}, adapters)["weight"])
     torch.testing.assert_close(apply(model, params, adapters, X), apply(model, {"weight": plain}, adapters, X))
+
+
+# --- scalings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [1e39, -1e39, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "make", [LoRA, lambda a, b, **options: DoRA(a, b, torch.ones(4), **options)], ids=["LoRA", "DoRA"]
+)
+def test_scalings_that_the_dtype_cannot_hold_are_refused(make: Any, scaling: float) -> None:
+    with pytest.raises(ParamsError, match=r"RA.scaling: expected a number up to 3e\+38, got"):
+        make(LORA.a, LORA.b, scaling=scaling)
+    wide = make(LORA.a.double(), LORA.b.double(), scaling=1e39)
+    assert wide.dense(torch.ones(4, 6, dtype=torch.float64)).isfinite().all()

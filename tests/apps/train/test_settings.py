@@ -26,7 +26,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "validation_split": st.floats(0, 1, exclude_max=True),
     "text_field": TEXT,
     "rank": st.integers(1, 10**30),
-    "alpha": st.floats(1e-300, 1e300),
+    "alpha": st.floats(1e-30, 1e30),
     "rslora": st.booleans(),
     "targets": st.lists(TEXT).map(tuple),
     "init": st.sampled_from(["true", "false", "pissa", "pissa_niter_7", "olora"]),
