@@ -25,11 +25,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def bind(model: M, params: Params, adapters: Adapters) -> M:
-    """The model under the rewritten weights, as a module of the same class.
+    """The model with the rewritten weights, as a module of the same class.
 
-    The bound module shares the given tensors and copies nothing but buffers, which the model may update. Any of
-    its methods works under the rewritten weights: `bound(x)`, `bound.generate(ids)`, `bound.encoder(x)`. The
-    model itself is never touched, and later changes of it do not reach the bound module.
+    The bound module shares the given tensors and copies only buffers, which the model may update. All its methods work
+    with the rewritten weights: `bound(x)`, `bound.generate(ids)`, `bound.encoder(x)`. The model
+    itself is never changed, and later changes of it do not affect the bound module.
 
     Args:
         model: the module that defines the computation. Only its structure is used, and its non-persistent
@@ -104,10 +104,10 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
 
 
 def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
-    """The output of the model under the rewritten weights: `bind(model, params, adapters)(*args, **kwargs)`.
+    """The output of the model with the rewritten weights: `bind(model, params, adapters)(*args, **kwargs)`.
 
-    A pure function: it writes to none of its arguments, nor to the model, and is safe to call from many threads
-    on one model. It can be differentiated, mapped (`torch.func.vmap` over adapters) and compiled.
+    A pure function: it writes neither to its arguments nor to the model, and is safe to call from many threads on one
+    model. It can be differentiated, mapped (`torch.func.vmap` over adapters) and compiled.
 
     Args:
         model: the module that defines the computation.
@@ -141,7 +141,7 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
 def trace_targets(
     model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any
 ) -> dict[str, Literal["fast", "dense", "untouched"]]:
-    """Run the model once and say for each target how its rewritten weight was used.
+    """Run the model once and report for each target how its rewritten weight was used.
 
     Args:
         model: the module that defines the computation.

@@ -22,8 +22,8 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     Each target is computed in float32 (float64 if either side is) and rounded once to its base dtype. Keys,
     dtypes and devices are those of `params`; entries without an adapter are shared, not copied.
 
-    An adapter on one of several tied parameters changes that one only: the result holds them as different
-    tensors, and a `TiedWeightsWarning` names them. Parameters that adapters tie (`Tied`) stay one tensor.
+    An adapter on one of several tied parameters changes only that one: the result contains them as different tensors,
+    and a `TiedWeightsWarning` names them. Parameters that adapters tie (`Tied`) stay one tensor.
 
     Args:
         params: full name -> tensor, as from `base_params` or a state dict.

@@ -29,9 +29,9 @@ TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTI
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What to adapt and how. Checked when it is made; never changed afterwards.
+    """What to adapt and how. Values are checked on creation and never change.
 
-    Lists are kept as tuples, a single `layers_to_transform` as a tuple of one.
+    Lists are stored as tuples, a single `layers_to_transform` as a tuple with one element.
 
     Module names match as in PEFT: an entry of a list matches the module of that full name and every module whose
     name ends in `.entry`; a string is a regular expression that must match the full name.
@@ -45,23 +45,23 @@ class LoraConfig:
         use_rslora: scale by α/√r instead (arXiv 2312.03732).
         use_dora: weight-decomposed updates (arXiv 2402.09353).
         bias: train the biases of no module ("none"), of every module ("all"), or of the targets ("lora_only").
-        modules_to_save: modules whose parameters are trained in full.
+        modules_to_save: modules that are fully fine-tuned.
         layers_to_transform: layer index or indices to which targets named by suffix are restricted.
-        layers_pattern: name of the module list that holds the layers, where it is not the first one.
+        layers_pattern: name of the module list with the layers, if it is not the first one.
         rank_pattern: regular expression of a module name -> rank; the first that matches wins.
         alpha_pattern: regular expression of a module name -> α; the first that matches wins.
         init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too), by
             `init`; "pissa", "pissa_niter_[k]" with a number for [k], "olora" or "loftq", by `decompose`; "eva", by
             `init_eva`.
-        target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that are
-            not those of a supported module. Three and more dimensions get one update per leading index.
-        task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" train the head
-            (`classifier` or `score`, `qa_outputs`) in full, as if it were in `modules_to_save`.
+        target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that do not
+            belong to a supported module. With three or more dimensions, there is one update per leading index.
+        task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" fully fine-tune
+            the head (`classifier` or `score`, `qa_outputs`), as if it were in `modules_to_save`.
         base_model_name_or_path: kept for PEFT's files.
-        trainable_token_indices: rows of tables that are trained in full: ids for the input embeddings, or a dict from
-            the name of a module to its ids. Where transformers ties the output layer to the table, it follows.
-        lora_bias: give B a bias, which is scaled as B is. The targets need a bias of their own to hold it.
-        ensure_weight_tying: of weights that transformers ties, an adapter of one is the adapter of all.
+        trainable_token_indices: rows of embeddings that are fully fine-tuned: ids for the input embeddings, or a dict
+            from the name of a module to its ids. If transformers ties the output layer to the embedding, it follows.
+        lora_bias: give B a bias, which is scaled like B. The targets need a bias, to which it is added.
+        ensure_weight_tying: weights that transformers ties share one adapter.
 
     Raises:
         ConfigError: a value is invalid, or values contradict each other.

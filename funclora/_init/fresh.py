@@ -1,4 +1,4 @@
-"""Making fresh adapters: `init` and the initialisers."""
+"""Making new adapters: `init` and the initialisers."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def init(
     params: Params | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Rule]:
-    """Fresh adapters for the targets of a configuration. The model is only read.
+    """New adapters for the targets of a configuration. The model is only read.
 
-    Each target draws from its own generator, derived from one number of `generator` and the target's name: the
-    order of layers and the other targets change nothing. Numbers are drawn on the CPU, so they are the same on
-    every device.
+    Each target uses its own generator, derived from one number of `generator` and the target's name, so its values do
+    not depend on the order of layers and on other targets. Numbers are drawn on the CPU, so they are the same on every
+    device.
 
     Args:
-        model: the module whose structure the targets are looked up in.
+        model: the module in which the targets are found.
         config: what to adapt and how.
         generator: source of randomness; torch's default generator if None. One number is drawn from it.
-        params: the base weights (for shapes, dtypes, DoRA's magnitudes and fully trained parameters), if they are
+        params: the base weights (for shapes, dtypes, DoRA's magnitudes and fully fine-tuned parameters), if they are
             not the model's own.
-        dtype: dtype of the adapters' factors and magnitudes. By default that of the weight, but at least float32.
+        dtype: dtype of the adapters' factors and magnitudes. By default the weight's dtype, but at least float32.
 
     Returns:
         Full parameter name -> rule. With zero B (the default) they leave the model's output unchanged.

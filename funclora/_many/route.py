@@ -32,23 +32,23 @@ def route(
 ) -> dict[str, Rule]:
     """An adapter for each row of a batch, as one value for `apply` and `bind`.
 
-    Row i of the batch (the first dimension of the model's inputs) is computed with member `ids[i]`, as if it were
-    alone with that adapter. The base weights are used once for all rows. With `weights`, row i uses the base weight
-    plus the weighted sum of what the members change in it.
+    Row i of the batch (the first dimension of the model's inputs) is computed with member `ids[i]`, as if it were alone
+    with this adapter. The base weights are used once for all rows. With `weights`, row i uses the base weight plus the
+    weighted sum of the members' changes to it.
 
-    A list of ids is planned for: rows of one member are computed together. With a tensor of ids every row gets a copy
-    of its adapter, and no shape depends on the values of the ids: a compiled `apply` then takes the adapters of any
-    choice with one graph. `route` itself is called outside of the compiled function.
+    With a list of ids, rows of one member are computed together. With a tensor of ids, every row gets a copy of its
+    adapter, and no shape depends on the values of the ids, so a compiled `apply` needs only one graph for all choices.
+    Call `route` itself outside the compiled function.
 
-    Which row a tensor's part belongs to is followed through the model. Where a model mixes or regroups rows before
-    a target (experts, batch statistics), the call raises `UnsupportedError`.
+    The rows of tensors are tracked through the model. If a model mixes or regroups rows before a target (experts, batch
+    statistics), the call raises `UnsupportedError`.
 
     Args:
         stack: the adapters, `stack([...])`.
         ids: `[n_rows]`, the member of each row; -1 for the base model.
-        weights: `[n_rows, n_members]`, instead of ids. Gradients reach them.
-        repeats: the model may also be given each row this many times in succession, as transformers' `generate` does
-            with `num_beams` and `num_return_sequences`: pass their product.
+        weights: `[n_rows, n_members]`, instead of ids. They receive gradients.
+        repeats: the model may also get each row this many times in succession, as with `num_beams` and
+            `num_return_sequences` of transformers' `generate`: pass their product.
 
     Returns:
         Adapters for a batch of that many rows.

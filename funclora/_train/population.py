@@ -2,7 +2,7 @@
 
 A loss is written for one adapter. It runs under `torch.func.vmap` over the members, and wherever it calls the model,
 the inputs of all members become the rows of one ordinary batch, routed to their adapters. So the base weights are used
-once for all, attention kernels and activation checkpointing work as ever, and the loss needs no change.
+once for all, attention kernels and activation checkpointing work as usual, and the loss needs no change.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def population_step(
 ) -> Callable[..., tuple[Population, Any, dict[str, Any]]]:
     """One step of training for every member of a stack, as a pure function: `train_step` for populations.
 
-    Each member goes the way it would go alone, within rounding: its loss, gradient norm, clipping and optimizer see
-    nothing of the others. A loss that is NaN or infinite changes no other member.
+    Each member trains exactly as if alone, up to rounding: its loss, gradient norm, clipping and optimizer do not
+    depend on the others. A loss that is NaN or infinite changes no other member.
 
     Args:
         model: the module that defines the computation; never changed.
@@ -46,7 +46,7 @@ def population_step(
             the bound model inside run on the rows of all members together. The first dimension of their tensors must
             count examples, and the loss must be computed outside of the model.
         optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`, used for each member
-            on its own; `optim.per_member` gives the members hyperparameters of their own.
+            separately; `optim.per_member` gives each member its own hyperparameters.
         has_aux: whether `loss_fn` returns anything besides the loss.
         accumulate: number of micro-batches, as for `train_step`.
         shared: all members see the same batch, of tensors `[n_rows, *]`.
@@ -56,11 +56,11 @@ def population_step(
         `per_member(...).init(stack)`, and the tensors of the batch are `[n_members, n_rows, *]` unless `shared`. With
         `seeds`, one int for each member, its dropout is that of `train_step` with that seed. Metrics: "loss",
         "grad_norm" and "finite" (whether both are), `[n_members]` each, and "aux" with `has_aux`. The state is a
-        stack: `stack[kept], state[kept]` go on with some of the members, in that order.
+        stack: use `stack[kept], state[kept]` to continue with some of the members, in this order.
 
     Raises:
         ConfigError: the batch or the seeds do not fit the stack, or the loss is not a scalar.
-        UnsupportedError: the model mixes rows, so that members cannot be told apart.
+        UnsupportedError: the model mixes rows, so members cannot be separated.
 
     Examples:
         >>> import funclora as fl
@@ -108,7 +108,7 @@ def population_step(
 def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:
     """The loss and the gradient of every example of a batch.
 
-    Each example gets a copy of the adapters, and one ordinary backward gives the gradients of all: it works through
+    Each example gets a copy of the adapters, and one ordinary backward pass gives all gradients. This also works with
     activation checkpointing and attention kernels, where `vmap(grad)` does not.
 
     Args:

@@ -27,9 +27,9 @@ LossFn = Callable[..., Any]
 def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:
     """The loss and its gradient with respect to the adapters.
 
-    Forward and backward run while the weights are bound, so activation checkpointing recomputes under the
-    rewritten weights. Base weights are constants. Works on its own, under `torch.compile`, and under `torch.func`
-    transforms such as `vmap` over stacked adapters.
+    Forward and backward run while the weights are bound, so activation checkpointing recomputes with the rewritten
+    weights. Base weights are constants. It works in eager mode, with `torch.compile`, and with `torch.func` transforms
+    such as `vmap` over stacked adapters.
 
     Args:
         loss_fn: `loss_fn(bound, *args, **kwargs)`, given the bound model. Returns a scalar loss, or
@@ -97,15 +97,15 @@ def train_step(
         loss_fn: `loss_fn(bound, batch)`, given the bound model. Returns a scalar loss, or `(loss, aux)`.
         optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`.
         has_aux: whether `loss_fn` returns anything besides the loss.
-        accumulate: number of micro-batches. Every tensor of the batch is cut into that many equal parts along
+        accumulate: number of micro-batches. Every tensor of the batch is split into that many equal parts along
             its first dimension; losses and gradients are averaged over them.
 
     Returns:
         `step(params, adapters, state, batch, *, seed=None) -> (adapters, state, metrics)`, where `state` starts as
-        `optimizer.init(adapters)`. With a seed, the randomness of the step (dropout) is a function of that seed
-        alone and the global generators are left as they were; without, they are used as PyTorch does. Same
-        inputs give the same outputs, bit for bit. Metrics: "loss" and "grad_norm" (scalars), "aux" with
-        `has_aux` (a list of one per micro-batch if `accumulate` > 1).
+        `optimizer.init(adapters)`. With a seed, the randomness of the step (dropout) is a function of this seed only,
+        and the global generators are unchanged; without a seed, they are used as in PyTorch. The same inputs give the
+        same outputs, bit for bit. Metrics: "loss" and "grad_norm" (scalars), "aux" with `has_aux` (a list of one per
+        micro-batch if `accumulate` > 1).
 
     Raises:
         ConfigError: `accumulate` is not a positive integer, or (when called) does not divide the batch; the loss

@@ -31,14 +31,14 @@ Adapter = dict[str, Rule]
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What an `AdapterCache` did so far, and what it holds.
+    """Statistics and contents of an `AdapterCache`.
 
     Attributes:
-        hits: adapters that were there, or on their way, when asked for.
+        hits: requested adapters that were loaded already, or being loaded.
         misses: adapters that were loaded.
         evictions: adapters that were dropped to make room.
-        adapters: how many it holds.
-        bytes: what they hold.
+        adapters: number of adapters in it.
+        bytes: their size.
     """
 
     hits: int
@@ -49,17 +49,17 @@ class CacheStats:
 
 
 class AdapterCache:
-    """Adapters from PEFT folders by their ids, loaded on first use; those that were used last stay on the device.
+    """Adapters from PEFT folders by their ids, loaded on first use; the most recently used ones stay on the device.
 
-    Safe to use from many threads: two that ask for one adapter load it once. An adapter is a value, so a batch that
-    runs with one is not disturbed when the cache drops it; its memory is then freed when the batch is done.
+    Safe to use from many threads: an adapter that two threads request is loaded once. An adapter is a value, so a
+    running batch is not affected if the cache drops its adapter; the memory is freed when the batch is finished.
 
     Args:
         model: the base model that the adapters belong to; only read.
-        source: the folder that the adapters' folders lie in, their names being the ids; or a mapping from ids to
+        source: the folder that contains the adapters' folders, whose names are the ids; or a mapping from ids to
             folders.
-        memory: bytes that the adapters held here may take. What batches in flight use besides is their own.
-        device: where to keep them; by default where `load_peft` puts them, on the devices of their base weights.
+        memory: maximum bytes of the adapters in the cache, without adapters that only running batches still use.
+        device: where to keep them; by default on the devices of their base weights, as in `load_peft`.
 
     Raises:
         ConfigError: `memory` is not a positive int, or `source` is no folder.

@@ -27,7 +27,7 @@ from funclora.rules.low_rank import LowRank
 
 @dataclass(frozen=True)
 class CombinedFolders:
-    """What `combine_peft` has written.
+    """The result of `combine_peft`.
 
     Attributes:
         sources: the adapters that it read.
@@ -54,13 +54,14 @@ def combine_peft(
     model: nn.Module | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CombinedFolders:
-    """Combine PEFT folders into a PEFT folder that gives, in PEFT, the combination of what they give there.
+    """Combine PEFT folders into one PEFT folder, with the same meaning in PEFT.
 
-    LoRA on modules needs no model: its files hold the factors, ranks and alphas. All else does: DoRA,
-    `modules_to_save`, trained biases, `target_parameters`.
+    LoRA on modules needs no model: its files contain the factors, ranks and alphas. DoRA, `modules_to_save`, trained
+    biases and `target_parameters` need it.
 
-    The scalings of the sources, rsLoRA included, end up in the factors and in `lora_alpha` of the new configuration,
-    unequal ranks in `rank_pattern` and `alpha_pattern`. Targets are those of all sources.
+    The scalings of the sources, including rsLoRA, become part of the factors and of `lora_alpha` in the new
+    configuration; unequal ranks are written to `rank_pattern` and `alpha_pattern`. The targets of all sources are
+    joined.
 
     Args:
         paths: the folders.
@@ -70,18 +71,18 @@ def combine_peft(
         svd_rank: the rank of decomposed updates.
         svd_clamp: the quantile at which decomposed factors are clamped.
         density: the share of entries that pruning keeps.
-        majority_sign_method: how TIES elects signs.
+        majority_sign_method: how TIES chooses signs.
         generator: of DARE's random numbers.
         model: the base model, with its weights.
-        dtype: in which the factors are written, after a computation in float32 at least.
+        dtype: of the written factors; they are computed at least in float32.
 
     Returns:
         What was read, and what was written.
 
     Raises:
         FormatError: a folder is broken, or does not fit the model.
-        UnsupportedError: a folder needs the model, or PEFT cannot hold the result.
-        ConfigError: an option is invalid, or no configuration says what the sources say together.
+        UnsupportedError: a folder needs the model, or PEFT cannot represent the result.
+        ConfigError: an option is invalid, or no configuration describes all sources together.
         NonFiniteError: a tensor holds NaN or infinity.
         OSError: the new folder cannot be written.
 

@@ -1,7 +1,7 @@
 """PEFT's adapter folders: `save_peft` and `load_peft`.
 
-A folder means here what it means to PEFT 0.21: what is written is what PEFT computes our outputs from, what is read
-gives PEFT's outputs. Where that cannot be, both refuse.
+A folder has the same meaning as in PEFT 0.21: PEFT computes our outputs from a written folder, and a folder that is
+read gives PEFT's outputs. Where this is impossible, reading and writing raise an error.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ def save_peft(
     configuration. What is in the folder besides stays.
 
     The model is not asked for, so a target of the configuration that the adapters lack as a whole goes unnoticed,
-    and so does a module that the model holds under two names. `load_peft` notices both. Rows of a weight that are
-    zero stay zero under DoRA here, and become NaN in PEFT.
+    and so does a module that the model holds under two names. `load_peft` notices both. Zero rows of a weight stay
+    zero with DoRA in funclora, and become NaN in PEFT.
 
     Args:
         path: the folder; made if it does not exist.
         adapters: full parameter name -> rule.
         config: the configuration that the adapters were made with.
-        fold_scaling: write s·B in place of B, and α = r, for readers that know no rsLoRA and no patterns (vLLM,
-            llama.cpp). Lower ranks are filled up with zeros to the highest one. PEFT computes the same from it.
+        fold_scaling: write s·B in place of B, and α = r, for programs without rsLoRA and patterns (vLLM, llama.cpp).
+            Smaller ranks are padded with zeros to the largest one. PEFT computes the same result.
 
     Raises:
         ConfigError: adapters and configuration do not agree.
         ParamsError: the leaves of a rule do not fit each other.
-        UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
+        UnsupportedError: PEFT cannot represent an adapter, or would compute something else from it.
         NonFiniteError: an adapter holds NaN or infinity.
         OSError: the folder cannot be written, or another process writes it now. What was there is then still there.
 
@@ -103,13 +103,13 @@ def save_peft(
 def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Rule], LoraConfig]:
     """Read a folder that PEFT, or `save_peft`, has written.
 
-    The adapters lie on the devices of their base weights, in float32 where the base is in half precision and in its
-    dtype otherwise, as PEFT keeps them. The model is only read, its weights only compared with those in the file.
+    The adapters are on the devices of their base weights, in float32 if the base is in half precision and in its dtype
+    otherwise, as in PEFT. The model is only read, and its weights are only compared with weights in the file.
 
     A folder that another process replaces meanwhile is read as it was before or as it is afterwards, never half.
 
-    PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here such
-    an adapter comes out relative to the weights as they are (`relative_to_original`), with twice the rank.
+    PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here
+    such an adapter is converted to the original weights (`relative_to_original`), with twice the rank.
 
     Args:
         path: the folder.
@@ -122,8 +122,7 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     Raises:
         FormatError: a file is missing or broken, or the files do not fit each other or the model.
         TargetError: the configuration does not fit the model.
-        UnsupportedError: the folder needs something that funclora does not have, or that PEFT computes in a way that
-            no rule equals.
+        UnsupportedError: the folder needs something that funclora does not have, or that no rule computes as PEFT does.
         NonFiniteError: a tensor holds NaN or infinity.
 
     Examples:
