@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,14 +40,32 @@ def seen(
         The view, or one for each tensor that the operation returns. None stands for a result that is no `View`: it has
         steps, repeats positions, joins dimensions, has no elements, or is a copy; or the arguments do not fit.
     """
+    given = (func, tuple(shape), args, tuple(kwargs.items()))
+    try:
+        return _seen_before(*given) if _is_plain((args, *kwargs.values())) else _seen(*given)
+    except TypeError:  # a list, which no cache takes
+        return _seen(*given)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether there are only numbers in tuples: a cache must not keep tensors, and slices are no keys."""
+    return all(map(_is_plain, x)) if isinstance(x, tuple) else not isinstance(x, (Tensor, slice))
+
+
+def _seen(
+    func: Callable[..., Any], shape: tuple[int, ...], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> View | tuple[View | None, ...] | None:
     # Strides are larger than the sizes need, so that no two positions agree, and even: the last of a copy is 1.
     strides = [2 * math.prod(size + 1 for size in shape[i + 1 :]) for i in range(len(shape))]
-    probe = torch.empty_strided(tuple(shape), strides, device="meta")
+    probe = torch.empty_strided(shape, strides, device="meta")
     try:
-        out = func(probe, *args, **kwargs)
+        out = func(probe, *args, **dict(kwargs))
     except (RuntimeError, IndexError, TypeError, ValueError):
         return None
     return _read(out, probe) if isinstance(out, Tensor) else tuple(_read(each, probe) for each in out)
+
+
+_seen_before = functools.lru_cache(maxsize=1024)(_seen)  # a layer asks the same at every call
 
 
 def _read(out: Tensor, probe: Tensor) -> View | None:
