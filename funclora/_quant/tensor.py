@@ -395,14 +395,14 @@ def _viewed(func: Callable[..., Any], weight: Quantized, *args: Any, **kwargs: A
 
 def _part(weight: Quantized, view: View | None, step: Step) -> Quantized:
     """One view; of rows, just those are unpacked, if they are apart."""
-    source, parts = weight.source, weight.parts
-    if view is not None and view.is_whole(source.stored):
+    source, parts, stored = weight.source, weight.parts, weight.source.stored
+    dims = tuple(range(len(stored)))
+    if view is not None and view.is_whole(stored):
         return weight
-    if view is not None and view.lengths[1:] == source.stored[1:]:
-        dims = tuple(range(len(source.stored)))
-        rest = source.stored[1:] if view.dims == dims[1:] else (view.lengths[0], *source.stored[1:])
-        found = source.packing.narrowed(parts, source.stored, view.starts[0], view.lengths[0])
-        if found is not None and view.dims in (dims, dims[1:]):
+    if view is not None and view.dims in (dims, dims[1:]) and view.lengths[1:] == stored[1:]:
+        found = source.packing.narrowed(parts, stored, view.starts[0], view.lengths[0])
+        if found is not None:
+            rest = stored[1:] if view.dims == dims[1:] else (view.lengths[0], *stored[1:])
             return Quantized.of(Source(found[0], torch.Size(rest), source.dtype), found[1])
     return Quantized.of(source._replace(steps=(*source.steps, step)), parts)
 

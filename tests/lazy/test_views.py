@@ -324,11 +324,11 @@ def test_a_copy_can_be_written_to(write: str, copy: str) -> None:
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("view", ["detach", "T", "[:3]", "clone()[:3]", "float"])
+@pytest.mark.parametrize("view", ["detach", "data", "T", "[:3]", "clone()[:3]", "float"])
 def test_what_is_no_copy_cannot_be_written_to(view: str) -> None:
     views: dict[str, Callable[[Tensor], Tensor]] = {
         "detach": lambda w: w.detach(), "T": lambda w: w.T, "[:3]": lambda w: w[:3], "float": lambda w: w.float(),
-        "clone()[:3]": lambda w: w.clone()[:3],
+        "clone()[:3]": lambda w: w.clone()[:3], "data": lambda w: w.data,
     }  # fmt: skip
     weight = stored("lora")
     with pytest.raises(PurityError, match="'w': the model calls mul_, which would write to a rewritten weight"):

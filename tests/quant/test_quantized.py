@@ -106,6 +106,13 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
     "mT": lambda w: w.mT,
     "transpose": lambda w: w.transpose(0, 1),
     "permute": lambda w: w.permute(1, 0),
+    "movedim": lambda w: torch.movedim(w, 0, 1),
+    "by name": lambda w: w.transpose(dim0=0, dim1=1),
+    "chunk": lambda w: w.chunk(3)[1],
+    "split": lambda w: torch.split(w, [5, 11], dim=0)[1],
+    "unbind of T": lambda w: w.T.unbind()[7],
+    "reshape": lambda w: w.reshape(4, 4, 64)[2],
+    "one more": lambda w: w.unsqueeze(0).mT,
     "rows": lambda w: w.narrow(0, 3, 5),
     "columns": lambda w: w.narrow(1, 3, 5),
     "row": lambda w: w[-2],
@@ -122,6 +129,31 @@ def test_views_are_those_of_the_dense_weight(view: str, form: str) -> None:
     assert isinstance(actual, Quantized)
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual.dequantize(), expected, rtol=0, atol=0)
+
+
+CONTRACTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "einsum": lambda w, x: torch.einsum("ti,oi->to", x, w),
+    "einsum turned": lambda w, x: torch.einsum("oi,...i->o...", w, x),
+    "einsum backwards": lambda w, x: torch.einsum("to,oi->ti", x[:, :16], w),
+    "einsum of blocks": lambda w, x: torch.einsum("ti,eoi->teo", x, w.view(4, 4, 64)),
+    "tensordot": lambda w, x: torch.tensordot(x, w, ([1], [1])),
+    "inner": torch.inner,
+    "mv": lambda w, x: torch.mv(w, x[0]),
+    "matmul": lambda w, x: w[3:7] @ x[0],
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_sums_of_products_are_those_of_the_dense_weight_and_keep_none(name: str) -> None:
+    weight = packed(torch.randn(16, 64))
+    x = torch.randn(3, 64, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        actual = CONTRACTIONS[name](weight, x)
+    assert all(t.numel() < weight.numel() or not t.is_floating_point() for t in saved)
+    expected = CONTRACTIONS[name](weight.dequantize(), x)
+    close(actual, expected, 1e-5)
+    close(torch.autograd.grad(actual.square().sum(), x), torch.autograd.grad(expected.square().sum(), x), 1e-5)
 
 
 @forms
