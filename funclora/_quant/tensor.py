@@ -135,13 +135,14 @@ class Quantized(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_cast = func in CASTS
+        asks_type = func is Tensor.type and len(args) == 1 and not kwargs
+        is_cast = func in CASTS and not asks_type
         is_view = func in VIEWS or func in RESHAPES or func == INDEX
         if (is_cast or is_view) and torch.compiler.is_compiling():  # the tracer knows none that is made inside
             return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
         if is_cast:
             return _cast(func, *args, **kwargs)
-        if func in QUESTIONS or func in STRIDES or func in NEW or func in _OF_PLACEHOLDER:
+        if asks_type or func in QUESTIONS or func in STRIDES or func in NEW or func in _OF_PLACEHOLDER:
             with plain_tensors():
                 return func(*args, **kwargs)
         if any(kind is not Quantized and kind not in _PLAIN for kind in types):
@@ -420,8 +421,6 @@ def _cast(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Quantized):
         return func(x, *args, **kwargs)
     like = func(_empty(x), *args, **kwargs)
-    if isinstance(like, str):  # Tensor.type without arguments is a question
-        return like
     if not like.is_floating_point():
         return func(x.dequantize(), *args, **kwargs)
     if (like.dtype, like.device) == (x.source.dtype, x.parts[0].device):

@@ -44,7 +44,7 @@ def named(names: str) -> frozenset[Callable[..., Any]]:
 QUESTIONS = named("""shape dtype device ndim layout names grad is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_leaf
     is_quantized is_nested is_mkldnn itemsize nbytes _backward_hooks size dim numel nelement ndimension is_complex
     is_floating_point element_size get_device __len__ __hash__ is_inference is_signed is_conj is_neg has_names
-    is_tensor is_same_size""")
+    is_tensor is_same_size _base _is_view""")
 # About its order in memory.
 STRIDES = named("stride is_contiguous storage_offset")
 # About itself among other tensors: its memory, its place in a graph.
