@@ -135,7 +135,8 @@ def read_header(file: OpenFile) -> dict[str, Stored]:
         return {key: _stored(file.path, key, begin, entry) for key, entry in header}
     except (ValueError, RecursionError) as error:
         file.check()
-        raise FormatError(f"{file.path}: this is not a safetensors file, or it is cut off: {error}") from error
+        said = " ".join(str(error).split())
+        raise FormatError(f"{file.path}: this is not a safetensors file, or it is cut off: {said}") from error
 
 
 def _header(file: OpenFile) -> tuple[int, list[tuple[str, dict[str, Any]]]]:

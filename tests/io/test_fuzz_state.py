@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from damage import BYTES, JSON, Edit, damaged, edited, little_memory, with_header
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_runs import byte_base, data, fresh
 from tiny_runs import settings as run_settings
@@ -196,6 +196,8 @@ def test_progress(attempt: Callable[..., str], whole: Path, edits: list[tuple[in
 
 
 @hostile
+@example(("run", RUN[2]), [(189, {"\n": None})])
+@example(("search", SEARCH[3]), [(189, {"\n": None})])
 @given(st.sampled_from([("run", RUN[2]), ("search", SEARCH[3])]), JSON)
 def test_headers(attempt: Callable[..., str], whole: Path, place: Any, edits: list[tuple[int, Any]]) -> None:
     kind, file = place

@@ -204,7 +204,9 @@ class Store:
             with safe_open(str(self.tensors / name), framework="pt") as file:
                 return {key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{self.tensors / name} cannot be read: {error}. Use another --out.") from error
+            raise FormatError(
+                f"{self.tensors / name} cannot be read: {' '.join(str(error).split())}. Use another --out."
+            ) from error
 
     def _sweep_up(self) -> None:
         """Remove files that no commit refers to: old tensors, and drafts of killed processes."""

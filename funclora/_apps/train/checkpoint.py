@@ -196,7 +196,7 @@ class Run:
         except FormatError as error:
             raise FormatError(f"{error} {hint}.") from error
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FormatError(f"{broken}: {error}. {hint}.") from error
+            raise FormatError(f"{broken}: {' '.join(str(error).split())}. {hint}.") from error
         keys = leaf_keys(spec)
         if {*keys} != {*tensors}:
             odd = sorted({*keys} ^ {*tensors})
