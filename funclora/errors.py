@@ -37,8 +37,8 @@ def shortened(name: object) -> str:
 class FuncloraError(Exception):
     """Base class of every error that funclora raises."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+    def __str__(self) -> str:  # what is raised inside of a compiled function must have no constructor of its own
+        return printable(super().__str__())
 
 
 class ArgumentError(FuncloraError, TypeError):
@@ -83,8 +83,8 @@ class FormatError(FuncloraError, ValueError):
 class FuncloraWarning(UserWarning):
     """Base class of every warning that funclora gives."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+    def __str__(self) -> str:  # what is made inside of a compiled function must have no constructor of its own
+        return printable(super().__str__())
 
 
 class DenseFallbackWarning(FuncloraWarning):
