@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,8 +93,15 @@ def init_loha(
     return adapters
 
 
-def main(steps: int = 200) -> tuple[float, float]:
-    """Train a LoHa adapter on a small task; returns the first and the last loss."""
+class Losses(NamedTuple):
+    first: float
+    last: float
+
+
+def main(argv: list[str] | None = None) -> Losses:
+    parser = argparse.ArgumentParser(description="Trains a LoHa adapter on a small task.")
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16))
     params = fl.base_params(model)
@@ -108,13 +116,13 @@ def main(steps: int = 200) -> tuple[float, float]:
         return (fl.apply(model, params, adapters, x) - y).square().mean()
 
     first = loss(adapters, x, y).item()
-    for _ in range(steps):
+    for _ in range(options.steps):
         grads = torch.func.grad(loss)(adapters, x, y)
         updates, state = optimizer.update(grads, state, adapters)
         adapters = fl.optim.apply_updates(adapters, updates)
     last = loss(adapters, x, y).item()
     print(f"loss {first:.4f} -> {last:.4f}")
-    return first, last
+    return Losses(first, last)
 
 
 if __name__ == "__main__":

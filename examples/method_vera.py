@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
+import optree
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import funclora as fl
@@ -83,8 +88,33 @@ def init_vera(params: Mapping[str, Tensor], targets: Iterable[str], r: int, seed
 # --8<-- [end:init]
 
 
-def main(steps: int = 200) -> tuple[float, float]:
-    """Train a VeRA adapter on a small task; returns the first and the last loss."""
+# --8<-- [start:save]
+def save_vera(file: Path, adapters: dict[str, Rule]) -> None:
+    names = ["/".join(path) for path in optree.tree_paths(adapters)]  # type: ignore[arg-type]
+    save_file(dict(zip(names, optree.tree_leaves(adapters), strict=True)), file)  # type: ignore[arg-type]
+
+
+def load_vera(file: Path, fresh: dict[str, Rule]) -> dict[str, Rule]:
+    """The vectors of a file in place of those of an adapter that `init_vera` made with the same seed."""
+    stored = load_file(file)
+    paths, _, structure = optree.tree_flatten_with_path(fresh)  # type: ignore[arg-type]
+    loaded: Any = optree.tree_unflatten(structure, [stored["/".join(path)] for path in paths])
+    return loaded
+
+
+# --8<-- [end:save]
+
+
+class Losses(NamedTuple):
+    first: float
+    last: float
+    loaded: float  # of the adapter that was saved and loaded
+
+
+def main(argv: list[str] | None = None) -> Losses:
+    parser = argparse.ArgumentParser(description="Trains a VeRA adapter on a small task.")
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16))
     params = fl.base_params(model)
@@ -99,13 +129,17 @@ def main(steps: int = 200) -> tuple[float, float]:
         return (fl.apply(model, params, adapters, x) - y).square().mean()
 
     first = loss(adapters, x, y).item()
-    for _ in range(steps):
+    for _ in range(options.steps):
         grads = torch.func.grad(loss)(adapters, x, y)
         updates, state = optimizer.update(grads, state, adapters)
         adapters = fl.optim.apply_updates(adapters, updates)
     last = loss(adapters, x, y).item()
     print(f"loss {first:.4f} -> {last:.4f}")
-    return first, last
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "vera.safetensors"
+        save_vera(file, adapters)
+        adapters = load_vera(file, init_vera(params, ["0.weight", "2.weight"], r=64))
+    return Losses(first, last, loss(adapters, x, y).item())
 
 
 if __name__ == "__main__":

@@ -196,6 +196,17 @@ def test_benchmark_train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_method_with_frozen_tensors() -> None:
+    result = run("method_vera")
+    assert result.last < 0.5 * result.first
+    assert result.loaded == result.last
+
+
+def test_a_method_of_low_rank() -> None:
+    result = run("method_loha")
+    assert result.last < 0.5 * result.first
+
+
 def test_per_example_gradients() -> None:
     result = run("per_example_gradients")
     assert result.difference < 1e-4
