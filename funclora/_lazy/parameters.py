@@ -14,7 +14,7 @@ from funclora._tracking.propagation import Place, is_elementwise
 from funclora._tracking.routed import WHOLE_TENSOR, PreparedRouted, Routed, lost, spread
 from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
-from funclora.rules.base import Rule
+from funclora.rules.base import rescaled
 
 
 def differs_by_row(x: Any) -> bool:
@@ -80,7 +80,7 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
                 "has no such form: its low_rank is None. Give route the ids as a list, or use funclora.vmap."
             )
         for j in range(len(group.scalings)):
-            one = _with_scaling(several.member(j), group.scalings[j])
+            one = rescaled(several.member(j), group.scalings[j])
             value = lazy.like(base, one)
             if one.bind_dense:
                 value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
@@ -93,10 +93,6 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             rows = rows.index_copy(0, chosen, rows_first(operation(value, chosen), place, len(chosen)))
     out = rows_back(rows, place)
     return y.scope.enter(out, place) if isinstance(y, RowTensor) else out
-
-
-def _with_scaling(rule: Rule, scaling: Tensor) -> Rule:
-    return rule if rule.scaling is None else rule.with_scaling(scaling)
 
 
 def _only(x: Any, chosen: Tensor, n: int) -> Any:
@@ -150,9 +146,7 @@ def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
     lazy.used("fast")
     values = base.expand(rule.n, *base.shape)
     for several, group in zip(rule.rules, rule.groups, strict=True):
-        value = torch.func.vmap(lambda one, s: _with_scaling(one, s).dense(base))(several, group.scalings).to(
-            base.dtype
-        )
+        value = torch.func.vmap(lambda one, s: rescaled(one, s).dense(base))(several, group.scalings).to(base.dtype)
         if group.present is not None:
             present = group.present.reshape(-1, *[1] * base.dim())
             values = torch.where(present, value, values)

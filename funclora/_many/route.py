@@ -107,6 +107,8 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
     rows = Assignment(n, 1, None, None)
     found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
     for group in stack.groups:
+        if not group.values:  # the member {}: its rows are those of the base model
+            continue
         device = group.values[0].device
         place = torch.full((len(stack) + 1,), len(group.members), device=device)  # the last entry is that of -1
         place[torch.tensor(group.members, device=device)] = torch.arange(len(group.members), device=device)
@@ -270,7 +272,7 @@ def _without_broken(rule: Any, weights: Tensor) -> tuple[Rule, Tensor]:
     zeros for its tensors, and NaN for its weights that are not 0.
     """
     leaves = {leaf: getattr(rule, leaf) for leaf in rule.leaf_names}
-    broken = torch.stack([(x.detach() * 0).flatten(1).sum(1) for x in leaves.values()]).sum(0) != 0
+    broken = torch.stack([(x.detach() * 0).unsqueeze(-1).flatten(1).sum(1) for x in leaves.values()]).sum(0) != 0
 
     def kept(x: Tensor) -> Tensor:
         return torch.where(broken.reshape(-1, *[1] * (x.dim() - 1)), 0.0, x)

@@ -19,7 +19,7 @@ from torch import Tensor
 from funclora._api.arguments import refuse
 from funclora._torch.pytree import StaticTensors, map_frozen, pytree_node
 from funclora.errors import ConfigError
-from funclora.rules.base import Rule
+from funclora.rules.base import Rule, has_own_scaling, rescaled
 from funclora.rules.tokens import untied
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class TreeSpecs(StaticTensors):
         if not isinstance(trees[0], dict):
             return {}
         trees = [untied(tree) for tree in trees]
-        scaled = [name for name, rule in trees[0].items() if isinstance(rule, Rule) and rule.scaling is not None]
+        scaled = [name for name, rule in trees[0].items() if isinstance(rule, Rule) and has_own_scaling(rule)]
         return {name: [tree[name].scaling for tree in trees] for name in scaled}
 
 
@@ -232,9 +232,7 @@ def _structure(member: Any) -> Any:
 
 def unscaled(tree: Any) -> Any:
     """The tree with the scaling 1 in all of its rules."""
-    return optree.tree_map(
-        lambda x: x.with_scaling(1.0) if _is_rule(x) and x.scaling is not None else x, tree, is_leaf=_is_rule
-    )
+    return optree.tree_map(lambda x: rescaled(x, 1.0) if _is_rule(x) else x, tree, is_leaf=_is_rule)
 
 
 def _is_rule(x: Any) -> bool:

@@ -34,7 +34,8 @@ def _einsum(kind: Kind, equation: str, *operands: Any) -> Tensor:
         rest = others[:k] + others[k + 1 :]
         letters, product = [letter for _, letter in rest], None
         shared = [letter for letter in term[-2:] if letter in own]
-        if len(shared) == 1 and not any(shared[0] in each for each in (result, *letters)):
+        sizes = [{x.shape[own.index(letter)], weight.shape[term.index(letter)]} for letter in shared]
+        if [*map(len, sizes)] == [1] and not any(shared[0] in each for each in (result, *letters)):
             product, found = _product(kind, x, own, weight, term, shared[0])
             if found == result and not rest:
                 return product

@@ -57,7 +57,8 @@ def _seen(
 ) -> View | tuple[View | None, ...] | None:
     # Strides are larger than the sizes need, so that no two positions agree, and even: the last of a copy is 1.
     strides = [2 * math.prod(size + 1 for size in shape[i + 1 :]) for i in range(len(shape))]
-    probe = torch.empty_strided(shape, strides, device="meta")
+    memory = torch.empty(1 + sum(map(math.prod, zip(shape, strides, strict=True))), device="meta")
+    probe = memory.as_strided(shape, strides, 1)  # the first position of a copy is 0
     try:
         out = func(probe, *args, **dict(kwargs))
     except (RuntimeError, IndexError, TypeError, ValueError):
@@ -69,7 +70,8 @@ _seen_before = functools.lru_cache(maxsize=1024)(_seen)  # a layer asks the same
 
 
 def _read(out: Tensor, probe: Tensor) -> View | None:
-    if out.dtype != probe.dtype or 0 in out.shape:
+    offset = out.storage_offset() - probe.storage_offset()
+    if out.dtype != probe.dtype or 0 in out.shape or offset < 0:
         return None
     strides = probe.stride()
     dims: list[int | None] = [None] * out.dim()
@@ -86,7 +88,7 @@ def _read(out: Tensor, probe: Tensor) -> View | None:
     for i, dim in enumerate(dims):
         if dim is None and left:
             dims[i] = left.pop(0)
-    starts, offset = [], out.storage_offset()
+    starts = []
     for stride in strides:
         starts.append(offset // stride)
         offset %= stride

@@ -23,7 +23,7 @@ from funclora._tracking.propagation import Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Rule, of_members
-from funclora.rules.layouts import Layout
+from funclora.rules.layouts import Layout, Matrices
 from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
 from funclora.rules.low_rank import LowRank, low_rank_of_members
 
@@ -174,6 +174,13 @@ class Routed(Rule):
         )
 
     def check(self, name: str, weight: Tensor) -> None:
+        places = {_place(rule.layout) for rule, group in zip(self.rules, self.groups, strict=True) if not group.apart}
+        if len(places) > 1:
+            raise UnsupportedError(
+                f"{name!r}: some members' rules read the weight as another matrix than others, as their layouts say: "
+                f"{', '.join(sorted({type(rule.layout).__name__ for rule in self.rules}))}. Give them one layout, or "
+                "use funclora.vmap over the stack."
+            )
         for rule, group in zip(self.rules, self.groups, strict=True):
             rule.member(0).check(name, weight)
             if not group.apart and rule.layout is not None and rule.layout.expert_dims(weight.shape):
@@ -211,6 +218,12 @@ class Routed(Rule):
     def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
         """This rule with others for the same rows."""
         return replace(self, rules=rules, groups=groups)
+
+
+def _place(layout: Layout | None) -> tuple[type, bool, int]:
+    """What layouts that put the matrix at one place in a weight have in common."""
+    kind = Matrices if isinstance(layout, Matrices) else type(layout)
+    return kind, getattr(layout, "transposed", False), getattr(layout, "groups", 1)
 
 
 def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, RoutedGroup]:

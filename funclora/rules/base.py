@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from funclora.errors import UnsupportedError
 from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import LinearOp
 
@@ -40,8 +41,8 @@ class Rule(ABC):
         bind_dense: the dense form costs nothing: it is used as it is, no lazy weight stands for it.
         layout: where the matrix that the rule rewrites is in the weight. None: `apply_op` is never called, every
             operation gets the dense weight.
-        scaling: what the update is multiplied with; None if the rule has no such number. Where it is a field, members
-            of a stack may differ in it, and it is a tensor `[]` where they are mapped.
+        scaling: what the update is multiplied with; None if the rule has no such number. Where it is a field and no
+            leaf, members of a stack may differ in it, and it is a tensor `[]` where they are mapped.
         r: the rank of the update, if it has one.
 
     Examples:
@@ -135,6 +136,11 @@ class Rule(ABC):
         prepared = self.prepared(weight)
         if prepared is not self:
             return prepared.apply_op(op, weight, dropout)
+        if dropout and op.takes_dropout:
+            raise UnsupportedError(
+                f"{type(self).__name__}: dropout {dropout} cannot act on the dense weight. Set it to 0, or give the "
+                "rule a low_rank form or an apply_op that drops inputs."
+            )
         return op.dense(self.dense(weight).to(weight.dtype), bias=True)
 
     def prepared(self, weight: Tensor) -> Rule:
@@ -213,7 +219,7 @@ class Rule(ABC):
         scales = []
         for j, scaling in enumerate(scalings):
             one = self.member(j)
-            scales.append((one if one.scaling is None else one.with_scaling(scaling)).output_scale(weight))
+            scales.append(rescaled(one, scaling).output_scale(weight))
         found = [scale for scale in scales if scale is not None]
         return torch.stack(found) if found else None
 
@@ -222,6 +228,17 @@ class Rule(ABC):
         rule: Any = self
         one: Rule = replace(rule, **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaf_names})
         return one
+
+
+def has_own_scaling(rule: Any) -> bool:
+    """Whether a rule's scaling can be another number: it is a field, and no leaf."""
+    named = any(f.name == "scaling" for f in fields(rule)) and "scaling" not in rule.leaf_names
+    return named and rule.scaling is not None
+
+
+def rescaled(rule: R, scaling: float | Tensor) -> R:
+    """The rule with another scaling, if it has one of its own."""
+    return rule.with_scaling(scaling) if has_own_scaling(rule) else rule
 
 
 def of_members(rule: Rule, scalings: Tensor, form: Callable[[Rule], Rule | None]) -> tuple[Rule, Tensor] | None:
@@ -240,9 +257,11 @@ def of_members(rule: Rule, scalings: Tensor, form: Callable[[Rule], Rule | None]
         return None
 
     def leaves(rule: Rule, scaling: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        one: Any = form(rule if rule.scaling is None else rule.with_scaling(scaling))
+        one: Any = form(rescaled(rule, scaling))
         number = 1.0 if one.scaling is None else one.scaling
-        return tuple(getattr(one, leaf) for leaf in one.leaf_names), torch.as_tensor(number).to(scalings)
+        return tuple(getattr(one, leaf) for leaf in one.leaf_names), torch.as_tensor(
+            number, dtype=scalings.dtype, device=scalings.device
+        )
 
     values, scalings = torch.func.vmap(leaves)(rule, scalings)
     return replace(one, **dict(zip(one.leaf_names, values, strict=True))), scalings

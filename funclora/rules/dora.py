@@ -80,9 +80,6 @@ class DoRA(LowRank):
         quotient = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norms))
         return quotient.to(compute_dtype(dtype, self.a.dtype))
 
-    def narrow_inputs(self, start: int, length: int) -> None:
-        return None  # the norm is that of all inputs
-
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """The norms of the output units of the updated weight, ‖M + s·B·A‖ by rows: `[*lead, out]`, in float64."""

@@ -146,7 +146,8 @@ class LowRank(Rule):
         return replace(self, b=self.b.narrow(dim, start, length), **vectors, layout=layout)
 
     def narrow_inputs(self, start: int, length: int) -> LowRank | None:
-        if not isinstance(self.layout, Matrices):
+        of_inputs = type(self).output_scale not in (Rule.output_scale, ScaledLowRank.output_scale)  # as a norm is
+        if of_inputs or not isinstance(self.layout, Matrices):
             return None
         return replace(self, a=self.a.narrow(-1, start, length), layout=Parameter(self.layout.transposed))
 

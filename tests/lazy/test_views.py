@@ -381,3 +381,32 @@ def test_a_view_that_is_seen_shows_what_it_says(shape: tuple[int, ...]) -> None:
                 len(view.dims) - len(kept)
             )
     assert found > 10
+
+
+SINGLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a list": lambda w, x: F.linear(x[:, :1], w[[2], 3:4]),
+    "a tensor": lambda w, x: F.linear(x[:, :1], w[torch.tensor([2]), 3:4]),
+    "a column": lambda w, x: F.linear(x[:, :1], w[2:3, [3]]),
+    "a slice": lambda w, x: F.linear(x[:, :1], w[2:3, 3:4]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("part", SINGLE)
+def test_a_single_number_is_that_at_its_place(part: str, kind: str) -> None:
+    """A copy of one number has no strides that would tell it from a view."""
+    weight, x = stored(kind), torch.randn(5, IN, generator=gen(2))
+    rule = rule_of(kind, weight, 1)
+    close(
+        apply(Reader(weight, SINGLE[part]), {"w": weight}, {"w": rule}, x), SINGLE[part](dense(weight, rule), x), 1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning")
+@pytest.mark.parametrize("equation", ["bi,oi->bo", "bi,oi->bio", "bo,oi->bi"])
+def test_einsum_repeats_dimensions_of_size_one(equation: str) -> None:
+    weight, x = stored("lora"), torch.randn(5, 1, generator=gen(2))
+    rule = rule_of("lora", weight, 1)
+    model = Reader(weight, lambda w, x: torch.einsum(equation, x, w))
+    close(apply(model, {"w": weight}, {"w": rule}, x), model.read(dense(weight, rule), x), 1e-4)

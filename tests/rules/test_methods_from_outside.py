@@ -612,6 +612,38 @@ def test_a_form_of_another_type_is_refused() -> None:
         algebra.add([{"weight": Wrong()}, {"weight": Wrong()}])
 
 
+@fl.rules.pytree_node
+@dataclass(frozen=True, eq=False)
+class Unit(fl.rules.LowRank):
+    """A method with norms of its own."""
+
+    def output_scale(self, weight: Tensor) -> Tensor:
+        return 1 / self.update(weight).norm(dim=-1)
+
+
+def test_a_scale_worked_out_from_the_weight_is_that_of_the_whole_weight() -> None:
+    class Part(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[..., :2] @ self.weight[:, :2].T
+
+    model, x = Part(5, 4).double(), drawn((3, 5), gen(0))
+    params = fl.base_params(model)
+    rule = Unit(drawn((2, 5), gen(1)).requires_grad_(), drawn((4, 2), gen(2)))
+    updated = params["weight"] + rule.b @ rule.a
+    expected = x[..., :2] @ (updated / updated.norm(dim=-1, keepdim=True))[:, :2].T
+    close(fl.apply(model, params, {"weight": rule}, x), expected, 1e-12)
+
+
+def test_dropout_that_a_method_does_not_know_is_refused() -> None:
+    class Dropping(Negated):
+        layout = fl.rules.Linear()
+        dropout_p = 0.5
+
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UnsupportedError, match=r"Dropping: dropout 0\.5 cannot act"):
+        fl.apply(model, fl.base_params(model), {"weight": Dropping()}, torch.ones(1, 2))
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------------
 
 
