@@ -48,8 +48,8 @@ def seen(
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether there are only numbers in tuples: a cache must not keep tensors, and slices are no keys."""
-    return all(map(_is_plain, x)) if isinstance(x, tuple) else not isinstance(x, (Tensor, slice))
+    """Whether there are only numbers in tuples: a cache must not keep tensors, slices are no keys, True equals 1."""
+    return all(map(_is_plain, x)) if isinstance(x, tuple) else not isinstance(x, (Tensor, slice, bool))
 
 
 def _seen(

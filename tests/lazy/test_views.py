@@ -410,3 +410,11 @@ def test_einsum_repeats_dimensions_of_size_one(equation: str) -> None:
     rule = rule_of("lora", weight, 1)
     model = Reader(weight, lambda w, x: torch.einsum(equation, x, w))
     close(apply(model, {"w": weight}, {"w": rule}, x), model.read(dense(weight, rule), x), 1e-4)
+
+
+def test_a_truth_value_is_no_number_among_indices() -> None:
+    experts = (3, 4, 5)
+    assert seen(Tensor.__getitem__, experts, (1,), {}) is not None
+    assert seen(Tensor.__getitem__, experts, (True,), {}) is None
+    assert seen(Tensor.__getitem__, experts, (0,), {}) is not None
+    assert seen(Tensor.__getitem__, experts, (False,), {}) is None
