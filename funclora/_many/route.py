@@ -12,7 +12,8 @@ from torch import Tensor
 
 from funclora._api.arguments import refuse
 from funclora._many.stack import Group, Stack, check_stack, unscaled
-from funclora._tracking.routed import Assignment, Routed, RoutedGroup, RoutedGroups
+from funclora._tracking.groups import Assignment, RoutedGroup, RoutedGroups
+from funclora._tracking.routed import Routed
 from funclora.errors import ConfigError
 from funclora.rules.base import Rule
 from funclora.rules.layouts import padded

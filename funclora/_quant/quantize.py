@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from funclora._api.arguments import check_dtype, check_params, refuse
 from funclora._quant.packing import FourBit, Int8, Packing, Repacked
-from funclora._quant.tensor import UNPACKED_DTYPES, Quantized, Source
+from funclora._quant.source import UNPACKED_DTYPES, Source
+from funclora._quant.tensor import Quantized
 from funclora._torch.memory import place_of
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, TargetError, UnsupportedError, near
 

@@ -9,9 +9,8 @@ dense weight.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -20,7 +19,9 @@ from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from funclora._quant.packing import Packing, Parts
+from funclora._quant.packing import Parts
+from funclora._quant.products import left_product, through
+from funclora._quant.source import UNPACKED_DTYPES, Op, Source, Step
 from funclora._torch.contractions import contractions
 from funclora._torch.functions import (
     CASTS,
@@ -41,39 +42,6 @@ from funclora._torch.functions import (
 )
 from funclora._torch.views import View, seen
 from funclora.errors import PurityError, UnsupportedError
-
-# A view: the operation, its arguments, and which of its results.
-Step = tuple[Callable[..., Any], tuple[Any, ...], tuple[tuple[str, Any], ...], int | None]
-# An operation linear in its first argument, the input; the second is the dense weight.
-Op = Callable[[Tensor, Tensor], Tensor]
-# What bitsandbytes unpacks to.
-UNPACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Source(NamedTuple):
-    """All about a quantised weight but its tensors: how to unpack it, and which view of it is meant."""
-
-    packing: Packing
-    stored: torch.Size
-    dtype: torch.dtype
-    steps: tuple[Step, ...] = ()
-
-    def dense(self, parts: Parts) -> Tensor:
-        """The dense weight."""
-        dtype = self.dtype if self.dtype in UNPACKED_DTYPES else torch.float32
-        return self.viewed(self.packing.unpack(parts, self.stored, dtype).to(self.dtype))
-
-    def viewed(self, weight: Tensor) -> Tensor:
-        """The view of the stored weight that is meant."""
-        for view, args, kwargs, part in self.steps:
-            out = view(weight, *args, **dict(kwargs))
-            weight = out if part is None else out[part]
-        return weight
-
-    def dim(self) -> int:
-        """How many dimensions the view has."""
-        stored = self.stored
-        return self.viewed(torch.empty(stored, device="meta")).dim() if self.steps else len(stored)
 
 
 class Quantized(torch.Tensor):
@@ -212,87 +180,6 @@ pytree.register_pytree_node(
 optree.register_pytree_node(Quantized, _flatten, _unflatten, namespace=GLOBAL_NAMESPACE)  # type: ignore[arg-type]
 
 
-class _Through(torch.autograd.Function):
-    """`op(x, W)` with W unpacked for this product alone, and again for its transpose in backward.
-
-    Where W is at hand already, forward uses it; what backward keeps are the packed parts in any case.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, op: Op, source: Source, dense: Tensor | None, *parts: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            if dense is not None:
-                return op(x, dense)
-            if op is F.linear and not source.steps and source.dtype in UNPACKED_DTYPES:
-                return source.packing.linear(x, parts, source.stored)
-            return op(x, source.dense(parts))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.op, ctx.source, _, *parts = inputs
-        ctx.shape = x.shape
-        ctx.save_for_backward(*parts)
-        ctx.save_for_forward(*parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.saved_tensors
-        back = _through(grad, _adjoint(ctx.op, ctx.shape, ctx.source), ctx.source, None, *parts)
-        return back, None, None, None, *(None for _ in parts)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _through(tangent, ctx.op, ctx.source, None, *ctx.saved_tensors)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        op: Op,
-        source: Source,
-        dense: Tensor | None,
-        *parts: Tensor,
-    ) -> tuple[Tensor, int]:
-        # The weight is a constant, so it is the input that is batched.
-        mapped = op if _is_product(op, source) else functools.partial(_mapped, op)
-        return _through(x.movedim(in_dims[0] or 0, 0), mapped, source, dense, *parts), 0
-
-
-_through: Callable[..., Tensor] = _Through.apply
-
-
-def _adjoint(op: Op, shape: torch.Size, source: Source) -> Op:
-    """The transpose of `op` in its input of that shape."""
-    if _is_product(op, source):
-        return _PRODUCTS[op]
-    if isinstance(op, functools.partial) and op.func is _transpose:
-        return op.args[0]  # type: ignore[no-any-return]
-    return functools.partial(_transpose, op, shape)
-
-
-def _transpose(op: Op, shape: torch.Size, grad: Tensor, weight: Tensor) -> Tensor:
-    back: Tensor = torch.func.vjp(lambda x: op(x, weight), grad.new_zeros(shape))[1](grad)[0]
-    return back
-
-
-def _mapped(op: Op, x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = torch.func.vmap(op, (0, None))(x, weight)
-    return out
-
-
-def _left(x: Tensor, weight: Tensor) -> Tensor:
-    return weight @ x
-
-
-# Products with a matrix, whose inputs may have any number of leading dimensions, and their transposes.
-_PRODUCTS: dict[Op, Op] = {F.linear: torch.matmul, torch.matmul: F.linear}
-
-
-def _is_product(op: Op, source: Source) -> bool:
-    return op in _PRODUCTS and source.dim() == 2
-
-
 def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     """`op(x, weight) + bias` in the weight's dtype, or in that of autocast; the result as x, or as autocast."""
     if not isinstance(weight, Quantized) or not isinstance(x, Tensor) or isinstance(x, Quantized) or hasattr(x, "rule"):
@@ -306,7 +193,7 @@ def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
         y: Tensor = op(x_, source.dense(weight.parts))
     else:
         dense = weight._held[0].to(source.dtype) if weight._held else None
-        y = _through(x_, op, source, dense, *weight.parts)
+        y = through(x_, op, source, dense, *weight.parts)
     if bias is not None:
         y = y + bias.to(source.dtype)
     return y if autocast else y.to(x.dtype)
@@ -318,7 +205,7 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
 
 def _matmul(input: Any, other: Any) -> Tensor:
     if isinstance(input, Quantized):
-        return _product(_left, other, input)
+        return _product(left_product, other, input)
     return _product(torch.matmul, input, other)
 
 

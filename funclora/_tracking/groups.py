@@ -1,0 +1,120 @@
+"""Which rows of a batch use which members, group by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# How many rows of a member are few, so that the order of its factors in memory counts.
+FEW = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Which rows use which member, for m members with up to `count` rows each.
+
+    Attributes:
+        n: the number of rows in all.
+        count: the largest number of rows of a member.
+        table: `[m·count]`, the rows of the members one after the other; None if that is all rows in order. Members
+            with fewer rows repeat one of them.
+        kept: the positions in the table that are no repetition; None if there is none.
+        span: the first row and the one after the last, if the table is all rows between them in order.
+    """
+
+    n: int
+    count: int
+    table: Tensor | None
+    kept: Tensor | None
+    span: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, rows: list[list[int]], n: int, device: torch.device) -> Assignment:
+        count = max(map(len, rows))
+        table = [row for each in rows for row in (*each, *each[:1] * (count - len(each)))]
+        span = (table[0], table[0] + len(table))
+        if table == list(range(n)):
+            return cls(n, count, None, None, span)
+        if table == list(range(*span)):
+            return cls(n, count, torch.tensor(table, device=device), None, span)
+        kept = None
+        if any(len(each) < count for each in rows):
+            kept = torch.tensor([i * count + j for i, each in enumerate(rows) for j in range(len(each))], device=device)
+        return cls(n, count, torch.tensor(table, device=device), kept)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """`[n, *]` -> `[m, count, *]`."""
+        if self.table is not None:
+            x = x[slice(*self.span)] if self.span is not None else x.index_select(0, self.table)
+        return x.reshape(-1, self.count, *x.shape[1:])
+
+    def added(self, y: Tensor, u: Tensor) -> Tensor:
+        """y `[n, *]` with u `[m, count, *]` added to the rows."""
+        rows, u = self._rows_of(u.flatten(0, 1))
+        if rows is None:
+            return y + u
+        return y.to(torch.promote_types(y.dtype, u.dtype)).index_add(0, rows, u)
+
+    def put(self, y: Tensor, u: Tensor) -> Tensor:
+        """y `[n, *]` with the rows replaced by u `[m, count, *]`."""
+        rows, u = self._rows_of(u.flatten(0, 1))
+        return u if rows is None else y.index_copy(0, rows, u.to(y.dtype))
+
+    def first(self) -> list[int]:
+        """The first row of each member."""
+        if self.table is None:
+            return list(range(0, self.n, self.count))
+        firsts: list[int] = self.table[:: self.count].tolist()
+        return firsts
+
+    def of_member(self, j: int, device: torch.device) -> Tensor:
+        """The rows of the j-th member."""
+        positions = torch.arange(j * self.count, (j + 1) * self.count, device=device)
+        if self.kept is not None:
+            positions = self.kept[(self.kept >= j * self.count) & (self.kept < (j + 1) * self.count)]
+        return positions if self.table is None else self.table[positions]
+
+    def _rows_of(self, u: Tensor) -> tuple[Tensor | None, Tensor]:
+        if self.table is None or self.kept is None:
+            return self.table, u
+        return self.table[self.kept], u[self.kept]
+
+
+class RoutedGroup(NamedTuple):
+    """Members of one kind at one weight, `m` of them: how the batch uses the rule with leaves `[m, *]`.
+
+    Attributes:
+        scalings: `[m]`.
+        rows: which rows use which member; None where `weights` are given.
+        weights: `[n, m]`, each row's weights of the members.
+        present: `[n]`, where m is the number of rows: whether the row has a member at all.
+        apart: the rule is no low-rank update, and runs on the rows of each member apart.
+    """
+
+    scalings: Tensor
+    rows: Assignment | None
+    weights: Tensor | None = None
+    present: Tensor | None = None
+    apart: bool = False
+
+
+class RoutedGroups(tuple[RoutedGroup, ...]):
+    """The groups of a rule as static data of a tree: two are equal if they are the same."""
+
+    __slots__ = ()
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+def in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:
+    """The order in which the rows of the groups follow each other and are all there are; empty if they do not."""
+    spans = [group.rows.span if group.rows is not None else None for group in groups]
+    found = sorted((span, i) for i, span in enumerate(spans) if span is not None)
+    ends = [0, *(end for (_, end), _ in found)]
+    follow = (
+        len(found) == len(spans) and ends[-1] == n and all(a == b for ((a, _), _), b in zip(found, ends, strict=False))
+    )
+    return tuple(i for _, i in found) if follow else ()
