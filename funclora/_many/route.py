@@ -171,6 +171,8 @@ Found = tuple[Rule, list[float], list[list[int]]]
 
 def _merged(parts: list[Found]) -> list[Found]:
     """Groups that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
+    if len(parts) == 1:
+        return parts
     kinds: dict[Any, list[Found]] = {}
     for part in parts:
         kinds.setdefault(_kind(part[0]), []).append(part)
