@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 
-# Control characters but for tab and line feed, characters that turn the direction of writing, and halves of pairs.
+# Control characters except tab and line feed, characters that change the writing direction, and lone surrogates.
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 200  # characters that are shown of a name
 _MOST = 10_000  # names that are compared
 
 
 def printable(text: str) -> str:
-    """A text without what steers a terminal: such characters are written as Python escapes them.
+    """A text without characters that control a terminal: they are replaced by Python's escapes.
 
     Examples:
         >>> printable("name" + chr(27) + "[2J").count("x1b")
@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 def shortened(name: object) -> str:
-    """A name, or whatever came instead of one, for a message."""
+    """A name, or any value given instead of one, for a message."""
     text = repr(name[: _LONGEST + 1] if isinstance(name, str) else name)
     return text if len(text) <= _LONGEST + 2 else f"{text[:_LONGEST]}..."
 
@@ -42,14 +42,14 @@ class FuncloraError(Exception):
 
 
 class ArgumentError(FuncloraError, TypeError):
-    """An argument is something else than its place takes: swapped, forgotten, or of another type.
+    """An argument has the wrong type, for example because arguments were swapped or one was left out.
 
-    What is of the right type and holds something wrong raises one of the others, most of them `ValueError`s.
+    An argument of the right type with a wrong value raises another error of this module, often a `ValueError`.
     """
 
 
 class ConfigError(FuncloraError, ValueError):
-    """A configuration value is invalid, or values contradict each other."""
+    """A configuration value is invalid, or two values contradict each other."""
 
 
 class TargetError(FuncloraError, ValueError):
@@ -57,7 +57,7 @@ class TargetError(FuncloraError, ValueError):
 
 
 class ParamsError(FuncloraError, ValueError):
-    """A parameter dict and a model, or an adapter and a parameter, do not fit each other."""
+    """A parameter dict does not match the model, or an adapter does not match its parameter."""
 
 
 class NonFiniteError(FuncloraError, ValueError):
@@ -65,11 +65,11 @@ class NonFiniteError(FuncloraError, ValueError):
 
 
 class PurityError(FuncloraError, RuntimeError):
-    """Something tried to write to a value that must not change, or cannot be bound without mutation."""
+    """Code tried to write to a value that must not change, or a model cannot be bound without mutation."""
 
 
 class UnsupportedError(FuncloraError, NotImplementedError):
-    """A combination that is well formed but not supported, or that another format cannot express."""
+    """A valid combination that is not supported, or that another format cannot express."""
 
 
 class DenseFallbackError(FuncloraError, RuntimeError):
@@ -77,7 +77,7 @@ class DenseFallbackError(FuncloraError, RuntimeError):
 
 
 class FormatError(FuncloraError, ValueError):
-    """A file is broken, incomplete or of another format."""
+    """A file is damaged, incomplete or in another format."""
 
 
 class FuncloraWarning(UserWarning):
@@ -92,7 +92,7 @@ class DenseFallbackWarning(FuncloraWarning):
 
 
 class TiedWeightsWarning(FuncloraWarning):
-    """A rewritten parameter shares its storage with another one, which stays as it is."""
+    """A rewritten parameter shares its storage with another parameter, which is not rewritten."""
 
 
 class UnusedAdapterWarning(FuncloraWarning):
@@ -100,15 +100,15 @@ class UnusedAdapterWarning(FuncloraWarning):
 
 
 class PeftFormatWarning(FuncloraWarning):
-    """A PEFT folder depends on a behaviour of PEFT that differs from the plain formula."""
+    """A PEFT folder depends on PEFT behaviour that differs from the plain formula."""
 
 
 class OtherBaseWarning(FuncloraWarning):
-    """An adapter belongs to another base model than the one that it is used with."""
+    """An adapter was made for a base model other than the one it is used with."""
 
 
 def near(name: str, names: Iterable[str], n: int = 5) -> str:
-    """The names most like `name`, as the tail of an error message.
+    """The names most similar to `name`, as the end of an error message.
 
     Examples:
         >>> near("q_prj", ["q_proj", "v_proj", "bias"], n=1)
@@ -117,7 +117,7 @@ def near(name: str, names: Iterable[str], n: int = 5) -> str:
         ''
     """
     candidates = list(dict.fromkeys(names))
-    short = [candidate for candidate in candidates[:_MOST] if len(candidate) <= _LONGEST]  # long ones take long
+    short = [candidate for candidate in candidates[:_MOST] if len(candidate) <= _LONGEST]  # long ones are slow
     close = difflib.get_close_matches(name[:_LONGEST], short, n=n, cutoff=0.3) or candidates[:n]
     shown = (each if len(each) <= _LONGEST else f"{each[:_LONGEST]}..." for each in close)
     return f" Near names: {', '.join(shown)}." if close else ""
@@ -128,7 +128,7 @@ _strict: ContextVar[bool] = ContextVar("funclora.errors.strict", default=False)
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Make every dense fallback inside the block a `DenseFallbackError` instead of a warning.
+    """Turn every dense fallback inside the block into a `DenseFallbackError` instead of a warning.
 
     Examples:
         >>> import torch

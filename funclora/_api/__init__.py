@@ -1,1 +1,1 @@
-"""What all public functions share: names that load when they are used, old forms of calls, checks of arguments."""
+"""Shared by all public functions: names that are loaded on first use, deprecated calls, argument checks."""

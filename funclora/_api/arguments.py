@@ -1,6 +1,6 @@
-"""Checks of arguments that all public functions share: each names the argument, what was expected, what came, a remedy.
+"""Argument checks shared by all public functions. Each error names the argument, the expected and actual value, a fix.
 
-What an argument *is* is checked here (`ArgumentError`, a `TypeError`); what it holds is checked where it is used
+The type of an argument is checked here (`ArgumentError`, a `TypeError`); its content is checked where it is used
 (`ParamsError`, `ConfigError`, ..., which are `ValueError`s).
 """
 
@@ -24,14 +24,14 @@ def refuse(where: str, expected: str, value: object, remedy: str = "") -> NoRetu
     Args:
         where: the argument, or the part of it.
         expected: what it should be.
-        value: what came.
-        remedy: what to do, one or more sentences.
+        value: the actual value.
+        remedy: how to fix it, one or more sentences.
     """
     raise ArgumentError(f"{where}: expected {expected}, got {kind_of(value)}.{remedy and ' '}{remedy}")
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in a few words.
+    """A short description of a value.
 
     Examples:
         >>> kind_of(torch.ones(2, 3)), kind_of({"weight": torch.ones(2)}), kind_of([]), kind_of(nn.Linear), kind_of("x")
@@ -55,7 +55,7 @@ def kind_of(value: object) -> str:
 
 
 def check_model(model: object, where: str = "model", *, optional: bool = False) -> None:
-    """Raise `ArgumentError` unless that is a module, or None where it is optional."""
+    """Raise `ArgumentError` unless the argument is a module, or None where it is optional."""
     if isinstance(model, nn.Module) or (optional and model is None):
         return
     if isinstance(model, type) and issubclass(model, nn.Module):
@@ -65,9 +65,9 @@ def check_model(model: object, where: str = "model", *, optional: bool = False) 
 
 
 def check_params(params: object, where: str = "params", *, optional: bool = False) -> None:
-    """Raise `ArgumentError` unless those are a model's weights: a mapping from names to tensors; or None if optional.
+    """Raise `ArgumentError` unless `params` is a mapping from names to tensors, or None if optional.
 
-    Of a mapping that is no dict only that is checked: it may read its tensors from a file.
+    The items of a mapping that is not a dict are not checked: it may read its tensors from a file.
     """
     if optional and params is None:
         return
@@ -82,45 +82,45 @@ def check_params(params: object, where: str = "params", *, optional: bool = Fals
 
 
 def check_path(path: object, where: str = "path", order: str = "") -> None:
-    """Raise `ArgumentError` unless that is a path.
+    """Raise `ArgumentError` unless the argument is a path.
 
     Args:
         path: the argument.
         where: its name.
-        order: the order of the arguments, as "path, model", for a remedy.
+        order: the order of the arguments, such as "path, model", for the remedy.
     """
     if not isinstance(path, (str, os.PathLike)):
         refuse(where, "a path (a str or a Path)", path, order and f"The order of the arguments is {order}.")
 
 
 def check_paths(paths: object, where: str = "paths") -> None:
-    """Raise `ArgumentError` unless those are paths."""
+    """Raise `ArgumentError` unless the argument is a list of paths."""
     if not isinstance(paths, (list, tuple)):
-        refuse(where, "a list of paths", paths, "A single one goes into a list.")
+        refuse(where, "a list of paths", paths, "Put a single path into a list.")
     for i, path in enumerate(paths):
         check_path(path, f"{where}[{i}]")
 
 
 def check_function(function: object, where: str, form: str) -> None:
-    """Raise `ArgumentError` unless that can be called.
+    """Raise `ArgumentError` unless the argument can be called.
 
     Args:
         function: the argument.
         where: its name.
-        form: how it is called, as "loss_fn(bound, batch)".
+        form: how it is called, such as "loss_fn(bound, batch)".
     """
     if not callable(function):
         refuse(where, f"a function, called as {form}", function)
 
 
 def check_generator(generator: object, where: str = "generator") -> None:
-    """Raise `ArgumentError` unless that is a generator, or None."""
+    """Raise `ArgumentError` unless the argument is a generator, or None."""
     if generator is not None and not isinstance(generator, Generator):
         refuse(where, "a torch.Generator or None", generator, "From a seed: torch.Generator().manual_seed(seed).")
 
 
 def check_dtype(dtype: object, where: str = "dtype") -> None:
-    """Raise an error unless that is a floating-point dtype, or None."""
+    """Raise an error unless the argument is a floating-point dtype, or None."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         refuse(where, "a torch.dtype or None", dtype, "For example torch.bfloat16.")
     if dtype is not None and not dtype.is_floating_point:
@@ -128,24 +128,24 @@ def check_dtype(dtype: object, where: str = "dtype") -> None:
 
 
 def check_tensor(value: object, where: str, shape: str) -> None:
-    """Raise `ArgumentError` unless that is a floating-point tensor."""
+    """Raise `ArgumentError` unless the argument is a floating-point tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         refuse(where, f"a floating-point tensor {shape}", value)
 
 
 def check_integer(value: object, where: str) -> None:
-    """Raise `ArgumentError` unless that is an int."""
+    """Raise `ArgumentError` unless the argument is an int."""
     if not isinstance(value, int) or isinstance(value, bool):
         refuse(where, "an int", value)
 
 
 def check_numbers(values: object, where: str) -> None:
-    """Raise `ArgumentError` unless that is a list of something: its numbers are checked where they are used."""
+    """Raise `ArgumentError` unless the argument is a list. Its numbers are checked where they are used."""
     if not isinstance(values, (list, tuple)):
         refuse(where, "a list of numbers", values)
 
 
 def check_batches(batches: object, where: str) -> None:
-    """Raise `ArgumentError` unless that can be gone through."""
+    """Raise `ArgumentError` unless the argument is iterable."""
     if not isinstance(batches, Iterable) or isinstance(batches, (str, Tensor, Mapping, nn.Module)):
         refuse(where, "batches (a list, or a data loader)", batches, "Put a single batch into a list.")

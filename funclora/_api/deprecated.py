@@ -1,4 +1,4 @@
-"""Old forms of names and calls: they work for one more version, with a warning that says the new form."""
+"""Deprecated names and calls: they work for one more version, with a warning that contains the new form."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def warn_old(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn that a form is deprecated.
 
     Args:
-        old: what was written.
-        new: what to write.
-        stacklevel: as of `warnings.warn`; 3 is the caller of the function that calls this one.
+        old: what the caller wrote.
+        new: what to write instead.
+        stacklevel: as in `warnings.warn`; 3 is the caller of the function that calls this one.
     """
     message = f"{old} is deprecated and will not work from funclora {REMOVED_IN} on. Write {new}."
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 def old_positions(*names: str) -> Callable[[F], F]:
-    """A function that also takes the positional arguments of the version before, under these names, with a warning.
+    """A function that also takes the positional arguments of the previous version, under these names, with a warning.
 
     Examples:
         >>> @old_positions("base", "tuned")

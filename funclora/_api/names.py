@@ -1,7 +1,7 @@
-"""Public names that are loaded when they are first used.
+"""Public names that are loaded on first use.
 
-The command line starts without torch, and `apply` without the readers and writers of files. Each lazy package has a
-stub, `__init__.pyi`, which says the same to type checkers, editors and the pages.
+So the command line starts without torch, and `apply` without the readers and writers of files. Each lazy package has a
+stub, `__init__.pyi`, with the same names for type checkers, editors and the documentation.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def attach(
 
     Args:
         package: its full name.
-        places: full name of a module -> the public names that it has. Under `package` itself: public modules in it.
-        moved: the same for names that have another public place now. They are found with a `DeprecationWarning`, and
-            are in neither `__dir__` nor `__all__`.
+        places: full name of a module -> its public names. Under the key `package`: the public modules of the package.
+        moved: the same for names that have moved to another public place. They give a `DeprecationWarning`, and are in
+            neither `__dir__` nor `__all__`.
     """
     found = {name: place for place, names in places.items() for name in names}
     old = {name: place for place, names in (moved or {}).items() for name in names}

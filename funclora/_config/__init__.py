@@ -1,1 +1,1 @@
-"""From a configuration and a model to the parameters that are adapted."""
+"""Find the parameters to adapt, from a configuration and a model."""

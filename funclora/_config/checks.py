@@ -1,4 +1,4 @@
-"""The check of a configuration that all public functions share."""
+"""The check of a configuration argument, shared by all public functions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from funclora._config.config import LoraConfig
 
 
 def check_config(config: object, where: str = "config") -> None:
-    """Raise `ArgumentError` unless that is a configuration."""
+    """Raise `ArgumentError` unless the argument is a configuration."""
     if isinstance(config, LoraConfig):
         return
-    remedy = "LoraConfig(r=..., target_modules=...) makes one."
+    remedy = "Make one: LoraConfig(r=..., target_modules=...)."
     if isinstance(config, Mapping):
-        remedy = "A dict of fields becomes one: LoraConfig(**fields)."
+        remedy = "Convert a dict of fields: LoraConfig(**fields)."
     elif isinstance(config, str):
-        remedy = f"Targets are a field of it: LoraConfig(target_modules={config!r:.80})."
+        remedy = f"Targets are one of its fields: LoraConfig(target_modules={config!r:.80})."
     elif hasattr(config, "peft_type"):
-        remedy = "PEFT's becomes one: LoraConfig.from_peft(config)."
+        remedy = "Convert PEFT's: LoraConfig.from_peft(config)."
     refuse(where, "a LoraConfig", config, remedy)

@@ -15,12 +15,12 @@ from funclora._config.peft_fields import DECOMPOSITIONS, INITIALISERS, niter_of,
 from funclora._config.regex import ENDS, Endings, matches, refuse_slow
 from funclora.errors import ConfigError, near
 
-# And of finding the index behind an entry of layers_pattern.
+# And PEFT's way of finding the index that follows an entry of layers_pattern.
 LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 # The fields that name modules or parameters.
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _LARGEST = 2**31 - 1
-# The smallest and the largest scaling, which a float32 holds in full precision.
+# The smallest and the largest scaling that float32 represents in full precision.
 _SMALLEST_SCALING, _LARGEST_SCALING = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 BIASES = ("none", "all", "lora_only")
@@ -29,42 +29,43 @@ TASK_TYPES = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTI
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What to adapt and how. Values are checked on creation and never change.
+    """What to adapt and how. Values are checked when the object is created and never change.
 
     Lists are stored as tuples, a single `layers_to_transform` as a tuple with one element.
 
-    Module names match as in PEFT: an entry of a list matches the module of that full name and every module whose
-    name ends in `.entry`; a string is a regular expression that must match the full name.
+    Module names match as in PEFT: an entry of a list matches the module with this full name and every module whose
+    name ends with `.entry`; a string is a regular expression that must match the full name.
 
     Attributes:
-        r: rank of every update that `rank_pattern` does not cover.
+        r: rank of every update that no key of `rank_pattern` matches.
         lora_alpha: α. The update is scaled by α/r.
         lora_dropout: probability of dropping inputs of the low-rank path, in training mode.
         target_modules: list of module names or suffixes, a regular expression, or "all-linear".
-        exclude_modules: list of names or suffixes, or a regular expression; wins over targets.
+        exclude_modules: list of names or suffixes, or a regular expression; overrides target_modules.
         use_rslora: scale by α/√r instead (arXiv 2312.03732).
         use_dora: weight-decomposed updates (arXiv 2402.09353).
         bias: train the biases of no module ("none"), of every module ("all"), or of the targets ("lora_only").
         modules_to_save: modules that are fully fine-tuned.
-        layers_to_transform: layer index or indices to which targets named by suffix are restricted.
+        layers_to_transform: index or indices of layers; targets named by suffix are restricted to these layers.
         layers_pattern: name of the module list with the layers, if it is not the first one.
-        rank_pattern: regular expression of a module name -> rank; the first that matches wins.
-        alpha_pattern: regular expression of a module name -> α; the first that matches wins.
-        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B too), by
-            `init`; "pissa", "pissa_niter_[k]" with a number for [k], "olora" or "loftq", by `decompose`; "eva", by
-            `init_eva`.
+        rank_pattern: regular expression of a module name -> rank; the first match is used.
+        alpha_pattern: regular expression of a module name -> α; the first match is used.
+        init_lora_weights: for `init`: True (Kaiming-uniform A, zero B), "gaussian", "orthogonal", or False (random B
+            too); for `decompose`: "pissa", "pissa_niter_[k]" with a number for [k], "olora" or "loftq"; for
+            `init_eva`: "eva".
         target_parameters: list of names or suffixes of parameters (`experts.gate_up_proj`), for weights that do not
-            belong to a supported module. With three or more dimensions, there is one update per leading index.
-        task_type: PEFT's task type, kept for its files. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" fully fine-tune
-            the head (`classifier` or `score`, `qa_outputs`), as if it were in `modules_to_save`.
-        base_model_name_or_path: kept for PEFT's files.
+            belong to a supported module. A weight with three or more dimensions gets one update per leading index.
+        task_type: PEFT's task type, written to its files. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the head
+            (`classifier` or `score`, `qa_outputs`) is fully fine-tuned, as if it were in `modules_to_save`.
+        base_model_name_or_path: written to PEFT's files.
         trainable_token_indices: rows of embeddings that are fully fine-tuned: ids for the input embeddings, or a dict
-            from the name of a module to its ids. If transformers ties the output layer to the embedding, it follows.
-        lora_bias: give B a bias, which is scaled like B. The targets need a bias, to which it is added.
+            from the name of a module to its ids. An output layer that transformers ties to the embedding uses the
+            same rows.
+        lora_bias: give B a bias, which is scaled like B. It is added to the bias of the target, which must have one.
         ensure_weight_tying: weights that transformers ties share one adapter.
 
     Raises:
-        ConfigError: a value is invalid, or values contradict each other.
+        ConfigError: a value is invalid, or two values contradict each other.
 
     Examples:
         >>> LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).scaling(r=4, lora_alpha=8)
@@ -107,7 +108,7 @@ class LoraConfig:
         for pattern in self.layers_pattern or ():
             refuse_slow(LAYER.format(checked_pattern("layers_pattern", pattern, LAYER)))
         if isinstance(self.task_type, str):
-            put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # PEFT has an enumeration
+            put("task_type", str(getattr(self.task_type, "value", self.task_type)))  # an enumeration in PEFT
         put("layers_to_transform", checked_indices(self.layers_to_transform))
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name) or {}
@@ -126,7 +127,7 @@ class LoraConfig:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"{where}: expected a positive integer, got {rank!r}.")
             if rank > _LARGEST:
-                raise ConfigError(f"{where}: expected a rank up to {_LARGEST}, got one of {rank.bit_length()} bits.")
+                raise ConfigError(f"{where}: expected a rank up to {_LARGEST}, got one with {rank.bit_length()} bits.")
         alphas = [("lora_alpha", self.lora_alpha)]
         alphas += [(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()]
         for where, alpha in alphas:
@@ -138,8 +139,8 @@ class LoraConfig:
             for scaling in (self.scaling(min(ranks), alpha), self.scaling(max(ranks), alpha)):
                 if not _SMALLEST_SCALING <= abs(scaling) <= _LARGEST_SCALING:
                     raise ConfigError(
-                        f"{where}: {alpha!r} scales the update by {scaling:g}, which float32 does not hold. Give one "
-                        f"that, divided by the rank, is between {_SMALLEST_SCALING:.1e} and {_LARGEST_SCALING:.1e}."
+                        f"{where}: {alpha!r} scales the update by {scaling:g}, which float32 cannot represent. Choose "
+                        f"alpha so that the scaling is between {_SMALLEST_SCALING:.1e} and {_LARGEST_SCALING:.1e}."
                     )
         if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
             raise ConfigError(f"lora_dropout: expected a number, got {self.lora_dropout!r}.")
@@ -166,7 +167,7 @@ class LoraConfig:
             )
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
-                "layers_to_transform restricts a list of target_modules, got the string "
+                "layers_to_transform needs a list as target_modules, got the string "
                 f"{self.target_modules!r}. Write the layers into the expression, or give a list."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -181,7 +182,7 @@ class LoraConfig:
         if self.use_dora:
             raise ConfigError("lora_bias and use_dora: DoRA has no bias of B. Set one of them to False.")
         if self.target_parameters:
-            raise ConfigError("lora_bias and target_parameters: a parameter on its own has no bias. Leave one of them.")
+            raise ConfigError("lora_bias and target_parameters: a single parameter has no bias. Remove one of the two.")
         if self.bias != "none":
             raise ConfigError(
                 f"lora_bias and bias={self.bias!r} would train the biases of the targets twice. Set bias='none', or "
@@ -189,8 +190,8 @@ class LoraConfig:
             )
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
-                f"lora_bias needs init_lora_weights=True or False, got {self.init_lora_weights!r}. For an adapter that "
-                "is already trained the field changes nothing: set it to True."
+                f"lora_bias needs init_lora_weights=True or False, got {self.init_lora_weights!r}. For a trained "
+                "adapter init_lora_weights has no effect: set it to True."
             )
 
     @property
@@ -205,25 +206,25 @@ class LoraConfig:
 
     @property
     def niter(self) -> int | None:
-        """The iterations of the fast decomposition that "pissa_niter_[k]" asks for; None for all else."""
+        """The number of iterations in "pissa_niter_[k]"; None for every other value."""
         return niter_of(self.init_lora_weights)
 
     @property
     def decomposition(self) -> str | None:
-        """How the initialisation splits base weights, of `DECOMPOSITIONS`; None if it leaves them as they are."""
+        """The entry of `DECOMPOSITIONS` by which base weights are split; None if they are not changed."""
         kind = "pissa" if self.niter is not None else self.init_lora_weights
         return kind if isinstance(kind, str) and kind in DECOMPOSITIONS else None
 
     def rank_of(self, name: str) -> int:
-        """The rank for the module (or `target_parameters` entry) of that full name."""
+        """The rank for the module (or `target_parameters` entry) with this full name."""
         return next((self.rank_pattern[key] for key in self.patterns_of("rank_pattern", name)), self.r)
 
     def alpha_of(self, name: str) -> float:
-        """α for the module (or `target_parameters` entry) of that full name."""
+        """α for the module (or `target_parameters` entry) with this full name."""
         return next((self.alpha_pattern[key] for key in self.patterns_of("alpha_pattern", name)), self.lora_alpha)
 
     def patterns_of(self, field: Literal["rank_pattern", "alpha_pattern"], name: str) -> list[str]:
-        """The keys of that field that cover the module of that name (PEFT's rule), in their order."""
+        """The keys of a field that match the name of a module (as in PEFT), in their order."""
         return self._patterns[field].matching(name)
 
     @cached_property
@@ -231,12 +232,12 @@ class LoraConfig:
         return {name: Endings(getattr(self, name)) for name in ("rank_pattern", "alpha_pattern")}
 
     def names(self, field: str, name: str) -> bool:
-        """Whether the list or regular expression of that field names a module or parameter."""
+        """Whether the list or regular expression in a field matches a module or parameter."""
         wanted = getattr(self, field)
         return matches(wanted, name) if isinstance(wanted, str) else named_among(name, self._entries[field])
 
     def names_fully(self, field: str, name: str) -> bool:
-        """Whether that field names a module or parameter by its full name."""
+        """Whether a field names a module or parameter by its full name."""
         return name in self._entries[field]
 
     @cached_property
@@ -252,29 +253,29 @@ class LoraConfig:
 
     @property
     def tokens(self) -> Mapping[str | None, tuple[int, ...]]:
-        """The ids of `trainable_token_indices` by the name of the module; None stands for the input embeddings."""
+        """The ids of `trainable_token_indices` by the name of the module; the key None means the input embeddings."""
         tokens: Any = self.trainable_token_indices
         if tokens is None or isinstance(tokens, Mapping):
             return tokens or {}
         return {None: tokens}
 
     def replace(self, **changes: Any) -> LoraConfig:
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed. All values are checked again."""
         return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
     @classmethod
     def from_peft(cls, config: Any) -> LoraConfig:
-        """The configuration that a `peft.LoraConfig` is.
+        """Convert a `peft.LoraConfig`.
 
         Args:
             config: a `peft.LoraConfig`, or a dict as in `adapter_config.json`.
 
         Returns:
-            The configuration. Fields that change nothing of the result (`inference_mode`, `fan_in_fan_out`, ...)
-            are dropped.
+            The configuration, without the fields that have no effect on the result (`inference_mode`,
+            `fan_in_fan_out`, ...).
 
         Raises:
-            ConfigError: a field has an invalid value, or asks for something that is not supported.
+            ConfigError: a field has an invalid value, or a value that is not supported.
 
         Examples:
             >>> LoraConfig.from_peft({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}).r
@@ -283,7 +284,7 @@ class LoraConfig:
         return cls(**own_fields_of(config, [f.name for f in fields(cls)]))
 
     def to_peft(self) -> Any:
-        """The `peft.LoraConfig` that means the same.
+        """The equivalent `peft.LoraConfig`.
 
         Raises:
             ConfigError: PEFT is not installed.

@@ -1,4 +1,4 @@
-"""Whether a configuration names a module, asked of names alone."""
+"""Whether a configuration names a module, decided by names alone, without a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from funclora._config.config import LAYER, LoraConfig
 
 
 def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:
-    """True if `target_modules` targets the module of that full name; `linear` is what "all-linear" is about."""
+    """True if `target_modules` targets the module with this full name; "all-linear" means those with `linear`."""
     if config.names("exclude_modules", module):
         return False
     if not config.target_modules or saved_above(f"{module}.weight", config):
@@ -22,7 +22,7 @@ def covers(config: LoraConfig, module: str, *, linear: bool) -> bool:
 
 
 def layer_of(config: LoraConfig, name: str) -> int | None:
-    """The index of the layer that a module lies in, as `layers_to_transform` counts them."""
+    """The index of the layer that contains a module, as `layers_to_transform` counts layers."""
     patterns = [LAYER.format(p) for p in config.layers_pattern or ()]
     patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     found = next((m for m in (re.match(p, name) for p in patterns) if m), None)
@@ -30,7 +30,7 @@ def layer_of(config: LoraConfig, name: str) -> int | None:
 
 
 def saved_above(name: str, config: LoraConfig) -> list[str]:
-    """The full names of the modules of `modules_to_save` that a parameter lies in."""
+    """The full names of the modules of `modules_to_save` that contain a parameter."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return [path for path in paths if config.names("modules_to_save", path)]

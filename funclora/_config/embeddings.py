@@ -1,4 +1,4 @@
-"""The tables of tokens of a model: the input embeddings, what is tied to them, and whose rows are trained."""
+"""The embeddings of a model: the input embeddings, the modules tied to them, and the rows that are trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TiedEmbeddings:
     """The input embeddings of a model, and the modules that share their weight.
 
     Attributes:
-        input: the full name of the module that turns ids into vectors; "" if the model does not say.
+        input: the full name of the module that turns ids into vectors; "" if the model does not tell it.
         tied: the full names of the modules that transformers ties to it.
     """
 
@@ -30,16 +30,16 @@ class TiedEmbeddings:
 
     @classmethod
     def of(cls, model: nn.Module) -> TiedEmbeddings:
-        """Those of a model.
+        """The tied embeddings of a model.
 
-        Weights that are shared without `config.tie_word_embeddings` do not count as tied: to PEFT they are not.
+        Weights that are shared without `config.tie_word_embeddings` do not count as tied, as in PEFT.
         """
         ask = getattr(model, "get_input_embeddings", None)
         try:
             module = ask() if callable(ask) else None
-        except NotImplementedError:  # transformers, for models without a table
+        except NotImplementedError:  # transformers, for models without input embeddings
             module = None
-        modules = dict(model.named_modules())  # each module once, as PEFT lists them
+        modules = dict(model.named_modules())  # each module once, as in PEFT
         name = next((name for name, other in modules.items() if other is module), "")
         if not name or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
             return cls(name, ())
@@ -49,41 +49,42 @@ class TiedEmbeddings:
         return cls(name, tuple(tied))
 
     def named(self, modules: Iterable[str]) -> bool:
-        """Whether some of these modules have the weight."""
+        """Whether one of these modules has the weight."""
         return any(name in (self.input, *self.tied) for name in modules if name)
 
 
 def tied_targets(
     config: LoraConfig, tables: TiedEmbeddings, found: Mapping[str, Target], parameters: Mapping[str, Sequence[str]]
 ) -> dict[str, Target]:
-    """What `ensure_weight_tying` lets follow the rule of the input embeddings.
+    """The parameters that follow the rule of the input embeddings because of `ensure_weight_tying`.
 
     Args:
         config: the configuration.
-        tables: the tables of the model.
-        found: the targets, the input embeddings among them.
+        tables: the embeddings of the model.
+        found: the targets, including the input embeddings.
         parameters: the parameters of each tied module.
 
     Raises:
-        TargetError: one rule cannot be that of both.
+        TargetError: the tied modules cannot share one rule.
     """
     to = f"{tables.input}.weight"
     if found[to].rule is DoRA:
         raise TargetError(
-            "ensure_weight_tying and use_dora: the magnitudes of a table and of an output layer are those of "
-            "different units, and cannot be tied. Set one of them to False, or train the table by modules_to_save."
+            "ensure_weight_tying and use_dora: the magnitudes of an embedding and of an output layer belong to "
+            "different dimensions and cannot be tied. Set one of them to False, or name the embedding in "
+            "modules_to_save."
         )
     for module in tables.tied:
         same = config.rank_of(module) == found[to].r and config.alpha_of(module) == config.alpha_of(tables.input)
         if found[to].layout is not None and not same:
             raise TargetError(
-                f"ensure_weight_tying: rank_pattern or alpha_pattern give {module!r} another rank or α than "
-                f"{tables.input!r}, to which it is tied. Give them the same."
+                f"ensure_weight_tying: rank_pattern or alpha_pattern gives {module!r} another rank or α than "
+                f"{tables.input!r}, to which it is tied. Give both the same."
             )
         others = [name for name in parameters[module] if name != f"{module}.weight"]
         if others and found[to].rule is Full:
             raise TargetError(
-                f"ensure_weight_tying: {others[0]!r} lies in {module!r}, which modules_to_save would tie to "
+                f"ensure_weight_tying: {others[0]!r} is in {module!r}, which modules_to_save would tie to "
                 f"{tables.input!r}, and PEFT would drop it. Leave ensure_weight_tying at False."
             )
     return {f"{module}.weight": Target(module, None, rule=Tied, tied_to=to) for module in tables.tied}
@@ -92,16 +93,16 @@ def tied_targets(
 def token_targets(
     config: LoraConfig, tables: TiedEmbeddings, modules: Mapping[str, nn.Module], found: Mapping[str, Target]
 ) -> dict[str, Target]:
-    """The rows of `trainable_token_indices`, and what follows them: all that the model ties to the table.
+    """The rows of `trainable_token_indices`, and the tied modules that follow them.
 
     Args:
         config: the configuration.
-        tables: the tables of the model.
+        tables: the embeddings of the model.
         modules: the modules of the model, by full name.
         found: the other targets.
 
     Raises:
-        TargetError: an entry matches no table, a token is not in it, or the table has another rule.
+        TargetError: an entry matches no embedding, a token is not in it, or the embedding has another rule.
     """
     rows = _rows(config, tables, modules)
     tied = dict.fromkeys(tables.tied, tables.input) if tables.input in rows else {}
@@ -109,17 +110,17 @@ def token_targets(
         if config.ensure_weight_tying:
             raise TargetError(
                 "ensure_weight_tying: trainable_token_indices names different tokens for tied modules: "
-                f"{', '.join(f'{name!r}: {list(ids)}' for name, ids in rows.items())}. Name the same ones."
+                f"{', '.join(f'{name!r}: {list(ids)}' for name, ids in rows.items())}. Name the same tokens."
             )
-        tied = {}  # as in PEFT, each is then on its own
+        tied = {}  # as in PEFT, each is then trained separately
     targets = {f"{m}.weight": Target(m, None, rule=TrainableTokens, tokens=ids) for m, ids in rows.items()}
     targets |= {f"{m}.weight": Target(m, None, rule=Tied, tied_to=f"{to}.weight") for m, to in tied.items()}
     for name in targets:
         if name in found:
             where = "modules_to_save" if found[name].rule is Full else "target_modules"
             raise TargetError(
-                f"trainable_token_indices: {name!r} is adapted by {where} too. A table has rows that are trained, "
-                "or a rule for all of it: name it in one of them."
+                f"trainable_token_indices: {name!r} is also adapted by {where}. An embedding can have either trained "
+                "rows or a rule for the whole of it: name it in one of the two."
             )
     return targets
 
@@ -129,15 +130,15 @@ def _rows(config: LoraConfig, tables: TiedEmbeddings, modules: Mapping[str, nn.M
     found: dict[str, tuple[int, ...]] = {}
     for key, ids in config.tokens.items():
         entry = key or tables.input or "embed_tokens"
-        names = [name for name in modules if name.endswith(entry)]  # so PEFT compares, without regard to dots
+        names = [name for name in modules if name.endswith(entry)]  # PEFT's comparison, which ignores dots
         if not names:
-            hint = "" if key else " A list is meant for the input embeddings; give a dict from the table's name."
+            hint = "" if key else " A list is for the input embeddings; give a dict from the name of the module."
             raise TargetError(f"trainable_token_indices: {entry!r} matches no module.{hint}{near(entry, modules)}")
         for name in names:
             if name != entry and not name.endswith(f".{entry}"):
                 raise TargetError(
-                    f"trainable_token_indices: {entry!r} names {names[0]!r}, but PEFT would also take {name!r}, whose "
-                    "name ends alike. Give the full name of the module."
+                    f"trainable_token_indices: {entry!r} names {names[0]!r}, but PEFT would also match {name!r}, whose "
+                    "name has the same end. Give the full name of the module."
                 )
             if name in found:
                 raise TargetError(f"trainable_token_indices: {name!r} is named twice.")
@@ -158,5 +159,5 @@ def _in_table(name: str, module: nn.Module, ids: tuple[int, ...]) -> tuple[int, 
             f"{where} is a {type(module).__name__}; expected an nn.Embedding, or an nn.Linear over tokens."
         )
     if max(ids) >= n:
-        raise TargetError(f"{where} has {n} rows, and no token {max(ids)}.")
+        raise TargetError(f"{where} has {n} rows; token {max(ids)} does not exist.")
     return ids

@@ -1,4 +1,4 @@
-"""The values of a configuration's fields, brought into one form or refused."""
+"""Check the values of a configuration's fields and convert them to one form."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from itertools import accumulate
 from funclora._config.regex import is_name
 from funclora.errors import ConfigError
 
-_DEEPEST = 50  # parentheses in each other
+_DEEPEST = 50  # nested parentheses
 
 
 def checked_pattern(where: str, pattern: object, around: str = "{}") -> str:
-    """The pattern, if it can be compiled, also inside of what is put around it."""
+    """The pattern, if it can be compiled, also inside a larger expression."""
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{where}: expected a non-empty string, got {reprlib.repr(pattern)}.")
     if is_name(pattern):
         return pattern
     try:
-        if _depth(pattern) > _DEEPEST:  # how many compile depends on how deep the stack is already
-            raise re.error("too many parentheses in each other")
+        if _depth(pattern) > _DEEPEST:  # how many can be compiled depends on the depth of the stack
+            raise re.error("too many nested parentheses")
         re.compile(pattern)
         re.compile(around.format(pattern))
     except (re.error, OverflowError) as error:
@@ -31,12 +31,12 @@ def checked_pattern(where: str, pattern: object, around: str = "{}") -> str:
 
 
 def _depth(pattern: str) -> int:
-    """How many parentheses are open at most, escaped ones included."""
+    """The largest number of open parentheses, including escaped ones."""
     return max(accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in pattern))
 
 
 def checked_names(where: str, names: object) -> tuple[str, ...] | None:
-    """Names as a tuple; those of a set in their alphabetical order."""
+    """Names as a tuple; a set is sorted alphabetically."""
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -63,7 +63,7 @@ def checked_indices(indices: object) -> tuple[int, ...] | None:
 
 
 def checked_tokens(tokens: object) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """Token ids as a tuple, or as one for each module; None if there are none."""
+    """Token ids as a tuple, or one tuple for each module; None if there are none."""
     where = "trainable_token_indices"
     if isinstance(tokens, Mapping):
         for name in tokens:
@@ -84,5 +84,5 @@ def _ids(where: str, ids: object) -> tuple[int, ...]:
         raise ConfigError(f"{where}: expected at least one token id, got none.")
     if len(set(result)) < len(result):
         twice = next(i for i, times in Counter(result).items() if times > 1)
-        raise ConfigError(f"{where}: {twice} is there twice. Name every token once.")
+        raise ConfigError(f"{where}: {twice} appears twice. Name every token once.")
     return result

@@ -1,4 +1,4 @@
-"""The configuration of adapters that were calculated from others, and not made with one."""
+"""The configuration of adapters that were computed from other adapters."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Conv1D, Linear
 from funclora.rules.low_rank import LowRank
 
-# The fields that decide on modules.
+# The fields that select modules.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[str, Rule], LoraConfig]:
-    """The configuration with which PEFT computes the same from adapters.
+    """The configuration with which PEFT computes the same result from the adapters.
 
     Args:
         adapters: full parameter name -> rule.
-        sources: the configurations of the adapters that these come from, which have the same targets together.
+        sources: the configurations of the adapters that these were computed from; together they have the same targets.
 
     Returns:
-        The adapters, without dropout if they do not agree on it, for a configuration has but one; and the
-        configuration. Ranks and alphas are the most common ones, with exact patterns for the rest.
+        The adapters and the configuration. A configuration has only one dropout, so adapters with different dropouts
+        are returned without it. Ranks and alphas are the most common ones, with exact patterns for the rest.
 
     Raises:
-        ConfigError: no configuration says what the sources say together.
+        ConfigError: no single configuration can express the sources together.
     """
     parameters = _union(config.target_parameters for config in sources)
     low_rank = {name: rule for name, rule in adapters.items() if isinstance(rule, LowRank)}
@@ -73,7 +73,7 @@ def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[
 
 
 def _targets(modules: Mapping[str, bool], sources: Sequence[LoraConfig]) -> dict[str, Any]:
-    """The fields that target exactly these modules, name -> it is a linear layer; few words where they will do."""
+    """The shortest fields that target exactly these modules, which are given as name -> is it a linear layer."""
     nothing = dict.fromkeys(_SELECTION)
     if not modules:
         return nothing
@@ -84,13 +84,13 @@ def _targets(modules: Mapping[str, bool], sources: Sequence[LoraConfig]) -> dict
     lists = all(not isinstance(config.target_modules, str) for config in sources)
     plain = all(not config.exclude_modules and config.layers_to_transform is None for config in sources)
     if lists and plain and set().union(*covered) == modules.keys():
-        # Each entry of a list names modules by itself, so that the union of lists targets the union of modules.
+        # Each entry of a list selects modules on its own, so the union of lists targets the union of modules.
         return nothing | {"target_modules": _union(config.target_modules for config in sources)}
     return nothing | {"target_modules": "|".join(map(re.escape, modules))}
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the fields select the same modules, whatever the order of names."""
+    """Whether the fields select the same modules, in any order of names."""
     return all(_unordered(one[name]) == _unordered(other[name]) for name in _SELECTION)
 
 
@@ -122,7 +122,7 @@ def _only(field: str, values: Iterable[Any]) -> Any:
     found = list(dict.fromkeys(values))
     if len(found) > 1:
         raise ConfigError(
-            f"{field}: the adapters have {' and '.join(map(repr, found))}, and one configuration cannot say both. "
+            f"{field}: the adapters have {' and '.join(map(repr, found))}, but a configuration has one value. "
             "Combine them in Python (funclora.algebra), and merge the result into the base."
         )
     return found[0] if found else None
@@ -132,8 +132,8 @@ def _base(sources: Sequence[LoraConfig]) -> str | None:
     paths = list(dict.fromkeys(c.base_model_name_or_path for c in sources if c.base_model_name_or_path))
     if len(paths) > 1:
         warnings.warn(
-            f"base_model_name_or_path: the adapters name {' and '.join(map(repr, paths))}; a combination means nothing "
-            f"unless these are one model. {paths[0]!r} is written.",
+            f"base_model_name_or_path: the adapters name {' and '.join(map(repr, paths))}; a combination is valid only "
+            f"if these are the same model. {paths[0]!r} is written.",
             PeftFormatWarning,
             stacklevel=4,
         )

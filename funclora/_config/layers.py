@@ -18,7 +18,7 @@ SUPPORTED = (
 
 
 def weights_of(module: nn.Module) -> dict[str, Layout] | None:
-    """The weights of a module that can carry a low-rank update, name -> layout; None for unsupported kinds."""
+    """The weights of a module that can carry a low-rank update, name -> layout; None for unsupported modules."""
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         weights: dict[str, Layout] = {

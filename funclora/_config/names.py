@@ -1,4 +1,4 @@
-"""How entries of lists match the full names of modules and parameters: PEFT's rule."""
+"""How entries of lists match the full names of modules and parameters, as in PEFT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Set
 
 
 def endings(name: str) -> Iterator[str]:
-    """The full name, and what is left of it behind each dot.
+    """The full name, and the part after each dot.
 
     Examples:
         >>> list(endings("layers.0.q_proj"))
@@ -25,23 +25,23 @@ def named(name: str, entry: str) -> bool:
 
 
 def named_among(name: str, entries: Set[str]) -> bool:
-    """Whether one of the entries names it. Takes time by the length of the name, not by the number of entries."""
+    """Whether one of the entries names it. The time depends on the length of the name, not on the number of entries."""
     return any(ending in entries for ending in endings(name))
 
 
 def unnamed(entries: Collection[str], names: Iterable[str]) -> list[str]:
-    """The entries that name none of the names."""
+    """The entries that match none of the names."""
     wanted = frozenset(entries)
     found = {ending for name in names for ending in endings(name) if ending in wanted}
     return [entry for entry in entries if entry not in found]
 
 
 def inside(name: str, module: str) -> bool:
-    """Whether a module or parameter is that module, or in it."""
+    """Whether a module or parameter is the given module, or inside it."""
     return name == module or name.startswith(f"{module}.")
 
 
 def suffixes(names: Iterable[str]) -> list[str]:
-    """Last components first, then full names: what a user is likely to have meant."""
+    """Last components first, then full names: candidates for what the user meant."""
     listed = [n for n in names if n]
     return [*dict.fromkeys(n.rpartition(".")[2] for n in listed), *listed]

@@ -1,4 +1,4 @@
-"""PEFT's fields of a LoRA configuration: which are ours, which change nothing, which ask for what is not here."""
+"""PEFT's fields of a LoRA configuration: fields that are also ours, fields without effect, unsupported fields."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from funclora.errors import ConfigError, near
 DECOMPOSITIONS = ("pissa", "olora", "loftq")
 INITIALISERS = (True, False, "gaussian", "orthogonal", *DECOMPOSITIONS, "eva")
 
-# With these task types PEFT trains in full what these names end the full name of, whatever the file says.
+# With these task types PEFT fully fine-tunes the modules whose full names end with these names, also if the file
+# does not name them.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-# Where null, or an empty list, dict or string, does not mean the default.
+# Fields where null, or an empty list, dict or string, does not mean the default.
 _REQUIRED = frozenset(("r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"))
-# Where PEFT takes a list or a set, and a dict would be read as the list of its keys.
+# Fields where PEFT takes a list or a set, and a dict would be read as the list of its keys.
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_to_transform")
-# Whatever they say, the result is the same. `fan_in_fan_out` follows from the type of a layer.
+# Fields without effect on the result. `fan_in_fan_out` follows from the type of a layer.
 _WITHOUT_EFFECT = frozenset({
     "auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config",
 })  # fmt: skip
-# They change what PEFT computes, or the base weights, in ways that the rules here do not have.
+# Fields that change what PEFT computes, or the base weights, in ways that no rule here can express.
 _UNSUPPORTED = frozenset({
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
     "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "use_bdlora", "use_qalora",
     "velora_config",
 })  # fmt: skip
-# The options of initialisations, with the values that they have here unless decompose or init_eva is told otherwise.
+# The options of initialisations, with the default values of decompose and init_eva.
 OF_INITIALISATION: Mapping[str, Mapping[str, Any]] = {
     "eva_config": {
         "rho": 2.0, "tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False,
@@ -45,25 +46,25 @@ OF_INITIALISATION: Mapping[str, Mapping[str, Any]] = {
 
 
 def is_initialiser(value: str) -> bool:
-    """Whether `init_lora_weights` may have that value."""
+    """Whether `init_lora_weights` may have this value."""
     return value in INITIALISERS or niter_of(value) is not None
 
 
 def niter_of(value: object) -> int | None:
-    """The iterations of the fast decomposition that "pissa_niter_[k]" asks for; None for all else."""
+    """The number of iterations in "pissa_niter_[k]"; None for every other value."""
     found = re.fullmatch(r"pissa_niter_([0-9]+)", value) if isinstance(value, str) else None
     return int(found[1]) if found else None
 
 
 def own_fields_of(config: Any, names: Collection[str]) -> dict[str, Any]:
-    """The fields of one of PEFT's configurations that are ours, as `LoraConfig` takes them.
+    """The fields of a PEFT configuration that are also ours, as `LoraConfig` takes them.
 
     Args:
         config: a `peft.LoraConfig`, or a dict as in `adapter_config.json`.
         names: the names of our fields.
 
     Raises:
-        ConfigError: it asks for something that is not supported, or has a field that nobody knows.
+        ConfigError: it has a value that is not supported, or an unknown field.
     """
     raw = _settled(config if isinstance(config, Mapping) else _asked(config))
     kind = raw.get("peft_type")
@@ -77,7 +78,7 @@ def own_fields_of(config: Any, names: Collection[str]) -> dict[str, Any]:
 
 
 def _asked(config: Any) -> Mapping[str, Any]:
-    """The fields of one of PEFT's objects, which knows how to give them."""
+    """The fields of a PEFT object, as its own method returns them."""
     ask = getattr(config, "to_dict", None)
     raw = ask() if callable(ask) and not isinstance(config, type) else None
     if not isinstance(raw, Mapping):
@@ -86,7 +87,7 @@ def _asked(config: Any) -> Mapping[str, Any]:
 
 
 def to_peft(values: Mapping[str, Any]) -> Any:
-    """The `peft.LoraConfig` that has those values of our fields.
+    """The `peft.LoraConfig` with the given values of our fields.
 
     Raises:
         ConfigError: PEFT is not installed.
@@ -109,7 +110,7 @@ def peft_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_fields(raw: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The fields of those names, as `LoraConfig` takes them."""
+    """The fields with the given names, as `LoraConfig` takes them."""
     values = {k: raw[k] for k in names if k in raw and (k in _REQUIRED or not _is_empty(raw[k]))}
     for name in _LISTS:
         if isinstance(values.get(name), dict):
@@ -125,7 +126,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def beyond_us(raw: Mapping[str, Any]) -> str | None:
-    """Why a configuration cannot be ours, though PEFT knows what it means."""
+    """Why a configuration that PEFT accepts is not supported here."""
     for name in sorted(_UNSUPPORTED & raw.keys()):
         if raw[name]:
             hint = " Its options are arguments of decompose and init_eva." if name in OF_INITIALISATION else ""
@@ -141,7 +142,7 @@ def beyond_us(raw: Mapping[str, Any]) -> str | None:
 
 
 def _settled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields without options of an initialisation that say nothing new."""
+    """The fields without the options of an initialisation that have their default values."""
 
     def is_usual(name: str) -> bool:
         options, usual = raw[name], OF_INITIALISATION.get(name)
@@ -151,7 +152,7 @@ def _settled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def unknown_fields(raw: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Fields that neither we nor PEFT know, with a value that says something."""
+    """Fields that are unknown here and in PEFT, and have a value other than an empty one."""
     return sorted(k for k in raw.keys() - {*names} - _WITHOUT_EFFECT - _UNSUPPORTED if raw[k])
 
 

@@ -1,8 +1,8 @@
-"""Regular expressions from other people's files, matched in bounded time.
+"""Regular expressions from untrusted files, matched in bounded time.
 
-Python's matcher tries every way to cut a name up: `(.*)*x` takes it longer than anyone waits, and nobody can stop it.
-An expression that can do that is matched by the sets of places where each of its parts can end, of which there are no
-more than letters. That tells whether a name matches, and not how, which is all that is asked here.
+Python's matcher tries every way to split a name: for `(.*)*x` the time is exponential, and it cannot be interrupted.
+Such an expression is matched here by the sets of positions where each of its parts can end; a set has at most one more
+position than the name has letters. This tells whether a name matches, but not how, and nothing else is needed here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ try:  # Python's own parser, under its name from 3.11 on
 except ImportError:
     import sre_parse as _sre
 
-# PEFT's way of matching a key of rank_pattern and alpha_pattern with the end of a name.
+# How PEFT matches a key of rank_pattern and alpha_pattern with the end of a name.
 ENDS = r"(.*\.)?({})"
 Ends = frozenset[int]
 _NAME = re.compile(r"[\w.]+")
-# Quantifiers in a row that Python's matcher may have: the cost of a name grows with that power of its length.
+# Consecutive quantifiers that Python's matcher is given: the time grows with this power of the length of a name.
 _FEW = 4
 _CATEGORIES: dict[str, Callable[[str], bool]] = {
     "DIGIT": str.isdecimal, "SPACE": str.isspace, "WORD": lambda letter: letter.isalnum() or letter == "_",
@@ -35,7 +35,7 @@ def matches(pattern: str, name: str) -> bool:
     r"""Whether the expression matches the whole name.
 
     Raises:
-        ConfigError: nobody knows how long that takes.
+        ConfigError: the time of the match has no known bound.
 
     Examples:
         >>> matches(r"model(\.\w+)*\.q_proj", "model.layers.0.self_attn.q_proj"), matches("(.*)*x", "a" * 80)
@@ -53,15 +53,15 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def is_name(pattern: str) -> bool:
-    """Whether an expression is a dotted name: it is valid then, wherever it stands, and quickly matched."""
+    """Whether an expression is a dotted name: then it is valid inside any expression and is matched quickly."""
     return _NAME.fullmatch(pattern) is not None
 
 
 class Endings:
-    """Which of many expressions match the end of a name, from its start or behind a dot.
+    """Which of many expressions match the end of a name, from its start or after a dot.
 
-    Nearly all of them are names. A name matches what is equal to it, and what is so but for its dots, which stand for
-    any letter: a text with fewer dots. So names are looked up, and only other expressions are tried one by one.
+    Nearly all expressions are dotted names. Such a name matches a text that is equal to it, or that has other letters
+    at some of its dots and so fewer dots. So names are looked up, and only other expressions are tried one by one.
 
     Examples:
         >>> Endings(["q_proj", "layers.[01].*", "0.q_proj", "v_proj"]).matching("layers.0.q_proj")
@@ -70,8 +70,8 @@ class Endings:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._patterns = list(patterns)
-        self._places: dict[str, int] = {}  # of those that are names
-        self._names: dict[tuple[int, int], list[int]] = {}  # by their length and number of dots
+        self._places: dict[str, int] = {}  # of the expressions that are names
+        self._names: dict[tuple[int, int], list[int]] = {}  # by length and number of dots
         self._others: list[int] = []
         for i, pattern in enumerate(self._patterns):
             if is_name(pattern):
@@ -81,7 +81,7 @@ class Endings:
                 self._others.append(i)
 
     def matching(self, name: str) -> list[str]:
-        """The expressions that match, in their order."""
+        """The expressions that match, in their given order."""
         tried = list(self._others)
         for (length, dots), places in self._names.items():
             ending = name[-length:]
@@ -93,15 +93,15 @@ class Endings:
 
 
 def refuse_slow(pattern: str) -> None:
-    """Raise `ConfigError` if Python's own matcher may take for ever with an expression."""
+    """Raise `ConfigError` if Python's own matcher may not terminate in reasonable time with an expression."""
     if _quantifiers(_parsed(pattern)) > _FEW:
         raise _slow(pattern)
 
 
 def _slow(pattern: str) -> ConfigError:
     return ConfigError(
-        f"the regular expression {pattern[:200]!r} may take for ever: it has quantifiers in each other, or many in a "
-        "row, besides back references, flags or the like. Write a simpler one."
+        f"the regular expression {pattern[:200]!r} may not terminate: it has nested or many consecutive quantifiers, "
+        "together with back references, flags or other special syntax. Write a simpler one."
     )
 
 
@@ -111,7 +111,7 @@ def _parsed(pattern: str) -> Any:
 
 
 def _quantifiers(parts: Iterable[Any]) -> float:
-    """How many quantifiers Python's matcher may have to try against each other; infinite if some are in others."""
+    """How many quantifiers Python's matcher may have to try in combination; infinite if some are nested."""
     count = 0.0
     for kind, value in parts:
         name = str(kind)
@@ -151,7 +151,7 @@ def _branches(parts: Iterable[Any]) -> bool:
 
 
 class _Matcher:
-    """Where parts of an expression can end in a name."""
+    """The positions in a name where parts of an expression can end."""
 
     def __init__(self, name: str) -> None:
         self._name, self._known = name, dict[tuple[int, int], Ends]()
@@ -190,7 +190,7 @@ class _Matcher:
         def once(ends: Ends) -> Ends:
             return frozenset().union(*(self.after(body, place) for place in ends))
 
-        enough = len(self._name) + 1  # after so many, none takes a letter any more
+        enough = len(self._name) + 1  # after so many repetitions, no further one consumes a letter
         ends: Ends = frozenset({start})
         for _ in range(min(low, enough)):
             ends = once(ends)

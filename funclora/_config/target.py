@@ -1,4 +1,4 @@
-"""What an adapter does to one parameter, as the selection of targets says it."""
+"""What an adapter does to one parameter, as determined by the selection of targets."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Target:
 
     Attributes:
         module: full name of the module that was matched (for `target_parameters`, of the owner).
-        layout: where the low-rank update lies, or None for the other rules.
+        layout: how the low-rank update is placed in the weight, or None for the other rules.
         r: the rank.
         scaling: s.
-        rule: the rule that it gets.
+        rule: the class of its rule.
         tokens: the rows of a `TrainableTokens`.
-        tied_to: the parameter that a `Tied` one follows.
+        tied_to: the parameter that a `Tied` rule follows.
     """
 
     module: str

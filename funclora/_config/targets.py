@@ -1,4 +1,4 @@
-"""Selecting targets: from a model and a `LoraConfig` to full parameter names, once and exactly."""
+"""Selecting targets: from a model and a `LoraConfig` to full parameter names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Unmatched(NamedTuple):
     """An entry of a configuration that matches nothing.
 
     Attributes:
-        field: the field that it stands in.
+        field: the field that contains it.
         entry: the entry: an item of a list, a key, or the whole value.
         message: what is wrong.
     """
@@ -46,7 +46,7 @@ def select(model: nn.Module, config: LoraConfig, *, unmatched: list[Unmatched] |
     Args:
         model: any module; only its structure is read.
         config: what to adapt.
-        unmatched: collects the entries that match nothing, instead of an error for the first.
+        unmatched: collects the entries that match nothing; if None, the first of them raises an error.
 
     Returns:
         Full parameter name -> target.
@@ -107,8 +107,8 @@ class _Selection:
         for name in of_parameters:
             if name in of_modules:
                 raise TargetError(
-                    f"target_parameters: {name!r} is a target of target_modules too, through the module "
-                    f"{of_modules[name].module!r}. Name it in one of them."
+                    f"target_parameters: {name!r} is also a target of target_modules, through the module "
+                    f"{of_modules[name].module!r}. Name it in one of the two."
                 )
         found = of_modules | of_parameters
         if not found:
@@ -128,8 +128,8 @@ class _Selection:
             for parameter in self._parameters_under(name):
                 if parameter in of_parameters:
                     raise TargetError(
-                        f"target_parameters: {parameter!r} lies in {name!r}, which modules_to_save trains in full. "
-                        "Name it in one of them."
+                        f"target_parameters: {parameter!r} is in {name!r}, which modules_to_save fully fine-tunes. "
+                        "Name it in one of the two."
                     )
                 found[parameter] = Target(name, None)
         if tied:
@@ -146,7 +146,7 @@ class _Selection:
             )
         return {name: found[name] for name in self.tensors if name in found}
 
-    # Matching, by PEFT's rules but never silently.
+    # Matching as in PEFT, but an entry that matches nothing raises.
 
     def _target_modules(self) -> dict[str, nn.Module]:
         """The modules that `target_modules` names, without the excluded ones."""
@@ -170,26 +170,26 @@ class _Selection:
         return {n: m for n, m in matched.items() if not any(inside(n, saved) for saved in self.saved)}
 
     def _is_linear(self, name: str, module: nn.Module) -> bool:
-        """Whether "all-linear" means the module. One without a single weight, as MobileBERT has, cannot be adapted."""
+        """Whether "all-linear" includes the module. One without a plain weight, as in MobileBERT, cannot be adapted."""
         weight = self.tensors.get(f"{name}.weight" if name else "weight")
         return (isinstance(module, nn.Linear) or is_hf_conv1d(module)) and (weight is None or weight.numel() > 0)
 
     def _check_tie(self, matched: Collection[str], excluded: Collection[str]) -> None:
         if self.config.ensure_weight_tying and self.tables.named(matched) and self.tables.named(excluded):
             raise TargetError(
-                "ensure_weight_tying: exclude_modules leaves out one of the modules that are tied, and target_modules "
-                f"names another one ({', '.join(map(repr, (self.tables.input, *self.tables.tied)))}). Name or leave "
-                "out all of them."
+                "ensure_weight_tying: exclude_modules excludes one of the tied modules, and target_modules "
+                f"names another one ({', '.join(map(repr, (self.tables.input, *self.tables.tied)))}). Name all of "
+                "them, or exclude all of them."
             )
 
     def _matching(self, where: str, wanted: Collection[str]) -> dict[str, nn.Module]:
         if isinstance(wanted, str):
             matched = {n: m for n, m in self.modules.items() if matches(wanted, n)}
             if "" in matched and weights_of(self.model) is None:
-                del matched[""]  # as in PEFT, an expression like ".*" does not mean the model as a whole
+                del matched[""]  # as in PEFT, an expression like ".*" does not match the model itself
             if not matched:
                 hint = near(wanted, suffixes(self.modules))
-                message = f"{where}: the regular expression {wanted!r} matches the full name of no module.{hint}"
+                message = f"{where}: the regular expression {wanted!r} matches no full name of a module.{hint}"
                 self._matches_nothing(where, wanted, message)
             return matched
         for entry in unnamed(wanted, self.modules):
@@ -207,7 +207,7 @@ class _Selection:
             if wanted not in index.values():
                 have = ", ".join(map(str, sorted(set(index.values())))) or "none"
                 by = f" (layers_pattern={list(config.layers_pattern)})" if config.layers_pattern else ""
-                message = f"layers_to_transform: no target lies in layer {wanted}. Layers with targets: {have}{by}."
+                message = f"layers_to_transform: no target is in layer {wanted}. Layers with targets: {have}{by}."
                 self._matches_nothing("layers_to_transform", wanted, message)
         full = {n for n in matched if config.names_fully("target_modules", n)}
         return {n: m for n, m in matched.items() if n in full or index.get(n) in config.layers}
@@ -237,8 +237,8 @@ class _Selection:
             if loose:
                 found = repr(matched[0]) if matched else "no module"
                 raise TargetError(
-                    f"modules_to_save: {entry!r} names {found}, but PEFT would also save {loose[0]!r}, whose name ends "
-                    "alike. Give the full name of the module."
+                    f"modules_to_save: {entry!r} names {found}, but PEFT would also save {loose[0]!r}, whose name has "
+                    "the same end. Give the full name of the module."
                 )
             saved += [n for n in matched if n not in saved]
         if self.config.ensure_weight_tying and self.tables.named(saved):
@@ -306,7 +306,7 @@ class _Selection:
             raise TargetError(f"cannot adapt {error}") from error
 
     def _biases(self, found: dict[str, Target], matched: dict[str, nn.Module]) -> list[str]:
-        """The parameters that `bias` trains. As in PEFT, a bias is what is called "bias", and not "in_proj_bias"."""
+        """The parameters that `bias` trains. As in PEFT, a bias has the name "bias"; "in_proj_bias" is not one."""
         if self.config.bias == "none":
             return []
         if self.config.bias == "all":
@@ -321,7 +321,7 @@ class _Selection:
         return biases
 
     def _lora_biases(self, low_rank: dict[str, Target]) -> dict[str, Target]:
-        """The biases of the targets of `lora_bias`: to add to them is what a bias of B does."""
+        """The biases of the targets of `lora_bias`: the bias of B is an update of them."""
         found = {}
         for name, target in low_rank.items():
             owner = name.rpartition(".")[0]
@@ -331,7 +331,7 @@ class _Selection:
                 raise TargetError(f"lora_bias: {name!r} is a weight of {kind}, whose update has no bias. Exclude it.")
             if bias not in self.parameters:
                 raise TargetError(
-                    f"lora_bias: {owner!r} has no bias that could hold the one of B, and so could never be merged. "
+                    f"lora_bias: {owner!r} has no bias to which the bias of B could be merged. "
                     "Exclude it, or give the layer a bias of zeros."
                 )
             found[bias] = Target(owner, None, target.r, target.scaling, Delta)

@@ -1,1 +1,1 @@
-"""New adapters: fresh, from a decomposition of the weights, or from data."""
+"""New adapters: from random numbers, from a decomposition of the weights, or from data."""

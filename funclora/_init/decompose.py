@@ -26,7 +26,7 @@ from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied
 
 Quantize = Callable[[Tensor], Tensor]
-# U, S and Vᵀ of a matrix, of at least the rank that is wanted.
+# U, S and Vᵀ of a matrix, with at least the requested rank.
 Svd = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -46,34 +46,38 @@ def decompose(
     | value | A and B | the new base weight |
     |---|---|---|
     | "pissa" | s·B·A: the leading r singular values and vectors (arXiv 2404.02948, equations 2 to 4) | W − s·B·A |
-    | "pissa_niter_[k]" | the same, nearly and faster: randomized, with k iterations | W − s·B·A |
+    | "pissa_niter_[k]" | an approximation that is faster: randomized, with k iterations | W − s·B·A |
     | "olora" | B = Q, A = R: the first r of the QR decomposition (arXiv 2406.01775, algorithm 1) | W − s·B·A |
     | "loftq" | s·B·A: the leading singular part of W − q(W) (arXiv 2310.08659, algorithm 1) | q(W), quantised |
 
-    `apply(model, params, adapters)` with the two results equals the base model to rounding; with "loftq" it is nearer
-    to it than the quantised weights alone. Every kind of layer is split along the matrix that its adapter updates:
-    convolutions, tables and experts too. DoRA's magnitudes are the norms of the original weights.
+    `apply(model, params, adapters)` with the two results equals the base model up to rounding; with "loftq" it is
+    closer to the base model than the quantised weights alone. Every supported layer is split along the matrix that its
+    adapter updates, including convolutions, embeddings and experts. DoRA's magnitudes are the norms of the original
+    weights.
 
-    `relative_to_original` makes of the trained adapter one for the original weights.
+    `relative_to_original` converts the trained adapter to one for the original weights.
 
     Args:
-        model: the module whose structure the targets are looked up in. It is only read.
+        model: the module in which the targets are found. It is only read.
         config: what to adapt and how.
         generator: source of randomness; torch's default generator if None. As in `init`, each target has its own.
         params: the base weights, if they are not the model's own.
-        dtype: dtype of the adapters' factors and magnitudes, as in `init`. The base weights take up its rounding.
-        quantize: for "loftq": from a weight to the quantised one, as `funclora.quantize` makes them, or to a dense
-            tensor of the values that it stands for. By default 4 bits ("nf4", in blocks of 64).
+        dtype: dtype of the adapters' factors and magnitudes, as in `init`. The base weights compensate its rounding.
+        quantize: for "loftq": a function from a weight to the quantised weight, as `funclora.quantize` makes it, or to
+            a dense tensor of the quantised values. By default 4 bits ("nf4", in blocks of 64).
         iterations: for "loftq": how often to alternate between quantising and decomposing. With 1 the new base is
             the quantised original.
 
     Returns:
-        The new params, in which the targets are others, in their dtypes, and all else is shared; and the adapters.
+        The new params and the adapters. In the params the targets are new tensors of the same dtypes; all others are
+        shared.
 
     Raises:
-        ConfigError: the initialisation is another one, options do not fit it, or a rank exceeds a weight's.
+        ConfigError: the initialisation is not one of these, an option does not apply to it, or a rank exceeds the rank
+            of a weight.
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
-        ParamsError: `params` lack a target, or its weight is quantised, on the meta device, or of a lower rank.
+        ParamsError: `params` do not contain a target, or its weight is quantised, on the meta device, or of a lower
+            rank.
         NonFiniteError: a weight holds NaN or infinity.
         UnsupportedError: "loftq" needs bitsandbytes, which is not installed.
 
@@ -91,14 +95,14 @@ def decompose(
     kind = config.decomposition
     if kind is None:
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r} leaves the base weights as they are. decompose knows "
+            f"init_lora_weights={config.init_lora_weights!r} does not change the base weights. decompose supports "
             f"{', '.join(map(repr, DECOMPOSITIONS))} and 'pissa_niter_[k]'; for the others, use init or init_eva."
         )
     if kind != "loftq" and (quantize is not None or iterations != 1):
-        raise ConfigError(f"quantize and iterations are options of 'loftq', {config.init_lora_weights!r} has none.")
+        raise ConfigError(f"quantize and iterations are for 'loftq' only; {config.init_lora_weights!r} has no options.")
     positive("iterations", iterations)
     params = base_params(model) if params is None else params
-    # All but the factors is as ever: static values, parameters trained in full, DoRA's magnitudes of the weights.
+    # Only the factors differ from `init`: static values, fully fine-tuned parameters and DoRA's magnitudes do not.
     adapters = init(model, config.replace(init_lora_weights=True), generator=generator, params=params, dtype=dtype)
     root = draw_root(generator) if config.niter is not None else 0
     quantised: dict[str, Tensor] = {}
@@ -128,7 +132,7 @@ def _pissa_svd(name: str, rule: LowRank, niter: int | None, root: int) -> Svd:
 
 
 def _loftq(name: str, rule: LowRank, weight: Tensor, quantize: Quantize, iterations: int) -> tuple[Tensor, LowRank]:
-    """The quantised weight and the rule for what it lacks."""
+    """The quantised weight, and the rule that approximates the quantisation error."""
     packed = _quantised(name, weight, quantize)
     for i in range(iterations):
         if i:
@@ -142,8 +146,8 @@ def _quantised(name: str, weight: Tensor, quantize: Quantize) -> Tensor:
     packed = quantize(weight)
     if packed.shape != weight.shape or packed.dtype != weight.dtype:
         raise ParamsError(
-            f"quantize: made of {name!r} ({list(weight.shape)}, {weight.dtype}) a weight of shape "
-            f"{list(packed.shape)} and dtype {packed.dtype}. Both must stay."
+            f"quantize: turned {name!r} ({list(weight.shape)}, {weight.dtype}) into a weight of shape "
+            f"{list(packed.shape)} and dtype {packed.dtype}. It must keep the shape and the dtype."
         )
     return packed
 
@@ -159,14 +163,14 @@ def _olora(rule: LowRank, weight: Tensor) -> LowRank:
 
 
 def _principal(name: str, rule: LowRank, matrix: Tensor, decomposed: Svd) -> LowRank:
-    """The rule with s·B·A the leading singular part of a matrix; both factors have the roots of S/s."""
+    """The rule whose s·B·A is the leading singular part of a matrix; each factor contains the square root of S/s."""
     with no_autocast(matrix.device):
         u, s, vh = decomposed(matrix)
     smallest, largest = s[..., rule.r - 1], s[..., 0]
     if (smallest <= largest * torch.finfo(s.dtype).eps * max(matrix.shape[-2:])).any():
         raise ParamsError(
-            f"{name!r}: what is to be split into A and B has a rank below r={rule.r}, which would leave directions "
-            "that are zero in both and never trained. Give a lower rank (rank_pattern), or exclude it."
+            f"{name!r}: the matrix to split into A and B has a rank below r={rule.r}. Some directions would be zero "
+            "in both and never train. Give a lower rank (rank_pattern), or exclude it."
         )
     scaling = float(rule.scaling)
     root = (s[..., : rule.r] / abs(scaling)).sqrt()
@@ -175,7 +179,7 @@ def _principal(name: str, rule: LowRank, matrix: Tensor, decomposed: Svd) -> Low
 
 
 def _with_factors(rule: LowRank, a: Tensor, b: Tensor) -> LowRank:
-    """The rule with other factors, given as matrices, in the shapes and dtypes of its own."""
+    """The rule with new factors, given as matrices and converted to the shapes and dtypes of the old ones."""
     return replace(
         rule,
         a=a.reshape(rule.a.shape).to(rule.a.dtype, memory_format=torch.contiguous_format),
@@ -189,15 +193,13 @@ def _negated(rule: LowRank) -> LoRA:
 
 
 def _matrix(rule: LowRank, weight: Tensor) -> Tensor:
-    """The matrix in a weight, `[*lead, out, in]`, in float32 at least."""
+    """The matrix in a weight, `[*lead, out, in]`, in at least float32."""
     return rule.layout.to_matrix(weight).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _check(name: str, rule: LowRank, weight: Tensor) -> None:
     if isinstance(weight, Quantized):
-        raise ParamsError(
-            f"{name!r} is quantised. Decompose the original weights, and quantise the params that come out."
-        )
+        raise ParamsError(f"{name!r} is quantised. Decompose the original weights, and quantise the resulting params.")
     if weight.is_meta:
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if not torch.isfinite(weight).all():
@@ -205,6 +207,6 @@ def _check(name: str, rule: LowRank, weight: Tensor) -> None:
     n_out, n_in = rule.layout.to_matrix(weight).shape[-2:]
     if rule.r > min(n_out, n_in):
         raise ConfigError(
-            f"r: {name!r} is a matrix of {n_out} x {n_in}, which has no {rule.r} directions to move into the adapter. "
-            f"Give it a rank of at most {min(n_out, n_in)} (r or rank_pattern)."
+            f"r: {name!r} is a matrix of {n_out} x {n_in}, which has fewer than {rule.r} directions to move into the "
+            f"adapter. Give it a rank of at most {min(n_out, n_in)} (r or rank_pattern)."
         )

@@ -1,4 +1,4 @@
-"""EVA: adapters that start in the directions in which the inputs of their layers vary most."""
+"""EVA: adapters that start with the directions in which the inputs of their layers vary most."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from funclora.errors import ConfigError, NonFiniteError, ParamsError
 from funclora.rules.base import Params, Rule
 from funclora.rules.low_rank import LowRank
 
-IGNORED = -100  # the label of tokens that count in no loss
+IGNORED = -100  # the label of tokens that no loss counts
 
 
 def label_mask(batch: Any) -> Tensor | None:
-    """The tokens of a batch that EVA looks at by default, as in PEFT: attended to, and with a label if there are any.
+    """The tokens of a batch that EVA uses by default, as in PEFT: attended to, and with a label if there are labels.
 
     Args:
-        batch: any; only a dict with "attention_mask" or "labels" says which tokens count.
+        batch: any batch; only a dict with "attention_mask" or "labels" tells which tokens count.
 
     Returns:
         `[batch, tokens]`, boolean; None for all.
@@ -63,44 +63,44 @@ def init_eva(
     """Fresh adapters by Explained Variance Adaptation (Paischer et al., arXiv 2410.07170).
 
     The rows of A are the leading principal components of the inputs of a layer, B is zero: the model's output does not
-    change. The ranks that the configuration gives to the targets are a budget. It goes to the components that
-    explain the largest shares of the variance of their layer's inputs, wherever they are; a layer gets at most rho
-    times its rank, and one that gets none has no adapter.
+    change. The sum of the ranks that the configuration gives to the targets is a budget. It is spent on the components
+    of all layers that explain the largest shares of the variance of their layer's inputs. A layer gets at most rho
+    times its rank; a layer without components gets no adapter.
 
-    The model runs under `params` in evaluation mode, batch by batch, until the components of every layer stand still.
-    Each batch is forgotten after it: a layer keeps rho·r components. Layers with the same inputs share them.
+    The model runs under `params` in evaluation mode, batch by batch, until the components of every layer converge.
+    No batch is kept: a layer stores only rho·r components. Layers with the same inputs share them.
 
-    Numbers are PEFT's (`initialize_lora_eva_weights`), whose decompositions are always randomized; small ones are
-    exact here. What PEFT does otherwise: it whitens components once more for every layer that shares them, and goes on
-    for ever where components do not stand still.
+    The results agree with PEFT (`initialize_lora_eva_weights`), except that PEFT's decompositions are always
+    randomized, and small ones are exact here; that PEFT whitens components once more for every layer that shares them;
+    and that it does not terminate if components do not converge.
 
     Args:
-        model: the module. It is only read, and stays in the mode that it is in.
+        model: the module. It is only read, and its mode does not change.
         config: what to adapt. `init_lora_weights` must be "eva"; targets must be `nn.Linear` or transformers' `Conv1D`.
-        batches: a list or a data loader; gone through again and again. They must be on the model's device.
-        rho: how far ranks may rise: 1 keeps them within those of the configuration.
-        tau: a component stands still if its cosine with what it was before the last batch is at least this.
+        batches: a list or a data loader, which is iterated repeatedly. They must be on the model's device.
+        rho: the largest factor by which a rank may grow: with 1 no rank exceeds its value in the configuration.
+        tau: a component has converged if its cosine with its value before the last batch is at least this.
         whiten: divide components by the square roots of their singular values.
-        adjust_scaling: scale α with the rank, so that α/r stays.
+        adjust_scaling: scale α with the rank, so that α/r does not change.
         forward: how to run the model on a batch. By default a dict is passed as keyword arguments, a tuple or list as
             arguments, anything else as the argument.
-        mask: which positions of a batch count; of shape `[batch, tokens]`, as the leading dimensions of all inputs.
-            `lambda batch: None` counts all.
-        max_batches: the number of batches after which to give up.
+        mask: a function from a batch to the positions that count, of shape `[batch, tokens]`, as the leading dimensions
+            of all inputs. `lambda batch: None` counts all positions.
+        max_batches: the number of batches after which the search for components fails.
         generator: source of randomness; torch's default generator if None.
         params: the base weights, if they are not the model's own.
         dtype: dtype of the adapters' factors and magnitudes, as in `init`.
 
     Returns:
-        Full parameter name -> rule, and the configuration that says which targets and ranks they have, with
+        Full parameter name -> rule, and the configuration with the resulting targets and ranks and with
         `init_lora_weights=True`.
 
     Raises:
-        ConfigError: an option is invalid, or the components do not stand still in `max_batches` batches.
+        ConfigError: an option is invalid, or the components do not converge within `max_batches` batches.
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
-        UnsupportedError: a target is no linear layer, or its weight is used in another way than as one.
-        ParamsError: there are no batches, a target sees too few inputs, or the mask does not fit them.
-        NonFiniteError: the inputs of a target hold NaN or infinity.
+        UnsupportedError: a target is not a linear layer, or its weight is not only used as one.
+        ParamsError: there are no batches, a target gets too few inputs, or the mask does not match them.
+        NonFiniteError: the inputs of a target contain NaN or infinity.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -130,8 +130,8 @@ def init_eva(
                 break
             if i == max_batches:
                 raise ConfigError(
-                    f"max_batches: after {i} batches the inputs of {moving[0]!r} have components that still turn by "
-                    f"more than tau={tau:g} allows. Give larger batches, more of them, or a lower tau."
+                    f"max_batches: after {i} batches the components of the inputs of {moving[0]!r} have not converged "
+                    f"to tau={tau:g}. Give larger batches, more of them, or a lower tau."
                 )
             inputs.take_in(batch, moving, lambda batch: run(bound, batch))
     return _result(fresh, config, inputs, whiten, adjust_scaling)
@@ -140,7 +140,7 @@ def init_eva(
 def _result(
     fresh: Mapping[str, Rule], config: LoraConfig, inputs: Inputs, whiten: bool, adjust_scaling: bool
 ) -> tuple[dict[str, Rule], LoraConfig]:
-    """The adapters with the ranks that came out, and the configuration that says so."""
+    """The adapters with the resulting ranks, and the configuration with these ranks."""
     without = {name.rpartition(".")[0] for name, rank in inputs.ranks.items() if not rank}
     adapters: dict[str, Rule] = {}
     for name, rule in fresh.items():
@@ -153,7 +153,7 @@ def _result(
 
 
 def _targeting(config: LoraConfig, adapters: Mapping[str, Rule]) -> LoraConfig:
-    """The configuration with only those of its targets that have an adapter."""
+    """The configuration with only the targets that have an adapter."""
     names = [name for name, rule in adapters.items() if isinstance(rule, LowRank)]
     parameters = [name for name in names if config.names("target_parameters", name)]
     modules = [name.rpartition(".")[0] for name in names if name not in parameters]
@@ -207,7 +207,7 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, again and again."""
+    """The batches, repeated without end."""
     passes = 0
     while True:
         some = False
@@ -218,6 +218,6 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
         if not some:
             raise ParamsError(
                 "batches: there are none." if passes == 1 else
-                "batches: they ran out before the components stood still. Give a list or a data loader, which can be "
-                "gone through again."
+                "batches: they ended before the components converged. Give a list or a data loader, which can be "
+                "iterated again."
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What EVA finds out about the inputs of linear layers."""
+"""The statistics that EVA collects about the inputs of linear layers."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Mask = Callable[[Any], Tensor | None]
 
 
 class Inputs:
-    """What is known of the inputs of all targets.
+    """The statistics of the inputs of all targets.
 
     Attributes:
         leaders: target -> the first target that has the same inputs, whose components it shares.
-        pcas: of the leaders.
-        still: leader -> which of its components stand still, `[n]`.
-        ranks: target -> the rank that it would get now.
+        pcas: leader -> the principal components of its inputs.
+        still: leader -> which of its components have converged, `[n]`.
+        ranks: target -> the rank that it would get with the present components.
     """
 
     def __init__(self, rules: Mapping[str, LowRank], rho: float, tau: float, mask: Mask, root: int) -> None:
         for name, rule in rules.items():
             if not isinstance(rule.layout, (Linear, Conv1D)):
                 raise UnsupportedError(
-                    f"{name!r} is a weight of {type(rule.layout).__name__}; EVA is about the inputs of linear layers. "
-                    "Leave it out of the targets, or initialise it otherwise."
+                    f"{name!r} is a weight of {type(rule.layout).__name__}; EVA supports linear layers only. "
+                    "Exclude it, or use another initialisation."
                 )
         self.rules = rules
         self.tau = tau
@@ -55,14 +55,14 @@ class Inputs:
         self.positions: Tensor | None
 
     def watched(self) -> dict[str, Rule]:
-        """Rules that change nothing and show `see` the inputs."""
+        """Rules that change nothing and pass the inputs to `see`."""
         return {
             name: _Watched(name, lambda name, x: self.see(name, self._rows(name, x)), layout=rule.layout)
             for name, rule in self.rules.items()
         }
 
     def compare(self, batch: Any, run: Callable[[Any], Any]) -> None:
-        """Find out which targets have the same inputs, by their bytes in one batch."""
+        """Determine which targets have the same inputs, by comparing their bytes in one batch."""
         digests = {name: hashlib.blake2b() for name in self.rules}
         fewest: dict[str, int] = {}
 
@@ -74,7 +74,7 @@ class Inputs:
         first: dict[bytes, str] = {}
         for name in self.rules:
             if name not in fewest:
-                raise ParamsError(f"{name!r} is not used on the first batch, so that EVA knows nothing of its inputs.")
+                raise ParamsError(f"{name!r} is not used on the first batch, so EVA has no inputs for it. Exclude it.")
             self.leaders[name] = first.setdefault(digests[name].digest(), name)
         for leader in first.values():
             group = [name for name, of in self.leaders.items() if of == leader]
@@ -90,11 +90,11 @@ class Inputs:
         self.ranks = dict(self.limits)
 
     def take_in(self, batch: Any, moving: Iterable[str], run: Callable[[Any], Any]) -> None:
-        """Update the components of the targets that move, and the ranks."""
+        """Update the components of the targets that have not converged, and the ranks."""
 
         def see(name: str, rows: Tensor) -> None:
             pca = self.pcas.get(name)
-            if pca is None or name not in moving or len(rows) < pca.n:  # as in PEFT, small batches say nothing
+            if pca is None or name not in moving or len(rows) < pca.n:  # as in PEFT, small batches are ignored
                 return
             before = pca.components
             pca.update(rows)
@@ -106,17 +106,17 @@ class Inputs:
         self.ranks = self._distributed()
 
     def moving(self) -> list[str]:
-        """The leaders of which a component that is wanted does not stand still yet."""
+        """The leaders with a needed component that has not converged yet."""
         wanted: dict[str, int] = {}
         for name, leader in self.leaders.items():
             wanted[leader] = max(wanted.get(leader, 0), self.ranks[name])
         return [leader for leader, n in wanted.items() if not self.still[leader][:n].all()]
 
     def _distributed(self) -> dict[str, int]:
-        """The budget, given to the components that explain most."""
+        """Spend the budget on the components that explain most of the variance."""
         for leader, pca in self.pcas.items():
             if not pca.variation:
-                raise ParamsError(f"{leader!r} has the same input everywhere, which has no components. Exclude it.")
+                raise ParamsError(f"{leader!r} always has the same input, which has no components. Exclude it.")
         order = [*self.pcas, *(name for name in self.leaders if name not in self.pcas)]
         shares = {name: self.pcas[self.leaders[name]].explained.cpu() for name in order}
         owners = [name for name in order for _ in shares[name]]
@@ -132,11 +132,11 @@ class Inputs:
         """The inputs that count, `[rows, in]`."""
         mask, rows = self.positions, x.detach().reshape(-1, x.shape[-1])
         if mask is not None:
-            flat = x.dim() == 2 and len(x) == mask.numel()  # transformers' Conv1D has flattened its input
+            flat = x.dim() == 2 and len(x) == mask.numel()  # transformers' Conv1D flattens its input
             if not flat and x.shape[:-1] != mask.shape:
                 raise ParamsError(
                     f"mask: {name!r} has inputs of shape {list(x.shape)}, which a mask of shape {list(mask.shape)} "
-                    "does not fit. Give a function mask=, or lambda batch: None to count all positions."
+                    "does not match. Give a function mask=, or lambda batch: None to count all positions."
                 )
             rows = rows[mask.flatten().to(x.device)]
         if not torch.isfinite(rows).all():
@@ -147,7 +147,7 @@ class Inputs:
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class _Watched(Rule):
-    """The base weight itself, which shows what it is multiplied with."""
+    """The unchanged base weight, which passes on the inputs that it is multiplied by."""
 
     name: str
     see: Callable[[str, Tensor], None]
@@ -156,7 +156,7 @@ class _Watched(Rule):
     leaf_names: ClassVar[tuple[str, ...]] = ()
 
     def dense(self, weight: Tensor) -> Tensor:
-        raise UnsupportedError(f"{self.name!r} is not only used as a linear layer, so that EVA cannot see its inputs.")
+        raise UnsupportedError(f"{self.name!r} is not only used as a linear layer, so EVA cannot read its inputs.")
 
     def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         if not isinstance(op, _maps.LinearLayerOp) or op.transposed:

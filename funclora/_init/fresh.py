@@ -1,4 +1,4 @@
-"""Making new adapters: `init` and the initialisers."""
+"""New adapters: `init` and the initialisers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def init(
     """New adapters for the targets of a configuration. The model is only read.
 
     Each target uses its own generator, derived from one number of `generator` and the target's name, so its values do
-    not depend on the order of layers and on other targets. Numbers are drawn on the CPU, so they are the same on every
+    not depend on the order of layers or on other targets. Numbers are drawn on the CPU, so they are the same on every
     device.
 
     Args:
@@ -47,12 +47,12 @@ def init(
         dtype: dtype of the adapters' factors and magnitudes. By default the weight's dtype, but at least float32.
 
     Returns:
-        Full parameter name -> rule. With zero B (the default) they leave the model's output unchanged.
+        Full parameter name -> rule. With zero B (the default) the adapters do not change the model's output.
 
     Raises:
         ConfigError: `init_lora_weights` is for `decompose` or `init_eva`.
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
-        ParamsError: `params` lack a target, or its weight is on the meta device and its values are needed.
+        ParamsError: `params` do not contain a target, or its weight is on the meta device and its values are needed.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -74,7 +74,7 @@ def init(
 
 
 def check_setup(model: object, config: object, generator: object, params: object, dtype: object) -> None:
-    """Raise an error unless those are what fresh adapters are made from."""
+    """Raise an error unless fresh adapters can be made from these arguments."""
     check_model(model)
     check_config(config)
     check_generator(generator)
@@ -86,8 +86,8 @@ def _refuse_elsewhere(config: LoraConfig) -> None:
     """Raise `ConfigError` for initialisations that need more than a generator."""
     if config.decomposition:
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r} moves a part of the base weights into the adapter, and "
-            "init leaves them as they are. Use params, adapters = decompose(model, config)."
+            f"init_lora_weights={config.init_lora_weights!r} moves a part of the base weights into the adapter, but "
+            "init does not change them. Use params, adapters = decompose(model, config)."
         )
     if config.init_lora_weights == "eva":
         raise ConfigError(
@@ -96,7 +96,7 @@ def _refuse_elsewhere(config: LoraConfig) -> None:
 
 
 def draw_root(generator: torch.Generator | None) -> int:
-    """The one number of a generator that all targets' generators are derived from."""
+    """One number from a generator, from which the generators of all targets are derived."""
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
 
 
@@ -126,7 +126,7 @@ def _fresh(
     if target.rule is TrainableTokens:
         return TrainableTokens(weight[list(target.tokens)].to(dtype), token_indices=target.tokens)
     if target.rule is Delta:
-        bound = 0.0 if config.init_lora_weights else 1 / math.sqrt(target.r)  # torch's own for a layer with r inputs
+        bound = 0.0 if config.init_lora_weights else 1 / math.sqrt(target.r)  # as in torch, for r inputs
         drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return Delta((drawn * bound).to(device=weight.device, dtype=dtype), scaling=target.scaling)
     assert target.layout is not None
@@ -162,7 +162,7 @@ def _factors(target: Target, weight: Tensor, config: LoraConfig, generator: torc
         a = (normal(*batch, n_in, r // 2) @ q[..., 0::2, :]).mT / 10
         b = (normal(*batch, n_out, r // 2) @ q[..., 1::2, :]) / 10
         return a.reshape(a_shape), b.reshape(b_shape)
-    if isinstance(target.layout, Embedding):  # PEFT starts the table at zero, not the projection
+    if isinstance(target.layout, Embedding):  # as in PEFT, A is zero and B is random
         return (torch.zeros(a_shape, dtype=dtype) if kind else normal(*a_shape)), normal(*b_shape)
     if kind == "gaussian":
         a = normal(*a_shape, std=1 / r)

@@ -1,4 +1,4 @@
-"""From an adapter of decomposed weights to one of the original weights."""
+"""Convert an adapter of decomposed weights to one of the original weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from funclora.rules.low_rank import LoRA, LowRank
 def relative_to_original(
     adapters: Adapters, initial: Adapters, config: LoraConfig
 ) -> tuple[dict[str, Rule], LoraConfig]:
-    """The same rewritten weights as a plain adapter of the weights that were decomposed, of rank 2r.
+    """An adapter of rank 2r for the original weights, which gives the same rewritten weights.
 
-    `decompose` left W − s·B₀·A₀ of a weight, and training made B·A of B₀·A₀. So the rewritten weight is
-    W + s·(B·A − B₀·A₀) = W + s·B'·A' with A' = [A; A₀] and B' = [B, −B₀]: exactly, up to the rounding with which
-    `decompose` stored the rest in the dtype of the weight. DoRA normalises that same sum, so its magnitudes stay.
+    `decompose` replaced a weight W by W − s·B₀·A₀, and training changed B₀·A₀ to B·A. So the rewritten weight is
+    W + s·(B·A − B₀·A₀) = W + s·B'·A' with A' = [A; A₀] and B' = [B, −B₀]. This is exact up to the rounding with which
+    `decompose` stored the new base weight in its dtype. DoRA normalises the same sum, so its magnitudes do not change.
 
-    PEFT calls it `path_initial_model_for_weight_conversion`, and cannot convert DoRA, nor rsLoRA with patterns.
+    In PEFT this is `path_initial_model_for_weight_conversion`, which cannot convert DoRA or rsLoRA with patterns.
 
     Args:
         adapters: the adapters to convert, full parameter name -> rule.
@@ -32,8 +32,8 @@ def relative_to_original(
         config: their configuration.
 
     Returns:
-        The adapters for the original weights, and their configuration: ranks and alphas are doubled (alphas times
-        √2 with rsLoRA), `init_lora_weights` is True. `save_peft` and PEFT take the two as any others.
+        The adapters for the original weights, and their configuration: ranks and alphas are doubled (alphas are
+        multiplied by √2 with rsLoRA), `init_lora_weights` is True. `save_peft` and PEFT accept them like any others.
 
     Raises:
         ConfigError: the configuration's initialisation does not change base weights.
@@ -55,13 +55,13 @@ def relative_to_original(
     check_config(config)
     if config.decomposition is None:
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r} leaves the base weights as they are: the adapter is "
-            "relative to them already."
+            f"init_lora_weights={config.init_lora_weights!r} does not change the base weights: the adapter is "
+            "already relative to them."
         )
     if config.decomposition == "loftq":
         raise UnsupportedError(
             "init_lora_weights='loftq': the quantised weights differ from the original ones by an error of full rank, "
-            "which no low-rank adapter makes up for. Keep the adapter with the quantised weights, and save it with "
+            "which a low-rank adapter cannot correct. Keep the adapter with the quantised weights, and save it with "
             "config.replace(init_lora_weights=True)."
         )
     if adapters.keys() != initial.keys():
@@ -69,7 +69,7 @@ def relative_to_original(
         raise ParamsError(f"{name!r} has a rule in one of adapters and initial, but not in the other.")
     converted: dict[str, Rule] = dict(adapters)
     low_rank = [{n: rule for n, rule in each.items() if isinstance(rule, LowRank)} for each in (adapters, initial)]
-    gather(low_rank, None)  # raises if they do not fit
+    gather(low_rank, None)  # raises if they do not match
     for name, rule in adapters.items():
         if not isinstance(rule, LowRank):
             continue

@@ -1,4 +1,4 @@
-"""Arguments that are something else than their place takes: an error of funclora that names them, never a raw one."""
+"""Arguments that are of the wrong type: an error of funclora that names them, never a raw one."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ REPORTED: list[tuple[Callable[[], Any], str]] = [
         lambda: anything.init(MODEL, {"r": 2}),
         r"config: expected a LoraConfig, got a dict of int\. .*LoraConfig\(\*\*fiel",
     ),
-    (lambda: anything.init(MODEL, "all-linear"), r"config: .*field of it: LoraConfig\(target_modules='all-linear'\)"),
+    (lambda: anything.init(MODEL, "all-linear"), r"config: .*of its fields: LoraConfig\(target_modules='all-linear'\)"),
     (lambda: anything.init(PARAMS, CONFIG), "model: expected a model .* got a dict of tensors"),
     (
         lambda: anything.init(MODEL, CONFIG, generator=0),

@@ -53,7 +53,7 @@ def test_the_answers_are_those_of_python(pattern: str, name: str) -> None:
 @pytest.mark.timeout(60)
 def test_expressions_that_python_does_not_finish(pattern: str) -> None:
     model = torch.nn.ModuleDict({"a" * 90: torch.nn.Linear(2, 2)})
-    with pytest.raises(fl.errors.TargetError, match="matches the full name of no module"):
+    with pytest.raises(fl.errors.TargetError, match="matches no full name of a module"):
         fl.init(model, fl.LoraConfig(target_modules=pattern))
     with pytest.raises(fl.errors.TargetError, match=r"rank_pattern: .* matches none"):
         fl.init(model, fl.LoraConfig(target_modules=["a" * 90], rank_pattern={pattern: 2}))
@@ -61,7 +61,7 @@ def test_expressions_that_python_does_not_finish(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", [r"(?:(a)\1*)*x", "(?i)(.*)*x", "(?:(?<=a)a*)*x", "(?:(?i:a)*)*x"])
 def test_what_cannot_be_bounded_is_refused(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=r"may take for ever.*Write a simpler one"):
+    with pytest.raises(ConfigError, match=r"may not terminate.*Write a simpler one"):
         regex.matches(pattern, "a" * 90)
 
 

@@ -316,7 +316,7 @@ def silent_in_peft(message: str, selected: Selection) -> bool:
     adapted = [n for n in adapted if not (n.endswith(".out_proj") and n.removesuffix(".out_proj") in adapted)]
     if unused := re.match(r"rank_pattern: '(.*?)' matches none", message):
         return not any(re.match(rf"(.*\.)?({unused[1]})$", n) for n in adapted)
-    if empty := re.match(r"layers_to_transform: no target lies in layer (\d+)", message):
+    if empty := re.match(r"layers_to_transform: no target is in layer (\d+)", message):
         indices = [re.match(r".*?\.[^.]*\.(\d+)\.", n) for n in adapted]
         return not any(found and found[1] == empty[1] for found in indices)
     return message.startswith("bias=") and "full" not in selected.values()
@@ -349,11 +349,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
      "nothing is left to adapt: target_modules=('q_proj',)"),
     ("net", {"target_modules": ["embed"], "modules_to_save": ["embed"]}, "nothing is left to adapt"),
     ("net", {"target_modules": Q, "layers_to_transform": [0, 3]},
-     "no target lies in layer 3. Layers with targets: 0, 1."),
+     "no target is in layer 3. Layers with targets: 0, 1."),
     ("net", {"target_modules": ["lm_head"], "layers_to_transform": 0}, "layer 0. Layers with targets: none."),
     ("net", {"target_modules": Q, "layers_to_transform": 0, "layers_pattern": "h"}, "(layers_pattern=['h'])"),
     ("net", {"target_modules": Q, "layers_to_transform": 2, "layers_pattern": "tower.layers"},
-     "no target lies in layer 2. Layers with targets: 0, 1 (layers_pattern=['tower.layers'])"),
+     "no target is in layer 2. Layers with targets: 0, 1 (layers_pattern=['tower.layers'])"),
     ("net", {"target_modules": Q, "rank_pattern": {"v_proj": 2}},
      f"rank_pattern: 'v_proj' matches none of the targets. {NEAR}q_proj"),
     ("net", {"target_modules": Q, "rank_pattern": {"xq_proj": 2}}, "rank_pattern: 'xq_proj' matches none"),
@@ -382,9 +382,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("moe", {"target_parameters": ["router.bias"]}, "cannot adapt 'layers.0.router.bias' has shape [3]"),
     ("conv", {"target_parameters": ["bn.running_mean"]}, "'bn.running_mean' matches no parameter"),
     ("net", {"target_modules": ["lm_head"], "target_parameters": ["lm_head.weight"]},
-     "'lm_head.weight' is a target of target_modules too"),
+     "'lm_head.weight' is also a target of target_modules"),
     ("moe", {"target_parameters": ["down_proj"], "modules_to_save": ["layers.1"]},
-     "'layers.1.experts.down_proj' lies in 'layers.1', which modules_to_save trains in full"),
+     "'layers.1.experts.down_proj' is in 'layers.1', which modules_to_save fully fine-tunes"),
 ]  # fmt: skip
 
 

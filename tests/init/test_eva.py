@@ -312,11 +312,11 @@ def test_data_that_says_too_little() -> None:
     model, wanted = mlp(), config(target_modules=["0", "3"])
     with pytest.raises(ParamsError, match="batches: there are none"):
         init_eva(model, wanted, [])
-    with pytest.raises(ParamsError, match="batches: they ran out before the components stood still"):
+    with pytest.raises(ParamsError, match="batches: they ended before the components converged"):
         init_eva(model, wanted, iter(mlp_batches()[:2]), tau=1.0)
     with pytest.raises(ParamsError, match=r"'0.weight' has 5 inputs in the first batch, too few for 8 components"):
         init_eva(model, wanted, [torch.randn(5, 12)])
-    with pytest.raises(ParamsError, match=r"'0.weight' has the same input everywhere"):
+    with pytest.raises(ParamsError, match=r"'0.weight' always has the same input"):
         init_eva(model, wanted, [torch.ones(50, 12)])
     with pytest.raises(NonFiniteError, match=r"'0.weight' has inputs that are NaN or infinity"):
         init_eva(model, wanted, [torch.full((50, 12), float("nan"))])
@@ -325,7 +325,7 @@ def test_data_that_says_too_little() -> None:
     with pytest.raises(ParamsError, match=r"mask: '0.weight' has inputs of shape \[200, 12\]"):
         init_eva(model, wanted, mlp_batches(), mask=lambda batch: torch.ones(3, dtype=torch.bool))
     noise = (torch.randn(30, 12) for _ in range(100))
-    with pytest.raises(ConfigError, match=r"max_batches: after 5 batches the inputs of '0.weight'"):
+    with pytest.raises(ConfigError, match=r"max_batches: after 5 batches the components of the inputs of '0.weight'"):
         init_eva(model, wanted, noise, tau=1.0, max_batches=5)
 
 
@@ -340,7 +340,7 @@ def test_small_batches_after_the_first_are_left_out() -> None:
 @pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning")
 def test_layers_that_are_no_linear_ones_are_refused() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
-    with pytest.raises(UnsupportedError, match=r"'0.weight' is a weight of Embedding; EVA is about"):
+    with pytest.raises(UnsupportedError, match=r"'0.weight' is a weight of Embedding; EVA supports linear layers only"):
         init_eva(model, config(target_modules=["0", "1"], r=1), [torch.arange(5)])
 
     class Odd(nn.Module):

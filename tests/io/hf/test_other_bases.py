@@ -46,7 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], type[FuncloraError], str]
     ),
     "tokens": (
         {"vocab_size": 48}, {"target_modules": ["q_proj"], "trainable_token_indices": [45]}, TargetError,
-        rf"'model\.embed_tokens' has 40 rows, and no token 45\. {ELSEWHERE}",
+        rf"'model\.embed_tokens' has 40 rows; token 45 does not exist\. {ELSEWHERE}",
     ),
     "width": (
         {"hidden_size": 32}, {"target_modules": ["q_proj"]}, FormatError,
