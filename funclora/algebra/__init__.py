@@ -1,7 +1,7 @@
 """Arithmetic of adapters: pure functions from adapters to an adapter.
 
 What an adapter does to a weight is its change: s·B·A for `LoRA`, value − W for `Full`. The functions here add, scale
-and sparsify changes, and say of each result whether it is exact. No function writes to what it is given.
+and sparsify changes, and each says whether its result is exact. No function changes its arguments.
 """
 
 from funclora.algebra._combine import COMBINATION_TYPES, combine

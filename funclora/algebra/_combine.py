@@ -17,15 +17,15 @@ from funclora.errors import ConfigError, ParamsError, near
 from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.low_rank import LoRA
 
-_DORA = "The change that a DoRA rule makes depends on the base weight."
+_DORA = "The change by a DoRA rule depends on the base weight."
 
 
 @dataclass(frozen=True)
 class _Type:
-    """A combination type: what is done to every tensor, and to which tensors.
+    """A combination type: the operation, and the tensors that it is applied to.
 
     Attributes:
-        on_changes: the tensors are the changes of the weights, and the result is decomposed; else the factors.
+        on_changes: the tensors are the changes of the weights, and the result is decomposed; otherwise the factors.
     """
 
     pruning: Pruning | None = None
@@ -47,7 +47,7 @@ _TYPES = {
     "magnitude_prune_svd": _Type("magnitude", on_changes=True),
 }
 COMBINATION_TYPES = tuple(_TYPES)
-"""The types that `combine` knows, by PEFT's names."""
+"""The types that `combine` supports, by PEFT's names."""
 
 
 def combine(
@@ -62,50 +62,51 @@ def combine(
     params: Params | None = None,
     generator: Generator | None = None,
 ) -> dict[str, Rule]:
-    """Combine adapters as PEFT's `add_weighted_adapter` does, with its names and its numbers.
+    """Combine adapters as PEFT's `add_weighted_adapter` does, with the same names and results.
 
-    Every parameter is combined among the adapters that rewrite it.
+    Every parameter is combined over the adapters that rewrite it.
 
-    | type | what it is |
+    | type | result |
     |---|---|
-    | "cat" | the weighted sum, exactly, by concatenation; ranks add up |
-    | "svd" | the best approximation of that sum of rank `svd_rank` |
-    | "linear" | weighted sums of the A and of the B: cross terms remain, it is not the sum of the changes |
-    | "ties", "dare_linear", "dare_ties", "magnitude_prune" | the method on the A, and on the B |
-    | the same with "_svd" | the method on the changes of the weights, then the best approximation |
+    | "cat" | the exact weighted sum, by concatenation; ranks add up |
+    | "svd" | the best approximation of this sum with rank `svd_rank` |
+    | "linear" | weighted sums of A and of B; because of cross terms, this is not the sum of the changes |
+    | "ties", "dare_linear", "dare_ties", "magnitude_prune" | the method applied to A, and to B |
+    | the same with "_svd" | the method applied to the changes of the weights, then the best approximation |
 
     On factors the weights are √w·s, and ranks must be equal. The methods are defined on changes: on factors they are a
     heuristic.
 
-    Changes are dense, one parameter at a time. "svd" without `svd_clamp` goes without. `Full` takes part with its
-    change `value − base`, and the result is `Full`. A `DoRA` rule takes part in the types that end in "svd" with its
-    change, as a `LoRA`; in "cat" it can only stand alone, with weight 1; elsewhere it is refused.
+    Changes are computed densely, one parameter at a time, except for "svd" without `svd_clamp`. A `Full` rule is
+    combined by its change `value − base`, and the result is `Full`. A `DoRA` rule is combined by its change in the
+    types that end with "svd", and the result is a `LoRA`; in "cat" it must be the only rule, with weight 1; the other
+    types refuse it.
 
-    What PEFT does otherwise: with one adapter it takes "linear" for any type; it ignores weights or adapters that are
-    too many, and options that a type has no use for; with rsLoRA its result is √r times too large.
+    Differences from PEFT: with one adapter PEFT uses "linear" for any type; it ignores surplus weights or adapters,
+    and options that a type does not use; with rsLoRA its result is √r times too large.
 
     Args:
-        adapters: adapters of one model, in any order but for random pruning.
+        adapters: adapters of one model. Their order matters for random pruning only.
         weights: a number for each, also negative; 1 for all if None.
         combination_type: one of `COMBINATION_TYPES`.
-        svd_rank: the rank of decomposed updates; the largest of all adapters if None. Nowhere above what the
-            shape of a weight, or the ranks in the sum, allow.
+        svd_rank: the rank of decomposed updates; the largest of all adapters if None. It is limited by the shape of
+            the weight and by the sum of the ranks.
         svd_clamp: clamp the decomposed factors to ± this quantile of their entries.
         density: the share of the entries that pruning keeps, above 0 and at most 1.
-        majority_sign_method: for TIES: "total" elects the sign of the sum, "frequency" that of the most entries.
+        majority_sign_method: for TIES: "total" elects the sign of the sum, "frequency" the sign of most entries.
             Votes are unweighted.
         params: the base weights, needed for `Full` and `DoRA` only.
         generator: of DARE's random numbers; torch's default one if None. They are drawn parameter by parameter, in
             the order of the first adapter.
 
     Returns:
-        Full parameter name -> rule, with scaling 1 (in "cat" also another, see `task_arithmetic`).
+        Full parameter name -> rule, with scaling 1 ("cat" may give another scaling, see `task_arithmetic`).
 
     Raises:
-        ConfigError: an option is invalid, missing, or has no meaning for the type.
+        ConfigError: an option is invalid, missing, or not used by the type.
         UnsupportedError: an adapter has rules that the type does not combine.
-        ParamsError: rules do not fit each other, or base weights are missing.
-        NonFiniteError: an adapter, or the result in its dtype, holds NaN or infinity.
+        ParamsError: rules do not match each other, or base weights are missing.
+        NonFiniteError: an adapter, or the result in its dtype, contains NaN or infinity.
 
     Examples:
         >>> import torch
@@ -147,7 +148,7 @@ def _settings(
     majority_sign_method: str,
     generator: Generator | None,
 ) -> tuple[_Type, Mixing]:
-    """The type and what it does to tensors, or `ConfigError`."""
+    """The type and its operation on tensors, or `ConfigError`."""
     kind = _TYPES.get(combination_type) if isinstance(combination_type, str) else None
     if kind is None:
         raise ConfigError(
@@ -165,7 +166,7 @@ def _settings(
     }
     for option, (is_given, has_meaning) in given.items():
         if is_given and not has_meaning:
-            raise ConfigError(f"{option}: combination_type={combination_type!r} has no use for it. Leave it out.")
+            raise ConfigError(f"{option}: combination_type={combination_type!r} does not use it. Leave it out.")
     if svd_rank is not None:
         positive("svd_rank", svd_rank)
     if svd_clamp is not None and not 0.5 < finite("svd_clamp", svd_clamp) <= 1:
@@ -180,13 +181,13 @@ def _settings(
 
 
 def _on_factors(name: str, terms: Sequence[Term], mixing: Mixing, combination_type: str) -> LoRA:
-    """The factors combined each for itself. |w·s| goes to both of them by halves, its sign to A."""
+    """A and B combined separately. Each is multiplied by √|w·s|, and A by the sign of w·s."""
     loras = low_rank(name, terms)
     ranks = [rule.r for rule in loras]
     if len(set(ranks)) > 1:
         raise ParamsError(
-            f"{name!r}: combination_type={combination_type!r} combines factor with factor, but the ranks differ: "
-            f"{', '.join(map(str, ranks))}. Use 'cat', 'svd' or a type that ends in _svd."
+            f"{name!r}: combination_type={combination_type!r} combines A and B separately, but the ranks differ: "
+            f"{', '.join(map(str, ranks))}. Use 'cat', 'svd' or a type that ends with _svd."
         )
     coefficients = [term.coefficient for term in terms]
     halves = [math.sqrt(abs(c)) for c in coefficients]
@@ -205,14 +206,14 @@ def _on_changes(
         wide = [term._replace(low=_wide(rule)) for term, rule in zip(terms, like, strict=True)]
         return made_of(name, like, *truncated_product(name, concatenated(name, wide), rank))
     changes = [_change(name, term, terms, params) for term in terms]
-    turned = like[0].layout.transposed  # random numbers go to the entries in the order of the weight, as in PEFT
+    turned = like[0].layout.transposed  # random numbers follow the order of the weight's entries, as in PEFT
     oriented = [each.mT if turned else each for each in changes]
     total = mixing(f"the change of {name!r}", oriented, [term.weight for term in terms])
     return made_of(name, like, *truncated(name, total.mT if turned else total, rank, clamp))
 
 
 def _change(name: str, term: Term, terms: Sequence[Term], params: Params | None) -> Tensor:
-    """What the rule adds to the weight, as a matrix `[*lead, out, in]`."""
+    """The change of the weight by the rule, as a matrix `[*lead, out, in]`."""
     assert term.low is not None
     if term.linear:
         return term.low.delta()
@@ -220,6 +221,6 @@ def _change(name: str, term: Term, terms: Sequence[Term], params: Params | None)
 
 
 def _wide(rule: LoRA) -> LoRA:
-    """The rule with its factors in float32 at least."""
+    """The rule with its factors in at least float32."""
     dtype = compute_dtype(rule.a.dtype, rule.b.dtype)
     return replace(rule, a=rule.a.to(dtype), b=rule.b.to(dtype))

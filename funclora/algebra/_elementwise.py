@@ -1,6 +1,6 @@
-"""Weighted sums of tensors that are first made sparse: the part that all merging methods share.
+"""Weighted sums of tensors that are first made sparse: the common part of all merging methods.
 
-They act on one tensor of every adapter: on a factor, or on the change of a weight.
+They are applied to one tensor of every adapter: a factor, or the change of a weight.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Mixing:
     Attributes:
         pruning: how each tensor is made sparse before it is weighted, if at all. "magnitude" keeps the largest
             entries. "random" keeps each with probability `density` and divides by it (DARE, arXiv 2311.03099,
-            section 3.2), so that the expectation stays.
-        elect: add, entry by entry, only what has the majority's sign, and divide by how many those are (TIES, arXiv
+            section 3.2), which preserves the expectation.
+        elect: for each entry, add only the values with the majority's sign, and divide by their number (TIES, arXiv
             2306.01708, section 4).
         density: the share that pruning keeps.
         majority_sign_method: "total" weighs the votes by their size, "frequency" counts them.
@@ -43,9 +43,9 @@ class Mixing:
         """The combination.
 
         Args:
-            where: what the tensors are, for messages.
-            tensors: of one shape.
-            weights: one for each tensor. They do not take part in the election, as in PEFT.
+            where: a description of the tensors, for messages.
+            tensors: the tensors, all of the same shape.
+            weights: one for each tensor. They have no effect on the election, as in PEFT.
         """
         tensors = [self._sparse(where, tensor) for tensor in tensors]
         if not self.elect:
@@ -60,14 +60,14 @@ class Mixing:
         if self.pruning is None or self.density == 1:
             return tensor
         if self.pruning == "random":
-            # On the generator's device: the same numbers wherever the adapter lies.
+            # On the generator's device: the same numbers on every device of the adapter.
             device = tensor.device if self.generator is None else self.generator.device
             chance = torch.full_like(tensor, self.density, device=device)
             mask = torch.bernoulli(chance, generator=self.generator).to(tensor.device)
             return tensor * mask / self.density
         k = int(self.density * tensor.numel())
         if k == 0:
-            raise ConfigError(f"density: {self.density:g} of the {tensor.numel()} entries of {where} is none at all.")
+            raise ConfigError(f"density: {self.density:g} of the {tensor.numel()} entries of {where} is no entry.")
         mask = torch.zeros_like(tensor).flatten()
         mask[tensor.abs().flatten().topk(k).indices] = 1
         return tensor * mask.reshape(tensor.shape)

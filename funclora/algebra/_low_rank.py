@@ -16,27 +16,27 @@ from funclora.rules.low_rank import LowRank
 
 
 def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:
-    """The same adapter with low-rank updates of at most that rank, each the best there is.
+    """The adapter with the best approximations of its low-rank updates by updates of at most the given rank.
 
-    The update is the truncated singular value decomposition of s·B·A: no matrix of that rank is nearer to it
+    The update is the truncated singular value decomposition of s·B·A: no matrix of this rank is closer to it
     (Eckart and Young 1936). It is computed from QR decompositions of the factors, `B = Q₁R₁`, `Aᵀ = Q₂R₂`, and the
-    decomposition of `s·R₁R₂ᵀ`, which is `[r, r]`: the update itself never exists.
+    decomposition of `s·R₁R₂ᵀ`, which is `[r, r]`: the dense update is never computed.
 
     The new B has the singular vectors times the singular values, the new A has orthonormal rows, the scaling is 1.
-    A rule whose rank is not above `rank` stays as it is, and so does `Full`. `DoRA` keeps its magnitude; what is
-    nearest is W + s·B·A.
+    Rules with a rank of at most `rank` and `Full` rules are not changed. `DoRA` keeps its magnitude, and W + s·B·A is
+    approximated.
 
     Args:
         adapters: full parameter name -> rule.
-        rank: the largest rank to keep. Experts are matrices of their own.
+        rank: the largest rank to keep. The matrix of each expert counts separately.
 
     Returns:
-        Full parameter name -> rule. Dtypes are those of the factors; the computation is in float32 at least.
+        Full parameter name -> rule, in the dtypes of the factors. The computation is in at least float32.
 
     Raises:
-        ConfigError: `rank` is no positive integer.
+        ConfigError: `rank` is not a positive integer.
         UnsupportedError: the adapter has other rules.
-        NonFiniteError: a factor holds NaN or infinity.
+        NonFiniteError: a factor contains NaN or infinity.
 
     Examples:
         >>> from funclora import LoRA
@@ -58,14 +58,14 @@ def recompress(adapters: Adapters, rank: int) -> dict[str, Rule]:
             found[name] = replace(rule, a=short.a, b=short.b, scaling=1.0)
         else:
             raise UnsupportedError(
-                f"adapters[{name!r}]: {type(rule).__name__} gives no as_lora, and its factors are not its leaves: "
+                f"adapters[{name!r}]: {type(rule).__name__} has no as_lora, and its factors are not its leaves: "
                 "there is no such rule of a smaller rank. Leave the parameter out."
             )
     return found
 
 
 def truncated_product(name: str, rule: LowRank, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of the best approximation of s·B·A of at most that rank: `[*lead, k, in]` and `[*lead, out, k]`."""
+    """The factors of the best approximation of s·B·A by at most this rank: `[*lead, k, in]` and `[*lead, out, k]`."""
     a, b = rule.layout.factors(rule.a, rule.b)
     dtype = compute_dtype(a.dtype, b.dtype)
     with no_autocast(a.device):
@@ -76,12 +76,12 @@ def truncated_product(name: str, rule: LowRank, rank: int) -> tuple[Tensor, Tens
 
 
 def truncated(name: str, matrix: Tensor, rank: int, clamp: float | None = None) -> tuple[Tensor, Tensor]:
-    """The factors of the best approximation of a matrix of at most that rank.
+    """The factors of the best approximation of a matrix by at most the given rank.
 
     Args:
         name: of the parameter, for messages.
         matrix: `[*lead, out, in]`.
-        rank: k is the least of it, out and in.
+        rank: k is the minimum of it, out and in.
         clamp: clamp the factors to ± this quantile of their entries, as PEFT does. The signs of singular vectors
             are arbitrary, and the quantile depends on them.
 

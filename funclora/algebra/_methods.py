@@ -1,4 +1,4 @@
-"""The methods of the papers, by their own names: on the changes of the weights, where they are defined."""
+"""The merging methods of the papers, by their own names, applied to the changes of the weights as in the papers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def ties(
     majority_sign_method: str = "total",
     params: Params | None = None,
 ) -> dict[str, Rule]:
-    """TIES-merging (arXiv 2306.01708) of the changes of the weights: trim, elect a sign, add what agrees with it.
+    """TIES-merging (arXiv 2306.01708) of the changes of the weights: trim, elect a sign, add the entries with it.
 
-    This is `combine(..., "ties_svd")`. PEFT's "ties" does it to A and to B, which is another operation.
+    This is `combine(..., "ties_svd")`. PEFT's "ties" is another operation: it is applied to A and to B.
 
     Args:
         adapters: adapters of one model.
         weights: a number for each, 1 for all if None. Votes are unweighted.
-        density: the share of the entries of each change that is kept, the largest ones.
+        density: the share of the entries of each change that is kept; the largest are kept.
         rank: the rank of the result; the largest of the adapters if None.
-        majority_sign_method: "total" elects the sign of the sum, "frequency" that of the most entries.
+        majority_sign_method: "total" elects the sign of the sum, "frequency" the sign of most entries.
         params: the base weights, needed for `Full` and `DoRA` only.
 
     Returns:
@@ -66,14 +66,14 @@ def dare(
     params: Params | None = None,
     generator: Generator | None = None,
 ) -> dict[str, Rule]:
-    """DARE (arXiv 2311.03099) of the changes of the weights: drop entries at random, divide by the share that is left.
+    """DARE (arXiv 2311.03099) of the changes of the weights: drop random entries, divide by the share that is kept.
 
-    This is `combine(..., "dare_linear_svd")`. PEFT's "dare_linear" does it to A and to B, which is another operation.
+    This is `combine(..., "dare_linear_svd")`. PEFT's "dare_linear" is another operation: it is applied to A and to B.
 
     Args:
         adapters: adapters of one model.
         weights: a number for each, 1 for all if None.
-        density: the probability with which an entry is kept, 1 − p of the paper.
+        density: the probability that an entry is kept, 1 − p in the paper.
         rank: the rank of the result; the largest of the adapters if None.
         params: the base weights, needed for `Full` and `DoRA` only.
         generator: of the random numbers; torch's default one if None.
@@ -105,10 +105,10 @@ def magnitude_prune(
     rank: int | None = None,
     params: Params | None = None,
 ) -> dict[str, Rule]:
-    """The weighted sum of the changes of the weights, of each of which only the largest entries are kept.
+    """The weighted sum of the changes of the weights, with only the largest entries of each change.
 
-    This is `combine(..., "magnitude_prune_svd")`. PEFT's "magnitude_prune" does it to A and to B, which is another
-    operation.
+    This is `combine(..., "magnitude_prune_svd")`. PEFT's "magnitude_prune" is another operation: it is applied to A and
+    to B.
 
     Args:
         adapters: adapters of one model.

@@ -28,13 +28,13 @@ from funclora.rules.base import Adapters, Params, Rule
 from funclora.rules.dense import Full
 from funclora.rules.low_rank import LoRA
 
-_FULL = "Full replaces the weight, and only its difference from the base can be weighted."
+_FULL = "Full replaces the weight, so its change can only be computed with the base weight."
 
 
 def scale(adapters: Adapters, factor: float, *, params: Params | None = None) -> dict[str, Rule]:
-    """The adapter whose changes of the weights are `factor` times as large.
+    """The adapter with its changes of the weights multiplied by `factor`.
 
-    The scaling is multiplied; factors stay the same tensors. `Full` becomes `base + factor·(value − base)`.
+    Only the scaling is multiplied; A and B are the same tensors. `Full` becomes `base + factor·(value − base)`.
 
     Args:
         adapters: full parameter name -> rule.
@@ -45,9 +45,9 @@ def scale(adapters: Adapters, factor: float, *, params: Params | None = None) ->
         Full parameter name -> rule.
 
     Raises:
-        ConfigError: `factor` is no finite number.
-        UnsupportedError: the adapter has a DoRA rule: its change is not linear in anything that it
-            holds, so no DoRA rule has a multiple of it.
+        ConfigError: `factor` is not a finite number.
+        UnsupportedError: the adapter has a DoRA rule. Its change is not linear in its tensors, so no DoRA rule has
+            a multiple of this change.
         ParamsError: the base weight of a `Full` is missing.
 
     Examples:
@@ -64,7 +64,7 @@ def scale(adapters: Adapters, factor: float, *, params: Params | None = None) ->
 
 
 def negate(adapters: Adapters, *, params: Params | None = None) -> dict[str, Rule]:
-    """The adapter with the opposite changes: it undoes the other one (task negation, arXiv 2212.04089).
+    """The adapter with the opposite changes (task negation, arXiv 2212.04089).
 
     Args:
         adapters: full parameter name -> rule.
@@ -87,21 +87,21 @@ def negate(adapters: Adapters, *, params: Params | None = None) -> dict[str, Rul
 
 
 def add(adapters: Sequence[Adapters], *more: Adapters, params: Params | None = None) -> dict[str, Rule]:
-    """The sum of adapters, exactly: their factors are concatenated, and their ranks add up.
+    """The exact sum of adapters: their factors are concatenated, and their ranks add up.
 
-    Ranks, scalings and targets may differ. `recompress` makes the result small again.
+    Ranks, scalings and targets may differ. `recompress` reduces the rank of the result.
 
     Args:
         adapters: adapters of one model.
-        *more: deprecated, as an adapter in place of the list is.
-        params: the base weights, needed where several adapters have a `Full`, or one has and another has not.
+        *more: deprecated, and so is a single adapter instead of the list.
+        params: the base weights, needed if several adapters rewrite a parameter and one of their rules is `Full`.
 
     Returns:
-        Full parameter name -> rule, as of `task_arithmetic` with the weight 1 for each.
+        Full parameter name -> rule, as from `task_arithmetic` with the weight 1 for each.
 
     Raises:
         UnsupportedError: one of several rules of a parameter is DoRA.
-        ParamsError: rules do not fit each other, or base weights are missing.
+        ParamsError: rules do not match each other, or base weights are missing.
 
     Examples:
         >>> from funclora import LoRA
@@ -119,23 +119,23 @@ def add(adapters: Sequence[Adapters], *more: Adapters, params: Params | None = N
 
 
 def interpolate(start: Adapters, end: Adapters, t: float, *, params: Params | None = None) -> dict[str, Rule]:
-    """The adapter `(1 − t)·start + t·end`, exactly: its changes lie on the line between those of the two.
+    """The adapter with exactly the changes `(1 − t)·start + t·end`.
 
-    0 gives `start` and 1 gives `end`, as they are, whatever their rules; other numbers, also beyond the two, a sum.
+    t = 0 returns `start` and t = 1 returns `end`, with any rules; other numbers, also below 0 or above 1, give a sum.
 
     Args:
         start: full parameter name -> rule.
-        end: the same of the other adapter. A parameter that one of them does not rewrite has no change there.
+        end: the other adapter. If one of the two does not rewrite a parameter, its change of it is 0.
         t: any finite number.
         params: the base weights, needed for `Full` only.
 
     Returns:
-        Full parameter name -> rule, of the sum of the ranks between the ends.
+        Full parameter name -> rule, whose rank is the sum of the ranks unless t is 0 or 1.
 
     Raises:
-        ConfigError: `t` is no finite number.
-        UnsupportedError: an adapter has a DoRA rule, between the ends.
-        ParamsError: rules do not fit each other, or base weights are missing.
+        ConfigError: `t` is not a finite number.
+        UnsupportedError: an adapter has a DoRA rule, and t is neither 0 nor 1.
+        ParamsError: rules do not match each other, or base weights are missing.
 
     Examples:
         >>> from funclora import LoRA
@@ -150,10 +150,10 @@ def interpolate(start: Adapters, end: Adapters, t: float, *, params: Params | No
 def task_arithmetic(
     adapters: Sequence[Adapters], weights: Sequence[float], *, params: Params | None = None
 ) -> dict[str, Rule]:
-    """The weighted sum of adapters, exactly (task arithmetic, arXiv 2212.04089).
+    """The exact weighted sum of adapters (task arithmetic, arXiv 2212.04089).
 
-    With c = w·s of each term, B is `[B₁ B₂ …]` and A is `[c₁·A₁; c₂·A₂; …]` with scaling 1; where all c are equal,
-    the factors stay as they are and c is the scaling. A term of weight 0 is left out.
+    With c = w·s of each term, B is `[B₁ B₂ …]` and A is `[c₁·A₁; c₂·A₂; …]` with scaling 1; if all c are equal, A is
+    `[A₁; A₂; …]` and c is the scaling. A term of weight 0 is left out.
 
     Args:
         adapters: adapters of one model; ranks, scalings and targets may differ.
@@ -161,13 +161,13 @@ def task_arithmetic(
         params: the base weights, needed for `Full` only: it becomes `base + Σ w·(value − base)`.
 
     Returns:
-        Full parameter name -> rule. The dtype is the widest of the factors'. Dropout is kept where the rules of a
-        parameter have the same, and is 0 otherwise.
+        Full parameter name -> rule, in the widest dtype of the factors. Dropout is kept if the rules of a parameter
+        have the same dropout, and is 0 otherwise.
 
     Raises:
-        ConfigError: the weights are not as many finite numbers as there are adapters, or all are 0.
+        ConfigError: the weights are not one finite number for each adapter, or all are 0.
         UnsupportedError: a DoRA rule has a weight other than 1 or is one of several.
-        ParamsError: rules do not fit each other, or base weights are missing.
+        ParamsError: rules do not match each other, or base weights are missing.
 
     Examples:
         >>> from funclora import LoRA
@@ -186,10 +186,10 @@ def summed_up(terms: Mapping[str, Sequence[Term]], params: Params | None) -> dic
 
 
 def nonzero(found: dict[str, Rule | None]) -> dict[str, Rule]:
-    """The rules that are there; an adapter without any is an error."""
+    """The rules without None; an adapter without any rule is an error."""
     result = {name: rule for name, rule in found.items() if rule is not None}
     if not result:
-        raise ConfigError("weights: all of them are 0, which would make an adapter without effect.")
+        raise ConfigError("weights: all of them are 0, so the result would have no effect.")
     return result
 
 
@@ -226,14 +226,14 @@ def concatenated(name: str, terms: Sequence[Term]) -> LoRA:
 
 
 def low_rank(name: str, terms: Sequence[Term]) -> list[LoRA]:
-    """The updates of one parameter, none of which may be scaled as DoRA scales its own."""
+    """The updates of one parameter. A rule like DoRA, which normalises the weight, is an error."""
     for term in terms:
         if not term.linear:
             kind = type(term.rule).__name__
             raise UnsupportedError(
                 f"{name!r}: {kind} normalises the weight, or scales it, so its change is not linear in its factors and "
                 f"a {kind} rule cannot be scaled or added to another. Combine the changes of the weights instead: "
-                "combine(..., combination_type='svd', params=...), or one of the other types that end in _svd."
+                "combine(..., combination_type='svd', params=...), or one of the other types that end with _svd."
             )
     return [term.low for term in terms if term.low is not None]
 
@@ -244,7 +244,7 @@ def _scaled(name: str, term: Term, params: Params | None) -> Rule:
         return term.rule
     if term.low is None:
         return mixed_in_full(name, [term], Mixing(), params)
-    low_rank(name, [term])  # for its error
+    low_rank(name, [term])  # raises its error
     scaled = term.rule.scaled(term.weight)
     assert scaled is not None
     return scaled

@@ -1,13 +1,13 @@
 """Optimizers and schedules as pure functions over any pytree of tensors.
 
 An optimizer is a pair `init(params) -> state` and `update(grads, state, params=None) -> (updates, state)`, as
-in TorchOpt and optax. `update` writes to nothing that it gets; its updates are to be added to the parameters.
-All of it runs under `torch.func.grad`, `torch.func.vmap` and `torch.compile(fullgraph=True)`.
+in TorchOpt and optax. `update` does not change its arguments; the caller adds its updates to the parameters.
+All functions run under `torch.func.grad`, `torch.func.vmap` and `torch.compile(fullgraph=True)`.
 
 One optimizer can train a stack of adapters, with leaves `[n_adapters, ...]`: `lr`, `weight_decay`, `ratio`
-and `max_norm` then take one value per adapter too, a tensor `[n_adapters]` on their device. Inside `vmap` an
-adapter is alone, and its values are `[]`. The state counts the steps taken in an int64 tensor: `[]`, or
-`[n_adapters]` where the states of single adapters were stacked.
+and `max_norm` then also take one value per adapter, a tensor `[n_adapters]` on their device. Inside `vmap` there is
+one adapter, and its values are `[]`. The state counts the steps taken in an int64 tensor: `[]`, or `[n_adapters]`
+if the states of single adapters were stacked.
 """
 
 from funclora.optim._members import MemberTransformation, Optimizer, per_member

@@ -1,7 +1,7 @@
 """AdamW by torch's fused kernel: one pass over each leaf instead of ten.
 
-The kernel writes to its arguments, and no transform but `vmap` can look into it. So it runs on copies, where nothing
-but the values is asked for; anywhere else `adamw` computes its formula.
+The kernel writes to its arguments, and `vmap` is the only transform that it supports. So it runs on copies, and only
+if no derivative or trace is needed; in all other cases `adamw` computes its formula.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KINDS = {(dtype, device) for dtype in (torch.float32, torch.float64) for device
 
 
 def fits_kernel(*trees: Any) -> bool:
-    """Whether the kernel gives what the formula gives, here and for these leaves."""
+    """Whether the kernel can replace the formula, in this context and for these leaves."""
     if is_differentiated() or torch.compiler.is_compiling() or (in_transform() and not vmapped_once()):
         return False
     kinds = {(leaf.dtype, leaf.device) for tree in trees for leaf in optree.tree_leaves(tree)}
@@ -53,7 +53,8 @@ class AdamKernel:
             nu: the second moment.
             grads: the gradients.
             params: the parameters.
-            count: t, this step included: `[]`, or `[n_adapters]` for leaves `[n_adapters, ...]`, as are:
+            count: t, including this step: `[]`, or `[n_adapters]` for leaves `[n_adapters, ...]`, like `rate` and
+                `shrink`.
             rate: the learning rate.
             shrink: the rate times the weight decay.
         """
@@ -66,7 +67,7 @@ class AdamKernel:
         return updates, mu, nu
 
     def run(self, count: Tensor, rate: Tensor, shrink: Tensor, leaves: Any) -> tuple[Tensor, ...]:
-        """The update of leaves, all of `count` or `[n_adapters, ...]` with one count for each."""
+        """The update of leaves, with one `count` for all of them or one for each member of `[n_adapters, ...]`."""
         counts = count.unique().tolist()
         if len(counts) == 1:
             return self._run(counts[0], rate, shrink, leaves)
@@ -82,7 +83,7 @@ class AdamKernel:
 
     def _run(self, count: float, rate: Tensor, shrink: Tensor, leaves: Any) -> tuple[Tensor, ...]:
         n = len(leaves) // 4
-        # The kernel goes through memory in order, whatever the strides.
+        # The kernel reads memory in order and ignores the strides.
         m, v = ([leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves[i : i + n]] for i in (0, n))
         grads = [leaf.contiguous() for leaf in leaves[2 * n : 3 * n]]
         directions = [torch.zeros_like(leaf) for leaf in m]  # as parameters that are 0, with the rate 1 and no decay
@@ -96,7 +97,7 @@ class AdamKernel:
 
 
 class _Adam(torch.autograd.Function):
-    """The kernel as an operation that `vmap` knows: all members at once."""
+    """The kernel as an operation with a rule for `vmap`: all members at once."""
 
     @staticmethod
     def forward(kernel: AdamKernel, count: Tensor, rate: Tensor, shrink: Tensor, *leaves: Tensor) -> Any:

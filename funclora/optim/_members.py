@@ -18,7 +18,7 @@ from funclora.optim._transforms import GradientTransformation
 
 
 class Optimizer(Protocol):
-    """What training asks of an optimizer: the protocol of TorchOpt, optax and `funclora.optim`."""
+    """The interface of an optimizer for training: the protocol of TorchOpt, optax and `funclora.optim`."""
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -30,9 +30,9 @@ class Optimizer(Protocol):
 
 
 def check_optimizer(optimizer: object, where: str = "optimizer") -> None:
-    """Raise `ArgumentError` unless that is a pair of functions."""
+    """Raise `ArgumentError` unless the argument is a pair of functions."""
     if isinstance(optimizer, torch.optim.Optimizer):
-        remedy = "torch.optim's write to parameters of their own: take funclora.optim's, TorchOpt's or optax's kind."
+        remedy = "Optimizers of torch.optim write to their own parameters: use one of funclora.optim or TorchOpt."
         refuse(where, "a pair of functions init and update", optimizer, remedy)
     if isinstance(optimizer, type) or not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         remedy = "Call the factory, as in adamw(1e-3)." if callable(optimizer) else "For example adamw(1e-3)."
@@ -40,28 +40,28 @@ def check_optimizer(optimizer: object, where: str = "optimizer") -> None:
 
 
 def is_pure(optimizer: Optimizer) -> dict[str, bool]:
-    """What to tell an optimizer so that it writes to nothing: TorchOpt does, unless it is told."""
+    """The extra arguments with which an optimizer changes no argument: TorchOpt's do by default."""
     return {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
 
 
 class MemberTransformation(GradientTransformation):
-    """A pair of functions over stacks, for each member on its own."""
+    """A pair of functions over stacks, applied to each member separately."""
 
 
 def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tensor) -> MemberTransformation:
-    """One optimizer for every member of a stack, each with values of its own.
+    """One optimizer for every member of a stack, each with its own values.
 
     Args:
         build: called as `build(**values)` with one value for each name, a tensor `[]`; returns an optimizer, for
             example `lambda lr, wd: adamw(lr, weight_decay=wd)`. Schedules and clipping are part of it.
-        **values: by name one number for each member, `[n_members]`.
+        **values: for each name, one number for each member, `[n_members]`.
 
     Returns:
         A pair `init(stack) -> state` and `update(grads, state, params=...) -> (updates, state)`, all of them stacks of
-        the same members. The values are part of the state: they follow their members through `state[kept]`.
+        the same members. The values are part of the state: `state[kept]` keeps the values of the kept members.
 
     Raises:
-        ConfigError: in `init`, if there is not one value for each member; in `update`, if the state is that of other
+        ConfigError: in `init`, if there is not one value for each member; in `update`, if the state belongs to other
             members.
 
     Examples:
@@ -103,7 +103,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
 
         updates, after = [], []
         for i, (g, s) in enumerate(zip(grads.groups, _like(state, grads), strict=True)):
-            # A group's tree has its first member's scaling, and who is first may have changed since `init`.
+            # A group's tree has the scaling of its first member, which may be another one than in `init`.
             given = (unscaled(g.tree()), s.tree(), unscaled(params.groups[i].tree()) if params is not None else None)
             new, inner = _mapped(one, *given)
             updates.append(replace(g, values=tuple(optree.tree_leaves(new))))
@@ -118,14 +118,14 @@ def _numbers(name: str, value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=torch.get_default_dtype())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"per_member: {name}: expected one number for each member, got {value!r:.80}. What is no number belongs "
-            "into the function that builds the optimizer, for example a schedule with a peak for each member: "
+            f"per_member: {name}: expected one number for each member, got {value!r:.80}. Put everything else into "
+            "the function that builds the optimizer, for example a schedule with a peak for each member: "
             "per_member(lambda peak: adamw(warmup_cosine(peak, 10, 100)), peak=[1e-3, 3e-4])."
         ) from error
 
 
 def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
-    """`torch.func.vmap(function)(*trees)`, the trees taken apart by optree: by torch that would be half of a step."""
+    """`torch.func.vmap(function)(*trees)`, with trees flattened by optree: with torch this takes half of a step."""
     given: Any = trees
     leaves, spec = optree.tree_flatten(given)
     spec_out: Any = None
@@ -150,13 +150,13 @@ def _like(state: Stack[Any], members: Stack[Any]) -> list[Group[Any]]:
     if not all(isinstance(tree, dict) and tree.keys() == {"values", "state"} for tree in trees):
         refuse("state", "what per_member(...).init, or update before, returned", state)
     if len(state) != len(members):
-        raise ConfigError(f"state: expected that of {len(members)} members, got that of {len(state)}.")
+        raise ConfigError(f"state: expected a state of {len(members)} members, got one of {len(state)}.")
     if [c.members for c in state.groups] == [c.members for c in members.groups]:
         return list(state.groups)
     grouped = []
     for group in members.groups:
         same = stack([state[i] for i in group.members]).groups
         if len(same) != 1:
-            raise ConfigError("per_member: update: the state is that of other members than the gradients.")
+            raise ConfigError("per_member: update: the state and the gradients belong to different members.")
         grouped.append(same[0])
     return grouped

@@ -43,7 +43,7 @@ def adamw(
 ) -> GradientTransformation:
     """Adam with decoupled weight decay: `torch.optim.AdamW` as a pure function.
 
-        m' = b1·m + (1 - b1)·g        v' = b2·v + (1 - b2)·g²        t = steps taken, this one included
+        m' = b1·m + (1 - b1)·g        v' = b2·v + (1 - b2)·g²        t = steps taken, including this one
         update = -lr·(m'/(1 - b1ᵗ) / (√(v'/(1 - b2ᵗ)) + eps) + weight_decay·p)
 
     Args:
@@ -69,8 +69,8 @@ def adamw(
         tensor([0.8990, 1.0990])
 
     References:
-        Adam: arXiv 1412.6980. Decoupled decay: arXiv 1711.05101. Deviation: the root has the derivative 0 at
-        0, so that a derivative through the update is no NaN where a gradient is 0 (`a` as long as `b` is 0).
+        Adam: arXiv 1412.6980. Decoupled decay: arXiv 1711.05101. Deviation: the square root has the derivative 0
+        at 0, so a derivative through the update is not NaN where a gradient is 0 (`a` as long as `b` is 0).
     """
     _check_rates(lr, weight_decay)
     for name, beta in (("b1", b1), ("b2", b2)):
@@ -83,7 +83,7 @@ def adamw(
     def update(grads: PyTree, state: AdamWState, params: PyTree = None) -> tuple[PyTree, AdamWState]:
         check_state(state, AdamWState)
         decays, t = _decays(weight_decay, params), state.step + 1
-        # What is one number per adapter comes first: few operations are left that run over whole leaves.
+        # One number per adapter is computed first, so that few operations run over whole leaves.
         count = t.to(widest(state.mu))
         rate = _at(lr, state.step, count) * torch.ones_like(count)
         shrink = rate * _at(weight_decay, state.step, count)
@@ -110,7 +110,7 @@ def adamw(
             g = g.to(m.dtype)
             m = torch.lerp(m, g, 1 - b1)
             v = over(torch.addcmul, b2 * v, g, g, value=1 - b2)
-            # Clamped for the derivative alone: that of the root at 0 is inf, and inf·0 is NaN.
+            # Clamped for the derivative only: the root's derivative at 0 is inf, and inf·0 is NaN.
             root = over(torch.sqrt, v.clamp_min(torch.finfo(v.dtype).tiny))
             direction = over(torch.div, by_member(scale, m) * m, over(torch.add, root, by_member(damping, m)))
             return scaled(direction, like, rate, shrink), m, v
@@ -132,7 +132,7 @@ def sgd(
     Args:
         lr: A number, a tensor `[]` or `[n_adapters]`, or a schedule.
         momentum: Decay of the trace, in [0, 1); without momentum there is no trace.
-        nesterov: Whether to look one step of momentum ahead.
+        nesterov: Whether to use Nesterov momentum.
         weight_decay: A number, or a tensor `[]` or `[n_adapters]`.
 
     Returns:
@@ -153,10 +153,10 @@ def sgd(
     if not isinstance(nesterov, bool):
         refuse("nesterov", "True or False", nesterov)
     if nesterov and not momentum:
-        raise ConfigError("nesterov: expected momentum > 0 with it, got momentum=0; pass momentum=0.9, say")
+        raise ConfigError("nesterov: expected momentum > 0 with it, got momentum=0; for example, pass momentum=0.9")
 
     def init(params: PyTree) -> SgdState:
-        # () and not None, which is a leaf to torch's pytree: vmap would refuse it.
+        # () and not None, which is a leaf for torch's pytree: vmap would refuse it.
         return SgdState(_no_step(params), tree_map(_moment, params=params) if momentum else ())
 
     def update(grads: PyTree, state: SgdState, params: PyTree = None) -> tuple[PyTree, SgdState]:
@@ -195,13 +195,13 @@ def lora_plus(
     Args:
         lr: A number, a tensor `[]` or `[n_adapters]`, or a schedule.
         ratio: A number, or a tensor `[]` or `[n_adapters]`.
-        base: Optimizer, called as `base(lr, **kwargs)`. Its updates must be proportional to `lr`, as those of
-            `adamw` and `sgd` are, decay included: scaling them is then the same as another learning rate.
+        base: Optimizer, called as `base(lr, **kwargs)`. Its updates, including decay, must be proportional to `lr`, as
+            in `adamw` and `sgd`: then scaling them is the same as another learning rate.
         **kwargs: Further arguments of `base`.
 
     Returns:
-        The transformation, with the state of `base`. Which leaves of a rule are next to the output, its
-        `up_leaf_names` says; in trees without rules, they are the leaves whose path ends in `b`.
+        The transformation, with the state of `base`. The `up_leaf_names` of a rule are its leaves next to the output;
+        in trees without rules, they are the leaves whose path ends with `b`.
 
     Raises:
         ConfigError: If `ratio` is not positive; in `init` and `update`, if no leaf is such a factor.
@@ -213,14 +213,14 @@ def lora_plus(
         {'w': {'a': tensor([-0.1000]), 'b': tensor([-0.4000])}}
 
     References:
-        LoRA+: arXiv 2402.12354. Deviation from PEFT: embeddings have no learning rate of their own.
+        LoRA+: arXiv 2402.12354. Deviation from PEFT: embeddings have no separate learning rate.
     """
     check("ratio", ratio, lambda x: 0 < x < math.inf, "a finite number > 0", "16 is usual", tensor=True)
     check_function(base, "base", "base(lr, **kwargs)")
     inner = base(lr, **kwargs)
 
     def init(params: PyTree) -> PyTree:
-        _scale_b(params, ratio)  # for its error, before anything was trained
+        _scale_b(params, ratio)  # raises its error before anything is trained
         return inner.init(params)
 
     def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
@@ -236,8 +236,8 @@ def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
     if not any(ups):
         raise ConfigError(
             f"lora_plus: expected a tree with `b` factors, got {len(leaves)} leaves and no `b` among them, "
-            f"beginning {spec.paths()[:3]}; pass adapters with LoRA or DoRA rules, or rules that name such leaves in "
-            "up_leaf_names, or use the base optimizer alone"
+            f"the first {spec.paths()[:3]}; pass adapters with LoRA or DoRA rules, or rules that name such leaves in "
+            "up_leaf_names, or use only the base optimizer"
         )
     return optree.tree_unflatten(spec, [times(x, ratio) if up else x for x, up in zip(leaves, ups, strict=True)])
 
@@ -256,13 +256,13 @@ def _next_to_output(tree: PyTree) -> list[bool]:
 
 
 def check_state(state: object, kind: type) -> None:
-    """Raise `ArgumentError` unless that is the state of this optimizer."""
+    """Raise `ArgumentError` unless `state` is a state of this optimizer."""
     if not isinstance(state, kind):
         refuse("state", "what init, or update before, returned", state, f"It is of type {kind.__name__}.")
 
 
 def _one_minus_power(decay: float, count: Tensor) -> Tensor:
-    # Through expm1: in float32, 1 - 0.999 is wrong by 1e-5 already.
+    # By expm1: in float32, 1 - 0.999 has an error of 1e-5.
     return -torch.expm1(count * (math.log(decay) if decay else -math.inf))
 
 
@@ -287,7 +287,7 @@ def _moment(leaf: Tensor) -> Tensor:
 
 
 def _no_step(params: PyTree) -> Tensor:
-    # A tensor and not an int, for which torch.compile would make a new graph at every step.
+    # A tensor, because torch.compile would make a new graph at every step for an int.
     check_leaves("params", params)
     leaves = optree.tree_leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)

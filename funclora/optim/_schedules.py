@@ -34,12 +34,12 @@ def warmup_cosine(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMe
     Args:
         lr: The highest rate: a number, or a tensor `[]` or `[n_adapters]`.
         warmup_steps: Length of the warmup; may be 0.
-        total_steps: The step from which on the rate is `end`; counts the warmup too.
+        total_steps: The first step with the rate `end`; the warmup is included.
         end: The last rate: a number, or a tensor `[]` or `[n_adapters]`.
 
     Returns:
         A function of int64 steps, `[]` or of any shape that broadcasts with `lr`, that returns learning rates
-        of that shape, in torch's default dtype, float32 at least.
+        of this shape, in torch's default dtype, at least float32.
 
     Raises:
         ConfigError: If an argument is out of range, or the warmup leaves no step.
@@ -55,7 +55,7 @@ def warmup_cosine(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMe
 
 
 def warmup_linear(lr: PerMember, warmup_steps: int, total_steps: int, end: PerMember = 0.0) -> Schedule:
-    """A linear warmup from 0 to `lr`, then a straight line down to `end`; all else is as in `warmup_cosine`.
+    """A linear warmup from 0 to `lr`, then a straight line down to `end`; everything else as in `warmup_cosine`.
 
         step < warmup_steps:   lr·step/warmup_steps
         else:                  end + (lr - end)·(1 - x)
@@ -72,7 +72,7 @@ def _warmup(lr: PerMember, warmup: int, total: int, end: PerMember, decay: Calla
         check(name, rate, nonnegative, "a finite number >= 0", "pass the rate itself", tensor=True)
     check("warmup_steps", warmup, lambda n: n >= 0 and n == int(n), "an integer >= 0", "0 means no warmup")
     need = f"an integer > warmup_steps={warmup}"
-    check("total_steps", total, lambda n: n > warmup and n == int(n), need, "it counts the warmup too")
+    check("total_steps", total, lambda n: n > warmup and n == int(n), need, "it includes the warmup")
 
     def schedule(step: Tensor) -> Tensor:
         x = step.to(wide(torch.get_default_dtype()))

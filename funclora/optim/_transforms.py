@@ -23,16 +23,16 @@ class GradientTransformation(NamedTuple):
 
 
 def chain(*transforms: GradientTransformation) -> GradientTransformation:
-    """Transformations one after the other, each on the updates of the one before.
+    """Transformations in sequence, each applied to the updates of the previous one.
 
     Args:
         *transforms: At least one pair of `init` and `update`.
 
     Returns:
-        The transformation; its state is the tuple of theirs.
+        The transformation; its state is the tuple of their states.
 
     Raises:
-        ConfigError: If there is none, or one is no such pair (a factory that was not called, for example).
+        ConfigError: If there is none, or one is not such a pair (for example, a factory that was not called).
 
     Examples:
         >>> from funclora.optim import sgd
@@ -65,12 +65,12 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
 
         update = min(1, max_norm / (‖g‖ + 1e-6))·g
 
-    Where the norm is NaN or inf, all that it scales becomes NaN. Deviation: for inf, torch turns finite
-    gradients into 0, with which training would stand still in silence.
+    Where the norm is NaN or inf, everything that it scales becomes NaN. Deviation: for inf, torch turns finite
+    gradients into 0, and training would silently stop.
 
     Args:
-        max_norm: A number or a tensor `[]` bounds the norm over all leaves, that of a whole stack too. A
-            tensor `[n_adapters]` bounds each adapter by its own norm, over all but the leading axis.
+        max_norm: A number or a tensor `[]` bounds the norm over all leaves, also of a whole stack. A
+            tensor `[n_adapters]` bounds each adapter by its own norm, over all axes but the leading one.
 
     Returns:
         The transformation; it has no state.
@@ -92,7 +92,7 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
         leaves = optree.tree_leaves(grads)
         if isinstance(max_norm, Tensor) and max_norm.dim() == 1:
             for leaf in leaves:
-                by_member(max_norm, leaf)  # for its error
+                by_member(max_norm, leaf)  # raises its error
             norm = torch.vmap(global_norm)(leaves)
         else:
             norm = global_norm(leaves)
@@ -104,14 +104,14 @@ def clip_by_global_norm(max_norm: PerMember) -> GradientTransformation:
 
 
 def global_norm(tree: PyTree) -> Tensor:
-    """The Euclidean norm over all leaves: `[]`, in float32 at least.
+    """The Euclidean norm over all leaves: `[]`, in at least float32.
 
     Examples:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
         tensor(5.)
     """
     check_leaves("tree", tree)
-    # A norm of norms has the gradient 0 where all is 0; the root of a sum of squares has none.
+    # At 0 a norm of norms has the gradient 0; the root of a sum of squares has none.
     leaves: list[Tensor] = optree.tree_leaves(tree)
     norms = [torch.linalg.vector_norm(x, dtype=wide(x.dtype)).to(leaves[0].device) for x in leaves]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))

@@ -1,4 +1,4 @@
-"""Arithmetic over trees of tensors, with one number or one for each member of a stack."""
+"""Arithmetic over trees of tensors, with one number for all or one for each member of a stack."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def times(leaf: Tensor, factor: PerMember) -> Tensor:
 
 
 def overwriting() -> Callable[..., Tensor]:
-    """`op(x, ...)`, written over x, a temporary of the caller's own, unless autograd, a transform or a tracer looks on.
+    """`op(x, ...)`, in place if no autograd, transform or tracer is active; x must be a temporary of the caller.
 
-    Fresh memory for every result would be a good part of the cost of a step.
+    New memory for every result would be a large part of the cost of a step.
     """
     watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
 
@@ -67,7 +67,7 @@ def widest(tree: PyTree) -> torch.dtype:
 def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> Any:
     """`optree.tree_map` over trees with names; refuses other structures, and shapes that would broadcast.
 
-    With `outputs` other than 1, `fn` returns a tuple of that length and there are as many trees.
+    With `outputs` other than 1, `fn` returns a tuple of this length, and there is one tree for each item.
     """
     (first, tree), *others = trees.items()
     leaves, spec = optree.tree_flatten(tree)
@@ -77,7 +77,7 @@ def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> An
         try:
             column: list[Any] = spec.flatten_up_to(other)
         except ValueError as error:
-            raise ConfigError(f"{name}: expected the tree of {first}, got another one: {error}") from error
+            raise ConfigError(f"{name}: expected the tree structure of {first}, got another one: {error}") from error
         for i, (x, y) in enumerate(zip(leaves, column, strict=True)):
             if not isinstance(y, Tensor) or x.shape != y.shape:
                 got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__

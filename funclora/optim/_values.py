@@ -1,4 +1,4 @@
-"""Values that may be one for each adapter, and their checks."""
+"""Values that may be given for each adapter, and their checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def check(name: str, value: object, holds: Callable[[float], bool], need: str, hint: str, tensor: bool = False) -> None:
-    # A tensor's values stay unread: they may be traced, and to read them would wait for the device.
+    # The values of a tensor are not read: they may be traced, and reading would wait for the device.
     if tensor and isinstance(value, Tensor) and value.dim() <= 1 and value.is_floating_point():
         return
     if isinstance(value, int | float) and not isinstance(value, bool) and holds(value):

@@ -100,7 +100,7 @@ REPORTED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: trained(MODEL, loss, torch.optim.SGD(MODEL.parameters(), lr=0.1), PARAMS, ADAPTERS, None, None),
-        r"optimizer: expected a pair .* got a SGD\. torch.optim's write to parameters of their own",
+        r"optimizer: expected a pair .* got a SGD\. Optimizers of torch.optim write to their own",
     ),
     (lambda: trained(MODEL, loss, fl.optim.adamw, PARAMS, ADAPTERS, None, None), r"optimizer: .* Call the factory"),
     (lambda: trained(MODEL, loss, SGD, PARAMS, ADAPTERS, None, None), r"state: .* got None\. It is of type SgdState"),
@@ -168,7 +168,7 @@ REPORTED: list[tuple[Callable[[], Any], str]] = [
     (lambda: anything.algebra.scale(STACK, 2.0), r"adapters: .* got a Stack\. Take one member, stack\[i\]"),
     (lambda: anything.algebra.scale(ADAPTERS, 1.0, params=MODEL), r"params: .* got a Sequential"),
     (lambda: anything.algebra.add(STACK), r"adapters: expected a list .* got a Stack\. .*list\(stack\)"),
-    (lambda: anything.algebra.combine(ADAPTERS), r"adapters: expected a list .* One adapter goes into a list: \[adap"),
+    (lambda: anything.algebra.combine(ADAPTERS), r"adapters: expected a list .* Put a single adapter into a list: \[a"),
     (lambda: anything.algebra.ties([ADAPTERS, STACK], density=0.5), r"adapters\[1\]: .* got a Stack"),
     (lambda: anything.algebra.task_arithmetic([ADAPTERS], 2.0), "weights: expected a list of numbers, got 2.0"),
     (lambda: anything.algebra.dare([ADAPTERS], density=0.5, generator=0), "generator: expected a torch.Generator"),

@@ -151,7 +151,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["--weights", "1,x"], "--weights: expected numbers with commas between"),
     (["--weights", "1,2,3"], "weights: expected 2, one for each adapter, got 3"),
     (["--type", "ties"], "density: combination_type='ties' needs it"),
-    (["--type", "cat", "--rank", 2], "svd_rank: combination_type='cat' has no use for it"),
+    (["--type", "cat", "--rank", 2], "svd_rank: combination_type='cat' does not use it"),
     (["--type", "cat", "--seed", 2], "--seed: --type cat uses no random numbers"),
     (["--type", "linear"], "the ranks differ"),
     (["--base", "nowhere"], "--base: nowhere is not a directory"),

@@ -635,7 +635,7 @@ def wrong(value: object) -> Any:
             lambda: adamw(0.1).init({"w": torch.ones(2, dtype=torch.int64)}),
             "floating-point tensors, got torch.int64",
         ),
-        (lambda: apply_updates(W, {}), "updates: expected the tree of params, got another one"),
+        (lambda: apply_updates(W, {}), "updates: expected the tree structure of params, got another one"),
         (
             lambda: apply_updates(W, {"w": torch.ones(3)}),
             r"updates at \('w',\): .*\[2, 3\] as in params, got \[3\]",
@@ -645,7 +645,7 @@ def wrong(value: object) -> Any:
             lambda: adamw(0.1).update({"w": torch.ones(3)}, adamw(0.1).init(W), W),
             r"grads at \('w',\): expected a tensor \[2, 3\] as in mu, got \[3\]",
         ),
-        (lambda: sgd(0.1, 0.9).update(W, sgd(0.1).init(W), W), "grads: expected the tree of trace"),
+        (lambda: sgd(0.1, 0.9).update(W, sgd(0.1).init(W), W), "grads: expected the tree structure of trace"),
     ],
 )
 def test_errors_say_what_is_wrong(call: Callable[[], object], match: str) -> None:
@@ -656,5 +656,5 @@ def test_errors_say_what_is_wrong(call: Callable[[], object], match: str) -> Non
 @pytest.mark.parametrize("value", [[optim.warmup_cosine(1e-3, 2, 8)], "1e-3", [[1.0], [1.0, 2.0]], [None]])
 def test_a_value_for_each_member_is_a_number(value: Any) -> None:
     optimizer = optim.per_member(optim.sgd, lr=value)
-    with pytest.raises(ConfigError, match=r"per_member: lr: expected one number for each member, got .* belongs"):
+    with pytest.raises(ConfigError, match=r"per_member: lr: expected one number for each member, got .* Put every"):
         optimizer.init(fl.stack([{"x": torch.zeros(1)}]))

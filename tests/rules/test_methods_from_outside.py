@@ -590,7 +590,7 @@ def test_a_rule_with_a_dense_form_alone_is_right_or_refused_by_name(tmp_path: Pa
     close(fl.apply(model, params, fl.route(members, weights=weights), x), want, 1e-12)
     with pytest.raises(UnsupportedError, match=r"'weight': a tensor of ids .* Gain has no such form.*ids as a list"):
         fl.apply(model, params, fl.route(members, torch.tensor([1, 0, -1])), x)
-    with pytest.raises(UnsupportedError, match=r"gives as_lora or low_rank, got Gain\. Leave"):
+    with pytest.raises(UnsupportedError, match=r"has as_lora or low_rank, got Gain\. Leave"):
         algebra.add([gain(2.0), gain(3.0)])
     with pytest.raises(ConfigError, match=r"up_leaf_names"):
         fl.optim.lora_plus(0.1).init(gain(1.0))
