@@ -1,4 +1,4 @@
-"""What a method is made of: rules, layouts, operations, and what makes a class a tree node.
+"""The parts of a method: rules, layouts, operations, and the decorator that makes a class a tree node.
 
 A rule says what an adapter does to one weight. The rules that come with the library are here under the same names as in
 `funclora`; the other names are for rules of your own, as `docs/adding-a-method.md` shows.

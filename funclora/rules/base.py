@@ -1,4 +1,4 @@
-"""Rules: what an adapter does to one weight. The mathematics of a method is written here, once.
+"""Rules: what an adapter does to one weight. The mathematics of each method is written here, once.
 
     LoRA(a, b)             W  ->  W + s·B·A
     DoRA(a, b, magnitude)  W  ->  m · (W + s·B·A) / ‖W + s·B·A‖      (norm per output unit)
@@ -6,8 +6,8 @@
     Delta(value)           W  ->  W + s·value
 
 A rule is a pytree node: its children are exactly its trainable tensors, everything else is static. It knows its dense
-form (`dense`), how an operation that is linear in the weight is computed without it (`apply_op`), and which other forms
-it has. A new method is a new subclass of `Rule`, made a tree node by `pytree_node`.
+form (`dense`), how to compute an operation that is linear in the weight without it (`apply_op`), and which other forms
+it has. A new method is a new subclass of `Rule` with the decorator `pytree_node`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ R = TypeVar("R", bound="Rule")
 class Rule(ABC):
     """Rewrites one weight. A method is a subclass: a frozen dataclass that `pytree_node` makes a tree node.
 
-    `dense` and `check` are all that it must have. A rule that is a low-rank update gives it by `as_lora`, and then
-    operations, views, `route` and `algebra` use it. Every other method has a default; where that is None, the dense
+    Only `dense` and `check` are required. A rule that is a low-rank update returns it from `as_lora`; operations,
+    views, `route` and `algebra` then use it. Every other method has a default; where the default is None, the dense
     weight is computed, or an error says what is missing.
 
     Attributes:
         leaf_names: the fields that hold the trainable tensors.
         frozen_names: the fields marked with `FROZEN`; set by `pytree_node`.
         up_leaf_names: the leaves that `lora_plus` trains with the larger rate: those next to the output.
-        bind_dense: the dense form costs nothing: it is used as it is, no lazy weight stands for it.
-        layout: where the matrix that the rule rewrites is in the weight. None: `apply_op` is never called, every
+        bind_dense: the dense form costs nothing, and is used directly instead of a lazy weight.
+        layout: where the matrix that the rule rewrites is in the weight. None: `apply_op` is never called, and every
             operation gets the dense weight.
-        scaling: what the update is multiplied with; None if the rule has no such number. Where it is a field and no
-            leaf, members of a stack may differ in it, and it is a tensor `[]` where they are mapped.
+        scaling: the factor of the update; None if the rule has no such number. If it is a field but not a leaf,
+            members of a stack may differ in it, and it is a tensor `[]` where they are mapped.
         r: the rank of the update, if it has one.
 
     Examples:
@@ -76,7 +76,7 @@ class Rule(ABC):
 
     @abstractmethod
     def dense(self, weight: Tensor) -> Tensor:
-        """The rewritten weight, not yet rounded: in float32 at least, in the adapter's dtype if that is wider.
+        """The rewritten weight, not yet rounded: in float32 at least, or in the adapter's dtype if it is wider.
 
         Args:
             weight: the base weight, as its module stores it.
@@ -89,7 +89,7 @@ class Rule(ABC):
     def check(self, name: str, weight: Tensor) -> None:
         """Raise `ParamsError` if this rule does not fit the weight of that name."""
 
-    # --- as an update of low rank ------------------------------------------------------------------------------
+    # --- as a low-rank update ----------------------------------------------------------------------------------
 
     def as_lora(self) -> Rule | None:
         """The `LoRA` with the same effect on every weight; None if there is none."""
@@ -99,12 +99,12 @@ class Rule(ABC):
         """The low-rank update V = W + s·B·A of which the rewritten weight is a multiple in each output unit.
 
         Returns:
-            A `LoRA`. `output_scale` gives the multiples. None if the rewritten weight is no such thing.
+            A `LoRA`. `output_scale` gives the multiples. None if the rewritten weight has no such form.
         """
         return self.as_lora()
 
     def output_scale(self, weight: Tensor) -> Tensor | None:
-        """What each output unit of `low_rank` is multiplied with, `[*lead, out]`; None for 1."""
+        """The factor of each output unit of `low_rank`, `[*lead, out]`; None for 1."""
         return None
 
     def with_scaling(self: R, scaling: float | Tensor) -> R:
@@ -120,7 +120,7 @@ class Rule(ABC):
 
     @property
     def rank_dims(self) -> Mapping[str, int]:
-        """The dimension that counts ranks, of each leaf that has one: zeros behind the last rank add nothing."""
+        """The rank dimension of each leaf that has one: zeros after the last rank add nothing."""
         return {}
 
     # --- one operation -----------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Rule(ABC):
         return op.dense(self.dense(weight).to(weight.dtype), bias=True)
 
     def prepared(self, weight: Tensor) -> Rule:
-        """A rule with the same results that has computed what depends on nothing but itself and the weight."""
+        """A rule with the same results, with everything precomputed that depends only on the rule and the weight."""
         low: Any = self.low_rank()
         if low is None:
             return self
@@ -186,7 +186,7 @@ class Rule(ABC):
             shape: the shape of the weight.
             dim: the dimension, counted from the front.
             start: the first slice.
-            length: how many.
+            length: the number of slices.
         """
         if (start, length) == (0, shape[dim]):
             return self
@@ -224,14 +224,14 @@ class Rule(ABC):
         return torch.stack(found) if found else None
 
     def member(self, j: int) -> Rule:
-        """The rule of the j-th of some members, where the leaves of this rule are `[m, *]`."""
+        """The rule of member j, where the leaves of this rule are `[m, *]`."""
         rule: Any = self
         one: Rule = replace(rule, **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaf_names})
         return one
 
 
 def has_own_scaling(rule: Any) -> bool:
-    """Whether a rule's scaling can be another number: it is a field, and no leaf."""
+    """Whether a rule's scaling can be another number: it is a field, but not a leaf."""
     named = any(f.name == "scaling" for f in fields(rule)) and "scaling" not in rule.leaf_names
     return named and rule.scaling is not None
 
@@ -271,4 +271,4 @@ Adapters = Mapping[str, Rule]
 """One adapter: full name of a parameter -> rule."""
 
 Params = Mapping[str, Tensor]
-"""A model's weights: full name -> tensor, as from `base_params`."""
+"""A model's weights: full name -> tensor, as `base_params` returns them."""

@@ -58,7 +58,7 @@ class Delta(Rule):
     """Adds to the parameter: W + s·value (the bias of B, `lora_bias`).
 
     Attributes:
-        value: what is added, of the parameter's shape.
+        value: the summand, of the parameter's shape.
         scaling: s.
 
     Examples:
@@ -96,7 +96,7 @@ class Delta(Rule):
 
 
 def check_value(name: str, value: Tensor, weight: Tensor) -> None:
-    """Raise `ParamsError` unless a value has the shape of the parameter, and that can be trained."""
+    """Raise `ParamsError` unless a value has the shape of the parameter, and the parameter can be trained."""
     if value.shape != weight.shape:
         raise ParamsError(f"adapter of {name!r}: value has shape {list(value.shape)}, expected {list(weight.shape)}.")
     if not weight.is_floating_point():
@@ -104,9 +104,9 @@ def check_value(name: str, value: Tensor, weight: Tensor) -> None:
 
 
 def refuse_full(name: str, weight: Tensor) -> None:
-    """Raise `ParamsError` if a weight is quantised: training it in full would replace it, not adapt it."""
+    """Raise `ParamsError` if a weight is quantised: to train it fully would replace it, not adapt it."""
     if isinstance(weight, Quantized):
         raise ParamsError(
-            f"{name!r} is quantised and cannot be trained in full (modules_to_save, Full). Leave it out of the targets "
+            f"{name!r} is quantised and cannot be trained fully (modules_to_save, Full). Leave it out of the targets "
             "of quantize, or put its dense value, weight.dequantize(), into params."
         )

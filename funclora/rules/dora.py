@@ -14,15 +14,15 @@ from funclora._torch.pytree import pytree_node
 from funclora.rules.layouts import ConvTranspose, Layout
 from funclora.rules.low_rank import LowRank, compute_dtype, updated
 
-# How many members' norms to compute together.
+# The number of members whose norms are computed together.
 CHUNK = 16
-# A block of the adapted weight that the DoRA norm looks at holds at most this many elements ...
+# The DoRA norm reads the adapted weight in blocks. A block has at most this many elements ...
 NORM_BLOCK = 2**20
-# ... and at most this share of the weight, so that the weight as a whole never exists, ...
+# ... and at most this share of the weight, so that the complete weight never exists, ...
 NORM_SHARE = 8
-# ... unless that is so few that calls would cost more than memory.
+# ... unless so small a block would cost more time for calls than it saves memory.
 SMALL_BLOCK = 2**16
-# What is left of the squares of two vectors where their difference is no more than float32's rounding of them.
+# The squared norm of a difference of two vectors, relative to their squares, if it is only rounding of float32.
 CANCELLED = 2.0**-46
 
 
@@ -33,7 +33,7 @@ class DoRA(LowRank):
 
     ‖V‖ is the norm of each row of V, one per output unit. Unless `exact_norm_grad` it is a constant of the
     gradient (section 4.3 of the paper). A row of V that is zero stays zero. The bias is not scaled. Dropout
-    acts on the input of `a` only, not on that of W (PEFT drops both).
+    acts on the input of `a` only, not on the input of W (PEFT drops both).
 
     Attributes:
         a: the factor that reads the input, `[r, in]`.
@@ -92,7 +92,7 @@ def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: 
 
 
 def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
-    """The norms of the rows of M + s·B·A, without ever holding that matrix as a whole.
+    """The norms of the rows of M + s·B·A, without storing the complete matrix.
 
     ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) costs the same number of operations,
     but loses all digits where s·B·A nearly cancels M. Blocks of the sum itself are exact everywhere.
@@ -107,7 +107,7 @@ def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) 
         `[*lead, out]`, in float64.
     """
     n_out, n_in = matrix.shape[-2:]
-    if matrix.stride(-1) == 1:  # rows lie in memory one after the other: take some rows at a time
+    if matrix.stride(-1) == 1:  # rows are contiguous in memory: take some rows at a time
         n = _block(n_out, matrix.numel())
         blocks = zip(matrix.split(n, -2), b.split(n, -2), strict=True)
         return torch.cat([_norm(updated(m, a, b_, scaling), -1) for m, b_ in blocks], dim=-1)
@@ -117,22 +117,22 @@ def output_norms(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) 
 
 
 def _norm(x: Tensor, dim: int) -> Tensor:
-    """The norm along a dimension. Squares in float64: those of float32 leave its range at norms of 1e-19 and 1e19."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # which that device does not have
+    """The norm along a dimension. Squares in float64: in float32 they leave its range at norms of 1e-19 and 1e19."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
     norm: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
     return norm
 
 
 def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:
-    """`output_norms` for m updates of one matrix: the products of M with all their factors are one.
+    """`output_norms` for m updates of one matrix: one product of M with the factors of all updates.
 
-    ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) in float64, which has digits to spare where
+    ‖M‖² + 2s·rowsum((M·Aᵀ)∘B) + s²·rowsum((B·A·Aᵀ)∘B) (arXiv 2603.22276) in float64, which has enough digits where
     s·B·A cancels M up to the rounding of float32. Rows that it cancels further are zero.
 
     Args:
-        matrix: M, `[out, in]`, in float32 or less, as are
-        a: `[m, r, in]`,
-        b: `[m, out, r]`.
+        matrix: M, `[out, in]`. M, A and B are in float32 or a narrower dtype.
+        a: A, `[m, r, in]`.
+        b: B, `[m, out, r]`.
         scalings: s, `[m]`.
 
     Returns:
@@ -153,5 +153,5 @@ def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor)
 
 
 def _block(length: int, numel: int) -> int:
-    """How many of `length` slices of a tensor with `numel` elements to look at together."""
+    """The number of slices to read together, if a tensor with `numel` elements has `length` slices."""
     return max(1, min(NORM_BLOCK, max(numel // NORM_SHARE, SMALL_BLOCK)) * length // numel)

@@ -1,7 +1,7 @@
-"""Where the matrix that a low-rank update changes is inside a weight tensor.
+"""Where a weight tensor holds the matrix that a low-rank update changes.
 
-Every rule thinks of a weight as a matrix M of shape `[*lead, out, in]`, one row per output unit. A layout says
-how M is stored in the tensor that the module stores, and how the factors of an update B·A are shaped:
+Every rule treats a weight as a matrix M of shape `[*lead, out, in]`, one row per output unit. A layout says
+how the module's tensor stores M, and which shapes the factors of an update B·A have:
 
     layout                  weight                    a                  b                  lead
     Linear, Recurrent, ...  [out, in]                 [r, in]            [out, r]
@@ -66,20 +66,20 @@ class Layout(ABC):
         return False
 
     def expert_dims(self, shape: tuple[int, ...]) -> int:
-        """How many leading dimensions of the weight count matrices (experts) instead of belonging to one."""
+        """The number of leading dimensions of the weight that count matrices (experts) instead of belonging to one."""
         return 0
 
     def counts(self, shape: tuple[int, ...], dim: int) -> Literal["experts", "outputs", "inputs"] | None:
-        """What a dimension of the weight, counted from the front, counts; None if it is none of these alone."""
+        """What a dimension of the weight, counted from the front, counts; None if it is not exactly one of these."""
         return None
 
     def of_outputs(self) -> Layout | None:
-        """The layout of a weight with some of the output units; None if they are no slices of the weight."""
+        """The layout of a weight with some of the output units; None if they are not slices of the weight."""
         return self
 
     @property
     def rank_dims(self) -> tuple[int, int]:
-        """The dimensions of `a` and `b` that count ranks."""
+        """The rank dimensions of `a` and `b`."""
         return 0, 1
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class Layout(ABC):
 
 
 def padded(factor: Tensor, dim: int, size: int) -> Tensor:
-    """A factor with zeros after the last rank, which `dim` counts: they add nothing, and get no gradient."""
+    """A factor with zeros after the last rank along `dim`: the zeros add nothing, and get no gradient."""
     if factor.shape[dim] == size:
         return factor
     behind = factor.dim() - 1 - dim % factor.dim()
@@ -101,7 +101,7 @@ def padded(factor: Tensor, dim: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Matrices(Layout):
-    """M (or a stack of them) is the last two dimensions of the weight, maybe transposed.
+    """M (or a stack of such matrices) is the last two dimensions of the weight, possibly transposed.
 
     Examples:
         >>> Parameter().counts((8, 3, 5), 0), Parameter().counts((8, 3, 5), 1), Conv1D().counts((5, 3), 1)
@@ -121,7 +121,7 @@ class Matrices(Layout):
         return "inputs" if (dim == len(shape) - 1) != self.transposed else "outputs"
 
     def of_outputs(self) -> Layout:
-        return Parameter(self.transposed)  # no module's own weight any more
+        return Parameter(self.transposed)  # no longer a module's own weight
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
@@ -206,9 +206,9 @@ class Parameter(Matrices):
 
     Attributes:
         stored_transposed: the weight is `[*lead, in, out]` (the owner says so with `is_transposed`).
-        position: how many adapted parameters the same module registered before this one. PEFT's files know
-            the parameters of one module by this order alone.
-        siblings: how many parameters of the module are adapted in all.
+        position: the number of adapted parameters that the same module registered before this one. PEFT's files
+            identify the parameters of one module only by this order.
+        siblings: the total number of adapted parameters of the module.
 
     Examples:
         >>> Parameter(stored_transposed=True).factor_shapes((8, 5, 3), r=2)
@@ -228,8 +228,8 @@ class Parameter(Matrices):
 class Conv(Layout):
     """`nn.Conv1d/2d/3d`: weight `[out, in/groups, *kernel]`, M is `[out, in/groups·kernel]`.
 
-    With groups, every group of output channels reads the same `a` from its own input channels, so that one
-    kernel of the weight's own shape holds the update.
+    With groups, every group of output channels applies the same `a` to its own input channels. The update
+    is therefore one kernel of the weight's shape.
 
     Attributes:
         groups: the module's groups.
@@ -268,7 +268,7 @@ class ConvTranspose(Layout):
     """`nn.ConvTranspose1d/2d/3d`: weight `[in, out/groups, *kernel]`, M is `[out, in/groups·kernel]`.
 
     Attributes:
-        groups: the module's groups. They share `a`, as those of `Conv` do.
+        groups: the module's groups. They share `a`, as in `Conv`.
 
     Examples:
         >>> ConvTranspose(groups=2).factor_shapes((4, 3, 3), r=5)

@@ -1,4 +1,4 @@
-"""Operations that are linear in a weight, each with how it is computed from the factors of an update."""
+"""Operations that are linear in a weight, and how each is computed from the factors of an update."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from funclora._torch.functions import CONVS
 
 
 class LinearOp(ABC):
-    """A torch operation seen as a linear function of one of its weights: `y = op(W) + bias`.
+    """A torch operation as a linear function of one of its weights: `y = op(W) + bias`.
 
-    With M the weight's matrix `[*lead, out, in]`, the operation either takes inputs to output units (`x·Mᵀ`, the
-    usual case) or, `transposed`, output units to inputs (`x·M`, as a tied embedding does as output layer).
+    M is the weight's matrix `[*lead, out, in]`. The operation maps inputs to output units (`x·Mᵀ`, the usual case)
+    or, if `transposed`, output units to inputs (`x·M`, as a tied embedding does as output layer).
 
     Attributes:
         x: the input.
-        bias: what is added to the result, or None.
+        bias: the tensor that is added to the result, or None.
         transposed: the operation computes `x·M`.
         takes_dropout: dropout acts on its input.
         feature_dim: the dimension of its input and of its result that the matrix acts on.
 
     Examples:
-        A rule that multiplies the weight by one number does so in whatever operation the model calls:
+        A rule that multiplies the weight by one number, in every operation that the model calls:
 
         >>> from dataclasses import dataclass
         >>> import funclora as fl
@@ -74,10 +74,10 @@ class LinearOp(ABC):
         return added(y, self.low_rank(a, b, dropout), scaling)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
-        """`s·low_rank` of several updates, each on inputs of its own.
+        """`s·low_rank` of several updates, each on its own inputs.
 
         Args:
-            x: `[groups, rows, *]`: for each group an input of this operation with that many rows in front.
+            x: `[groups, rows, *]`: for each group an input of this operation; `rows` is its first dimension.
             a: `[groups, *]`.
             b: `[groups, *]`.
             scalings: `[groups]`, or None for 1.
@@ -108,14 +108,14 @@ class LinearOp(ABC):
         return self.with_input((self.x * factor).to(self.x.dtype))
 
     def replaced(self, weight: Tensor, index: Tensor, value: Tensor) -> Tensor:
-        """The operation, with its bias, on the weight in which some columns of M are others.
+        """The operation, with its bias, on the weight with some columns of M replaced.
 
         Args:
             weight: the base weight.
-            index: `[n]`, which columns: the inputs of M.
-            value: these columns as the weight stores them: `[n, out]` if it is `[in, out]`, else `[out, n]`.
+            index: `[n]`, the columns (inputs) of M.
+            value: these columns as the weight stores them: `[n, out]` if it is `[in, out]`, otherwise `[out, n]`.
         """
-        if self.transposed:  # M's inputs are what the operation puts out
+        if self.transposed:  # the inputs of M are the operation's outputs
             y, part = self.dense(weight, bias=True), self.dense(value, bias=False)
             part = part if self.bias is None else part + self.bias[index]
             return y.index_copy(self.feature_dim, index, part.to(y.dtype))
@@ -123,12 +123,12 @@ class LinearOp(ABC):
         return self.with_input(kept).dense(weight, bias=True) + self.with_input(others).dense(value, bias=False)
 
     def finish(self, y: Tensor) -> Tensor:
-        """What the operation does to its result after the linear part."""
+        """The part of the operation that follows its linear part."""
         return y
 
 
 def scaled(x: Tensor, scalings: Tensor | None) -> Tensor:
-    """x `[groups, *]` times a number for each group, in its own dtype."""
+    """x `[groups, *]` times a number for each group, in the dtype of x."""
     return x if scalings is None else (x * scalings.reshape(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
@@ -143,7 +143,7 @@ def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout else x
 
 
-# Dtypes in which a sum may be rounded at another place than PEFT rounds it.
+# Dtypes in which a sum may be rounded at a different step than in PEFT.
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -170,7 +170,7 @@ class LinearLayerOp(LinearOp):
         h, second = self._project_down(a, b, dropout)
         if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in _EXACT:
             return added(y, F.linear(h, second), scaling)
-        # The product is added where it is made: one pass over the outputs less, forward and backward.
+        # The product is added in place: this saves one pass over the outputs, forward and backward.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
@@ -236,7 +236,7 @@ class GroupedMatmulOp(LinearOp):
         return self.op(self.x, weight, offs=self.offs)
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
-        # The kernel wants rows of a multiple of 16 bytes: ranks are padded with zeros, which add nothing.
+        # The kernel needs rows of a multiple of 16 bytes: ranks are padded with zeros, which add nothing.
         missing = -a.shape[-2] % (16 // a.element_size())
         a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
         first, second = (b, a) if self.transposed else (a.mT, b.mT)
@@ -249,9 +249,9 @@ class GroupedMatmulOp(LinearOp):
 
 
 class EmbeddingOp(LinearOp):
-    """Rows of a table, `[*ids, dim]`."""
+    """Rows of an embedding matrix, `[*ids, dim]`."""
 
-    takes_dropout = False  # the input is a one-hot vector: to drop it would drop whole tokens. PEFT does not either
+    takes_dropout = False  # the input is a one-hot vector: dropout would drop complete tokens. PEFT has none either
 
     def __init__(
         self,
@@ -286,15 +286,15 @@ class EmbeddingOp(LinearOp):
         return torch.where((place < n).unsqueeze(-1), F.embedding(place.clamp(max=n - 1), value).to(y.dtype), y)
 
     def finish(self, y: Tensor) -> Tensor:
-        """Renormalisation and the gradient rules of `F.embedding`, on the rows instead of the table."""
+        """Renormalisation and the gradient rules of `F.embedding`, on the rows instead of the embedding matrix."""
         if self.max_norm is not None:
-            # torch renormalises the table outside of autograd: the value changes, the gradient does not see it.
+            # torch renormalises the matrix outside of autograd: the value changes, the gradient ignores it.
             norm = torch.linalg.vector_norm(y.detach(), self.norm_type, dim=-1, keepdim=True)
             scale = torch.where(norm > self.max_norm, self.max_norm / (norm + 1e-7), 1.0)
             y = y + (y * scale - y).detach()
         if self.scale_grad_by_freq:
             flat = self.x.flatten()
-            counts = torch.zeros(self.n_rows, device=y.device)  # float32: bfloat16 counts to 256
+            counts = torch.zeros(self.n_rows, device=y.device)  # float32: bfloat16 counts only to 256
             counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=counts.dtype))
             y = y.detach() + (y - y.detach()) / counts[self.x].unsqueeze(-1).to(y.dtype)
         if self.padding_idx is not None:
@@ -337,7 +337,7 @@ class ConvOp(LinearOp):
         return y
 
     def down(self, a: Tensor) -> Tensor:
-        """The kernel of the first convolution: every group reads its channels with the same `a`."""
+        """The kernel of the first convolution: every group applies the same `a` to its channels."""
         return a.repeat(self.groups, *(1 for _ in range(a.dim() - 1))) if self.groups > 1 else a
 
     def per_output(self, vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Low-rank updates: what their rules share, LoRA, and the forms of other rules as one."""
+"""Low-rank updates: the common base of their rules, LoRA, and other rules written as low-rank updates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from funclora.rules.linear_ops import LinearOp
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Rule):
-    """What rules with the factors of a low-rank update share: g·(W + s·B·A), with one g for each output unit.
+    """The base of rules with the factors of a low-rank update: g·(W + s·B·A), with one g for each output unit.
 
-    A subclass says what g is, by `output_scale`, and names its leaves: `a`, `b`, then vectors `[*lead, out]`.
-    Operations and views of the weight are here.
+    A subclass defines g in `output_scale`, and names its leaves: `a`, `b`, then vectors `[*lead, out]`.
+    This class has the operations and views of the weight.
 
     Attributes:
         a: the factor that reads the input, `[r, in]` (see `funclora.rules.layouts` for convolutions and experts).
@@ -146,7 +146,7 @@ class LowRank(Rule):
         return replace(self, b=self.b.narrow(dim, start, length), **vectors, layout=layout)
 
     def narrow_inputs(self, start: int, length: int) -> LowRank | None:
-        of_inputs = type(self).output_scale not in (Rule.output_scale, ScaledLowRank.output_scale)  # as a norm is
+        of_inputs = type(self).output_scale not in (Rule.output_scale, ScaledLowRank.output_scale)  # such as a norm
         if of_inputs or not isinstance(self.layout, Matrices):
             return None
         return replace(self, a=self.a.narrow(-1, start, length), layout=Parameter(self.layout.transposed))
@@ -208,7 +208,7 @@ class LoRA(LowRank):
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class ScaledLowRank(LowRank):
-    """scale·(W + s·B·A), one scale for each output unit: a rule such as DoRA with its norms worked out.
+    """scale·(W + s·B·A), one scale for each output unit: a rule such as DoRA after its norms are computed.
 
     Attributes:
         scale: `[*lead, out]`.
@@ -247,7 +247,7 @@ def _lora(rule: Rule, method: str, form: object) -> LoRA | None:
 
 
 def refuse_low_rank(name: str, weight: Tensor) -> None:
-    """Raise `ParamsError` if a weight cannot carry a low-rank update, naming it and saying why."""
+    """Raise `ParamsError` if a weight cannot have a low-rank update; the error names the weight and the reason."""
     if not weight.is_floating_point():
         raise ParamsError(f"{name!r} has dtype {weight.dtype}; a low-rank update needs a floating-point weight.")
     if weight.dim() < 2:
@@ -256,7 +256,7 @@ def refuse_low_rank(name: str, weight: Tensor) -> None:
             "Train it with Full (bias=..., modules_to_save=...) instead."
         )
     if weight.shape.numel() == 0:
-        raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot carry an update.")
+        raise ParamsError(f"{name!r} has shape {list(weight.shape)}: it is empty and cannot have an update.")
 
 
 def updated(matrix: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:

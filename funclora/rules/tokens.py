@@ -1,4 +1,4 @@
-"""Rules of embedding tables: some rows trained in full, and weights that are tied to another one."""
+"""Rules of embedding matrices: some rows trained fully, and weights that are tied to another one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from funclora.rules.linear_ops import LinearOp
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class TrainableTokens(Rule):
-    """Replaces rows of a table: W[token_indices] = value (PEFT's `trainable_token_indices`).
+    """Replaces rows of an embedding matrix: W[token_indices] = value (PEFT's `trainable_token_indices`).
 
-    The table is never copied where it is looked up, or used as an output layer.
+    A lookup never copies the matrix, nor does its use as an output layer.
 
     Attributes:
-        value: the new rows, `[n, dim]`, cast to the table's dtype where they are used.
-        token_indices: which rows, n different ones.
-        layout: how the table is stored: `[tokens, dim]`, or transposed.
+        value: the new rows, `[n, dim]`, cast to the matrix's dtype where they are used.
+        token_indices: the n different rows to replace.
+        layout: how the matrix is stored: `[tokens, dim]`, or transposed.
 
     Examples:
         >>> import torch
@@ -60,19 +60,19 @@ class TrainableTokens(Rule):
     def check(self, name: str, weight: Tensor) -> None:
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ParamsError(
-                f"{name!r} has shape {list(weight.shape)} and dtype {weight.dtype}; TrainableTokens needs a table "
+                f"{name!r} has shape {list(weight.shape)} and dtype {weight.dtype}; TrainableTokens needs a matrix "
                 "[tokens, dim] of floating-point numbers."
             )
         n_tokens, dim = weight.shape if self.layout.transposed else weight.mT.shape
         if max(self.token_indices) >= n_tokens:
             raise ParamsError(
-                f"adapter of {name!r}: token {max(self.token_indices)} is not in the table, which has {n_tokens} rows."
+                f"adapter of {name!r}: token {max(self.token_indices)} is not in the matrix, which has {n_tokens} rows."
             )
         wanted = (len(self.token_indices), dim)
         if tuple(self.value.shape) != wanted:
             raise ParamsError(
                 f"adapter of {name!r}: value has shape {list(self.value.shape)}, expected {list(wanted)}: one row of "
-                "the table for each token."
+                "the matrix for each token."
             )
 
     def transposed(self) -> TrainableTokens:
@@ -103,7 +103,7 @@ class TrainableTokens(Rule):
 class Tied(Rule):
     """Rewrites a parameter as the rule of another one does: the model ties the two.
 
-    It has no tensors. Gradients of both uses meet in the one rule.
+    It has no tensors. The one rule gets the gradients of both uses.
 
     Attributes:
         to: the full name of the parameter whose rule it follows.
@@ -127,11 +127,11 @@ class Tied(Rule):
         self._alone()
 
     def _alone(self) -> NoReturn:
-        raise ParamsError(f"Tied({self.to!r}) means nothing without the adapters that it is part of.")
+        raise ParamsError(f"Tied({self.to!r}) has no meaning without the adapters that it is part of.")
 
 
 def untied(adapters: Mapping[str, Rule]) -> Mapping[str, Rule]:
-    """The adapters with the rules that tied parameters follow in their places.
+    """The adapters, with each `Tied` rule replaced by the rule that it follows.
 
     Raises:
         ParamsError: a parameter is tied to one that has no rule, or is tied itself.

@@ -1,4 +1,4 @@
-"""Which tensors can carry a rule: dense ones of floating-point numbers that are where the rule's tensors are."""
+"""Which tensors can have a rule: dense floating-point tensors in the same place as the rule's tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from funclora._torch.functions import is_sharded
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
 
-# What most weights are: `bind` asks for each.
+# The kinds of most weights, for a fast check: `bind` checks every weight.
 _USUAL = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 def refuse_weight(name: str, weight: Tensor) -> None:
-    """Raise `ParamsError` if no rule can rewrite a tensor of that kind, naming it and what to do."""
+    """Raise `ParamsError` if no rule can rewrite a tensor of that kind; the error names it and what to do."""
     if weight.dtype in _USUAL and weight.layout == torch.strided and not weight.is_nested:
         return
     if weight.is_nested or weight.layout == torch.jagged:
@@ -36,9 +36,9 @@ def refuse_weight(name: str, weight: Tensor) -> None:
 
 
 def refuse_elsewhere(name: str, rule: Rule, weight: Tensor) -> None:
-    """Raise `ParamsError` if a weight has no values, or only a part of them, and the rule's tensors have all.
+    """Raise `ParamsError` if a weight has no values, or only a part of them, but the rule's tensors have all.
 
-    torch computes with meta tensors and real ones together, and returns memory that nobody wrote.
+    torch computes with meta tensors and real ones together, and returns uninitialised memory.
     """
     if weight.is_meta and not all(leaf.is_meta for leaf in _leaves(rule)):
         raise ParamsError(
@@ -47,8 +47,8 @@ def refuse_elsewhere(name: str, rule: Rule, weight: Tensor) -> None:
         )
     if type(weight) is not Tensor and is_sharded(weight) and not all(map(is_sharded, _leaves(rule))):
         raise ParamsError(
-            f"{name!r} is a DTensor, of which this process holds a part; the adapter's tensors are whole. Put its "
-            "full_tensor() into params, or distribute the adapter over the same mesh."
+            f"{name!r} is a DTensor, of which this process holds a part; the adapter's tensors are complete. Put "
+            "its full_tensor() into params, or distribute the adapter over the same mesh."
         )
 
 

@@ -555,10 +555,10 @@ def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch: pytest
 def test_a_quantised_weight_is_not_trained_in_full() -> None:
     model = mlp()
     params = quantize(base_params(model), ["0"])
-    with pytest.raises(ParamsError, match=r"'0.weight' is quantised and cannot be trained in full"):
+    with pytest.raises(ParamsError, match=r"'0.weight' is quantised and cannot be trained fully"):
         apply(model, params, {"0.weight": Full(torch.ones(64, 64))}, torch.ones(64))
     config = fl.LoraConfig(target_modules=["2"], modules_to_save=["0"])
-    with pytest.raises(ParamsError, match=r"'0.weight' is quantised and cannot be trained in full"):
+    with pytest.raises(ParamsError, match=r"'0.weight' is quantised and cannot be trained fully"):
         fl.init(model, config, params=params)
     apply(model, params, {"2.weight": Full(torch.ones(64, 64)), "0.bias": Full(torch.ones(64))}, torch.ones(64))
 

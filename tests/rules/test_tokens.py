@@ -127,7 +127,7 @@ def test_half_precision_rows_are_rounded_once() -> None:
     (lambda: TrainableTokens(torch.ones(1, 4), token_indices=()), "expected a tuple of ids"),
     (lambda: TrainableTokens(torch.ones(1, 4), token_indices=(-1,)), "expected a tuple of ids from 0 up"),
     (lambda: TrainableTokens(torch.ones(2, 4), token_indices=(1, 1)), "expected different ids"),
-    (lambda: TrainableTokens(torch.ones(1, 4), token_indices=(7,)), "token 7 is not in the table, which has 7 rows"),
+    (lambda: TrainableTokens(torch.ones(1, 4), token_indices=(7,)), "token 7 is not in the matrix, which has 7 rows"),
     (lambda: TrainableTokens(torch.ones(2, 4), token_indices=(1,)), "value has shape [2, 4], expected [1, 4]"),
     (lambda: Tied("mix.weight"), "tied to 'mix.weight', which has no rule of its own"),
     (lambda: Tied("embed.weight"), "tied to 'embed.weight', which has no rule of its own"),
@@ -141,7 +141,7 @@ def test_rules_that_do_not_fit_are_refused(rule: Callable[[], Any], message: str
 
 
 def test_tokens_of_what_is_no_table_are_refused() -> None:
-    with pytest.raises(ParamsError, match=r"'bias' has shape \[7\].* needs a table"):
+    with pytest.raises(ParamsError, match=r"'bias' has shape \[7\].* needs a matrix"):
         fl.merge({"bias": torch.ones(7)}, {"bias": tokens(1)})
 
 
