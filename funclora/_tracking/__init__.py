@@ -1,1 +1,1 @@
-"""Which member of the batch each position of a tensor belongs to."""
+"""Which row of the batch each position of a tensor belongs to."""

@@ -1,4 +1,4 @@
-"""Where rows enter a model and leave it."""
+"""Where the rows enter a model and leave it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from funclora.errors import UnsupportedError
 
 
 class Entrance:
-    """Where a batch of n rows enters a model: the outermost of its modules that is called.
+    """Where a batch of n rows enters a model: the outermost module that is called.
 
-    The tensors among the inputs of that call whose first dimension is n hold the rows, or those where it is
-    n·repeats, each row that many times in succession. Masks are left as they are: they are aligned with the rows by
-    position, and models compute with them in ways that cannot be followed.
+    An input tensor of that call holds the rows if its first dimension is n, or n·repeats with each row `repeats`
+    times in succession. Masks are not tracked: they are aligned with the rows by position, and models compute with
+    them in ways that cannot be tracked.
     """
 
     def __init__(self, n: int, repeats: int) -> None:
@@ -33,7 +33,7 @@ class Entrance:
         self.inside = threading.local()
 
     def guard(self, module: nn.Module) -> None:
-        """Let the calls of a module of a bound model, which belongs to one caller, pass through here."""
+        """Route the calls of a module of a bound model, which belongs to one caller, through this entrance."""
         forward, reference = module.__dict__.get("forward"), weakref.ref(module)
 
         def entered(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class Entrance:
     def call(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False
     ) -> Any:
-        """`function(*args, **kwargs)`; the rows go in and come out here, unless this is inside another call."""
+        """`function(*args, **kwargs)`; rows are tracked from here on, unless this is inside another tracked call."""
         if getattr(self.inside, "now", False):
             return function(*args, **kwargs)
         self.inside.now = True
@@ -70,12 +70,12 @@ def with_rows(
     known: dict[Any, Place],
     alone: bool = False,
 ) -> Any:
-    """`function(*args, **kwargs)` on inputs that know their rows; `alone`: every output must have them in front."""
+    """`function(*args, **kwargs)` on tracked inputs; with `alone`, the rows must be dimension 0 of every output."""
     scope = ForwardCall(n, known)
     entered: list[Tensor] = []
 
     def enter(x: Any) -> Any:
-        if isinstance(x, RowTensor) and x.scope.n == n:  # recomputed in backward: what the forward pass knew
+        if isinstance(x, RowTensor) and x.scope.n == n:  # recomputed in backward: tracked since the forward pass
             entered.append(x)
             return scope.enter(x.view_as(x), x.place)
         if isinstance(x, Tensor) and x.dim() and x.shape[0] in (n, n * repeats) and x.dtype != torch.bool:
@@ -103,8 +103,8 @@ def with_rows(
             )
         if alone and place != Place(0, 1):
             raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} for {n} rows, which do not lie along the "
-                "first dimension: it joins the members' results, or is the same for all of them. Compute the loss "
+                f"the model returns a tensor of shape {list(x.shape)} for {n} rows, whose first dimension does not "
+                "hold the rows: it joins the members' results, or is the same for all of them. Compute the loss "
                 "outside of the model, from outputs with examples as their first dimension."
             )
         return plain if isinstance(x, RowTensor) else x
@@ -117,6 +117,6 @@ def with_rows(
 
 @functools.cache
 def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    """The signature of a module's forward, which callers look at."""
+    """The signature of a module's forward, which callers read."""
     signature = inspect.signature(kind.forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])

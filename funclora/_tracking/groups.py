@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# How many rows of a member are few, so that the order of its factors in memory counts.
+# Up to this many rows of a member, the order of its factors in memory matters for speed.
 FEW = 4
 
 
@@ -17,12 +17,12 @@ class Assignment:
     """Which rows use which member, for m members with up to `count` rows each.
 
     Attributes:
-        n: the number of rows in all.
+        n: the total number of rows.
         count: the largest number of rows of a member.
-        table: `[m·count]`, the rows of the members one after the other; None if that is all rows in order. Members
+        table: `[m·count]`, the rows of the members in sequence; None if these are all rows in order. Members
             with fewer rows repeat one of them.
-        kept: the positions in the table that are no repetition; None if there is none.
-        span: the first row and the one after the last, if the table is all rows between them in order.
+        kept: the positions in `table` that are not repetitions; None if there are no repetitions.
+        span: the first row and the one after the last, if `table` is all rows between them in order.
     """
 
     n: int
@@ -84,14 +84,14 @@ class Assignment:
 
 
 class RoutedGroup(NamedTuple):
-    """Members of one kind at one weight, `m` of them: how the batch uses the rule with leaves `[m, *]`.
+    """`m` members of one kind at one weight: how the batch uses their rule with leaves `[m, *]`.
 
     Attributes:
         scalings: `[m]`.
-        rows: which rows use which member; None where `weights` are given.
+        rows: which rows use which member; None if `weights` are given.
         weights: `[n, m]`, each row's weights of the members.
-        present: `[n]`, where m is the number of rows: whether the row has a member at all.
-        apart: the rule is no low-rank update, and runs on the rows of each member apart.
+        present: `[n]`, if m is the number of rows: whether the row has a member.
+        apart: the rule is not a low-rank update, and runs on the rows of each member separately.
     """
 
     scalings: Tensor
@@ -102,7 +102,7 @@ class RoutedGroup(NamedTuple):
 
 
 class RoutedGroups(tuple[RoutedGroup, ...]):
-    """The groups of a rule as static data of a tree: two are equal if they are the same."""
+    """The groups of a rule as static data of a tree: two are equal only if they are the same object."""
 
     __slots__ = ()
     __eq__ = object.__eq__
@@ -110,7 +110,7 @@ class RoutedGroups(tuple[RoutedGroup, ...]):
 
 
 def in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:
-    """The order in which the rows of the groups follow each other and are all there are; empty if they do not."""
+    """The order in which the rows of the groups follow each other and cover all rows; empty if there is none."""
     spans = [group.rows.span if group.rows is not None else None for group in groups]
     found = sorted((span, i) for i, span in enumerate(spans) if span is not None)
     ends = [0, *(end for (_, end), _ in found)]

@@ -1,7 +1,7 @@
-"""What torch's operations do to the rows of a batch: for each, where the rows lie in its result.
+"""The effect of torch's operations on the rows of a batch: for each, which dimension of its result holds the rows.
 
-`propagations` takes an operation to a function of an `OpCall` that gives the place of the rows, or raises `LostError`.
-What is not in that table mixes rows, or nothing is known about it.
+`propagations` maps an operation to its propagation: a function of an `OpCall` that returns the place of the rows, or
+raises `LostError`. An operation that is not in it mixes rows, or is unknown.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from funclora._torch.functions import IDENTITY, INDEX, NEW, QUESTIONS, RESHAPES,
 
 
 class Place(NamedTuple):
-    """The rows of the batch lie along `dim`, one after the other, `inner` positions each."""
+    """The rows of the batch are along `dim`, one after the other, `inner` positions each."""
 
     dim: int
     inner: int
 
 
 class LostError(Exception):
-    """An operation mixes rows, or nothing is known about it."""
+    """An operation mixes rows, or is unknown."""
 
 
 class OpCall:
-    """An operation that was carried out, on at least one `RowTensor` (which this module knows by its attributes)."""
+    """A completed operation on at least one `RowTensor` (this module uses only its attributes)."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.args = args
         self.kwargs = kwargs
         self.out = out
-        self.tensors: list[Tensor] = []  # the arguments that are tensors, those in lists too
+        self.tensors: list[Tensor] = []  # the arguments that are tensors, also in lists
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
                 self.tensors.append(value)
@@ -56,14 +56,14 @@ class OpCall:
         return first
 
     def rows(self) -> list[tuple[Tensor, Place]]:
-        """The arguments with rows, and where these lie."""
+        """The arguments with rows, and the places of the rows."""
         return [(x, cast(Any, x).place) for x in self.tensors if self.has_rows(x)]
 
     def has_rows(self, x: Any) -> bool:
         return getattr(x, "scope", None) is self.scope
 
     def place(self) -> Place:
-        """Where the rows lie in the first argument, the only one that has any."""
+        """The place of the rows in the first argument, the only one with rows."""
         if [x for x, _ in self.rows() if x is not self.x]:
             raise LostError
         return self.place_of(self.x)
@@ -74,29 +74,28 @@ class OpCall:
         return x.place  # type: ignore[attr-defined, no-any-return]
 
 
-# A propagation gives the place of the rows in a result, None for a result that holds nothing of them, or one for
-# each part.
+# A propagation returns the place of the rows in a result, None for a result without rows, or one for each part.
 Places = Place | tuple[Place | str | None, ...] | str | None
 Propagation = Callable[[OpCall], Places]
 
 
 def question(call: OpCall) -> Places:
-    """Of the shape, the dtype, the device."""
+    """Operations that read only the shape, the dtype or the device."""
     return None
 
 
 def constant(call: OpCall) -> Places:
     """A new tensor that holds no values of its first argument."""
-    raise LostError  # it may hold those of another
+    raise LostError  # it may hold values of another argument
 
 
 def number(call: OpCall) -> Places:
-    """Values as Python's own: nobody knows what becomes of them."""
+    """Values as Python objects: their use cannot be tracked."""
     raise LostError
 
 
 def _aligned(call: OpCall) -> Place:
-    """Elementwise operations, which broadcast: the rows lie in the same place, counted from the last dimension."""
+    """Elementwise operations, which broadcast: the rows keep their place, counted from the last dimension."""
     found = {(place.dim - x.dim(), place.inner) for x, place in call.rows()}
     if len(found) != 1 or not isinstance(call.out, Tensor):
         raise LostError
@@ -107,12 +106,12 @@ def _aligned(call: OpCall) -> Place:
 
 
 def _own(call: OpCall) -> Place:
-    """Operations that keep the shape of the first argument, the only one whose values with rows they take."""
+    """Operations that keep the shape of the first argument, the only one from which they read values with rows."""
     return call.place_of(call.x)
 
 
 def _reshaped(call: OpCall) -> Places:
-    """view, reshape, flatten: the rows begin where as many elements lie before them, and may take more positions."""
+    """view, reshape, flatten: the same number of elements precedes the rows; a row may take more positions."""
     place, old, new, n = call.place_of(call.x), call.x.shape, call.out.shape, call.scope.n  # type: ignore[union-attr]
     before, passed = math.prod(old[: place.dim]), 1
     if math.prod(old) == math.prod(new):
@@ -124,12 +123,10 @@ def _reshaped(call: OpCall) -> Places:
 
 
 def _viewed(func: Callable[..., Any]) -> Propagation:
-    """Views that move, cut or add dimensions: seen on strides, with a stride along the rows alone."""
+    """Views that move, cut or add dimensions: found on a tensor with stride 0 in all dimensions without rows."""
 
     def propagation(call: OpCall) -> Places:
-        place = (
-            call.place_of(call.x) if func is Tensor.expand_as else call.place()
-        )  # expand_as looks at the shape alone
+        place = call.place_of(call.x) if func is Tensor.expand_as else call.place()  # expand_as reads only the shape
         size = call.x.shape[place.dim]
         strides = [0] * call.x.dim()
         strides[place.dim] = 1
@@ -150,18 +147,18 @@ _sliced = _viewed(Tensor.__getitem__)
 
 
 def _indexed(call: OpCall) -> Places:
-    """x[index]: slices of rows are views; a table without rows may be looked up by rows of indices."""
+    """x[index]: slices of rows are views; rows of indices may index a tensor without rows."""
     index = call.args[1]
     if call.has_rows(index) and not call.has_rows(call.x) and index.dtype in (torch.int64, torch.int32):
         return call.place_of(index)
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, bool) or not isinstance(part, (int, slice, type(None), type(Ellipsis))):
-            raise LostError  # it gathers
+            raise LostError  # it gathers rows
     return _sliced(call)
 
 
 def _joined(*, new_dim: bool) -> Propagation:
-    """cat and stack, along another dimension than the rows'."""
+    """cat and stack, along a dimension that does not hold the rows."""
 
     def propagation(call: OpCall) -> Places:
         places = {place for _, place in call.rows()}
@@ -176,7 +173,7 @@ def _joined(*, new_dim: bool) -> Propagation:
 
 
 def _along(position: int, default: Any = None) -> Propagation:
-    """Operations along some dimensions (all, if none is given), which must not be that of the rows."""
+    """Operations along some dimensions (all, if none is given), which must not hold the rows."""
 
     def propagation(call: OpCall) -> Places:
         dims = call.arg(position, "dim", "axis", default=default)
@@ -202,7 +199,7 @@ def _extreme(call: OpCall) -> Places:
 
 
 def _last(call: OpCall) -> Places:
-    """layer_norm, rms_norm: along the last dimensions, as many as the normalised shape has."""
+    """layer_norm, rms_norm: along the last dimensions, which the normalised shape counts."""
     place = call.place()
     if place.dim >= call.x.dim() - len(call.arg(1, "normalized_shape")):
         raise LostError
@@ -217,7 +214,7 @@ def _linear(call: OpCall) -> Places:
 
 
 def _product(first: int) -> Propagation:
-    """matmul and its kind: rows along batch dimensions, or along the outer dimension of one factor alone."""
+    """matmul and similar: rows along batch dimensions, or along the outer dimension of only one factor."""
 
     def propagation(call: OpCall) -> Places:
         left = call.arg(first, "mat1", "batch1", *(() if first else ("input", "self")))
@@ -287,7 +284,7 @@ def _images(call: OpCall) -> Places:
 
 def batch_norm(call: OpCall) -> Places:
     if call.arg(5, "training", "use_input_stats", default=True):
-        raise LostError  # its statistics are those of all rows
+        raise LostError  # its statistics are over all rows
     return _batched(0)(call)
 
 
@@ -299,7 +296,7 @@ def _padded(call: OpCall) -> Places:
 
 
 def _gathered(call: OpCall) -> Places:
-    """gather along another dimension than the rows', by an index that has them in the same place, or none."""
+    """gather along a dimension that does not hold the rows; the index has them in the same place, or has no rows."""
     place, index = call.place_of(call.x), call.arg(2, "index")
     if call.arg(1, "dim") % call.x.dim() == place.dim or (call.has_rows(index) and call.place_of(index) != place):
         raise LostError
@@ -315,7 +312,7 @@ def _selected(call: OpCall) -> Places:
 
 
 def _repeated(call: OpCall) -> Places:
-    """repeat_interleave: along another dimension, or each position of a row several times."""
+    """repeat_interleave: along a dimension without rows, or each position of a row several times."""
     place, times, dim = call.place(), call.arg(1, "repeats"), call.arg(2, "dim")
     if dim is None or not isinstance(times, int):
         raise LostError
@@ -334,7 +331,7 @@ _matmul = _product(0)
 
 
 def _know(propagation: Propagation, names: str, *spaces: Any) -> None:
-    """Enter a propagation for the functions of those names, wherever torch has them, their in-place forms too."""
+    """Register a propagation for the functions of those names in all of torch, and for their in-place forms."""
     for name in names.split():
         for space in spaces or (torch, Tensor, F, torch.special, torch.linalg):
             for form in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
@@ -342,7 +339,7 @@ def _know(propagation: Propagation, names: str, *spaces: Any) -> None:
                 if hasattr(function, "__set__"):  # a property
                     function = function.__get__
                 if form == f"__r{name}__" and propagation is _matmul:
-                    continue  # its factors are the other way round
+                    continue  # its factors are in reverse order
                 if callable(function):
                     propagations[function] = propagation
 
@@ -400,5 +397,5 @@ for _space in (Tensor, torch):
 
 
 def is_elementwise(func: Callable[..., Any]) -> bool:
-    """Whether an operation broadcasts its arguments against each other and does nothing else with them."""
+    """Whether an operation only broadcasts its arguments against each other."""
     return propagations.get(func) is _aligned

@@ -1,12 +1,12 @@
 """A different adapter for every row of the batch, in one ordinary forward pass.
 
-The operation on the base weight runs once, on all rows. What differs by row is small: the low-rank path runs as one
-batched product over the members (rows of one member together), and what a member scales its output units by is a vector
-per row. For a row with member j, s its scaling and g that scale (m/‖V‖ for DoRA, else 1):
+The operation on the base weight runs once, on all rows. Only small tensors differ by row: the low-rank path runs as one
+batched product over the members (rows of one member together), and the scale of the output units is a vector per row.
+For a row with member j, scaling s and scale g (m/‖V‖ for DoRA, otherwise 1):
 
     y = g_j ∘ (x·Wᵀ) + (x·A_jᵀ)·(s·g_j ∘ B_j)ᵀ + bias
 
-With weights w over the members it is the base's weight plus the weighted sum of the members' changes to it.
+With weights over the members, the weight of a row is the base weight plus the weighted sum of the members' changes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from funclora.rules.layouts import Layout, Matrices
 from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
 from funclora.rules.low_rank import LowRank, low_rank_of_members
 
-# The place of the rows where there is one: the whole tensor is that row, and gets a dimension in front.
+# The place of the rows if there is only one row: the complete tensor is that row, and gets a new first dimension.
 WHOLE_TENSOR = Place(0, 0)
 
 
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class Routed(Rule):
-    """Another member of a stack for every row of the batch. Made by `route`.
+    """A different member of a stack for every row of the batch. Made by `route`.
 
     Attributes:
-        rules: for each group the members' rule, its leaves `[m, *]`.
+        rules: for each group the members' rule, with leaves `[m, *]`.
         groups: for each rule the rows that use its members.
         n: the number of rows.
-        repeats: how many times in succession the model may be given each of them.
+        repeats: how many times in succession the model may get each row.
     """
 
     rules: tuple[Rule, ...]
@@ -57,11 +57,11 @@ class Routed(Rule):
 
     @property
     def layout(self) -> Layout | None:  # type: ignore[override]
-        """Where the matrix is in the weight; None if some members' rules are no low-rank updates."""
+        """Where the matrix is in the weight; None if some members' rules are not low-rank updates."""
         return None if any(group.apart for group in self.groups) else self.rules[0].layout
 
     def apart(self) -> list[tuple[Rule, RoutedGroup]]:
-        """The members whose rule is no low-rank update."""
+        """The members whose rule is not a low-rank update."""
         return [each for each in zip(self.rules, self.groups, strict=True) if each[1].apart]
 
     def together(self) -> Routed | None:
@@ -71,7 +71,7 @@ class Routed(Rule):
 
     def dense(self, weight: Tensor) -> Tensor:
         raise UnsupportedError(
-            "every row of the batch has a weight of its own here, and there is no such form of this operation. Leave "
+            "every row of the batch has its own weight here, and this operation cannot use a weight per row. Leave "
             "the target out, use funclora.vmap over the stack, or call the model once for each member."
         )
 
@@ -79,7 +79,7 @@ class Routed(Rule):
         places = {_place(rule.layout) for rule, group in zip(self.rules, self.groups, strict=True) if not group.apart}
         if len(places) > 1:
             raise UnsupportedError(
-                f"{name!r}: some members' rules read the weight as another matrix than others, as their layouts say: "
+                f"{name!r}: the members' rules read the weight as different matrices, because their layouts differ: "
                 f"{', '.join(sorted({type(rule.layout).__name__ for rule in self.rules}))}. Give them one layout, or "
                 "use funclora.vmap over the stack."
             )
@@ -87,8 +87,8 @@ class Routed(Rule):
             rule.member(0).check(name, weight)
             if not group.apart and rule.layout is not None and rule.layout.expert_dims(weight.shape):
                 raise UnsupportedError(
-                    f"{name!r} holds the matrices of several experts, which sort the tokens by expert: which row a "
-                    "token belongs to is not known there. Call the model once for each member, or leave the target out."
+                    f"{name!r} holds the matrices of several experts, which sort the tokens by expert: the row of a "
+                    "token is not known there. Call the model once for each member, or leave the target out."
                 )
 
     def prepared(self, weight: Tensor) -> Rule:
@@ -118,18 +118,18 @@ class Routed(Rule):
         return self.with_rules(tuple(rule for rule, _ in each), RoutedGroups(groups))
 
     def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
-        """This rule with others for the same rows."""
+        """This rule with other members' rules for the same rows."""
         return replace(self, rules=rules, groups=groups)
 
 
 def _place(layout: Layout | None) -> tuple[type, bool, int]:
-    """What layouts that put the matrix at one place in a weight have in common."""
+    """A key that is equal for layouts with the matrix in the same place of the weight."""
     kind = Matrices if isinstance(layout, Matrices) else type(layout)
     return kind, getattr(layout, "transposed", False), getattr(layout, "groups", 1)
 
 
 def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, RoutedGroup]:
-    """The update of the members of a group, with what it scales the output units by worked out."""
+    """The update of the members of a group, with the scale of the output units computed."""
     low, scalings = low_rank_of_members(rule, group.scalings)
     if group.present is not None:
         scalings = torch.where(group.present, scalings, 0.0)
@@ -137,15 +137,15 @@ def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, 
     return low if scale is None else low.with_scale(scale), group._replace(scalings=scalings)
 
 
-# What the output units of each group's members are multiplied with, `[m, out]`; None for 1.
+# The scale of the output units of each group's members, `[m, out]`; None for 1.
 Scales = Sequence[Tensor | None]
 
 
 class ReorderedB:
-    """The factors B of a weight that is read again and again: for few rows, in the order of the second product.
+    """The factors B of a weight that is read repeatedly: for few rows, in the order of the second product.
 
     Batches of small products are up to three times as fast with `[m, r, out]` in memory. To reorder B costs as much
-    as some products, so it is done where there was one already.
+    as some products, so B is reordered only after a first product.
     """
 
     def __init__(self) -> None:
@@ -168,13 +168,13 @@ class ReorderedB:
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class PreparedRouted(Rule):
-    """A `Routed` rule of low-rank updates, with what they scale the output units by worked out.
+    """A `Routed` rule of low-rank updates, with the scales of their output units computed.
 
     Attributes:
         rules: as in `Routed`.
         groups: as in `Routed`.
         n: the number of rows.
-        succession: the groups in the order of their rows, if these follow each other and are all there are.
+        succession: the groups in the order of their rows, if these follow each other and cover all rows.
         seconds: the factors B, in the order in which they are read.
     """
 
@@ -198,7 +198,7 @@ class PreparedRouted(Rule):
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]
-        """Where the matrix lies in the weight."""
+        """Where the matrix is in the weight."""
         return self.rules[0].layout
 
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
@@ -233,7 +233,7 @@ class PreparedRouted(Rule):
         return out if self.n == 1 else track.scope.enter(out, place)
 
     def _by_part(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
-        """The rows of a result, rewritten group by group; x is the operation's input by rows."""
+        """The rows of a result, rewritten group by group; x is the operation's input with rows first."""
         sizes = [end - start for start, end in (self.groups[i].rows.span for i in self.succession)]  # type: ignore[union-attr, misc]
         # One split has one gradient; each slice would have one of the size of all rows.
         pieces = zip(*([z] if len(sizes) == 1 else z.split(sizes) for z in (x, y)), strict=True)
@@ -249,7 +249,7 @@ class PreparedRouted(Rule):
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _gathered(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
-        """The same, where the rows of the groups lie among each other, or some have no member."""
+        """The same, if the rows of the groups are mixed in the batch, or some rows have no member."""
         for i, group in enumerate(self.groups):
             assert group.rows is not None
             y = group.rows.added(y, self._grouped(i, op, group.rows.gathered(x), dropout))
@@ -266,7 +266,7 @@ class PreparedRouted(Rule):
         return updates
 
     def _mixed(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
-        """The rows of a result under weighted sums of all members: scales are summed, updates keep their own."""
+        """The rows of a result under weighted sums of all members: scales are summed, updates keep their own scale."""
         if not op.transposed:
             y = _scaled(op, y, self._row_scale(scales))
         for rule, group, scale in zip(self.rules, self.groups, scales, strict=True):
@@ -284,7 +284,7 @@ class PreparedRouted(Rule):
         return y
 
     def _row_scale(self, scales: Scales) -> Tensor | None:
-        """What each row multiplies the base weight's output units by, `[n, out]`; None if no row does."""
+        """The scale of the base weight's output units for each row, `[n, out]`; None if no row has one."""
         of_rows: Tensor | None = None
         mixed: Tensor | None = None
         for own, group in zip(scales, self.groups, strict=True):
@@ -298,7 +298,7 @@ class PreparedRouted(Rule):
                 of_rows = group.rows.put(of_rows, own.unsqueeze(1).expand(-1, group.rows.count, -1))
             else:
                 weights = group.weights.to(own.dtype)  # type: ignore[union-attr]
-                of_rows = of_rows - weights.sum(1, keepdim=True)  # what is left for the base
+                of_rows = of_rows - weights.sum(1, keepdim=True)  # the remaining weight of the base
                 mixed = weights @ own if mixed is None else mixed + weights @ own
         return of_rows if mixed is None or of_rows is None else of_rows + mixed
 
@@ -309,7 +309,7 @@ def _scaled(op: Any, rows: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:
-    """Whether an operation on a weight leaves rows that lie there alone."""
+    """Whether an operation on a weight keeps rows at that place separate."""
     if isinstance(op, ConvOp):
         return place.dim == 0 and x.dim() == op.spatial + 2
     return not isinstance(op, LinearLayerOp) or place.dim < x.dim() - 1
@@ -321,9 +321,9 @@ def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def lost(operation: str, doing: str) -> UnsupportedError:
-    """The error for rows that cannot be told apart."""
+    """The error for rows that cannot be distinguished."""
     cause = f"{operation} mixed or reordered the rows before" if operation else "its input does not come from the batch"
     return UnsupportedError(
-        f"{doing}, but which row of the batch an input belongs to is not known: {cause}. Use funclora.vmap over the "
-        "stack, call the model once for each member, or leave the targets behind that operation out."
+        f"{doing}, but the row of the batch that an input belongs to is not known: {cause}. Use funclora.vmap over the "
+        "stack, call the model once for each member, or leave out the targets after that operation."
     )

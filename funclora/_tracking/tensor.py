@@ -1,9 +1,9 @@
-"""Rows with an identity: which part of a tensor belongs to which row of the batch.
+"""Tensors that track which dimension holds the rows of the batch.
 
-With another adapter for every row, a layer must know which rows it was given. A shape does not prove that: an expert
-may be given as many tokens as there are rows. So the inputs of the model are `RowTensor`s, which remember along which
-dimension the rows lie. An operation that is known to keep rows apart says where they lie in its result; the result of
-any other is *lost*: the model may use it, but no adapter that differs by row can read it.
+With a different adapter for every row, a layer must know which rows it gets. A shape does not prove that: an expert
+may get as many tokens as there are rows. So the inputs of the model are `RowTensor`s, which track the dimension that
+holds the rows. Each operation that keeps rows separate has a propagation, which returns their place in its result; the
+result of any other operation is *lost*: the model may use it, but no adapter that differs by row can read it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class ForwardCall:
 
     Attributes:
         n: the number of rows.
-        active: false when the call is over; its tensors are then like any other.
-        known: what earlier operations found, by the operation and all that its propagation looks at.
-        spoilt: memory that rows were written to in a way that no `RowTensor` can tell.
+        active: false after the call; its tensors are then like any other.
+        known: results of earlier propagations, by the operation and everything that its propagation reads.
+        spoilt: memory that rows were written to in a way that no `RowTensor` can track.
         taken: the tensors that `take` took.
-        read: the operation by which Python learnt values of rows, "" if none did: numbers cannot be followed.
+        read: the operation that gave Python values of rows, "" if none did: numbers cannot be tracked.
     """
 
     n: int
@@ -56,21 +56,21 @@ class ForwardCall:
     taken: list[RowTensor] = field(default_factory=list)
 
     def lost(self, *tensors: Tensor) -> str:
-        """What lost the rows of these tensors other than the operations that made them; "" if nothing did."""
+        """What lost the rows of these tensors, other than the operations that made them; "" if nothing did."""
         if self.read:
             return self.read
         spoilt = self.spoilt and any(x.untyped_storage()._cdata in self.spoilt for x in tensors)
         return "a write in place" if spoilt else ""
 
     def take(self, x: Tensor | None) -> None:
-        """Make a plain tensor that rows were written to one of this call, so that what is made of it is lost too."""
+        """Make a plain tensor that rows were written to a tensor of this call, so that its uses are lost too."""
         if type(x) is Tensor and not torch.compiler.is_compiling():
             x.__class__ = RowTensor
             self.enter_as(x, "a write in place")  # type: ignore[arg-type]
             self.taken.append(x)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """End the call, and give back the tensors that were taken."""
+        """End the call, and make the taken tensors plain again."""
         self.active = False
         for x in self.taken:
             del x.scope, x.place
@@ -92,7 +92,7 @@ _streams: ContextVar[list[torch.Generator] | None] = ContextVar("funclora.stream
 
 @contextlib.contextmanager
 def streams(generators: list[torch.Generator] | None) -> Iterator[None]:
-    """Draw dropout from one generator for each member of a population, whose rows lie one after the other."""
+    """Draw dropout from one generator for each member of a population, whose rows follow each other."""
     token = _streams.set(generators)
     try:
         yield
@@ -101,7 +101,7 @@ def streams(generators: list[torch.Generator] | None) -> Iterator[None]:
 
 
 def dropped(x: Tensor, p: float, first_rows: Sequence[int], n: int) -> Tensor:
-    """Dropout on `[members, *]`, of members whose rows begin at `first_rows` of n: the draws of a run alone."""
+    """Dropout on `[members, *]`, of members whose rows begin at `first_rows` of n: each draws as in its own run."""
     generators = _streams.get()
     if generators is None:
         return F.dropout(x, p)
@@ -115,11 +115,11 @@ def dropped(x: Tensor, p: float, first_rows: Sequence[int], n: int) -> Tensor:
 
 
 class RowTensor(torch.Tensor):
-    """A tensor that knows where the rows of the batch lie in it.
+    """A tensor that tracks the place of the rows of the batch in it.
 
     Attributes:
         scope: the call that it belongs to.
-        place: where the rows lie, or the name of the operation that lost them.
+        place: the place of the rows, or the name of the operation that lost them.
     """
 
     scope: ForwardCall
@@ -133,7 +133,7 @@ class RowTensor(torch.Tensor):
         for kind in kinds:
             if kind is not RowTensor and kind not in _PLAIN and not issubclass(kind, RowTensor):
                 if not getattr(kind, "holds_no_rows", False):
-                    return NotImplemented  # it is a lazy weight's turn
+                    return NotImplemented  # lets the lazy weight handle it
                 constants = True
         kwargs = kwargs or {}
         propagation = propagations.get(func)
@@ -143,8 +143,8 @@ class RowTensor(torch.Tensor):
         if func is F.dropout and _streams.get() is not None:
             return _dropout(*args, **kwargs)
         if propagation is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
-            return undispatched(func)(*args, **kwargs)  # Python code: its operations shall say
-        if constants:  # their own class computes, on plain tensors; where the rows are is said here
+            return undispatched(func)(*args, **kwargs)  # Python code: each operation in it has its propagation
+        if constants:  # their own class computes on plain tensors; the place of the rows is added here
             out = func(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
             with plain_tensors():
                 return _placed(func, propagation, args, kwargs, out)
@@ -156,7 +156,7 @@ class RowTensor(torch.Tensor):
                 if func in _MAY_RETURN_SELF and out is args[0]:
                     return out
                 return _placed(func, propagation, args, kwargs, out)
-            # The layers of a model ask the same questions again and again.
+            # The layers of a model repeat the same operations.
             key, scope = _looks(func, args, kwargs)
             if scope is None:
                 return _placed(func, propagation, args, kwargs, out)
@@ -164,7 +164,7 @@ class RowTensor(torch.Tensor):
             if place is not None and not (scope.spoilt or scope.read):
                 if any(x is out for x in args):
                     return scope.enter(out, place)
-                out.__class__ = RowTensor  # nobody knows it yet: no alias is needed
+                out.__class__ = RowTensor  # nothing else refers to it yet: no alias is needed
                 return scope.enter_as(cast(RowTensor, out), place)
             placed = _placed(func, propagation, args, kwargs, out)
             if type(placed) is RowTensor and isinstance(placed.place, Place):
@@ -177,9 +177,9 @@ _NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.devi
 
 
 def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ForwardCall | None]:
-    """All arguments of an operation that its propagation may look at, to compare, and the call whose rows they hold.
+    """All arguments of an operation that its propagation may read, to compare, and the call whose rows they hold.
 
-    None in place of the call, if there are several or the arguments cannot be compared.
+    The call is None if there are several, or if the arguments cannot be compared.
     """
     key: list[Any] = [func]
     scopes: list[ForwardCall] = []
@@ -225,7 +225,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, Place | str]:
     """The plain tensor, and the place of its rows, or the operation that lost them; "" if it never had any."""
     if not isinstance(x, RowTensor):
         return x, ""
-    with plain_tensors():  # not as_subclass, which cannot be traced back
+    with plain_tensors():  # as_subclass could not be traced by torch.compile
         return x.view_as(x), (x.scope.lost(x) or x.place) if x.scope.active else ""
 
 
@@ -235,7 +235,7 @@ def _plain(x: Any) -> Any:
 
 def rows_first(x: Tensor, place: Place, n: int) -> Tensor:
     """A plain tensor with n rows as `[n, *]`: the positions of one row stay in the rows' place."""
-    if place.inner == 0:  # one row, which is the whole tensor
+    if place.inner == 0:  # one row, which is the complete tensor
         return x.unsqueeze(0)
     if place.inner != 1:
         x = x.unflatten(place.dim, (n, place.inner))
@@ -252,7 +252,7 @@ def rows_back(x: Tensor, place: Place) -> Tensor:
 
 
 def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`F.dropout` with draws of its own for each member of a population."""
+    """`F.dropout` with separate draws for each member of a population."""
     generators, x = _streams.get(), input
     if not training or p == 0 or generators is None or not input.scope.active:
         return input
@@ -268,7 +268,7 @@ def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: b
 def _placed(
     func: Callable[..., Any], propagation: Propagation | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> Any:
-    """The result of an operation, with the place of the rows in it. Torch functions of subclasses are off here."""
+    """The result of an operation, with the place of its rows. `__torch_function__` of subclasses is disabled here."""
     writes = written(func, args, kwargs)
     if not (writes or propagation is number or isinstance(out, (Tensor, tuple, list))):
         return out
@@ -316,7 +316,7 @@ def _places(func: Callable[..., Any], propagation: Propagation | None, call: OpC
 
 
 def _proven(places: Places, call: OpCall, name: str) -> Places:
-    """The places that a propagation gives; the operation itself in place of those that do not fit the results."""
+    """The places that a propagation returns; the operation's name instead of a place that does not fit the result."""
 
     def checked(place: Place | str | None, out: Any) -> Place | str | None:
         if isinstance(place, Place) and isinstance(out, Tensor):
@@ -333,14 +333,14 @@ def _proven(places: Places, call: OpCall, name: str) -> Places:
 
 
 def _kept(func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
-    """A tensor detached when its call is over, as recomputation in backward does, remembers its place."""
+    """A tensor that is detached after its call, as recomputation in backward does, keeps its place."""
     if func in (Tensor.detach, torch.detach) and isinstance(args[0], RowTensor):
         return args[0].scope.enter(out, args[0].place)
     return out
 
 
 def _note_write(scope: ForwardCall, x: Tensor, places: Places) -> None:
-    """Whatever shares memory with x is lost from now on, unless x held rows in that very place."""
+    """Mark everything that shares memory with x as lost, unless x already held rows in the same place."""
     if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
         scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again
         for plain in (x, x._base):
