@@ -1,1 +1,1 @@
-"""Stand-ins for rewritten weights that answer operations without the dense weight."""
+"""Placeholders for rewritten weights that compute operations without the dense weight."""

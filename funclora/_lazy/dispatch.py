@@ -1,7 +1,7 @@
 """Which torch operations are linear in a lazy weight.
 
-`linear_ops` takes an operation to a function that turns its arguments into `(lazy weight, LinearOp)`, or raises
-`NoFormError` where this call of the operation has no fast form.
+`linear_ops` maps an operation to a function that turns its arguments into `(lazy weight, LinearOp)`, or raises
+`NoFormError` if this call of the operation has no fast form.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from funclora.rules.linear_ops import (
     MatmulOp,
 )
 
-# Any: a lazy weight; this module knows it only by its attributes `rule` and `base`.
+# Any: a lazy weight; this module uses only its attributes `rule` and `base`.
 Parsed = tuple[Any, LinearOp]
 
 
@@ -33,7 +33,7 @@ def _is_lazy(x: object) -> bool:
 
 
 def _layout(weight: Any, kind: type[Layout]) -> Any:
-    """The layout of the lazy weight's rule, if the operation can be computed with one of that kind."""
+    """The layout of the lazy weight's rule, if the operation can be computed with a layout of that kind."""
     layout = weight.rule.layout if _is_lazy(weight) else None
     if not isinstance(layout, kind):
         raise NoFormError
@@ -54,7 +54,7 @@ def _matmul(input: Any, other: Any) -> Parsed:
             raise NoFormError
         return input, LeftMatmulOp(other, transposed=transposed)
     if input.dim() < 2 and _is_lazy(other) and other.base.dim() > 2:
-        raise NoFormError  # a vector for all experts: the product has no dimension of tokens
+        raise NoFormError  # one vector for all experts: the product has no token dimension
     return other, MatmulOp(input, None, transposed=not _layout(other, Matrices).transposed)
 
 

@@ -1,4 +1,4 @@
-"""Operations on parameters that differ by row and are no linear maps: biases, norms, weights replaced as a whole."""
+"""Operations on parameters that differ by row, without linear maps: biases, norms, completely replaced weights."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from funclora.rules.base import rescaled
 
 
 def differs_by_row(x: Any) -> bool:
-    """True for a lazy weight that is another one for every row."""
+    """True for a lazy weight that differs by row."""
     return isinstance(getattr(x, "rule", None), (Routed, PreparedRouted))
 
 
 def operate_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation that is no linear map, on parameters that differ by row: biases, the scale and shift of norms.
+    """An operation that is not a linear map, on parameters that differ by row: biases, the scale and shift of norms.
 
     Returns:
-        The result; NotImplemented if the operation has no such form, or is none on such parameters.
+        The result; NotImplemented if the operation has no such form, or has no such parameters.
     """
     if not any(map(differs_by_row, (*args, *kwargs.values()))):
         return NotImplemented
@@ -53,7 +53,7 @@ def operate_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], lazy: Any) -> Tensor:
-    """An operation linear in a weight that some members replace: their rows are computed apart."""
+    """An operation linear in a weight that some members replace: their rows are computed separately."""
 
     def operation(weight: Any, rows: Tensor | None = None) -> Any:
         def given(x: Any) -> Any:
@@ -83,7 +83,7 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             one = rescaled(several.member(j), group.scalings[j])
             value = lazy.like(base, one)
             if one.bind_dense:
-                value = one.dense(base).to(base.dtype, copy=True)  # embeddings with a maximal norm write to it
+                value = one.dense(base).to(base.dtype, copy=True)  # embeddings with max_norm write to it
             if group.rows is None:
                 change = operation(value) - operation(base)
                 change = rows_first(rows_of(change)[0], place, rule.n)
@@ -107,7 +107,7 @@ def _only(x: Any, chosen: Tensor, n: int) -> Any:
 
 class _Affine(NamedTuple):
     names: tuple[str, ...]  # of the arguments, in their order
-    affine: tuple[str, str]  # those that scale and shift the result
+    affine: tuple[str, str]  # the arguments that scale and shift the result
     channels_first: bool
 
 
@@ -142,7 +142,7 @@ def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
     """The values of a parameter, each in the place of its row, to broadcast over `like`."""
     rule, base = lazy.rule, lazy.base
     if rule.together() is not None:
-        raise UnsupportedError(f"{lazy.target!r} has low-rank updates that differ by row, and is read as a whole.")
+        raise UnsupportedError(f"{lazy.target!r} has low-rank updates that differ by row, and all of it is read.")
     lazy.used("fast")
     values = base.expand(rule.n, *base.shape)
     for several, group in zip(rule.rules, rule.groups, strict=True):

@@ -1,8 +1,8 @@
-"""What a lazy weight becomes by operations that show its values elsewhere: views, casts, copies.
+"""Operations on a lazy weight that return its values as another lazy weight: views, casts, copies.
 
-`views` takes an operation to a function of it and its arguments that gives a lazy weight (or several), or raises
-`NoFormError` where this call of the operation has no such form. `inlined` takes functions that torch wrote in Python,
-from linear operations, to copies that run their body on lazy weights.
+`views` maps an operation to a function of it and its arguments that returns a lazy weight (or several), or raises
+`NoFormError` if this call of the operation has no such form. `inlined` maps torch's Python functions that consist of
+linear operations to copies that run their body on lazy weights.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from funclora._torch.views import View, seen
 from funclora.rules.base import Rule
 from funclora.rules.layouts import Matrices
 
-# Any: a lazy weight; this module knows it only by `rule`, `base` and `like`.
+# Any: a lazy weight; this module uses only its `rule`, `base` and `like`.
 
 
 def _of_base(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What depends on no values, and what has a lazy weight for nothing but its shape, dtype or device."""
+    """Operations that depend on no values, or use a lazy weight only for its shape, dtype or device."""
     return func(*pytree.tree_map(_base, args), **pytree.tree_map(_base, kwargs))
 
 
@@ -66,7 +66,7 @@ def _rule(lazy: Any, view: View | None) -> Rule:
     shape = tuple(lazy.base.shape)
     if view is not None and _has_matrix(view, len(shape)):
         rule = _of_part(lazy.rule, view, shape)
-        if rule is None:  # what depends on all of the weight, a norm for example, is worked out before that is cut
+        if rule is None:  # quantities of the complete weight, such as a norm, are computed before it is cut
             rule = _of_part(lazy.rule.prepared(lazy.base), view, shape)
         if rule is not None:
             return rule
@@ -92,7 +92,7 @@ def _of_part(rule: Rule | None, view: View, shape: tuple[int, ...]) -> Rule | No
 
 
 def _index(view: View, n: int) -> tuple[int | slice | None, ...]:
-    """The index that drops and adds the dimensions in front of the matrix as the view does."""
+    """The index that drops and adds the dimensions before the matrix as the view does."""
     index: list[int | slice | None] = []
     passed = 0
     for dim in (*view.dims[:-2], n - 2):
@@ -107,7 +107,7 @@ def _index(view: View, n: int) -> tuple[int | slice | None, ...]:
 
 
 def _gathered(lazy: Any, index: Tensor) -> Any:
-    """The experts at positions that a tensor holds, or the rows of a table."""
+    """The experts at positions that a tensor holds, or the rows of an embedding matrix."""
     if index.is_floating_point() or index.dtype == torch.bool or not isinstance(lazy.rule.layout, Matrices):
         raise NoFormError
     if lazy.base.dim() > 2:
@@ -118,7 +118,7 @@ def _gathered(lazy: Any, index: Tensor) -> Any:
     if not lazy.rule.layout.transposed:
         raise NoFormError
     ids = torch.where(index < 0, index + lazy.base.shape[0], index)
-    # Not F.embedding itself: the compiler dispatches none inside of a dispatch.
+    # Not F.embedding itself: the compiler does not dispatch inside a dispatch.
     return type(lazy).__torch_function__(F.embedding, (type(lazy),), (ids, lazy))
 
 
@@ -162,7 +162,7 @@ def _bound(method: Callable[..., Any]) -> Callable[..., Any]:
     return lambda get, x: functools.partial(views[method], method, x)
 
 
-# Of a method that torch wrote in Python, the compiler asks for the method and then calls it.
+# For a method that torch wrote in Python, the compiler first reads the method and then calls it.
 views |= {method.__get__: _bound(method) for method in views if isinstance(method, types.FunctionType)}
 
 

@@ -1,8 +1,8 @@
-"""The lazy weight: a stand-in for a rewritten weight that is computed only if nothing better can be done.
+"""The lazy weight: a placeholder for a rewritten weight, which is computed only if an operation has no fast form.
 
-`LazyWeight` sits where a module keeps its parameter. It knows the base weight and a rule. An operation that is
-linear in the weight (`F.linear`, convolutions, embedding lookups, matrix products) is handed to the rule as a
-`LinearOp`; any other operation gets the dense rewritten weight, so that every module stays correct.
+`LazyWeight` replaces a module's parameter. It holds the base weight and a rule. An operation that is linear in the
+weight (`F.linear`, convolutions, embedding lookups, matrix products) is passed to the rule as a `LinearOp`; any other
+operation gets the dense rewritten weight, so that every module stays correct.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Placeholders = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
 
 class LazyWeight(torch.Tensor):
-    """A tensor of the weight's shape, dtype and device that stands for `rule.dense(base)`.
+    """A tensor of the weight's shape, dtype and device that represents `rule.dense(base)`.
 
-    Its own storage is one NaN, expanded: whatever slips past `__torch_function__` is loud, never silently the
+    Its own storage is one expanded NaN: an operation that bypasses `__torch_function__` gives NaN, never the
     base weight.
 
     Attributes:
@@ -40,8 +40,8 @@ class LazyWeight(torch.Tensor):
         rule: the rule that rewrites it.
         target: the full name of the parameter, for messages.
         owner: the module that holds it; its training mode switches the rule's dropout.
-        uses: where to record how the weight is used, if anyone wants to know.
-        copied: to torch these values are a copy, which the model may write to.
+        uses: where to record how the weight is used, if this is traced.
+        copied: for torch these values are a copy, which the model may write to.
     """
 
     base: Tensor
@@ -58,7 +58,7 @@ class LazyWeight(torch.Tensor):
     ) -> LazyWeight:
         """A lazy weight for the parameter `name` of the model, a direct parameter of `owner`.
 
-        Those of one call that look alike share what carries them, in `placeholders`.
+        Lazy weights of one call with the same shape, dtype and device share one placeholder, in `placeholders`.
         """
         kind = (base.shape, base.dtype, base.device)
         if kind not in placeholders:
@@ -84,13 +84,13 @@ class LazyWeight(torch.Tensor):
             self.uses[self.target] = how
 
     def dense(self) -> Tensor:
-        """The rewritten weight in the base's dtype, nobody else's tensor."""
+        """The rewritten weight in the base's dtype, as a tensor that shares no memory."""
         if self.rule.dropout_p and self.training():
             raise UnsupportedError(f"{self.target!r}: dropout {self.rule.dropout_p} cannot act on the dense weight.")
         return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.bind_dense)
 
     def training(self) -> bool:
-        """Whether the owner is in training mode, or was when this was last asked, should it be gone by now."""
+        """Whether the owner is in training mode; if the owner no longer exists, its last known mode."""
         try:
             self._training = training = self.owner.training
         except ReferenceError:
@@ -120,7 +120,7 @@ class LazyWeight(torch.Tensor):
                 mapped = linear_ops[func](*args, **kwargs)
             elif func in views:
                 return views[func](func, *args, **kwargs)
-        except (NoFormError, TypeError):  # no fast form, or arguments that it does not know: torch shall say
+        except (NoFormError, TypeError):  # no fast form, or unknown arguments: torch raises the error
             mapped = None
         if mapped is not None:
             lazy, op = mapped
@@ -133,7 +133,7 @@ class LazyWeight(torch.Tensor):
             except NoFormError:
                 pass
         if not torch.compiler.is_compiling():
-            # `module.to(dtype)` in forward: first it asks whether the new value may take the old one's place.
+            # `module.to(dtype)` in forward first asks whether the new value may replace the old one.
             if func is torch._has_compatible_shallow_copy_type:
                 return all(isinstance(x, LazyWeight) for x in args)
             if func == _SET_DATA and _is_itself(*args):
@@ -144,7 +144,7 @@ class LazyWeight(torch.Tensor):
         given = _with_own_values(func, args, kwargs)
         if given is not None:
             args, kwargs = given
-        if torch.compiler.is_compiling():  # the tracer follows neither the copies in `inlined` nor names of functions
+        if torch.compiler.is_compiling():  # the tracer supports neither the copies in `inlined` nor function names
             return func(*_dense(args), **_dense(kwargs))
         if func in inlined:
             return inlined[func](*args, **kwargs)
@@ -152,7 +152,7 @@ class LazyWeight(torch.Tensor):
 
 
 def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
-    """Whether autograd follows a weight, or a tensor of a rule. Asked at each bind: no pytree is walked for it."""
+    """Whether autograd tracks a weight, or a tensor of a rule. Called at each bind, so it walks no pytree."""
     if isinstance(x, Tensor):
         return x.requires_grad
     if isinstance(x, Rule):
@@ -161,13 +161,13 @@ def requires_grad(x: Tensor | Rule | tuple[Rule, ...] | None) -> bool:
 
 
 def _is_itself(x: Any, value: Any) -> bool:
-    """Whether a lazy weight is given its own value."""
+    """Whether a lazy weight is assigned its own value."""
     both = isinstance(x, LazyWeight) and isinstance(value, LazyWeight)
     return both and value.base is x.base and value.rule is x.rule
 
 
 def _with_own_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments, with values in place of the copies that an operation writes to, which have these from now on.
+    """The arguments, with values in place of the copies that an operation writes to; the copies keep these values.
 
     Returns:
         `(args, kwargs)`, or None if it writes to no lazy weight.
@@ -206,8 +206,8 @@ def _note_dense(x: LazyWeight, operation: str) -> None:
     """Warn that an operation computes the dense weight, or refuse that."""
     if differs_by_row(x):
         raise UnsupportedError(
-            f"{x.target!r} is another weight for every row of the batch, and {operation} has no such form. Leave the "
-            "target out, use funclora.vmap over the stack, or call the model once for each member."
+            f"{x.target!r} is a different weight for every row of the batch, and {operation} cannot use a weight per "
+            "row. Leave the target out, use funclora.vmap over the stack, or call the model once for each member."
         )
     x.used("fast" if x.rule.bind_dense else "dense")
     if x.rule.dropout_p and x.training():

@@ -20,7 +20,7 @@ from funclora.rules.layouts import padded
 from funclora.rules.low_rank import low_rank_of
 from funclora.rules.tokens import untied
 
-# Members whose numbers of rows, or ranks, differ by no more than this factor are padded to the larger.
+# Members whose numbers of rows, or ranks, differ by at most this factor are padded to the larger number.
 PADDED = 2
 
 
@@ -33,8 +33,8 @@ def route(
 ) -> dict[str, Rule]:
     """An adapter for each row of a batch, as one value for `apply` and `bind`.
 
-    Row i of the batch (the first dimension of the model's inputs) is computed with member `ids[i]`, as if it were alone
-    with this adapter. The base weights are used once for all rows. With `weights`, row i uses the base weight plus the
+    Row i of the batch (the first dimension of the model's inputs) is computed with member `ids[i]`, as if it were the
+    only row. The base weights are used once for all rows. With `weights`, row i uses the base weight plus the
     weighted sum of the members' changes to it.
 
     With a list of ids, rows of one member are computed together. With a tensor of ids, every row gets a copy of its
@@ -75,7 +75,7 @@ def route(
     members = _checked(ids, len(stack))
     if isinstance(ids, Tensor):
         return _copied(stack, ids, repeats)
-    if len(members) == 1:  # one row needs no telling apart
+    if len(members) == 1:  # one row needs no tracking
         return {} if members[0] < 0 else dict(stack[members[0]])
     found: dict[str, list[tuple[Rule, list[float], list[list[int]]]]] = {}
     for group in stack.groups:
@@ -93,7 +93,7 @@ def route(
 
 
 def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
-    """The members in an order in which those that `route` computes together follow each other."""
+    """The members, ordered so that members that `route` computes together follow each other."""
 
     def kind(group: Group[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
         rules = sorted(group.tree().items())
@@ -108,10 +108,10 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
     rows = Assignment(n, 1, None, None)
     found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
     for group in stack.groups:
-        if not group.values:  # the member {}: its rows are those of the base model
+        if not group.values:  # the member {}: its rows use the base model
             continue
         device = group.values[0].device
-        place = torch.full((len(stack) + 1,), len(group.members), device=device)  # the last entry is that of -1
+        place = torch.full((len(stack) + 1,), len(group.members), device=device)  # the last entry is for id -1
         place[torch.tensor(group.members, device=device)] = torch.arange(len(group.members), device=device)
         index = place[ids.to(device)]
         present = index < len(group.members)
@@ -143,7 +143,7 @@ def _checked(ids: Any, n_members: int) -> list[int]:
 
 
 def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
-    """Keys in groups whose sizes differ by no more than the factor `PADDED`."""
+    """Keys in groups whose sizes differ by at most the factor `PADDED`."""
     groups: list[list[int]] = []
     smallest = 0
     by_size = sorted(sizes, key=lambda each: each[1])
@@ -170,7 +170,7 @@ Found = tuple[Rule, list[float], list[list[int]]]
 
 
 def _merged(parts: list[Found]) -> list[Found]:
-    """Groups that differ in rank and in the number of rows by no more than the factor `PADDED`, as one."""
+    """Groups that differ in rank and in the number of rows by at most the factor `PADDED`, as one."""
     if len(parts) == 1:
         return parts
     kinds: dict[Any, list[Found]] = {}
@@ -188,7 +188,7 @@ def _merged(parts: list[Found]) -> list[Found]:
 
 
 def _kind(rule: Rule) -> Any:
-    """What the rules of two groups must have in common to be joined: all but members, ranks and scalings."""
+    """A key that is equal for groups that can be joined: everything except members, ranks and scalings."""
     ranks = _rank_dims(rule)
     leaves = []
     for name in rule.leaf_names:
@@ -199,7 +199,7 @@ def _kind(rule: Rule) -> Any:
 
 
 def _rank_dims(rule: Rule) -> dict[str, int]:
-    """The dimensions of the leaves `[m, *]` that count ranks, from the front."""
+    """The rank dimensions of the leaves `[m, *]`, counted from the front."""
     return {name: dim + 1 if dim >= 0 else dim + getattr(rule, name).dim() for name, dim in rule.rank_dims.items()}
 
 
@@ -230,12 +230,12 @@ def _joined(parts: list[Found]) -> Found:
 
 
 def _is_apart(rule: Rule) -> bool:
-    """Whether a rule with leaves `[m, *]` is no low-rank update at a place that is known."""
+    """Whether a rule with leaves `[m, *]` is not a low-rank update with a layout."""
     return rule.layout is None or low_rank_of(rule.member(0)) is None
 
 
 def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> Routed:
-    """The parts of one weight as a rule; `known` holds what other weights have worked out."""
+    """The parts of one weight as a rule; `known` holds results of other weights."""
     described = []
     for rule, scalings, rows in parts:
         leaf = getattr(rule, rule.leaf_names[0])
@@ -271,8 +271,8 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
 def _without_broken(rule: Any, weights: Tensor) -> tuple[Rule, Tensor]:
     """A rule `[m, *]` and its members' weights `[n, m]`, with members that hold NaN or infinity moved to the weights.
 
-    0·NaN is NaN, forward and backward: a member of weight 0 would reach the rows of the others. So such a member gets
-    zeros for its tensors, and NaN for its weights that are not 0.
+    0·NaN is NaN, forward and backward: a member of weight 0 would spoil the rows of the other members. So such a member
+    gets zeros for its tensors, and NaN for its weights that are not 0.
     """
     leaves = {leaf: getattr(rule, leaf) for leaf in rule.leaf_names}
     broken = torch.stack([(x.detach() * 0).unsqueeze(-1).flatten(1).sum(1) for x in leaves.values()]).sum(0) != 0

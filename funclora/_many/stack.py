@@ -1,8 +1,8 @@
 """Many values as one: `stack`.
 
-The members of a stack may differ in everything: ranks, scalings, targets, methods. Those of one structure form a
-`Group`, whose leaves have a leading dimension of members; nothing is padded, so a member that is taken out again is
-the one that went in. A stack is a pytree of those leaves: optimizers and gradients take it as it is.
+The members of a stack may differ in everything: ranks, scalings, targets, methods. Members of the same structure form
+a `Group`, whose leaves have the members as first dimension; nothing is padded, so a member comes out of the stack
+unchanged. A stack is a pytree of those leaves: optimizers and gradients accept it directly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TreeSpecs(StaticTensors):
-    """The members' own trees, with all that is no leaf."""
+    """The members' own trees, with everything that is not a leaf."""
 
     each: tuple[Any, ...]
 
@@ -63,12 +63,12 @@ class Group(Generic[T]):
     leaf_names: ClassVar[tuple[str, ...]] = ("values",)
 
     def member(self, k: int) -> T:
-        """The k-th member as it was."""
+        """Member k, unchanged."""
         tree: Any = optree.tree_unflatten(self.specs.each[k], [value[k] for value in self.values])
         return cast(T, tree)
 
     def tree(self) -> T:
-        """All members as one tree with leaves `[n_members, *]`. What is no tensor is the first member's."""
+        """All members as one tree with leaves `[n_members, *]`; other values come from the first member."""
         tree: Any = optree.tree_unflatten(self.specs.each[0], self.values)
         return cast(T, tree)
 
@@ -83,7 +83,7 @@ class Stack(Generic[T]):
     """Values of one kind, adapters for example, as one value. Made by `stack`.
 
     `len(stack)` is the number of members, `stack[i]` one of them, `stack[2:5]` and `stack[[4, 0]]` are stacks of
-    some, in that order; iteration gives the members.
+    some members, in that order; iteration gives the members.
 
     Attributes:
         groups: the members, by structure.
@@ -173,7 +173,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
 
     Raises:
         ConfigError: there are no members.
-        ArgumentError: those are no members, or a leaf is not a tensor.
+        ArgumentError: `members` is not an iterable of members, or a leaf is not a tensor.
 
     Examples:
         >>> from funclora import LoRA, DoRA
@@ -208,14 +208,14 @@ def stack(members: Iterable[T]) -> Stack[T]:
 
 
 def check_stack(stack: object, where: str = "stack") -> None:
-    """Raise `ArgumentError` unless that is a stack."""
+    """Raise `ArgumentError` unless the value is a stack."""
     if not isinstance(stack, Stack):
         of = "[adapters]" if isinstance(stack, Mapping) else "adapters" if isinstance(stack, (list, tuple)) else "[...]"
         refuse(where, "a stack of adapters", stack, f"Make one: stack({of}).")
 
 
 def unstack(stack: Stack[T]) -> list[T]:
-    """The members of a stack, as they were.
+    """The members of a stack, unchanged.
 
     Examples:
         >>> unstack(stack([{"x": torch.zeros(2)}, {"x": torch.ones(2)}]))[1]
@@ -231,7 +231,7 @@ def _structure(member: Any) -> Any:
 
 
 def unscaled(tree: Any) -> Any:
-    """The tree with the scaling 1 in all of its rules."""
+    """The tree with the scaling 1 in all its rules."""
     return optree.tree_map(lambda x: rescaled(x, 1.0) if _is_rule(x) else x, tree, is_leaf=_is_rule)
 
 

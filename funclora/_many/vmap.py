@@ -26,15 +26,17 @@ def vmap(
 
     Args:
         function: `function(adapters, *args)`, called with one member (its tensors are batched by `vmap`).
-        in_dims: as in `torch.func.vmap`: the dimension that counts members, one int for all arguments, or a tuple with
-            an entry for each, None for what all members share. The first entry is that of the stack, 0. An entry may be
-            nested like its argument: `(0, {"ids": 0, "mask": None})`. May be left out where there is only the stack.
-        out_dims: as in `torch.func.vmap`: where the members are counted in the results, one int for all tensors, or
+        in_dims: as in `torch.func.vmap`: the dimension of the members, one int for all arguments, or a tuple with
+            an entry for each, None for an argument that all members share. The first entry, for the stack, is 0. An
+            entry may be nested like its argument: `(0, {"ids": 0, "mask": None})`. Optional if the stack is the only
+            argument.
+        out_dims: as in `torch.func.vmap`: the dimension of the members in the results, one int for all tensors, or
             nested like the result.
         randomness: as in `torch.func.vmap`: "different", "same" or "error".
 
     Returns:
-        A function `(stack, *args)` that returns what `function` does, each tensor with a dimension `[n_members]` more.
+        A function `(stack, *args)` that returns the results of `function`, with a dimension `[n_members]` added to each
+        tensor.
 
     Raises:
         ConfigError: an option is invalid; or, when called, `in_dims` or `out_dims` do not fit the arguments or the
@@ -73,7 +75,7 @@ def vmap(
                     tree = {**tree, name: tree[name].with_scaling(scaling)}
                 return function(tree, *optree.tree_unflatten(spec, leaves))
 
-            # The index has a dimension of members even where nothing else does: for the member {}.
+            # The index always has a dimension of members, also for the member {}, which has no tensors.
             by_member = torch.func.vmap(call, (0, 0, 0, *dims), randomness=randomness)
             results.append(by_member(index, group.tree(), scalings, *some))
         return _placed(_joined(stack, results), out_dims)
@@ -82,7 +84,7 @@ def vmap(
 
 
 def _dims(in_dims: Any, n: int) -> Dims:
-    """An entry for each of n arguments behind the stack."""
+    """An entry for each of n arguments after the stack."""
     if in_dims is None:
         if n:
             new = ", ".join(["0"] + ["None"] * n)
@@ -108,11 +110,11 @@ def _dims(in_dims: Any, n: int) -> Dims:
 
 
 def _spread(option: str, dims: Any, tree: Any) -> list[int | None]:
-    """The dimension of each leaf: an entry holds for all that it stands for."""
+    """The dimension of each leaf: an entry applies to all leaves of its subtree."""
     try:
         found: list[Any] = optree.broadcast_prefix(dims, tree, none_is_leaf=True)
     except ValueError as error:
-        raise ConfigError(f"vmap: {option}={dims!r} is not nested as what it describes: {error}") from error
+        raise ConfigError(f"vmap: {option}={dims!r} is not nested like the value that it describes: {error}") from error
     for dim in found:
         if dim is not None and not _is_int(dim):
             raise ConfigError(f"vmap: {option}: expected ints or None, got {dim!r}.")
@@ -128,7 +130,7 @@ def _taken(leaf: Any, dim: int | None, index: Tensor, n: int) -> Any:
     if dim is None:
         return leaf
     if not isinstance(leaf, Tensor):
-        raise ConfigError(f"vmap: in_dims has {dim} for a {type(leaf).__name__}, which is no tensor. Give None.")
+        raise ConfigError(f"vmap: in_dims has {dim} for a {type(leaf).__name__}, which is not a tensor. Pass None.")
     if not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != n:
         raise ConfigError(f"vmap: an argument of shape {list(leaf.shape)} has no {n} members along dimension {dim}.")
     return leaf.index_select(dim, index.to(leaf.device))
@@ -146,7 +148,7 @@ def _joined(stack: Stack[Any], results: list[Any]) -> Any:
 
 
 def _placed(result: Any, out_dims: Any) -> Any:
-    """The result with the members counted where `out_dims` says."""
+    """The result with the members along the dimension that `out_dims` gives."""
     if out_dims == 0:
         return result
     leaves, spec = optree.tree_flatten(result)

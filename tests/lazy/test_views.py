@@ -177,7 +177,7 @@ def test_of_another_adapter_for_every_row(form: str, kind: str, how: str) -> Non
         several = stack([{"w": rule} for rule in rules])
         routed = route(several, weights=weights) if how == "weights" else route(several, ids)
         if kind == "mixed" and form in ("inputs", "both", "rows of T"):  # a norm of all inputs, a weight replaced
-            with pytest.raises(UnsupportedError, match="'w' is another weight for every row of the batch"):
+            with pytest.raises(UnsupportedError, match="'w' is a different weight for every row of the batch"):
                 apply(model, params, routed, x)
             continue
         with strict():

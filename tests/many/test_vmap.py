@@ -99,12 +99,12 @@ ROWS: list[tuple[Any, Any, str]] = [
     ({"in_dims": "0"}, torch.ones(2, 3), "in_dims: expected an int or a tuple"),
     ({"in_dims": (0, "x")}, torch.ones(2, 3), "in_dims: expected ints or None, got 'x'"),
     ({"in_dims": (0, True)}, torch.ones(2, 3), "in_dims: expected ints or None, got True"),
-    ({"in_dims": (0, {"y": 0})}, {"x": torch.ones(2, 3)}, "in_dims.* is not nested as"),
+    ({"in_dims": (0, {"y": 0})}, {"x": torch.ones(2, 3)}, "in_dims.* is not nested like"),
     ({"in_dims": 0}, torch.ones(5, 3), r"shape \[5, 3\] has no 6 members along dimension 0"),
     ({"in_dims": (0, 2)}, torch.ones(6, 3), r"shape \[6, 3\] has no 6 members along dimension 2"),
-    ({"in_dims": 0}, 3, "in_dims has 0 for a int, which is no tensor. Give None"),
+    ({"in_dims": 0}, 3, "in_dims has 0 for a int, which is not a tensor. Pass None"),
     ({"in_dims": (0, None), "out_dims": 4}, torch.ones(2, 3), r"out_dims has 4 for a result of shape \[6, 2, 2\]"),
-    ({"in_dims": (0, None), "out_dims": (0, 1)}, torch.ones(2, 3), "out_dims.* is not nested as"),
+    ({"in_dims": (0, None), "out_dims": (0, 1)}, torch.ones(2, 3), "out_dims.* is not nested like"),
     ({"in_dims": (0, None), "randomness": "some"}, torch.ones(2, 3), "randomness: expected 'error', 'same' or"),
 ]
 
