@@ -151,5 +151,5 @@ def test_members_of_other_layouts_are_no_rows_of_one_batch(chosen: dict[str, Any
     a, b = torch.ones(1, 4), torch.ones(4, 1)
     members: list[dict[str, Rule]] = [{"weight": LoRA(a, b, layout=layout)} for layout in (Linear(), Conv1D())]
     several = fl.stack(members)
-    with pytest.raises(UnsupportedError, match=r"'weight': .* another matrix .*: Conv1D, Linear"):
+    with pytest.raises(UnsupportedError, match=r"'weight': .* different matrices.*: Conv1D, Linear"):
         fl.apply(model, fl.base_params(model), fl.route(several, **chosen), torch.ones(2, 4))
