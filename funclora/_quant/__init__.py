@@ -1,1 +1,1 @@
-"""Weights stored in few bits that pass for dense ones."""
+"""Weights stored in few bits that behave like dense weights."""

@@ -1,7 +1,7 @@
-"""How weights of few bits are stored: bitsandbytes packs and unpacks them, on whatever device it supports.
+"""How weights of few bits are stored: bitsandbytes packs and unpacks them, on every device that it supports.
 
-A packing turns a dense weight into *parts*, a few tensors, and back. It is static: what differs from weight to weight
-is in the parts.
+A packing turns a dense weight into *parts*, a few tensors, and back. It is static: everything that differs between
+weights is in the parts.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Packing(ABC):
 
     @abstractmethod
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The dense weight, in one of these dtypes."""
+        """The dense weight, in one of the dtypes that `pack` takes."""
 
     @abstractmethod
     def rows(self, parts: Parts, shape: torch.Size, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Rows `[*ids, *]` of the dense weight without the others; None if they are not stored apart."""
+        """Rows `[*ids, *]` of the dense weight without the others; None if rows are not stored separately."""
 
     def narrowed(self, parts: Parts, shape: torch.Size, start: int, length: int) -> tuple[Packing, Parts] | None:
         """How the slice `[start : start + length]` is stored; None if it cannot be unpacked without the rest."""
         return None
 
     def linear(self, x: Tensor, parts: Parts, shape: torch.Size) -> Tensor:
-        """`x·Wᵀ` for a matrix W; nothing of it is differentiated."""
+        """`x·Wᵀ` for a matrix W, without derivatives."""
         return F.linear(x, self.unpack(parts, shape, x.dtype))
 
 
@@ -60,12 +60,13 @@ class Packing(ABC):
 class FourBit(Packing):
     """Blocks of 4-bit values, each block with its largest magnitude (Dettmers et al., QLoRA, arXiv 2305.14314).
 
-    The parts are the packed values, the blocks' magnitudes and the table of the 16 values; with double quantisation
-    the magnitudes are 8-bit themselves, and their mean, the magnitudes of their own blocks and their table follow.
+    The parts are the packed values, the blocks' magnitudes and the list of the 16 values. With double quantisation the
+    magnitudes are 8-bit values too, and their mean, the magnitudes of their own blocks and the list of their values
+    follow.
 
     Attributes:
         kind: "nf4" (quantiles of the normal distribution) or "fp4".
-        blocksize: how many values share a magnitude.
+        blocksize: the number of values that share a magnitude.
         nested: double quantisation.
     """
 
@@ -96,7 +97,7 @@ class FourBit(Packing):
     def rows(self, parts: Parts, shape: torch.Size, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
         n, width = shape[0], shape[1:].numel()
         if width % self.blocksize:
-            return None  # a block goes over the end of a row
+            return None  # a block crosses the end of a row
         some = F.embedding(ids, parts[0].view(torch.uint8).view(n, width // 2))
         scales = F.embedding(ids, self._magnitudes(parts, shape).view(n, width // self.blocksize))
         found = (some.view(-1, 1), scales.flatten(), parts[2])
@@ -106,7 +107,7 @@ class FourBit(Packing):
         width = shape[1:].numel()
         begin, end = start * width, (start + length) * width
         if begin % self.blocksize or end % self.blocksize:
-            return None  # a block goes over the edge of the slice
+            return None  # a block crosses the edge of the slice
         some = parts[0].view(torch.uint8).view(-1, 1)[begin // 2 : end // 2]
         magnitudes = self._magnitudes(parts, shape)[begin // self.blocksize : end // self.blocksize]
         return self._plain(), (some, magnitudes, parts[2])
@@ -128,7 +129,7 @@ class FourBit(Packing):
         return y
 
     def _state(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Any:
-        """What bitsandbytes calls the state of a packed weight."""
+        """The state of a packed weight in bitsandbytes (`QuantState`)."""
         kind = library().functional.QuantState
         _, absmax, code, *nested = parts
         offset = state2 = None
@@ -142,8 +143,8 @@ class FourBit(Packing):
 class Repacked(Packing):
     """4-bit values that bitsandbytes has reordered for this CPU's instructions, with magnitudes rounded to bfloat16.
 
-    A `Linear4bit` does so with its own weight, in its first forward pass in evaluation mode. Shape, dtype and device of
-    the weight are as before; asking for values raises `UnsupportedError`.
+    A `Linear4bit` reorders its own weight in its first forward pass in evaluation mode. Shape, dtype and device of the
+    weight stay the same; reading its values raises `UnsupportedError`.
 
     Attributes:
         name: the weight's full name, for the error.

@@ -1,4 +1,4 @@
-"""Products with a packed weight, which is unpacked for each product alone, and again for its transpose in backward."""
+"""Products with a packed weight, which is unpacked for each product, and again for its transpose in backward."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from funclora._quant.source import UNPACKED_DTYPES, Op, Source
 
 
 class _Through(torch.autograd.Function):
-    """`op(x, W)` with W unpacked for this product alone, and again for its transpose in backward.
+    """`op(x, W)` with W unpacked only for this product, and again for its transpose in backward.
 
-    Where W is at hand already, forward uses it; what backward keeps are the packed parts in any case.
+    If W is already unpacked, forward uses it; backward always keeps only the packed parts.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class _Through(torch.autograd.Function):
         dense: Tensor | None,
         *parts: Tensor,
     ) -> tuple[Tensor, int]:
-        # The weight is a constant, so it is the input that is batched.
+        # The weight is a constant, so the input is batched.
         mapped = op if _is_product(op, source) else functools.partial(_mapped, op)
         return through(x.movedim(in_dims[0] or 0, 0), mapped, source, dense, *parts), 0
 
@@ -64,7 +64,7 @@ through: Callable[..., Tensor] = _Through.apply
 
 
 def _adjoint(op: Op, shape: torch.Size, source: Source) -> Op:
-    """The transpose of `op` in its input of that shape."""
+    """The transpose of `op` as a function of its input, which has that shape."""
     if _is_product(op, source):
         return _PRODUCTS[op]
     if isinstance(op, functools.partial) and op.func is _transpose:

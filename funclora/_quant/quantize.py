@@ -31,25 +31,24 @@ def quantize(
 ) -> dict[str, Tensor]:
     """The params with weights of 4 (or 8) bits, as in QLoRA (Dettmers et al., arXiv 2305.14314).
 
-    `apply`, `bind`, `init`, training steps and stacks take the result as they take any params. Weights are unpacked
-    where they are used, one layer at a time, in forward and again in backward. Packing is done by bitsandbytes, on the
-    device of the weight.
+    `apply`, `bind`, `init`, training steps and stacks accept the result like any params. Weights are unpacked where
+    they are used, one layer at a time, in forward and again in backward. bitsandbytes packs each weight on its device.
 
     Args:
-        params: full name -> tensor, as from `base_params`.
+        params: full name -> tensor, as `base_params` returns them.
         targets: the weights to quantise: full names of parameters or of their modules, or last components of either
-            ("q_proj" is every "...q_proj.weight"). A dict of adapters names those that they rewrite.
+            ("q_proj" is every "...q_proj.weight"). A dict of adapters names the weights that they rewrite.
         kind: "nf4", "fp4" (blocks of 4-bit values) or "int8" (rows of 8-bit values; matrices only).
         double_quant: whether to quantise the scales of the blocks too (4 bits only).
-        blocksize: how many values share a scale (4 bits only).
-        dtype: what weights are unpacked to and computed in: float32, float16 or bfloat16; each weight's own by
-            default. Inputs of another dtype are cast to it, and the result back.
+        blocksize: the number of values that share a scale (4 bits only).
+        dtype: the dtype to which weights are unpacked and in which they are computed: float32, float16 or bfloat16; by
+            default each weight's own. Inputs of another dtype are cast to it, and the result is cast back.
 
     Returns:
         A new dict whose targets are quantised weights; the other entries are shared.
 
     Raises:
-        TargetError: a target matches nothing, or names a parameter that is no matrix.
+        TargetError: a target matches nothing, or names a parameter that is not a matrix.
         ParamsError: a weight is quantised already, on the meta device, or of a dtype that bitsandbytes does not pack.
         NonFiniteError: a weight holds NaN or infinity.
         ConfigError: an option is invalid.
@@ -84,11 +83,11 @@ def quantize(
 
 
 def dequantize(params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The params with dense weights in place of quantised ones: what `apply` computes with.
+    """The params with dense weights in place of quantised ones: the values with which `apply` computes.
 
     Args:
         params: full name -> tensor.
-        dtype: that of the weights that were quantised; each one's own by default.
+        dtype: the dtype for the weights that were quantised; by default each weight's own.
 
     Returns:
         A new dict; the entries that are not quantised are shared.
@@ -159,11 +158,11 @@ def _check(name: str, weight: Tensor) -> None:
 
 
 def of_bitsandbytes(name: str, tensor: V, owner: nn.Module, model: nn.Module) -> V | Quantized:
-    """The value of a parameter that may be packed by bitsandbytes; any other tensor as it is.
+    """The value of a parameter that may be packed by bitsandbytes; any other tensor unchanged.
 
     Args:
         name: the parameter's full name.
-        tensor: as its module holds it.
+        tensor: the tensor that its module holds.
         owner: that module.
         model: the module that `name` starts from.
     """
@@ -172,7 +171,7 @@ def of_bitsandbytes(name: str, tensor: V, owner: nn.Module, model: nn.Module) ->
         return tensor
     weight: Any = tensor
     if weight.is_floating_point() and getattr(weight, "quant_state", None) is None:
-        return tensor  # not packed yet, or 16 bits that are packed in each forward pass
+        return tensor  # not packed yet, or 16-bit values that are packed in each forward pass
     if kind == "Int8Params":
         return _int8(name, weight, owner, model)
     state = weight.quant_state if weight.quant_state is not None else getattr(owner, "quant_state", None)
@@ -180,7 +179,7 @@ def of_bitsandbytes(name: str, tensor: V, owner: nn.Module, model: nn.Module) ->
         raise ParamsError(f"{name!r} is a Params4bit without its quant_state. Load the model again.")
     dtype = getattr(owner, "compute_dtype", None) or state.dtype
     shape = torch.Size(state.shape)
-    if hasattr(state, "packing_format_for_cpu"):  # False: brought back into the old order, with what rounding has left
+    if hasattr(state, "packing_format_for_cpu"):  # False: brought back into the old order, after rounding
         return Quantized.of(Source(Repacked(name), shape, dtype), (weight.data,))
     packing = FourBit(state.quant_type, state.blocksize, state.nested)
     return Quantized.of(Source(packing, shape, dtype), FourBit.parts(weight.data, state))
@@ -197,15 +196,15 @@ def _int8(name: str, weight: Any, owner: Any, model: nn.Module) -> Quantized:
     scales = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
     if scales is None:
         raise ParamsError(f"{name!r} is an Int8Params without its scales SCB. Load the model again.")
-    # The module computes in whatever its input is; that is the dtype of the weights that are not packed.
+    # The module computes in the dtype of its input, which is the dtype of the weights that are not packed.
     dtype = next((p.dtype for p in model.parameters() if p.dtype in UNPACKED_DTYPES), torch.float32)
     return Quantized.of(Source(Int8(), weight.shape, dtype), (weight.data, scales))
 
 
 def reads_packed_weights(module: nn.Module) -> bool:
-    """Whether a module is one of bitsandbytes', whose forward wants its own packed weight and no other."""
+    """Whether a module belongs to bitsandbytes, so that its forward accepts only its own packed weight."""
     kind = type(module)
-    if kind not in _packs:  # no functools.cache, which the compiler warns of
+    if kind not in _packs:  # not functools.cache, about which the compiler warns
         _packs[kind] = any(_is_theirs(base) and base.__name__ in _PACKERS for base in kind.__mro__)
     return _packs[kind]
 
@@ -219,7 +218,7 @@ def _is_theirs(thing: Any) -> bool:
 
 
 def read_any_weight(module: nn.Module, name: str) -> None:
-    """Make a module of bitsandbytes read whatever weight it holds, as the layer that it stands for does."""
+    """Make a module of bitsandbytes read the weight that it holds, like the plain layer that it replaces."""
     kind = type(module)
     if issubclass(kind, (_Linear, _Embedding)):
         return

@@ -1,4 +1,4 @@
-"""How a packed weight is unpacked, and which view of it is meant."""
+"""How a packed weight is unpacked, and which view of it is used."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from funclora._quant.packing import Packing, Parts
 
-# A view: the operation, its arguments, and which of its results.
+# A view: the operation, its arguments, and the index of the result.
 Step = tuple[Callable[..., Any], tuple[Any, ...], tuple[tuple[str, Any], ...], int | None]
 # An operation linear in its first argument, the input; the second is the dense weight.
 Op = Callable[[Tensor, Tensor], Tensor]
-# What bitsandbytes unpacks to.
+# The dtypes to which bitsandbytes unpacks.
 UNPACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Source(NamedTuple):
-    """All about a quantised weight but its tensors: how to unpack it, and which view of it is meant."""
+    """Everything about a quantised weight except its tensors: how to unpack it, and which view of it is used."""
 
     packing: Packing
     stored: torch.Size
@@ -32,13 +32,13 @@ class Source(NamedTuple):
         return self.viewed(self.packing.unpack(parts, self.stored, dtype).to(self.dtype))
 
     def viewed(self, weight: Tensor) -> Tensor:
-        """The view of the stored weight that is meant."""
+        """The view of the stored weight that is used."""
         for view, args, kwargs, part in self.steps:
             out = view(weight, *args, **dict(kwargs))
             weight = out if part is None else out[part]
         return weight
 
     def dim(self) -> int:
-        """How many dimensions the view has."""
+        """The number of dimensions of the view."""
         stored = self.stored
         return self.viewed(torch.empty(stored, device="meta")).dim() if self.steps else len(stored)

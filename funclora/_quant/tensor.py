@@ -1,9 +1,9 @@
-"""A weight of few bits that passes for the dense one.
+"""A weight of few bits that behaves like the dense one.
 
-`Quantized` sits in a params dict where a dense weight would. An operation that is linear in its other input (a linear
-layer, a matrix product, a convolution) unpacks the weight, uses it and forgets it, and does so again in backward: a
-dense weight exists for one layer at a time. An embedding unpacks the rows that it reads. Any other operation gets the
-dense weight.
+`Quantized` replaces a dense weight in a params dict. An operation that is linear in its other input (a linear layer, a
+matrix product, a convolution) unpacks the weight, uses it and frees it, and does so again in backward: a dense weight
+exists for one layer at a time. An embedding unpacks only the rows that it reads. Any other operation gets the dense
+weight.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from funclora.errors import PurityError, UnsupportedError
 class Quantized(torch.Tensor):
     """A weight stored in few bits, a constant. Made by `quantize`, and by `base_params` of a quantised model.
 
-    Its shape, dtype and device are those of the dense weight; the dtype is the one that it is unpacked to and computed
-    in. Inputs of another dtype are cast to it, and the result back, as the modules of bitsandbytes do. `nbytes` is
-    what it really takes.
+    Its shape, dtype and device equal the dense weight's; it is unpacked to that dtype and computed in it. Inputs of
+    another dtype are cast to it, and the result is cast back, as in the modules of bitsandbytes. `nbytes` is the size
+    of the packed weight.
 
     Attributes:
         source: how it is unpacked.
-        parts: the tensors that it is unpacked from.
+        parts: the tensors from which it is unpacked.
 
     Examples:
         >>> import funclora as fl
@@ -64,15 +64,15 @@ class Quantized(torch.Tensor):
         tensor([1., 1., 1.])
     """
 
-    holds_no_rows = True  # a constant of the batch: a tracked tensor lets it compute, and says where the rows are
+    holds_no_rows = True  # the same for all rows: a tracked tensor lets it compute, and adds the place of the rows
     source: Source
     parts: Parts
-    _held: list[Tensor] | None = None  # the dense weight, where `held` keeps it
+    _held: list[Tensor] | None = None  # the dense weight, while `held` keeps it
 
     @staticmethod
     def of(source: Source, parts: Parts) -> Quantized:
         """The weight that `source` unpacks from `parts`."""
-        device = getattr(parts[0], "device", torch.device("cpu"))  # transforms fill trees with what are no tensors
+        device = getattr(parts[0], "device", torch.device("cpu"))  # transforms fill trees with non-tensors
         weight = source.viewed(placeholder(source.stored, source.dtype, device)).as_subclass(Quantized)
         weight.source = source
         weight.parts = parts
@@ -106,7 +106,7 @@ class Quantized(torch.Tensor):
         asks_type = func is Tensor.type and len(args) == 1 and not kwargs
         is_cast = func in CASTS and not asks_type
         is_view = func in VIEWS or func in RESHAPES or func == INDEX
-        if (is_cast or is_view) and torch.compiler.is_compiling():  # the tracer knows none that is made inside
+        if (is_cast or is_view) and torch.compiler.is_compiling():  # the tracer supports none that is made inside
             return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
         if is_cast:
             return _cast(func, *args, **kwargs)
@@ -114,7 +114,7 @@ class Quantized(torch.Tensor):
             with plain_tensors():
                 return func(*args, **kwargs)
         if any(kind is not Quantized and kind not in _PLAIN for kind in types):
-            return NotImplemented  # the turn of a lazy weight, or of a tensor that tracks its rows
+            return NotImplemented  # lets a lazy weight, or a tensor that tracks its rows, handle it
         if func in _OWN:
             return _OWN[func](*args, **kwargs)
         if is_view and isinstance(args[0], Quantized) and _is_static((*args[1:], *kwargs.values())):
@@ -134,7 +134,7 @@ class Quantized(torch.Tensor):
 
 
 def plain_weight(x: Any) -> Any:
-    """The dense weight of a quantised one; anything else as it is."""
+    """The dense weight of a quantised one; any other value unchanged."""
     if not isinstance(x, Quantized):
         return x
     if x._held is None:
@@ -145,7 +145,7 @@ def plain_weight(x: Any) -> Any:
 
 
 def held(x: Any) -> Any:
-    """The weight for several uses in a row, of which the second and later ones find it unpacked; not to be kept."""
+    """The weight for several uses in sequence, unpacked only for the first one. Do not keep it longer."""
     if not isinstance(x, Quantized):
         return x
     weight = Quantized.of(x.source, x.parts)
@@ -181,7 +181,7 @@ optree.register_pytree_node(Quantized, _flatten, _unflatten, namespace=GLOBAL_NA
 
 
 def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
-    """`op(x, weight) + bias` in the weight's dtype, or in that of autocast; the result as x, or as autocast."""
+    """`op(x, weight) + bias`, computed in the weight's dtype and returned in x's; under autocast, both in its dtype."""
     if not isinstance(weight, Quantized) or not isinstance(x, Tensor) or isinstance(x, Quantized) or hasattr(x, "rule"):
         raise NoFormError
     kind, source = weight.device.type, weight.source
@@ -189,7 +189,7 @@ def _product(op: Op, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     if autocast:
         source = source._replace(dtype=torch.get_autocast_dtype(kind))
     x_ = x.to(source.dtype)
-    if torch.compiler.is_compiling():  # the tracer takes no such function, and decides itself what to keep
+    if torch.compiler.is_compiling():  # the tracer supports no such function, and decides itself what to keep
         y: Tensor = op(x_, source.dense(weight.parts))
     else:
         dense = weight._held[0].to(source.dtype) if weight._held else None
@@ -270,7 +270,7 @@ _operations: dict[Callable[..., Any], Callable[..., Tensor]] = table(
 
 
 def _viewed(func: Callable[..., Any], weight: Quantized, *args: Any, **kwargs: Any) -> Any:
-    """A view of the dense weight, or several, taken when that is unpacked."""
+    """A view of the dense weight, or several, applied when the weight is unpacked."""
     source = weight.source
     views = None if source.steps else seen(func, source.stored, args, kwargs)
     with plain_tensors():
@@ -282,7 +282,7 @@ def _viewed(func: Callable[..., Any], weight: Quantized, *args: Any, **kwargs: A
 
 
 def _part(weight: Quantized, view: View | None, step: Step) -> Quantized:
-    """One view; of rows, just those are unpacked, if they are apart."""
+    """One view; for a view of rows, only these are unpacked, if rows are stored separately."""
     source, parts, stored = weight.source, weight.parts, weight.source.stored
     dims = tuple(range(len(stored)))
     if view is not None and view.is_whole(stored):
@@ -303,7 +303,7 @@ def _is_static(args: Any) -> bool:
 
 
 def _cast(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A cast of a quantised weight to another dtype or device, or of a tensor to those of one."""
+    """A cast of a quantised weight to another dtype or device, or of a tensor to a quantised weight's."""
     args, kwargs = _mapped_tree(_empty, args), _mapped_tree(_empty, kwargs)
     if not isinstance(x, Quantized):
         return func(x, *args, **kwargs)
@@ -334,7 +334,7 @@ def _requires_grad_(x: Quantized, requires_grad: bool = True) -> Quantized:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-# What the placeholder answers of itself.
+# The operations that the placeholder answers itself.
 _OF_PLACEHOLDER = named("requires_grad")
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(SAME, _same),

@@ -1,1 +1,1 @@
-"""What touches torch's own machinery: every private name of torch stands here, with the reason for it."""
+"""Code that uses torch's internals: every private name of torch is used here, with the reason for it."""

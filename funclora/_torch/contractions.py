@@ -1,7 +1,7 @@
 """Sums of products that are linear in a weight, written as one matrix product with it.
 
-`contractions` takes an operation to a function of its arguments, with the class of the weight in front of them. It
-raises `NoFormError` where the call is no matrix product with the weight.
+`contractions` maps an operation to a function of the class of the weight and the operation's arguments. It raises
+`NoFormError` if the call is not a matrix product with the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funclora._torch.functions import NoFormError
 
-# A subclass of Tensor. Its products are asked of it by name: the compiler dispatches none inside of a dispatch.
+# A subclass of Tensor. Its products are called by name: the compiler does not dispatch inside a dispatch.
 Kind = Any
 
 
@@ -68,7 +68,7 @@ _MT = Tensor.mT.__get__  # type: ignore[attr-defined]
 
 
 def _written_out(equation: str, operands: Sequence[Any]) -> tuple[list[str], str]:
-    """The letters of the operands' dimensions and of the result's, for each of these one."""
+    """The letters of the dimensions of the operands and of the result, one letter for each dimension."""
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != len(operands):

@@ -1,8 +1,8 @@
-"""torch's functions as data: which are questions, which write, which are linear in a weight; and placeholders.
+"""torch's functions as data: which only query a tensor, which write, which are linear in a weight; and placeholders.
 
-A placeholder stands for another tensor: a shape, a dtype and a device over storage that holds nothing but one NaN. A
-subclass of `torch.Tensor` made from one answers operations by `__torch_function__`. Whatever slips past that is loud,
-never silently a wrong value.
+A placeholder represents another tensor: a shape, a dtype and a device over storage that holds only one NaN. A subclass
+of `torch.Tensor` made from one handles operations in `__torch_function__`. An operation that bypasses it gives NaN,
+never another wrong value.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of that kind that takes up one element: NaN."""
+    """A tensor of that shape, dtype and device that stores one element: NaN."""
     if not torch.compiler.is_compiling() and _len_torch_dispatch_stack():
-        with _disable_current_modes():  # FakeTensorMode would make it a subclass of torch's, which can become no other
+        with _disable_current_modes():  # FakeTensorMode would make a subclass of torch's, which cannot change class
             return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)
     return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
 def named(names: str) -> frozenset[Callable[..., Any]]:
-    """The functions of these names, wherever this version of torch has them; of properties what reads them."""
+    """The functions of these names in all places where this version of torch has them; for properties the getter."""
     spaces: tuple[Any, ...] = (torch, Tensor, F, torch.linalg)
     found = [getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)]
     return frozenset(filter(callable, (getattr(x, "__get__", x) if hasattr(x, "__set__") else x for x in found)))
 
 
-# What is asked about a tensor's kind. A placeholder has the answers.
+# Queries about a tensor's kind. A placeholder answers them.
 QUESTIONS = named("""shape dtype device ndim layout names grad is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_leaf
     is_quantized is_nested is_mkldnn itemsize nbytes _backward_hooks size dim numel nelement ndimension is_complex
     is_floating_point element_size get_device __len__ __hash__ is_inference is_signed is_conj is_neg has_names
     is_tensor is_same_size _base _is_view""")
-# About its order in memory.
+# Queries about its order in memory.
 STRIDES = named("stride is_contiguous storage_offset")
-# About itself among other tensors: its memory, its place in a graph.
+# Queries about its identity: its memory, its place in a graph.
 IDENTITY = named("""requires_grad requires_grad_ grad_fn untyped_storage data_ptr retain_grad register_hook __repr__
     _version output_nr""")
 # New tensors of its kind, which hold none of its values.
 NEW = named("""empty_like full_like ones_like zeros_like rand_like randn_like randint_like new_empty new_full new_ones
     new_tensor new_zeros""")
-# Its values in another dtype, or on another device. `Tensor.type` is a question too.
+# Its values in another dtype, or on another device. `Tensor.type` is a query too.
 CASTS = named("to type type_as cpu cuda float half bfloat16 double")
-# Its values as they are. What `clone` gives can be written to.
+# Its values unchanged. The result of `clone` can be written to.
 SAME = named("contiguous detach data clone")
 # A part of it, or its dimensions in another order.
 VIEWS = named("""T mT H mH t adjoint transpose swapaxes swapdims permute movedim moveaxis unsqueeze squeeze expand
@@ -67,7 +67,7 @@ INDEX = Tensor.__getitem__
 
 @functools.cache
 def undispatched(function: types.FunctionType) -> types.FunctionType:
-    """A copy of a function of torch that does not hand itself to its arguments' subclass, but runs its body."""
+    """A copy of a function of torch that runs its body instead of dispatching to its arguments' subclass."""
     names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(
         function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
@@ -106,7 +106,7 @@ def _writes(name: str) -> bool:
     return in_place or dunder or name in ("__setitem__", "__set__")
 
 
-# For the compiler, which cannot look at the names of functions.
+# For the compiler, which cannot read the names of functions.
 _writers = {
     function: True
     for space in (vars(torch), {name: getattr(Tensor, name) for name in dir(Tensor)}, vars(F))
@@ -122,8 +122,8 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-# What runs in `with plain_tensors():` treats tensors of every subclass as plain ones. It is what torch's own subclasses
-# use, private since torch 1.13.
+# Code in `with plain_tensors():` treats tensors of every subclass as plain ones. torch's own subclasses use the same
+# function, which is private since torch 1.13.
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 
 
@@ -133,28 +133,28 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def is_mapped(*tensors: Tensor) -> bool:
-    """True inside of a transform of `torch.func` over one of the tensors."""
+    """True inside a transform of `torch.func` over one of the tensors."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def in_transform() -> bool:
-    """True inside of a transform of `torch.func`, over whatever argument: ordinary autograd does not work there."""
+    """True inside a transform of `torch.func` over any argument: ordinary autograd does not work there."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def vmapped_once() -> bool:
-    """True inside of one `torch.func.vmap` and no other transform."""
+    """True inside one `torch.func.vmap` and no other transform."""
     level = torch._C._functorch.peek_interpreter_stack()
     return level is not None and level.key() == TransformType.Vmap and level.level() == 1
 
 
 def is_differentiated() -> bool:
-    """True where reverse or forward mode records what is computed."""
+    """True if reverse or forward mode records the computation."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def has_values(tensor: Tensor) -> bool:
-    """False for tensors that only have a shape, and inside of a transform, where nothing can be looked at."""
+    """False for tensors that only have a shape, and inside a transform, where values cannot be read."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or is_mapped(tensor))
 
 
@@ -184,15 +184,15 @@ def table(
     conv_transpose: Callable[[Callable[..., Tensor], int], H],
     grouped_mm: Callable[[Callable[..., Tensor]], H],
 ) -> dict[Callable[..., Any], H]:
-    """Every operation that is linear in a weight, with what is done there.
+    """Every operation that is linear in a weight, with the function that handles it.
 
     Args:
-        linear: for `F.linear`, and so on.
+        linear: the function for `F.linear`.
         matmul: for `torch.matmul` and `@`.
-        mm: for `torch.mm` and `torch.bmm`, which name their arguments otherwise.
+        mm: for `torch.mm` and `torch.bmm`, whose arguments have other names.
         addmm: for `torch.addmm`.
         embedding: for `F.embedding`.
-        conv: `(F.conv2d, 2)` -> what is done there.
+        conv: `(F.conv2d, 2)` -> the function.
         conv_transpose: the same for transposed convolutions.
         grouped_mm: the same for the products of experts.
     """

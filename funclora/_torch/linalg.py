@@ -28,16 +28,16 @@ def svd(name: str, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def randomized_svd(
     name: str, matrix: Tensor, rank: int, iterations: int, generator: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular values and vectors, nearly, for about `rank / min(out, in)` of the work.
+    """The leading `rank` singular values and vectors, approximately, for about `rank / min(out, in)` of the work.
 
     Randomized subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1), as in
-    `torch.svd_lowrank`, but with random numbers of the given generator.
+    `torch.svd_lowrank`, but with random numbers from the given generator.
 
     Args:
         name: of the parameter, for messages.
         matrix: `[*lead, out, in]`.
         rank: at most min(out, in).
-        iterations: how often the matrix is applied to the subspace in both directions.
+        iterations: the number of times the matrix is applied to the subspace in both directions.
         generator: of the random projection. Numbers are drawn on its device.
 
     Returns:
@@ -55,7 +55,7 @@ def randomized_svd(
     return basis @ u, s, vh
 
 
-# Randomized decompositions look for so many directions per component, and go to and fro so often, as in PEFT.
+# The directions per component, and the iterations, of randomized decompositions; as in PEFT.
 _OVERSAMPLING = 2
 _ITERATIONS = 4
 
@@ -80,7 +80,7 @@ class IncrementalPca:
         self.count = 0
 
     def update(self, rows: Tensor) -> None:
-        """Take in a batch `[rows, in]` of at least n rows."""
+        """Update the components with a batch `[rows, in]` of at least n rows."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         n, mean = len(rows), rows.mean(0, dtype=torch.float64)
         centred = rows - mean.to(rows.dtype)

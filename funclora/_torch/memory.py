@@ -1,4 +1,4 @@
-"""How much memory a computation takes: what its tensors hold at their worst moment."""
+"""How much memory a computation takes: the peak size of its tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Larger passes gain nothing on a CPU.
+# On a CPU, larger passes are not faster.
 ON_CPU = 256 << 20
-# Of what is free on a device: the allocator rounds up, and kernels need room of their own.
+# The usable share of a device's free memory: the allocator rounds up, and kernels need memory too.
 FREE_SHARE = 0.7
 
 
@@ -31,7 +31,7 @@ def nbytes(tree: Any) -> int:
 
 
 def place_of(tensor: Tensor) -> tuple[object, ...] | None:
-    """Where a tensor lies in memory, the same for tied ones; None if that is nowhere, or cannot be told."""
+    """A key of a tensor's memory, equal for tied tensors; None if it has no memory, or the memory is unknown."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -40,7 +40,7 @@ def place_of(tensor: Tensor) -> tuple[object, ...] | None:
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that one pass may take there, if nobody says otherwise."""
+    """The default number of bytes that one pass may take on a device."""
     if device.type != "cuda":
         return ON_CPU
     free, _ = torch.cuda.mem_get_info(device)
@@ -49,7 +49,7 @@ def budget(device: torch.device) -> int:
 
 
 def free_on_host() -> int | None:
-    """Bytes of memory that this process could still get, within the limit of its control group; None if nobody says."""
+    """Bytes of memory that this process could still get, within the limit of its control group; None if unknown."""
     try:
         info = Path("/proc/meminfo").read_text(encoding="ascii")
         free = 1024 * int(info.split("MemAvailable:")[1].split()[0])
@@ -69,7 +69,7 @@ def _left_in_group(limit: str, used: str) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
+    """Whether an exception says that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error).lower()
@@ -79,13 +79,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside the block, and remembers the most there were at a time.
+    """Counts the bytes of the tensors that are made inside the block, and records the largest total.
 
-    The resident set of the process would not do: it keeps what was freed, and other threads' memory is in it. The
-    workspace inside of a kernel is not seen.
+    The resident set of the process is not suitable: it keeps freed memory, and contains other threads' memory. The
+    workspace inside a kernel is not counted.
 
     Attributes:
-        live: bytes of the tensors that are still there.
+        live: bytes of the tensors that still exist.
         peak: the largest value of `live` so far.
 
     Examples:

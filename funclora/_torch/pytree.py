@@ -1,4 +1,4 @@
-"""Pytree registration: one class, known to optree and to torch's own pytree alike."""
+"""Pytree registration of a class with both optree and torch's own pytree."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TensorFunction = Callable[[Tensor], Tensor]
 FROZEN: Mapping[str, Any] = MappingProxyType({"funclora.frozen": True})
 """The metadata of a dataclass field that holds a frozen tensor: `field(kw_only=True, metadata=FROZEN)`.
 
-In a class registered by `pytree_node` such a tensor is no leaf: it is not trained, decayed or differentiated, and no
+In a class registered by `pytree_node` such a tensor is not a leaf: it is not trained, decayed or differentiated, and no
 transform maps over it. It is part of the structure. Two trees have the same structure if their frozen tensors are the
-same tensor, or equal in shape, dtype, device and every value, so it costs least to share one tensor among all rules.
+same tensor, or equal in shape, dtype, device and every value. The comparison is cheapest if all rules share one tensor.
 
 `pickle` and `copy.deepcopy` keep it. `optree.tree_map` does not reach it; `map_tensors` does.
 
@@ -74,7 +74,7 @@ class _Frozen(StaticTensors):
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are of one kind and have the same values, as far as these can be looked at."""
+    """Whether two tensors are of one kind and have the same values, if the values can be read."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
     unseen = one.is_meta or torch.compiler.is_compiling() or is_mapped(one, other)
@@ -122,7 +122,7 @@ def pytree_node(cls: C) -> C:
         return [getattr(node, n) for n in names], tuple(context)
 
     def unflatten(context: Any, children: Iterable[Any]) -> Any:
-        # Not through __init__: transforms fill trees with placeholders that are no tensors.
+        # Not through __init__: transforms fill trees with placeholders that are not tensors.
         node: Any = object.__new__(cls)
         if any(frozen):
             context = [x.tensor if f else x for x, f in zip(context, frozen, strict=True)]
@@ -155,7 +155,7 @@ def pytree_node(cls: C) -> C:
     return cls
 
 
-_NODES: set[type[Any]] = set()  # what pytree_node has registered
+_NODES: set[type[Any]] = set()  # the classes that pytree_node has registered
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -214,7 +214,7 @@ def _mapped(of_leaf: TensorFunction, of_frozen: TensorFunction, tree: Any) -> An
 
 
 def leaf_keys(spec: optree.PyTreeSpec) -> list[str]:
-    """A name for each leaf: the way to it, with slashes.
+    """A name for each leaf: its path, with slashes.
 
     Examples:
         >>> leaf_keys(optree.tree_structure({"a": [1, 2]}))
@@ -224,6 +224,6 @@ def leaf_keys(spec: optree.PyTreeSpec) -> list[str]:
 
 
 def keyed_copies(tree: Any) -> dict[str, Tensor]:
-    """The leaves by `leaf_keys`, on the CPU, contiguous and each with memory of its own: what safetensors can write."""
+    """The leaves by `leaf_keys`, on the CPU, contiguous and each with its own memory, as safetensors requires."""
     leaves, spec = optree.tree_flatten(tree)
     return {key: leaf.detach().cpu().contiguous().clone() for key, leaf in zip(leaf_keys(spec), leaves, strict=True)}
