@@ -1,1 +1,1 @@
-"""Files: atomic writes, folders written as a whole, and the safetensors format."""
+"""Files: atomic writes of files and folders, and the safetensors format."""

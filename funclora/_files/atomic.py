@@ -1,4 +1,4 @@
-"""Files: replaced whole or not at all, read as JSON."""
+"""Files: replaced completely or not at all, read as JSON."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import Any
 from funclora._files.locks import entries, hidden, lock_folder, missing, remove_empty
 from funclora.errors import FormatError
 
-# Drafts of one call share a tag: `.NAME.TAG.tmp`, or `.NAME.TAG.new.tmp` where the files are written together. Between
-# the renames of such files the last of the old ones is `.NAME.TAG.old.tmp`.
+# Drafts of one call share a tag: `.NAME.TAG.tmp`, or `.NAME.TAG.new.tmp` if the files are written together. Between
+# the renames of such files the old version of the last file is `.NAME.TAG.old.tmp`.
 _ALONE, _NEW, _OLD = "tmp", "new.tmp", "old.tmp"
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]], *, together: bool = False) -> None:
-    """Write files into a folder, each of which holds either its old or its whole new content at any time.
+    """Write files into a folder. At any time each file has either its old or its complete new content.
 
     Every file is first written under another name in the folder and flushed to disk; only then are they renamed, in
-    the order given. If anything fails before, the folder is as it was. What a process that was killed has left is
-    removed by the next one that writes the same file. A file that is replaced keeps its permissions, and a draft is
-    never readable for more users than the result.
+    the order given. If anything fails before, the folder is unchanged. The next process that writes the same file
+    removes the drafts of killed processes. A file that is replaced keeps its permissions, and a draft is never
+    readable for more users than the result.
 
     Args:
         folder: where to write; created if it does not exist.
         writers: file name -> function that writes the file to the path it is given.
-        together: the files mean nothing without each other, nor the folder without the last. It is taken away before
-            the first is renamed: a process that is killed in between leaves a folder without it, not a mixture of old
-            and new; `stand_in` finds the one that belongs to what is there. Two processes that write the same folder
-            would leave a mixture too: one of them at least is refused.
+        together: the files are valid only together, and the folder only with the last file. The last file is moved
+            away before the first one is renamed: a process that is killed in between leaves a folder without it, not a
+            mixture of old and new files; `stand_in` finds the version that belongs to the other files. Two processes
+            that write the same folder would also leave a mixture: at least one of them is refused.
 
     Raises:
         OSError: the folder or a file cannot be written.
@@ -72,8 +72,8 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]], *
             _rename(folder, drafts, tag, together=together)
             flush_folder(folder)
         except BaseException:
-            for draft in reversed(drafts.values()):  # the last first: without the others it would seem to be valid
-                with contextlib.suppress(OSError):  # the folder is gone, or out of reach
+            for draft in reversed(drafts.values()):  # the last file first: its draft alone would seem to be valid
+                with contextlib.suppress(OSError):  # the folder is removed, or inaccessible
                     draft.unlink(missing_ok=True)
             remove_empty(made)
             raise
@@ -98,10 +98,10 @@ def _rename(folder: Path, drafts: Mapping[str, Path], tag: str, *, together: boo
 
 
 def stand_in(folder: Path, names: Sequence[str]) -> Path | None:
-    """Where the last of some files is that are written together, while it is missing between two renames.
+    """The draft of the last of some files that are written together, while it is missing between two renames.
 
-    It is what belongs to the other files as they are: the old one as long as none of them is replaced, the new one
-    when all are. That also holds where the writer was killed in between.
+    It is the version that belongs to the other files: the old one as long as none of them is replaced, the new one
+    when all are replaced. This is also correct if the writer was killed in between.
 
     Args:
         folder: the folder.
@@ -144,15 +144,15 @@ def _mode(file: Path) -> int | None:
 
 @contextlib.contextmanager
 def _draft(draft: Path, mode: int | None) -> Iterator[Path]:
-    """A new empty file, locked as long as the block lasts: so it is seen not to be abandoned."""
+    """A new empty file, locked during the block, so that other processes see that it is in use."""
     with contextlib.ExitStack() as held:
         while True:
-            # Its owner writes into it, whatever the permissions of the file that it replaces.
+            # Its owner must be able to write to it, even if the file that it replaces is read-only.
             flags, wanted = os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode | 0o600
             os.close(os.open(draft, flags, wanted))
             try:
                 held.enter_context(lock_folder(draft, BlockingIOError()))
-            except (BlockingIOError, FileNotFoundError):  # another process took it for an abandoned one
+            except (BlockingIOError, FileNotFoundError):  # another process considered it abandoned
                 draft.unlink(missing_ok=True)
                 continue
             except OSError:  # some file systems have no locks, and nothing is removed there
@@ -163,13 +163,13 @@ def _draft(draft: Path, mode: int | None) -> Iterator[Path]:
 
 
 def _others_write(folder: Path, names: Sequence[str], own: str, *, together: bool) -> bool:
-    """Whether another process writes the same files now. What processes that have ended left is removed.
+    """Whether another process writes the same files now. Drafts of processes that have ended are removed.
 
-    If one was killed between its renames, the file that belongs to the others is put into its place first.
+    If a process was killed between its renames, the last file that belongs to the others is first put into place.
     """
     found = _by_tag(folder, names) if sys.platform != "win32" else {}
     held = [_is_held(folder, names, tag, files, together) for tag, files in found.items() if tag != own]
-    return any(held)  # after all of them were looked at
+    return any(held)  # only after all of them were checked
 
 
 def _is_held(folder: Path, names: Sequence[str], tag: str, files: Sequence[Path], together: bool) -> bool:
@@ -186,13 +186,13 @@ def _is_held(folder: Path, names: Sequence[str], tag: str, files: Sequence[Path]
                 file.unlink(missing_ok=True)
     except BlockingIOError:
         return True
-    except OSError:  # nobody can lock or remove it
+    except OSError:  # it cannot be locked or removed
         return False
     return False
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the renames durable, where the system can flush a folder."""
+    """Make the renames durable, if the system can flush a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -202,23 +202,23 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of JSON.
+    """The object in a JSON file.
 
     Raises:
-        FormatError: it holds something else.
+        FormatError: the file holds something else.
     """
     return parse_json(file, file.read_bytes())
 
 
 def parse_json(file: Path, content: bytes) -> dict[str, Any]:
-    """The object in the content of a file of JSON.
+    """The object in the content of a JSON file.
 
     Args:
         file: its name, for messages.
-        content: what it holds.
+        content: its bytes.
 
     Raises:
-        FormatError: it holds something else.
+        FormatError: the content is something else.
     """
     try:
         raw = json.loads(content.decode("utf-8"))

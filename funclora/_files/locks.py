@@ -1,6 +1,6 @@
-"""Locks that keep other processes out of a folder, or away from a file that is to be made.
+"""Locks that keep other processes out of a folder, or from making the same file.
 
-They are the system's: a process that is killed leaves none.
+They are locks of the operating system: a process that is killed leaves none.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def lock_folder(path: Path, busy: Exception) -> Iterator[None]:
-    """Keep other processes out, which ask in the same way, where the system has such locks.
+    """Keep out other processes that use the same lock, if the system has such locks.
 
     Args:
-        path: a file or folder that is there.
-        busy: what to raise if another process is in.
+        path: a file or folder that exists.
+        busy: the error to raise if another process holds the lock.
     """
     try:
         import fcntl
@@ -39,13 +39,13 @@ def lock_folder(path: Path, busy: Exception) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed_folder(folder: Path, busy: Exception) -> Iterator[None]:
-    """Keep other processes out of a folder that results go to, before anything in it is read or written.
+    """Keep other processes out of an output folder, before anything in it is read or written.
 
     The folder is made, and removed again if it is empty at the end.
 
     Args:
-        folder: the folder, which need not be there.
-        busy: what to raise if another process is in.
+        folder: the folder, which need not exist.
+        busy: the error to raise if another process holds the lock.
 
     Raises:
         OSError: the folder cannot be made.
@@ -61,14 +61,14 @@ def claimed_folder(folder: Path, busy: Exception) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed_file(file: Path, busy: Exception) -> Iterator[None]:
-    """Keep other processes from making the same file, by a locked one with a random name beside it.
+    """Keep other processes from making the same file, with a locked file of a random name beside it.
 
     Args:
-        file: the file, which need not be there.
-        busy: what to raise, no `OSError`, if another process makes it.
+        file: the file, which need not exist.
+        busy: the error to raise if another process makes the file; not an `OSError`.
 
     Raises:
-        OSError: there cannot be a file.
+        OSError: the file cannot be made.
     """
     made = missing(file.parent)
     try:
@@ -90,14 +90,14 @@ def claimed_file(file: Path, busy: Exception) -> Iterator[None]:
 def locked_beside(
     path: Path, kind: str, make: Callable[[Path], None], remove: Callable[[Path], None], busy: Exception
 ) -> Iterator[Path]:
-    """A new hidden file or folder beside a path, locked, after all that killed processes have left there is removed.
+    """A new locked hidden file or folder beside a path. Those that killed processes left there are removed.
 
     Args:
-        path: what the new one stands for.
+        path: the file or folder that the new one represents.
         kind: the last part of its name.
-        make: makes it, and raises `FileExistsError` if there is something already.
-        remove: removes one that was left.
-        busy: what to raise, no `OSError`, if there is one that a process holds. The new one is then removed.
+        make: makes it, and raises `FileExistsError` if it exists already.
+        remove: removes one that a killed process left.
+        busy: the error to raise if a process holds another one; not an `OSError`. The new one is then removed.
     """
     with contextlib.ExitStack() as held:
         while True:
@@ -105,7 +105,7 @@ def locked_beside(
             make(own)
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 held.enter_context(lock_folder(own, BlockingIOError()))
-                if own.exists():  # else another process took it for one that was left
+                if own.exists():  # otherwise another process considered it abandoned
                     break
         try:
             for other in path.parent.iterdir():
@@ -119,7 +119,7 @@ def locked_beside(
 
 
 def hidden(path: Path, kind: str, tag: str | None = None) -> Path:
-    """A name beside a path that nobody can predict: `.NAME.TAG.KIND`."""
+    """An unpredictable name beside a path: `.NAME.TAG.KIND`."""
     return path.parent / f".{path.name}.{tag or secrets.token_hex(16)}.{kind}"
 
 
@@ -129,7 +129,7 @@ def is_hidden(path: Path, name: str, kind: str) -> bool:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder; nothing, if there is none."""
+    """The entries of a folder; none if it does not exist."""
     try:
         return [*folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -137,12 +137,12 @@ def entries(folder: Path) -> list[Path]:
 
 
 def missing(folder: Path) -> list[Path]:
-    """The folder and its parents as far as they are not there, innermost first."""
+    """Those of the folder and its parents that do not exist, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove folders, innermost first, until one is not empty: what is in there is not ours."""
+    """Remove folders, innermost first, until one is not empty: its content belongs to others."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()

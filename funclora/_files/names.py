@@ -1,4 +1,4 @@
-"""Names of files that come from outside: from another file, or with a request."""
+"""File names that come from outside: from another file, or with a request."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from funclora.errors import FormatError
 
-_LONGEST = 255  # bytes that file systems have for a name
+_LONGEST = 255  # bytes that file systems allow for a name
 
 
 def is_file_name(name: object) -> bool:
-    """Whether a value is the name of a file in some folder, and nothing that leads out of it.
+    """Whether a value is the name of a file in some folder, and cannot lead out of that folder.
 
     Examples:
         >>> [is_file_name(name) for name in ("a.txt", "../a.txt", "..", "/a", "", "a" * 5000, 7)]
@@ -32,12 +32,12 @@ def file_inside(folder: Path, name: object, where: str, *, links: bool = False) 
 
     Args:
         folder: the folder.
-        name: what was found there.
-        where: which file, and where in it, for messages.
-        links: the file may be a link to elsewhere, as all are in the cache of the Hugging Face Hub.
+        name: the value that was read.
+        where: the file and the place in it, for messages.
+        links: the file may be a link to another folder, like all files in the cache of the Hugging Face Hub.
 
     Raises:
-        FormatError: it is no name of a file, or leads out of the folder.
+        FormatError: it is not a file name, or leads out of the folder.
     """
     if not is_file_name(name):
         raise FormatError(f"{where}: expected names of files in this folder, got {reprlib.repr(name)}.")

@@ -1,7 +1,7 @@
-"""safetensors files as bytes: where each tensor lies, and a file whose tensors are written in any order.
+"""safetensors files as bytes: where each tensor is, and a file whose tensors are written in any order.
 
-The library of that name hands out tensors, or writes them all at once. Copying a checkpoint that does not fit into
-memory takes the places of the tensors, and a header that is written before they are known.
+The safetensors library returns tensors, or writes them all at once. To copy a checkpoint that does not fit into memory
+requires the places of the tensors, and a header that is written before their values are known.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 from funclora._files.snapshot import ChangedError, OpenFile
 from funclora.errors import FormatError
 
-# The floating-point types that weights are computed with, by their name in a header.
+# The floating-point types of weights, by their name in a header.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}  # without it transformers refuses a file
 
-_LONGEST = 2**63 - 1  # that torch counts to
-_LONGEST_HEADER = 100_000_000  # as in the library of that name
-_MOST_DIMS = 64  # that torch has
+_LONGEST = 2**63 - 1  # the largest size in torch
+_LONGEST_HEADER = 100_000_000  # as in the safetensors library
+_MOST_DIMS = 64  # the limit of torch
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -48,8 +48,8 @@ class Stored:
         key: its key.
         dtype: the name of its dtype in the header.
         shape: its shape.
-        start: where its first byte lies in the file.
-        nbytes: how many bytes it has.
+        start: the position of its first byte in the file.
+        nbytes: its number of bytes.
     """
 
     file: Path
@@ -61,16 +61,16 @@ class Stored:
 
     @property
     def is_floating(self) -> bool:
-        """It is a weight that can be computed with, not an index or a packed number."""
+        """Whether it is a weight of a floating-point type, not an index or a packed number."""
         return self.dtype in DTYPES
 
     def read(self, descriptor: int, first: int = 0, length: int | None = None) -> Tensor:
-        """Some slices of the tensor along its first dimension, in memory of their own.
+        """A copy of some slices of the tensor along its first dimension.
 
         Args:
             descriptor: the file, open for reading.
             first: the first slice.
-            length: how many; else all from there on.
+            length: the number of slices; by default all from `first` on.
         """
         n = self.shape[0] if self.shape else 1
         length = n - first if length is None else length
@@ -104,7 +104,7 @@ def spill(descriptor: int, tensor: Tensor, at: int) -> None:
 
 
 def copy_range(source: int, start: int, target: int, at: int, nbytes: int) -> None:
-    """Copy bytes from one open file into another, inside the kernel where it can."""
+    """Copy bytes from one open file into another, inside the kernel if it supports this."""
     done = 0
     while done < nbytes:
         n = min(_CHUNK, nbytes - done)
@@ -124,7 +124,7 @@ def copy_range(source: int, start: int, target: int, at: int, nbytes: int) -> No
 
 
 def read_header(file: OpenFile) -> dict[str, Stored]:
-    """The tensors of a file by key, in the order in which they lie there.
+    """The tensors of a file by key, in the order of their positions.
 
     Raises:
         FormatError: it is not a safetensors file, or it is cut off.
@@ -140,7 +140,7 @@ def read_header(file: OpenFile) -> dict[str, Stored]:
 
 
 def _header(file: OpenFile) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
-    """Where the first tensor lies, and the entries of all in order; `ValueError` for what the format does not allow."""
+    """The start of the first tensor, and the entries of all in order; `ValueError` if the format does not allow it."""
     size = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= size <= min(_LONGEST_HEADER, file.size - 8):
         raise ValueError(f"its header would have {size} bytes, and the file has {file.size}")
@@ -157,7 +157,7 @@ def _header(file: OpenFile) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
         if bits is None or not isinstance(shape, list) or len(shape) > _MOST_DIMS or not all(map(_is_count, shape)):
             raise ValueError(f"{key!r} has the dtype {entry.get('dtype')!r} and the shape {reprlib.repr(shape)}")
         if start != end or (stop - start) * 8 != bits * math.prod(shape):
-            raise ValueError(f"{key!r} lies at {start} to {stop}, which is not where or how long it should be")
+            raise ValueError(f"{key!r} is located at {start} to {stop}, but its place or size should be different")
         end = stop
     if 8 + size + end != file.size:
         raise ValueError(f"its tensors end at {8 + size + end}, and the file has {file.size} bytes")
@@ -172,7 +172,7 @@ def _stored(file: Path, key: str, begin: int, entry: dict[str, Any]) -> Stored:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key of its header is there twice")
+        raise ValueError("its header has a key twice")
     for key in found:
         key.encode()  # or this raises: half a surrogate pair
     return found
@@ -194,9 +194,9 @@ class Draft:
     """The bytes of a file that is to be written.
 
     Attributes:
-        head: what stands before the tensors.
+        head: the bytes before the tensors.
         places: key -> tensor in it.
-        size: bytes in all.
+        size: the total number of bytes.
     """
 
     head: bytes
@@ -205,12 +205,12 @@ class Draft:
 
 
 def draft(file: Path, tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> Draft:
-    """Where each tensor of a new file goes.
+    """The place of each tensor in a new file.
 
     Args:
         file: the file.
-        tensors: key, name of the dtype, shape and number of bytes of each, in the order that is wanted. Wider types
-            come first whatever the order, so that every tensor lies where its type may begin.
+        tensors: key, name of the dtype, shape and number of bytes of each, in the order to write. Wider types
+            always come first, so that every tensor is aligned for its type.
     """
     header: dict[str, object] = {"__metadata__": METADATA}
     begin, begins = 0, {}
@@ -233,9 +233,10 @@ def _width(tensor: tuple[str, str, tuple[int, ...], int]) -> float:
 
 
 def certainly_within(values: Tensor, limit: float) -> bool:
-    """True if it is certain that all values lie within ±limit: their norm does, at a tenth of `isfinite`'s price.
+    """True if all values are certainly within ±limit, because their norm is.
 
-    False may also mean that the norm is larger than every value, or overflows. NaN and infinity always give False.
+    This takes a tenth of the time of `isfinite`. False may also mean that the norm is larger than every value, or
+    overflows. NaN and infinity always give False.
 
     Examples:
         >>> import torch

@@ -1,6 +1,6 @@
-"""Files that hold their own checksum, so that damage to them is noticed.
+"""Files that contain their own checksum, so that damage to them is detected.
 
-The checksum is the SHA-256 of the file with zeros in its place, which is in a JSON object, or in the metadata of a
+The checksum is the SHA-256 of the file with zeros in its place. It is stored in a JSON object, or in the metadata of a
 safetensors file.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import re
 
 CHECKSUM = "sha256"
-BLANK = {CHECKSUM: "0" * 64}  # to be among what is written
+BLANK = {CHECKSUM: "0" * 64}  # must be part of the content
 _PLACE = re.compile(rf'"{CHECKSUM}": ?"([0-9a-f]{{64}})"'.encode())
 
 
@@ -18,7 +18,7 @@ def sealed(content: bytes) -> bytes:
     """The content with its checksum where `BLANK` is.
 
     Args:
-        content: of a file, with `BLANK` in it, before any text that comes from elsewhere.
+        content: the bytes of a file. `BLANK` must come before any text from other sources.
 
     Examples:
         >>> import json
@@ -31,7 +31,7 @@ def sealed(content: bytes) -> bytes:
 
 
 def is_intact(content: bytes) -> bool:
-    """Whether a file's content is what was sealed."""
+    """Whether a file's content is unchanged since it was sealed."""
     try:
         start, end = _place(content)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files of a folder as they were at one moment, whoever replaces them meanwhile."""
+"""Files of a folder as they were at one moment, even if another process replaces them meanwhile."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from funclora._files.staging import has_draft
 from funclora.errors import FormatError
 
 _PATIENCE = 2.0  # seconds that a reader waits for a writer
-_TICK = 0.02  # seconds, more than the clock of a file system takes for a step
+_TICK = 0.02  # seconds, longer than a step of a file system's clock
 
 State = tuple[int, int, int, int]  # device, number, size, time of the last change: no two versions of a file share it
 
 
 class ChangedError(FormatError):
-    """Another process replaces or changes what is read."""
+    """Another process replaces or changes the files that are read."""
 
 
 class OpenFile:
-    """A file that is open for reading. Another one may get its name meanwhile: this one stays what it is.
+    """A file that is open for reading. If another file gets its name meanwhile, this one does not change.
 
     It is closed when it is no longer used, or by `close`.
 
     Attributes:
         path: its path when it was opened.
-        descriptor: of the system.
-        state: what it was when it was opened.
+        descriptor: the system's file descriptor.
+        state: its state when it was opened.
 
     Args:
         path: the file.
 
     Raises:
-        FileNotFoundError: there is no file. A folder is none, nor is a device.
+        FileNotFoundError: there is no file. A folder or a device is not a file.
         OSError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Not to wait for the other end of a pipe; of a file this changes nothing.
+        # Do not wait for the other end of a pipe; for a file this changes nothing.
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         self._close = weakref.finalize(self, os.close, self.descriptor)
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
@@ -58,7 +58,7 @@ class OpenFile:
         return self.state[2]
 
     def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
-        """Its bytes from a place on; fewer than asked for where it ends before.
+        """Its bytes from a position on; fewer than requested if the file ends before.
 
         Raises:
             OSError: they cannot be read.
@@ -71,7 +71,7 @@ class OpenFile:
         return b"".join(parts)
 
     def check(self) -> None:
-        """Raise `ChangedError` if somebody has written into it since it was opened: what was read may be of both."""
+        """Raise `ChangedError` if the file was written to since it was opened: the read bytes may be mixed."""
         if _state(os.fstat(self.descriptor)) != self.state:
             raise ChangedError(f"{self.path}: another process has changed it while it was read. {_LATER}")
 
@@ -86,18 +86,18 @@ _LATER = "Try again when that is done."
 def open_files(folder: Path, names: Sequence[str]) -> dict[str, OpenFile]:
     """Open files that belong together, all of one version.
 
-    While a writer replaces them this waits for a moment. Between the renames of `replace_files(..., together=True)`
-    the last one comes from its draft.
+    While a writer replaces them, this waits a short time. Between the renames of `replace_files(..., together=True)`
+    the last file is read from its draft.
 
     Args:
         folder: the folder.
         names: the files, in the order in which they are written.
 
     Returns:
-        Name -> file, without those that are not there.
+        Name -> file, without the files that do not exist.
 
     Raises:
-        ChangedError: they are replaced again and again.
+        ChangedError: they are replaced repeatedly.
         OSError: one cannot be read.
     """
     stands_still = Stillness(folder)
@@ -107,7 +107,7 @@ def open_files(folder: Path, names: Sequence[str]) -> dict[str, OpenFile]:
             places[names[-1]] = found_last
         found = {name: file for name, path in places.items() if (file := _opened(path)) is not None}
         same = all(state_of(path) == (found[name].state if name in found else None) for name, path in places.items())
-        if same and places[names[-1]].name != names[-1]:  # it still stands in for the last
+        if same and places[names[-1]].name != names[-1]:  # it is still the draft of the last file
             same = stand_in(folder, names) == places[names[-1]]
         if same and (len(found) == len(names) or last or (not has_drafts(folder, names) and stands_still())):
             return found
@@ -115,9 +115,9 @@ def open_files(folder: Path, names: Sequence[str]) -> dict[str, OpenFile]:
 
 
 class Stillness:
-    """Whether a folder stands still: what is missing is then really missing, and not between two renames.
+    """Whether a folder does not change: a missing file is then really missing, and not between two renames.
 
-    A reader that looks twice may see the same gap of two writes one after the other.
+    To read the folder twice is not sufficient: the file may be missing during two successive writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,12 +144,12 @@ def _changed(folder: Path) -> tuple[int, int]:
 
 
 def being_replaced(folder: Path) -> ChangedError:
-    """The error for a folder in which no moment was found at which it was whole."""
+    """The error for a folder that was never found complete."""
     return ChangedError(f"{folder}: it is being replaced by another process. {_LATER}")
 
 
 def attempts() -> Iterator[bool]:
-    """Attempts at what a writer may disturb, for a bounded time, with short waits; whether it is the last one."""
+    """Attempts that a writer may disturb, for a bounded time, with short waits. Yields whether it is the last one."""
     end, wait = time.monotonic() + _PATIENCE, 0.001
     while time.monotonic() < end:
         yield False
@@ -159,7 +159,7 @@ def attempts() -> Iterator[bool]:
 
 
 def state_of(path: Path) -> State | None:
-    """What a file is now; None if there is none."""
+    """The current state of a file; None if it does not exist."""
     try:
         found = path.stat()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ _DRAFT = "partial"
 
 
 def check_out(out: Path, sources: Sequence[Path]) -> None:
-    """Raise `ConfigError` if a folder cannot be made there: something lies there, or it is one that is read.
+    """Raise `ConfigError` if a folder cannot be made: the path is in use, or it overlaps with a folder that is read.
 
     Args:
         out: the folder that is to be made.
         sources: the folders that are read.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"out_dir: {out} is there and is not a folder. Give the name of a new one.")
+        raise ConfigError(f"out_dir: {out} exists and is not a folder. Give the name of a new one.")
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"out_dir: the folder {out} is not empty. Give the name of a new one, or remove it.")
     for source in sources:
         a, b = out.resolve(), source.resolve()
         if a == b or a in b.parents or b in a.parents:
-            raise ConfigError(f"out_dir: {out} and {source}, which is read, lie in each other. Give another name.")
+            raise ConfigError(f"out_dir: {out} overlaps with {source}, which is read. Give another name.")
 
 
 @contextlib.contextmanager
 def staged_folder(out: Path, sources: Sequence[Path] = (), *, replace: bool = False) -> Iterator[Path]:
-    """A new folder next to `out`, which gets its name when the block ends without an exception, and is removed else.
+    """A new folder next to `out`, renamed to `out` if the block ends without an exception, otherwise removed.
 
-    To be entered before anything is read: it also keeps other processes from the same `out`. A process that is killed
-    leaves it behind; the next one for the same `out` removes it. Its permissions are those of `out`, if that is there.
+    Enter it before anything is read: it also keeps other processes from the same `out`. A process that is killed leaves
+    it behind; the next one for the same `out` removes it. It has the permissions of `out`, if `out` exists.
 
     Args:
         out: the folder that is to be made.
         sources: the folders that are read for it.
-        replace: `out` may be there, and is removed when the new one has taken its place; otherwise it must be empty.
+        replace: `out` may exist, and is removed when the new folder has replaced it; otherwise it must be empty.
 
     Raises:
-        ConfigError: `out` is in use, or another process is at work on it.
+        ConfigError: `out` is in use, or another process writes it.
         OSError: the folder cannot be written.
 
     Examples:
@@ -66,7 +66,7 @@ def staged_folder(out: Path, sources: Sequence[Path] = (), *, replace: bool = Fa
     def make(draft: Path) -> None:
         draft.mkdir(mode=0o777 if mode is None else mode)
         if mode is not None:
-            draft.chmod(mode)  # what the umask takes away
+            draft.chmod(mode)  # the umask may have removed permissions
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def _put(draft: Path, out: Path, *, replace: bool) -> None:
         shutil.rmtree(aside)
         return
     if out.is_dir():
-        out.rmdir()  # empty, or this raises
+        out.rmdir()  # raises if it is not empty
     draft.rename(out)
 
 

@@ -1,4 +1,4 @@
-"""What a file of JSON holds, as values of the types that a program has for it."""
+"""The values of a JSON file, checked and converted to the types of a program."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from funclora.errors import FormatError
 
-# Of whole numbers: what others count with, and no file has more of anything.
+# The bits of the largest integer: other programs use 64-bit integers, and no file needs more.
 _BITS = 63
 
 
 def as_type(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as one of a type, strictly: a whole number is no flag, and nothing is missing or too much.
+    """A JSON value as a value of a type, strictly: an integer is not a flag, and no key is missing or unknown.
 
     Args:
         kind: a dataclass, `list[...]`, `tuple[...]`, `dict[..., ...]`, a union, or a plain type. The keys of a dict may
-            be whole numbers, which JSON has as texts.
-        value: what `json` made of a file.
+            be integers, which JSON stores as texts.
+        value: a value that `json` read from a file.
         where: the file and the place in it, for messages.
 
     Raises:
-        FormatError: it is none.
+        FormatError: the value does not have that type.
 
     Examples:
         >>> as_type(dict[int, tuple[int, float]], {"3": [1, 0.5]}, "state.json")
@@ -68,7 +68,7 @@ def _fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
     odd = [name for name in names if name not in value] + [name for name in value if name not in hints]
     if odd:
-        raise FormatError(f"{where}: expected {', '.join(names)}; {reprlib.repr(odd[0])} is missing or too much.")
+        raise FormatError(f"{where}: expected {', '.join(names)}; {reprlib.repr(odd[0])} is missing or unknown.")
     return kind(**{name: as_type(hints[name], value[name], f"{where}: {name}") for name in names})
 
 
@@ -76,7 +76,7 @@ def _key(kind: Any, key: str, where: str) -> Any:
     if kind is not int:
         return key
     if not (key.isascii() and key.isdigit() and len(key) <= len(str(1 << _BITS)) and str(int(key)) == key):
-        raise FormatError(f"{where}: expected whole numbers as names, got {reprlib.repr(key)}.")
+        raise FormatError(f"{where}: expected integers as names, got {reprlib.repr(key)}.")
     return int(key)
 
 
