@@ -1,1 +1,1 @@
-"""A model under rewritten weights: `bind`, `apply`, `merge`."""
+"""A model with rewritten weights: `bind`, `apply`, `merge`."""

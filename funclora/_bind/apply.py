@@ -1,4 +1,4 @@
-"""Running a model under rewritten weights: `base_params`, `bind` and `apply`."""
+"""Running a model with rewritten weights: `base_params`, `bind` and `apply`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 
     The bound module shares the given tensors and copies only buffers, which the model may update. All its methods work
     with the rewritten weights: `bound(x)`, `bound.generate(ids)`, `bound.encoder(x)`. The model
-    itself is never changed, and later changes of it do not affect the bound module.
+    itself is never changed, and later changes to it do not affect the bound module.
 
     Args:
         model: the module that defines the computation. Only its structure is used, and its non-persistent
@@ -132,7 +132,7 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
         [6.0]
     """
     bound = bind(model, params, adapters)
-    if torch.compiler.is_compiling():  # a graph has no versions to compare
+    if torch.compiler.is_compiling():  # tensors in a graph have no versions to compare
         return bound(*args, **kwargs)
     with unwritten(params, adapters):
         return bound(*args, **kwargs)

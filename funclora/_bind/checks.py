@@ -1,4 +1,4 @@
-"""What must hold before a model is bound, and after it ran."""
+"""Checks before a model is bound, and after it ran."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from funclora.rules.weights import refuse_elsewhere, refuse_weight
 
 @contextlib.contextmanager
 def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
-    """Raise `PurityError` if the block writes to a tensor that a bound module shares with its maker.
+    """Raise `PurityError` if the block writes to a tensor that a bound module shares with its caller.
 
-    Those are the weights without an adapter, and the values of `Full`: a lazy weight itself refuses to be written to.
+    These are the weights without an adapter, and the values of `Full`: a write to a lazy weight raises its own error.
     """
     leaves = [(name, leaf) for name, rule in adapters.items() if rule.bind_dense for leaf in rule.leaf_names]
     tensors = [*params.values(), *(getattr(adapters[name], leaf) for name, leaf in leaves)]
@@ -34,30 +34,30 @@ def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
         name = next(name for name, old, new in zip(names, before, after, strict=True) if old != new)
         raise PurityError(
             f"{name} was written to in place while the model ran, and has lost the values that were passed in. Let the "
-            "model compute the new value out of place, or keep it in a buffer: a bound model has buffers of its own."
+            "model compute the new value out of place, or keep it in a buffer: a bound model has its own buffers."
         )
 
 
 def versions(tensors: list[Tensor]) -> list[int | None]:
-    """How often each tensor was written to, as autograd counts; for inference tensors it does not."""
+    """The number of writes to each tensor, as counted by autograd, which does not count for inference tensors."""
     with plain_tensors():
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
-    """How many rows a batch has for adapters that differ by row, and their repetitions; 1 if they do not differ."""
+    """The number of rows of a batch, and how often each is repeated; (1, 1) if the adapters do not differ by row."""
     sizes = {(rule.n, rule.repeats): name for name, rule in adapters.items() if isinstance(rule, Routed)}
     if len(sizes) > 1:
         raise ParamsError(
             "adapters are routed for batches of different sizes: "
             + ", ".join(f"{name!r} for {n} rows" for (n, _), name in sizes.items())
-            + ". Take the rules of one call of route."
+            + ". Use the rules of one call of route."
         )
     return next(iter(sizes), (1, 1))
 
 
 def check_rules(adapters: object, where: str = "adapters") -> None:
-    """Raise `ArgumentError` unless that is one adapter: a mapping from names to rules.
+    """Raise `ArgumentError` unless the argument is one adapter: a mapping from names to rules.
 
     Args:
         adapters: the argument.
@@ -67,9 +67,9 @@ def check_rules(adapters: object, where: str = "adapters") -> None:
     if isinstance(adapters, Stack):
         refuse(where, expected, adapters, "Take one member, stack[i]; for all of them use route, vmap or unstack.")
     if adapters is None:
-        refuse(where, expected, adapters, "The base model alone is {}.")
+        refuse(where, expected, adapters, "For the base model, pass {}.")
     if isinstance(adapters, (list, tuple)):
-        remedy = "Several go through stack and route, or algebra.add; load_peft returns a pair, (adapters, config)."
+        remedy = "For several use stack and route, or algebra.add; load_peft returns a pair, (adapters, config)."
         refuse(where, expected, adapters, remedy)
     if not isinstance(adapters, Mapping):
         refuse(where, expected, adapters, f"init and load_peft make one. {ORDER}")
@@ -80,14 +80,14 @@ def check_rules(adapters: object, where: str = "adapters") -> None:
 
 
 def check_adapters(params: Params, adapters: Adapters, *, values: bool = False) -> None:
-    """Raise an error unless those are weights and one adapter, every rule of which fits the parameter of its name.
+    """Raise an error unless these are weights and one adapter whose rules all fit their parameters.
 
     Args:
         params: full name -> tensor.
         adapters: full name of a parameter -> rule.
         values: the weights' values will be read, not only their shapes.
     """
-    eager = not torch.compiler.is_compiling()  # the compiler follows no questions about the kind of a packed weight
+    eager = not torch.compiler.is_compiling()  # the compiler cannot trace queries about the kind of a packed weight
     check_params(params)
     check_rules(adapters)
     for name, rule in untied(adapters).items():
@@ -110,11 +110,11 @@ def check_adapters(params: Params, adapters: Adapters, *, values: bool = False) 
 
 
 def refuse_unbindable(module: nn.Module, prefix: str | None = "") -> None:
-    """Raise `UnsupportedError` if a module runs other weights than those registered in it.
+    """Raise `UnsupportedError` if a module does not run the weights that are registered in it.
 
     Args:
         module: the module, without its children.
-        prefix: its full name with a dot at the end, "" for the model itself, None outside of the tree.
+        prefix: its full name with a dot at the end, "" for the model itself, None outside the tree.
     """
     name = repr((prefix or "").rstrip(".") or "the model")
     if isinstance(module, torch.jit.ScriptModule):

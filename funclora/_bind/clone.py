@@ -1,9 +1,9 @@
 """A structural copy of a module tree: new module objects over given tensors, sharing everything immutable.
 
-`torch.func.functional_call` swaps the tensors of the live modules for the length of a call: another thread, a
-recomputation in backward or an exception in between sees the wrong weights. A copy of the module objects (not of
-their parameters) has none of that: it belongs to one caller, and whatever runs later (activation checkpointing,
-hooks, generators) still finds the weights that it was made with.
+`torch.func.functional_call` swaps the tensors of the live modules during a call: another thread, a recomputation in
+backward or an exception in between sees the wrong weights. A copy of the module objects (not of their parameters)
+avoids this: it belongs to one caller, and code that runs later (activation checkpointing, hooks, generators) still
+finds the weights with which the copy was made.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from funclora.errors import UnsupportedError
 M = TypeVar("M", bound=nn.Module)
 Replacements = dict[int, Any]  # id of an original -> its replacement
 
-# The attributes that nn.Module itself sets, before all others: registries, which are rebuilt, and other containers
-# (of hooks), which are empty most of the time.
+# The attributes that nn.Module itself sets, before all others: registries, which are rebuilt, and containers of hooks,
+# which are usually empty.
 _OWN = list(nn.Module().__dict__)
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 _HOOKS = {
@@ -46,9 +46,9 @@ _MUTABLE = frozenset((list, set, dict, OrderedDict, defaultdict, deque))
 _CONTAINERS = (list, set, dict, deque)
 _WEAK = frozenset((weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes))
 _LRU_CACHE = type(functools.lru_cache(len))
-# What refers to other things and has no state but theirs.
+# Types that only refer to other objects, and have no state of their own.
 _REFERENCES: tuple[Any, ...] = (type, types.FunctionType, types.MethodType, functools.partial, _LRU_CACHE, *_WEAK)
-# How far to follow plain objects that are no modules (configurations, helpers) in search of modules.
+# The depth to which plain objects that are not modules (configurations, helpers) are searched for modules.
 _OBJECT_DEPTH = 4
 
 
@@ -56,10 +56,10 @@ def clone_module(model: M, tensor: Callable[[str, Tensor, nn.Module, bool], Tens
     """A copy of the module tree whose parameters and buffers come from `tensor`.
 
     Plain attributes that refer to modules or parameters of the tree (lists of layers, bound methods, partials,
-    closures, helpers, `nn.LSTM`'s flat weights) refer to the copies in the copy, and what two modules share they
-    share there too. Containers, unregistered tensors, random generators and helper objects that belong to a module are
-    copied, so that a forward pass can write to them without touching the original. Functions that lead to no module are
-    shared, and so is what `funclora._bind.state` knows no copy of.
+    closures, helpers, `nn.LSTM`'s flat weights) refer to the copied modules in the copy, and two modules that share a
+    value also share its copy. Containers, unregistered tensors, random generators and helper objects that belong to a
+    module are copied, so that a forward pass can write to them without changing the original. Functions that lead to no
+    module are shared, and so are values that `funclora._bind.state` cannot copy.
 
     A parameter that is registered under two names gets the tensor of each name; a module that is registered under
     two names becomes two modules, since their weights may now differ. Tied buffers stay tied.
@@ -79,7 +79,7 @@ class _Cloner:
     def __init__(self, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> None:
         self.tensor = tensor
         self.kinds: set[type] = set()  # classes of modules that can be bound
-        self.made: list[tuple[_Rewirer, dict[str, Any], list[str]]] = []  # attributes of a copy, and which to rewire
+        self.made: list[tuple[_Rewirer, dict[str, Any], list[str]]] = []  # attributes of a copy, and names to rewire
         self.nodes: Replacements = {}  # modules and tensors
         self.replacements: Replacements = {}  # everything else
         self.keep: list[Any] = []  # originals, so that no id is reused
@@ -87,7 +87,7 @@ class _Cloner:
     def clone(self, model: M) -> M:
         try:
             new = self._module(model, "")
-            for scope, attributes, names in self.made:  # grows while modules that are registered nowhere turn up
+            for scope, attributes, names in self.made:  # grows when unregistered modules are found
                 for name in names:
                     scope.attribute = name
                     attributes[name] = scope.replaced(attributes[name])
@@ -96,20 +96,20 @@ class _Cloner:
         return new
 
     def _module(self, module: M, prefix: str | None) -> M:
-        """Copy a module and its registered children; `prefix` is None for a module outside of the tree."""
+        """Copy a module and its registered children; `prefix` is None for a module outside the tree."""
         if type(module) not in self.kinds or "_is_replica" in module.__dict__:
             refuse_unbindable(module, prefix)
             self.kinds.add(type(module))
         if getattr(parametrize, "_cache_enabled", 0) and parametrize.is_parametrized(module):
             raise UnsupportedError(
                 f"{prefix or 'the model'!r} is parametrized, and torch.nn.utils.parametrize.cached() would give it the "
-                "weights of another call. Bind and call it outside of that context."
+                "weights of another call. Bind and call it outside that context."
             )
         new = object.__new__(type(module))
         attributes = module.__dict__.copy()
         object.__setattr__(new, "__dict__", attributes)
         attributes.pop("_compiled_call_impl", None)  # compiled for the original: the copy runs eagerly
-        # The copies of a module under several names see weights of their own, so nothing of theirs is shared.
+        # The copies of a module under several names have their own weights, so they share nothing.
         replacements = {} if id(module) in self.nodes else self.replacements
         self.nodes.setdefault(id(module), new)
         own: Replacements = {}
@@ -122,13 +122,13 @@ class _Cloner:
                     self.nodes.setdefault(id(value), copies[name])
             attributes[registry] = copies
         names = list(attributes)
-        if names[: len(_OWN)] == _OWN and not any(_hooks(attributes)):  # a look at each would take longer than the rest
+        if names[: len(_OWN)] == _OWN and not any(_hooks(attributes)):  # to check each would take longer than the rest
             for name, kind in _HOOKS.items():
                 attributes[name] = kind()
             names = names[len(_OWN) :]
         if isinstance(module, nn.RNNBase):
-            # torch's functional_call leaves the tensors of its call in the original's list. They may be those of a
-            # transform that is over, which nothing can read.
+            # torch's functional_call leaves the tensors of its call in the original's list. They may belong to a
+            # finished transform, and are then unreadable.
             flat = zip(module._flat_weights_names, attributes["_flat_weights"], strict=True)
             attributes["_flat_weights"] = [attributes["_parameters"].get(name, weight) for name, weight in flat]
             names.remove("_flat_weights")
@@ -139,7 +139,7 @@ class _Cloner:
         for name, child in children.items():
             if child is not None:
                 children[name] = self._module(child, None if prefix is None else f"{prefix}{name}.")
-        if "_orig_mod" in children and "dynamo_ctx" in attributes:  # what torch.compile(model) returns
+        if "_orig_mod" in children and "dynamo_ctx" in attributes:  # the result of torch.compile(model)
             attributes["forward"] = children["_orig_mod"]
         return new
 
@@ -152,17 +152,17 @@ class _Cloner:
 
 
 class _Rewirer:
-    """Replaces what the attributes of one module refer to."""
+    """Replaces the objects that the attributes of one module refer to."""
 
     def __init__(self, cloner: _Cloner, owner: type, own: Replacements, replacements: Replacements) -> None:
         self.cloner = cloner
         self.owner = owner  # the module's class
-        self.attribute = ""  # the one at hand
+        self.attribute = ""  # the current attribute
         self.own = own  # the module's own tensors
         self.replacements = replacements
 
     def replaced(self, value: Any, depth: int = _OBJECT_DEPTH) -> Any:
-        """The value with every module and tensor of the tree replaced; the value itself if there is none."""
+        """The value with every module and tensor of the tree replaced; the value itself if it contains none."""
         kind = type(value)
         if kind in _ATOMIC:
             return value
@@ -197,7 +197,7 @@ class _Rewirer:
         return self._copied(value, depth - 1)
 
     def _state(self, value: Any, depth: int) -> Any:
-        """A copy of what is no reference to something else; None if it is to be shared."""
+        """A copy of a value that is not a reference to another object; None if the value should be shared."""
         if isinstance(value, _CONTAINERS):
             new = self._container(value, depth)
         else:
@@ -207,7 +207,7 @@ class _Rewirer:
                 return new
             if is_one_way(value):
                 raise UnsupportedError(
-                    f"{self._where()} is a {type(value).__name__}, which forward would use up for the model too, and "
+                    f"{self._where()} is a {type(value).__name__}, which forward would also consume for the model, and "
                     "which cannot be copied. Keep a list and a position in it instead."
                 )
             new = copied_object(value) if depth > 0 else None
@@ -228,7 +228,7 @@ class _Rewirer:
             return False
         if id(value) in self.own or id(value) in self.cloner.nodes:
             return True
-        if type(value) in _WEAK:  # nothing but the tree would keep the copy of its referent alive
+        if type(value) in _WEAK:  # only the tree would keep the copy of its referent alive
             return id(_referent(value)) in self.cloner.nodes
         if isinstance(value, (nn.Module, Tensor)):
             return isinstance(value, nn.Module)
@@ -245,20 +245,20 @@ class _Rewirer:
         self.cloner.keep.append(value)
 
     def _container(self, value: Any, depth: int) -> Any:
-        """A copy of a container; None if its class makes none."""
+        """A copy of a container; None if its class cannot be copied."""
         try:
             new = value.copy() if type(value) in _MUTABLE else copy.copy(value)
-        except Exception:  # noqa: BLE001  whatever a class of the model says about copies
+        except Exception:  # noqa: BLE001  a class of the model may raise any error
             return None
         if new is value:
             return None
-        self._remember(value, new)  # before its items: one of them may lead back here
+        self._remember(value, new)  # before its items, which may refer back to it
         atomic = _ATOMIC.issuperset
         if atomic(map(type, value)) and (not isinstance(value, dict) or atomic(map(type, value.values()))):
             return new
         if isinstance(value, dict):
             items = [(self.replaced(k, depth), self.replaced(v, depth)) for k, v in value.items()]
-            kind = OrderedDict if isinstance(value, OrderedDict) else dict  # not through methods of the model's
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict  # not through methods of the model's class
             kind.clear(new)
             for k, v in items:
                 kind.__setitem__(new, k, v)
@@ -269,7 +269,7 @@ class _Rewirer:
         return new
 
     def _copied(self, value: Any, depth: int) -> Any:
-        """A copy of something that leads to a module of the tree."""
+        """A copy of a value that leads to a module of the tree."""
         new: Any
         if isinstance(value, types.MethodType):
             return types.MethodType(self.replaced(value.__func__, depth + 1), self.replaced(value.__self__, depth + 1))
@@ -291,7 +291,7 @@ class _Rewirer:
         except TypeError as error:
             raise UnsupportedError(
                 f"{self._where()} holds a {type(value).__name__} that refers to one of the model's modules and cannot "
-                "be copied, so that it would see the base weights."
+                "be copied, so it would use the base weights."
             ) from error
         self._remember(value, new)
         for name, part in attributes_of(value).items():
@@ -301,7 +301,7 @@ class _Rewirer:
     def _function(self, value: types.FunctionType, depth: int) -> types.FunctionType:
         cells = []
         for cell in value.__closure__ or ():
-            if id(cell) not in self.replacements:  # functions that share a variable go on sharing it
+            if id(cell) not in self.replacements:  # functions that share a variable still share it
                 self._remember(cell, types.CellType())
             cells.append(self.replacements[id(cell)])
         new = types.FunctionType(
@@ -335,7 +335,7 @@ def _referent(weak: Any) -> Any:
 
 
 def _parts(value: Any) -> tuple[list[Any], bool]:
-    """What a value refers to, and whether it is a plain object."""
+    """The objects that a value refers to, and whether it is a plain object."""
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__], False
     if isinstance(value, types.FunctionType):

@@ -1,4 +1,4 @@
-"""Binding while torch.compile traces."""
+"""`bind` while torch.compile traces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from funclora.rules.base import Adapters, Params
 
 
 class TracedModule:
-    """What `bind` returns while torch.compile traces, where module objects cannot be made.
+    """The result of `bind` while torch.compile traces and cannot make module objects.
 
     A graph is captured once, by one thread, and holds the weights as its inputs: `functional_call` is safe there.
     """
@@ -28,7 +28,7 @@ class TracedModule:
         self._tensors = {}
         places: dict[tuple[int, str], str] = {}
         for name, given in params.items():
-            # The tracer loses track of a quantised weight inside of a lazy one.
+            # The tracer cannot track a quantised weight inside a lazy one.
             value = plain_weight(given) if name in adapters else given
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
@@ -36,13 +36,13 @@ class TracedModule:
             if twin != name and (name in adapters or twin in adapters):
                 raise UnsupportedError(
                     f"{twin!r} and {name!r} are one parameter of one module under two names. torch.compile cannot give "
-                    "it two weights: call apply outside of the compiled function, or adapt a model without the sharing."
+                    "it two weights: call apply outside the compiled function, or adapt a model without the sharing."
                 )
             is_buffer = leaf in owner._buffers
             if reads_packed_weights(owner):
                 raise UnsupportedError(
                     f"{name!r} belongs to a {type(owner).__name__} of bitsandbytes, which torch.compile cannot give "
-                    "another weight. Call apply outside of the compiled function, or on the model with plain layers."
+                    "another weight. Call apply outside the compiled function, or on the model with plain layers."
                 )
             self._tensors[name] = (
                 value.clone() if is_buffer else rewritten(name, value, adapters.get(name), owner, None, {})
@@ -59,6 +59,6 @@ class TracedModule:
         if callable(value):
             raise UnsupportedError(
                 f"bound.{name} is called under torch.compile, where only bound(...) itself is supported. Call it "
-                "outside of the compiled function."
+                "outside the compiled function."
             )
         return value

@@ -19,11 +19,11 @@ from funclora.rules.tokens import Tied, untied
 def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
     """The rewritten weights, as a new dict.
 
-    Each target is computed in float32 (float64 if either side is) and rounded once to its base dtype. Keys,
-    dtypes and devices are those of `params`; entries without an adapter are shared, not copied.
+    Each target is computed in float32 (float64 if the weight or the rule is float64) and rounded once to its base
+    dtype. Keys, dtypes and devices are the same as in `params`; entries without an adapter are shared, not copied.
 
     An adapter on one of several tied parameters changes only that one: the result contains them as different tensors,
-    and a `TiedWeightsWarning` names them. Parameters that adapters tie (`Tied`) stay one tensor.
+    and a `TiedWeightsWarning` names them. Parameters that are tied by `Tied` rules stay one tensor.
 
     Args:
         params: full name -> tensor, as from `base_params` or a state dict.
@@ -55,16 +55,16 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
             continue
         if isinstance(weight, Quantized):
             raise UnsupportedError(
-                f"merge: {name!r} is quantised, and a merged weight is dense. Say which base to merge into: "
+                f"merge: {name!r} is quantised, and a merged weight is dense. Choose the base to merge into: "
                 "merge(dequantize(params), adapters) keeps the weights that were trained with, "
-                "merge(original_params, adapters) takes those from before quantize."
+                "merge(original_params, adapters) uses the weights from before quantize."
             )
         dense = rule.dense(weight)
-        # Also away from an adapter's own leaf: the result of a Full rule must not alias it.
-        # In the base's order in memory: safetensors takes no transposed view.
+        # A copy, because the result of a Full rule must not alias the adapter's own leaf.
+        # In the base's order in memory: safetensors does not accept transposed views.
         order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
         merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
-        if has_values(dense):  # else whoever gets it out of the transform can look at it
+        if has_values(dense):  # otherwise it can only be checked outside the transform
             refuse_nonfinite(name, dense, merged[name])
     for name, tie in adapters.items():
         if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:
@@ -93,8 +93,8 @@ def _report_ties(params: Params, adapters: Adapters) -> None:
         adapted = [name for name in tied if name in rules]
         if adapted and len(tied) > 1 and any(rules.get(name) is not rules[adapted[0]] for name in tied):
             warnings.warn(
-                f"{', '.join(map(repr, tied))} are one tied parameter; {', '.join(map(repr, adapted))} is rewritten "
-                "on its own. The merged dict holds them as different tensors: a model that ties them again on load "
+                f"{', '.join(map(repr, tied))} are one tied parameter; only {', '.join(map(repr, adapted))} is "
+                "rewritten. The merged dict holds them as different tensors: a model that ties them again on load "
                 "needs its tie removed (for transformers: config.tie_word_embeddings = False).",
                 TiedWeightsWarning,
                 stacklevel=3,

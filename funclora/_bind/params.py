@@ -15,8 +15,8 @@ from funclora.errors import ParamsError
 def base_params(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters and persistent buffers as a value: detached, not copied.
 
-    Tied parameters appear under each of their names, as in `state_dict`. What bitsandbytes packed (a transformers model
-    that was loaded with `load_in_4bit` or `load_in_8bit`) appears as quantised weights, as `quantize` makes them.
+    Tied parameters appear under each of their names, as in `state_dict`. Weights that bitsandbytes packed (in a
+    transformers model loaded with `load_in_4bit` or `load_in_8bit`) appear as quantised weights, as from `quantize`.
 
     Args:
         model: any module.

@@ -1,4 +1,4 @@
-"""What takes the place of a parameter."""
+"""The replacement of a parameter in a bound model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def rewritten(
     uses: dict[str, str] | None,
     placeholders: Placeholders,
 ) -> Tensor:
-    """What takes the place of a parameter of `owner`; `uses` records what becomes of it."""
+    """The replacement of a parameter of `owner`; `uses` records how it is used."""
     if rule is None or (uses is None and rule.bind_dense):
         plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
         if plain.dim() != 2 or getattr(owner, "max_norm", None) is None:
             return plain
-        # torch would renormalise the table in place.
+        # torch would renormalise the embedding matrix in place.
         weight, rule, uses = plain, Unchanged(), None
     elif not (requires_grad(weight) or requires_grad(rule)):
-        rule = rule.prepared(weight)  # nothing of it will be differentiated: once is enough for every call
-    # The owner holds the weight: a weak reference back lets both die at once. The compiler follows none, needs none.
+        rule = rule.prepared(weight)  # it is never differentiated, so one preparation is enough for every call
+    # The owner holds the weight: a weak reference back lets both be freed at once. The compiler cannot trace it.
     held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)
     return LazyWeight.of(name, weight, rule, held, uses, placeholders)
 
@@ -41,7 +41,7 @@ def rewritten(
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class Unchanged(Rule):
-    """The base weight itself, read without the writes of `F.embedding(..., max_norm=...)` to its table."""
+    """The base weight itself, read without the in-place writes of `F.embedding(..., max_norm=...)`."""
 
     layout: Layout = field(default=Embedding())
 

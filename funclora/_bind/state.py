@@ -1,6 +1,6 @@
-"""Copies of what a forward pass may write to besides tensors and containers: arrays, generators, helper objects.
+"""Copies of objects that a forward pass may write to besides tensors and containers: arrays, generators, helpers.
 
-Each function knows kinds of values and nothing of modules. What no function here knows is shared with the original.
+The functions here do not handle modules. A value of a kind that no function here handles is shared with the original.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# Packages whose objects are known by identity (operators, process groups, locks, loggers): a copy is another thing.
+# Packages whose objects are compared by identity (operators, process groups, locks, loggers): a copy would differ.
 _BY_IDENTITY = frozenset(
     ("torch", "triton", "threading", "multiprocessing", "concurrent", "asyncio", "logging", "weakref")
 )
@@ -27,13 +27,13 @@ _BY_IDENTITY = frozenset(
 def copied_leaf(value: Any) -> Any:
     """A copy of an array, a random generator or a counter, which refer to nothing else; None for other values."""
     for kinds, copied in (*_LEAVES.items(), *_numpy_leaves()):
-        if issubclass(type(value), kinds):  # not isinstance: it asks the value for its class, by code of the model
+        if issubclass(type(value), kinds):  # not isinstance, which may run code of the model
             return copied(value)
     return None
 
 
 def is_one_way(value: Any) -> bool:
-    """Whether a value can only be read once: a generator, an iterator of C. Files are no state of the model."""
+    """Whether a value can only be read once: a generator, an iterator in C. Files are not state of the model."""
     kind = type(value)
     one_way = hasattr(kind, "__next__") or hasattr(kind, "__anext__")
     return one_way and not issubclass(kind, io.IOBase) and not _slots(value) and not _dict(value)
@@ -43,7 +43,7 @@ def copied_object(value: Any) -> Any:
     """A shallow copy of a helper object, without running code of its class where that is possible.
 
     Returns:
-        The copy; None if it has no attributes, is known by its identity, or owns something that ends with it.
+        The copy; None if it has no attributes, is compared by identity, or owns a resource that ends with it.
     """
     kind: Any = type(value)
     if kind.__module__.partition(".")[0] in _BY_IDENTITY or hasattr(kind, "__del__"):
@@ -59,7 +59,7 @@ def copied_object(value: Any) -> Any:
         new = object.__new__(kind)
         for name, part in (attributes | slots).items():
             set_attribute(new, name, part)
-    except Exception:  # noqa: BLE001  whatever the class says about copies
+    except Exception:  # noqa: BLE001  the class may raise any error
         return None
     return new
 
@@ -70,7 +70,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def set_attribute(value: Any, name: str, part: Any) -> None:
-    """Set an attribute without asking the object's class, unless it is a slot."""
+    """Set an attribute without code of the object's class, unless it is a slot."""
     if name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
         object.__setattr__(value, name, part)
     else:
@@ -91,7 +91,7 @@ def _slots(value: Any) -> dict[str, Any]:
 
 
 def _random(value: random.Random) -> random.Random | None:
-    return None if isinstance(value, random.SystemRandom) else copy.copy(value)  # the system's has no state
+    return None if isinstance(value, random.SystemRandom) else copy.copy(value)  # SystemRandom has no state
 
 
 def _generator(value: torch.Generator) -> torch.Generator:
@@ -99,7 +99,7 @@ def _generator(value: torch.Generator) -> torch.Generator:
 
 
 def _count(value: Any) -> Any:
-    # Python has given up copying counters; what they print is what makes them.
+    # Python no longer copies counters; their repr contains the arguments that make them.
     arguments = ast.literal_eval(repr(value).removeprefix("count"))
     return itertools.count(*(arguments if isinstance(arguments, tuple) else (arguments,)))
 

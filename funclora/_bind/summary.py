@@ -23,12 +23,12 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` returns. `str()` gives the table.
+    """The result of `summary`. `str()` gives the table.
 
     Attributes:
         rows: one per target.
         trainable: number of trainable values.
-        total: number of floating-point values of the base, tied ones counted once.
+        total: number of floating-point values of the base; tied parameters are counted once.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -37,7 +37,7 @@ class Summary:
 
     @property
     def percent(self) -> float:
-        """Trainable values in percent of the base's."""
+        """Trainable values in percent of the base's values."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ def _count(params: Params) -> int:
     seen = set()
     total = 0
     for tensor in params.values():
-        # The storage and not its address, which tensors on the meta device and tensor subclasses do not have.
+        # The storage, not its address: tensors on the meta device and tensor subclasses have no address.
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.is_floating_point() and key not in seen:
             seen.add(key)

@@ -58,7 +58,7 @@ REPORTED: list[tuple[Callable[[], Any], str]] = [
     (lambda: anything.summary(PARAMS, STACK), r"adapters: .* got a Stack\. .* route, vmap or unstack"),
     (lambda: anything.trace_targets(MODEL, PARAMS, STACK, X), r"adapters: .* got a Stack"),
     (lambda: anything.as_module(MODEL, PARAMS, STACK), r"adapters: .* got a Stack\. Take one member, stack\[i\]"),
-    (lambda: anything.apply(MODEL, PARAMS, None, X), r"adapters: .* got None\. The base model alone is {}"),
+    (lambda: anything.apply(MODEL, PARAMS, None, X), r"adapters: .* got None\. For the base model, pass {}"),
     (lambda: anything.bind(MODEL, None, {}), r"params: .* got None\. Take base_params\(model\)"),
     (lambda: anything.bind(MODEL, MODEL.parameters(), {}), r"params: .* got a generator\. Take base_params\(model\)"),
     (lambda: anything.bind(MODEL, MODEL, {}), r"params: .* got a Sequential\. Take base_params\(model\)"),

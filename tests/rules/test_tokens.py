@@ -210,7 +210,7 @@ def test_weights_that_are_not_the_same_follow_the_rule_on_their_own() -> None:
 
 def test_one_side_alone_is_pointed_out() -> None:
     model = Tying()
-    with pytest.warns(TiedWeightsWarning, match=r"'head\.weight' is rewritten on its own"):
+    with pytest.warns(TiedWeightsWarning, match=r"only 'head\.weight' is rewritten"):
         fl.merge(fl.base_params(model), {"head.weight": tokens(1, dtype=torch.float32)})
 
 
