@@ -63,7 +63,7 @@ def check_rules(adapters: object, where: str = "adapters") -> None:
         adapters: the argument.
         where: its name.
     """
-    expected = "one adapter, a dict from full parameter names to rules,"
+    expected = "one adapter, a dict from full parameter names to rules"
     if isinstance(adapters, Stack):
         refuse(where, expected, adapters, "Take one member, stack[i]; for all of them use route, vmap or unstack.")
     if adapters is None:

@@ -118,7 +118,7 @@ def _packing(kind: str, double_quant: bool, blocksize: int) -> Packing:
 def _targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]:
     """The names of the weights that the targets name."""
     if not isinstance(targets, Iterable) or isinstance(targets, (Tensor, nn.Module)):
-        refuse("targets", "names of parameters or modules, or a dict of adapters,", targets)
+        refuse("targets", "names of parameters or modules, or a dict of adapters", targets)
     if isinstance(targets, str):
         raise ConfigError(
             f"quantize: targets: expected names of parameters or modules, got the string {targets!r}. For all linear "

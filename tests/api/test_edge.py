@@ -91,7 +91,7 @@ REPORTED: list[tuple[Callable[[], Any], str]] = [
     (lambda: anything.value_and_grad(loss)(MODEL, PARAMS, STACK, X), r"adapters: .* got a Stack"),
     (
         lambda: trained(MODEL, loss, SGD, PARAMS, [ADAPTERS], None, None),
-        r"adapters: .* got a list of dict\. Several go",
+        r"adapters: .* got a list of dict\. For several",
     ),
     (lambda: trained(PARAMS, loss, SGD, PARAMS, ADAPTERS, None, None), r"model: .* got a dict of tensors"),
     (
