@@ -1,1 +1,1 @@
-"""Training steps, populations, evaluation, and the module that trainers take."""
+"""Training steps, populations, evaluation, and the module for trainers."""

@@ -1,7 +1,7 @@
 """Many adapters, one pass over the data: `evaluate`.
 
-A pass computes some members on some rows of a batch. How many of them fit is measured: each pass counts the bytes
-of the tensors it makes, and the next is as large as the budget allows by that count.
+A pass computes some members on some rows of a batch. Its size is found by measurement: each pass counts the bytes of
+the tensors it makes, and the next pass is as large as this count and the budget allow.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ def evaluate(
 ) -> Any:
     """Evaluate every member of a stack, in one pass over the data.
 
-    The result is that of a loop over the members, within rounding, each with all of the data. Nothing is
-    differentiated. The model is used in the mode it is in: call `model.eval()` first if it has dropout.
+    The result equals, up to rounding, a loop over the members, each with all of the data. Nothing is
+    differentiated. The mode of the model is not changed: call `model.eval()` first if it has dropout.
 
-    The mean is over rows. Where a row's weight is something else, as its number of tokens, let the metric return both
-    the row's sum and its weight, and divide the two results.
+    The mean is over rows with equal weights. For other weights, such as numbers of tokens, let the metric return both
+    the sum and the weight of each row, and divide the two results.
 
     Args:
         model: the module that defines the computation; never changed.
         params: full name -> tensor, as from `base_params`.
-        stack: the adapters, `stack([...])`. A member `{}` is the base model.
+        stack: the adapters, `stack([...])`. A member `{}` means the base model.
         data: batches, trees of tensors `[n_rows, *]`; every member is evaluated on all of them. Iterated once.
         metric: `metric(bound, batch)` for one member, given the bound model and a batch, or some rows of it. Returns
             a value for each row, `[n_rows]`, or one value for the batch, `[]`, which counts as the mean of its rows;
-            or a tree of such tensors. It runs under `torch.func.vmap`, as the loss of `population_step` does.
-        memory: bytes that a pass may take besides the model and the adapters. Members, and rows if the metric gives a
-            value for each, are computed together as far as that reaches. What a pass takes is measured, by the tensors
-            it makes; on a CPU the process may grow by up to three times that, as the C library keeps freed memory. By
-            default 70 percent of what is free on a GPU, and 256 MiB elsewhere. One member with one row is computed in
-            any case, and so is one with a whole batch if the metric gives one value for it.
+            or a tree of such tensors. It runs under `torch.func.vmap`, like the loss of `population_step`.
+        memory: bytes that a pass may use in addition to the model and the adapters. As many members as fit are
+            computed together, and as many rows if the metric gives a value for each row. The use of a pass is measured
+            by the tensors it makes; on a CPU the process may grow by up to three times as much, because the C library
+            keeps freed memory. By default 70 percent of the free memory on a GPU, and 256 MiB elsewhere. The smallest
+            pass is one member with one row, or with one batch if the metric gives one value for it; it is always tried.
 
     Returns:
-        What the metric returns, each tensor the members' means over all rows, `[n_members]`.
+        The structure that the metric returns; each tensor has the members' means over all rows, `[n_members]`.
 
     Raises:
-        ConfigError: there is no data, a batch's tensors differ in their numbers of rows, or the metric returns
-            something else than the above.
-        ParamsError: a member does not fit the model.
-        UnsupportedError: the model mixes rows, so that members cannot be told apart.
-        torch.OutOfMemoryError: the smallest pass does not fit; larger ones are made smaller and tried again.
+        ConfigError: there is no data, the tensors of a batch differ in their numbers of rows, or the metric returns
+            a value of another form.
+        ParamsError: a member does not match the model.
+        UnsupportedError: the model mixes rows, so members cannot be separated.
+        torch.OutOfMemoryError: the smallest pass does not fit; larger passes are made smaller and tried again.
 
     Examples:
         >>> import funclora as fl
@@ -94,7 +94,7 @@ def evaluate(
 
 
 class _Taken(NamedTuple):
-    """What a pass took."""
+    """The memory that a pass used."""
 
     members: int
     rows: int
@@ -102,10 +102,10 @@ class _Taken(NamedTuple):
 
 
 class _Plan:
-    """How large a pass may be, from what earlier ones took.
+    """The allowed size of a pass, computed from the memory that earlier passes used.
 
-    A pass takes f + m·(a + r·c) bytes for m members with r rows. So what one took, divided by its size, bounds what a
-    larger one takes for its size.
+    A pass uses f + m·(a + r·c) bytes for m members with r rows. So the use of one pass, divided by its size, is an
+    upper bound for the use of a larger pass, divided by its size.
     """
 
     def __init__(self, memory: float) -> None:
@@ -113,7 +113,7 @@ class _Plan:
         self.taken: dict[tuple[int, ...], _Taken] = {}  # by the number of elements of a row, in each tensor
 
     def size(self, row: tuple[int, ...], n: int, left: int, whole: bool) -> tuple[int, int] | None:
-        """How many members and rows, of those that are left and of n; None if nothing is known yet."""
+        """The numbers of members and rows of a pass, from the remaining ones and n; None before any measurement."""
         costs = [self._scaled(row, known) * max(1.0, n / taken.rows) for known, taken in self.taken.items()]
         if row in self.taken:
             costs = [self._scaled(row, row) * max(1.0, n / self.taken[row].rows)]
@@ -125,24 +125,24 @@ class _Plan:
         return 1, max(1, int(n * self.memory / by_member))
 
     def _scaled(self, row: tuple[int, ...], known: tuple[int, ...]) -> float:
-        """What a member takes with rows of that size, by a pass over rows of another. Attention is quadratic."""
+        """An estimate for rows of this size from a pass over rows of another size. Attention is quadratic."""
         taken = self.taken[known]
         return taken.bytes / taken.members * max(1.0, sum(row) / max(1, sum(known))) ** 2
 
     def took(self, row: tuple[int, ...], taken: _Taken, *, complete: bool) -> None:
-        """Remember the larger of two passes; one for which everything was at hand only if it took more."""
+        """Remember the larger of two passes; one with reused tensors only if it used more."""
         old = self.taken.get(row)
         larger = old is None or taken.members * taken.rows >= old.members * old.rows
         if old is None or taken.bytes >= old.bytes or (larger and complete):
             self.taken[row] = taken
 
     def failed(self, row: tuple[int, ...], members: int, rows: int) -> None:
-        """Half of that from now on."""
+        """Use half of this size from now on."""
         self.taken[row] = _Taken(members, rows, 2 * self.memory)
 
 
 class _Passes:
-    """The members' sums over the rows so far. Members are counted in the order of their groups."""
+    """The members' sums over the rows so far. Members are in the order of their groups."""
 
     def __init__(self, model: nn.Module, params: Params, members: Population, metric: Metric, plan: _Plan) -> None:
         self.model = model
@@ -150,7 +150,7 @@ class _Passes:
         self.members = members
         self.metric = metric
         self.plan = plan
-        self.whole = False  # the metric gives one value for a batch: its rows must not be cut apart
+        self.whole = False  # the metric gives one value for a batch: its rows must not be split
         self.rows = 0
         self.sums: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
@@ -167,7 +167,7 @@ class _Passes:
         while member < len(self.members):
             size = self.plan.size(row, n, len(self.members) - member, self.whole)
             if size is None:
-                # Only to see what it takes. Not one: a single row needs no routing, and so takes less than its share.
+                # Only for the measurement. Two rows, because a single row needs no routing and so uses less memory.
                 self._run(0, min(2, len(self.members)), _rows(batch, 0, 2), min(2, n), row)
                 continue
             m, r = (1, min(size[1], n - start)) if start else size
@@ -186,16 +186,16 @@ class _Passes:
         self.rows += n
 
     def means(self) -> Any:
-        """What the metric returns, with one value for each member."""
+        """The structure that the metric returns, with one value for each member."""
         if not self.rows:
-            raise ConfigError("evaluate: data holds no rows.")
+            raise ConfigError("evaluate: data has no rows.")
         means = [self.members.in_order(sums / self.rows) for sums in self.sums]
         return optree.tree_unflatten(
             self.spec, [mean.to(dtype) for mean, dtype in zip(means, self.dtypes, strict=True)]
         )
 
     def _run(self, member: int, m: int, batch: Any, r: int, row: tuple[int, ...]) -> list[Tensor] | None:
-        """The metric for m members from that one on: leaves `[m]` or `[m, r]`. None if there is no room."""
+        """The metric for m members from a first one on: leaves `[m]` or `[m, r]`. None if memory is too small."""
         key = (member, m, r)
         known = self.latest is not None and self.latest[0] == key
         if not known:
@@ -215,7 +215,7 @@ class _Passes:
             smallest = m == 1 and (r == 1 or self.whole)
             if smallest or not is_out_of_memory(error):
                 raise
-            # The error holds the tensors of the pass: the next one must be tried when it is gone.
+            # The error refers to the tensors of the pass: the next pass must start after it is freed.
         else:
             self.plan.took(row, _Taken(m, r, memory.peak), complete=not known)
             return values
@@ -224,7 +224,7 @@ class _Passes:
         return None
 
     def _checked(self, out: Any, r: int) -> list[Tensor]:
-        """The leaves of what the metric returned for one member."""
+        """The leaves of the metric's result for one member."""
         leaves, spec = optree.tree_flatten(out)
         for x in leaves:
             if not isinstance(x, Tensor) or tuple(x.shape) not in ((), (r,)) or x.is_complex():

@@ -21,11 +21,11 @@ Population = Stack[dict[str, Rule]]
 
 
 class BatchedModel:
-    """The model for all members: bound once for each number of rows that a member may have.
+    """The model for all members, bound once for each number of rows per member.
 
     Attributes:
-        order: the members in the order of their rows: those that are computed together follow each other.
-        back: the members' places in it.
+        order: the members in the order of their rows: members that are computed together are adjacent.
+        back: the position of each member in `order`.
     """
 
     def __init__(self, model: nn.Module, params: Params, members: Population) -> None:
@@ -44,7 +44,7 @@ class BatchedModel:
 
 
 class MemberModel:
-    """The bound model that the loss of one member sees, under vmap."""
+    """The bound model that the loss of one member gets, under vmap."""
 
     def __init__(self, rows: BatchedModel, member: Tensor, path: str = "") -> None:
         self._rows = rows
@@ -74,7 +74,7 @@ def _get(model: Any, path: str) -> Any:
 
 
 class _Call:
-    """One call of the model, and what of its inputs and outputs is no tensor."""
+    """One call of the model, with those of its inputs and outputs that are not tensors."""
 
     def __init__(self, rows: BatchedModel, path: str, leaves: list[Any], spec: Any) -> None:
         self.rows = rows
@@ -89,15 +89,15 @@ class _Call:
             counts = {x.shape[0] for x in tensors if x.dim()}
         if len(counts) != 1:
             raise ConfigError(
-                f"the loss calls the model on tensors whose first dimensions are {sorted(counts)}. It must count the "
-                "member's examples in each of them."
+                f"the loss calls the model on tensors with first dimensions of the sizes {sorted(counts)}. The first "
+                "dimension of each tensor must count the member's examples."
             )
         (count,) = counts
         rows = iter([self._as_rows(x, d, n, count, self.rows.order) for x, d in zip(tensors, dims, strict=True)])
         args, kwargs = self.spec.unflatten([next(rows) if isinstance(x, Tensor) else x for x in self.leaves])
         bound = self.rows.of(count)
         function = _get(bound, self.path)
-        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is but one row
+        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is only one row
         out = entrance.call(function, args, kwargs, alone=True) if entrance else function(*args, **kwargs)
         flat, self.out_spec = pytree.tree_flatten(out)
         self.out_leaves = flat
@@ -106,8 +106,8 @@ class _Call:
             if not x.dim() or x.shape[0] != n * count:
                 raise UnsupportedError(
                     f"the model returns a tensor of shape {list(x.shape)} for {n} members with {count} examples each: "
-                    "it joins the members' results. Compute the loss outside of the model, from outputs with examples "
-                    "as their first dimension."
+                    "it mixes the members' results. Compute the loss outside of the model, from outputs whose first "
+                    "dimension counts examples."
                 )
         return tuple(_taken(x.unflatten(0, (n, count)), self.rows.back) for x in outs)
 
@@ -116,7 +116,7 @@ class _Call:
         if dim is not None:
             if x.dim() < 2:
                 raise ConfigError(
-                    "the loss calls the model on a tensor without dimensions. Its first must be examples."
+                    "the loss calls the model on a tensor without dimensions. The first dimension must count examples."
                 )
             return _taken(x.movedim(dim, 0), order).flatten(0, 1)
         if x.dim() and x.shape[0] == count:
@@ -130,12 +130,12 @@ class _Call:
 
 
 def _taken(x: Tensor, order: list[int]) -> Tensor:
-    """The members of x `[n_members, *]` in that order."""
+    """The members of x `[n_members, *]` in the given order."""
     return x if order == sorted(order) else x.index_select(0, torch.tensor(order, device=x.device))
 
 
 class _BatchMembers(torch.autograd.Function):
-    """A call of the model whose rule for `vmap` is: the inputs of all members are the rows of one batch."""
+    """A call of the model. Under `vmap`, the inputs of all members become the rows of one batch."""
 
     @staticmethod
     def forward(call: _Call, member: Tensor, *tensors: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """A model under an adapter as an `nn.Module` that trainers can train: `as_module`.
 
-The module owns one bound copy of the model. Its lazy weights refer to the module's own parameters, so that they see
-what an optimizer writes; a trainer sets training flags, checkpointing and hooks on the copy, never on the model.
-Whenever the copy might not be what `bind` would give now, it is bound anew.
+The module owns one bound copy of the model. Its lazy weights refer to the module's own parameters, so they use the
+values that an optimizer writes; a trainer sets training flags, checkpointing and hooks on the copy, never on the model.
+Whenever the copy may differ from what `bind` would return now, it is bound again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.folder import save_peft
 from funclora.rules.base import Adapters, Params, Rule
 
-# What the leaves of these rules are called among the parameters: as PEFT calls them. What replaces a parameter has its
-# name. Those of other rules have their own names.
+# The names of the leaves of these rules among the parameters are PEFT's. A value that replaces a parameter has the name
+# of the parameter. The leaves of other rules keep their own names.
 _LEAVES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("a", "b"): ("lora_A", "lora_B"),
     ("a", "b", "magnitude"): ("lora_A", "lora_B", "lora_magnitude_vector"),
@@ -47,28 +47,28 @@ _LEAVES: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def as_module(model: nn.Module, params: Params, adapters: Adapters, config: LoraConfig | None = None) -> AdapterModule:
-    """The model under an adapter as a module whose only parameters are the adapter's leaves.
+    """A module that computes the model under an adapter; its only parameters are the adapter's leaves.
 
     For code that trains modules: PyTorch loops, transformers' `Trainer`, TRL's `SFTTrainer`, accelerate,
-    `DistributedDataParallel`, Lightning. Its forward is `apply`. What else it is asked for (`config`, `generate`,
-    `get_input_embeddings`, `gradient_checkpointing_enable`) it looks up in a bound copy of the model, which is its
-    own: neither the model nor `params` nor `adapters` is ever changed, and later changes of them do not reach it.
+    `DistributedDataParallel`, Lightning. Its forward is `apply`. All other attributes (`config`, `generate`,
+    `get_input_embeddings`, `gradient_checkpointing_enable`) come from its own bound copy of the model: the model,
+    `params` and `adapters` are never changed, and later changes of them have no effect on the module.
 
     Args:
         model: the module that defines the computation.
         params: full name -> tensor for every parameter and persistent buffer, as from `base_params`. The tensors are
-            shared; moving the module to another device or dtype gives it tensors of its own.
-        adapters: full name of a parameter -> rule: where training starts. The leaves are copied.
+            shared; moving the module to another device or dtype makes copies.
+        adapters: full name of a parameter -> rule: the start of the training. The leaves are copied.
         config: the configuration that the adapters were made with. `save_pretrained` needs it.
 
     Returns:
         The module; see `AdapterModule`.
 
     Raises:
-        ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
+        ParamsError: names of `params` or `adapters` do not match the model, or a rule does not match its weight.
         ConfigError: there is nothing to train, or adapters and configuration do not agree.
-        UnsupportedError: the model cannot be bound, or PEFT cannot hold the adapters (with a configuration);
-            the adapters were routed.
+        UnsupportedError: the model cannot be bound, a configuration is given and PEFT cannot represent the adapters,
+            or the adapters were routed.
 
     Examples:
         >>> import funclora as fl
@@ -90,36 +90,36 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
             "trains all members."
         )
     if isinstance(model, AdapterModule):
-        raise UnsupportedError("as_module: the model was itself made by as_module. Pass the model that it was made of.")
+        raise UnsupportedError("as_module: the model was itself made by as_module. Pass the original model.")
     if not adapters:
-        raise ConfigError("as_module: there is nothing to train, adapters hold no rule.")
+        raise ConfigError("as_module: there is nothing to train: adapters has no rule.")
     if config is not None:
         check_config(config)
-        check_against_config(adapters, config)  # what cannot be saved is refused before it is trained
+        check_against_config(adapters, config)  # an adapter that cannot be saved is refused before training
     kind: Any = type(model)
     return _class_for(kind)(model, params, adapters, config)
 
 
 class _Live(NamedTuple):
-    """A bound copy, and what it was bound to."""
+    """A bound copy, and the values it was bound to."""
 
     bound: nn.Module
-    leaves: list[Tensor] | None  # None: to be bound anew before it is used
-    buffers: list[tuple[dict[str, Tensor | None], str, Tensor]]  # where they lie, and as they were
+    leaves: list[Tensor] | None  # None: bind again before use
+    buffers: list[tuple[dict[str, Tensor | None], str, Tensor]]  # their places and original values
     versions: list[int | None]
 
 
 class AdapterModule(nn.Module):
-    """What `as_module` returns: for each class of models a subclass with that class's signature of `forward`.
+    """The result of `as_module`: for each class of models a subclass with this class's signature of `forward`.
 
-    Its parameters lie under `adapter`, by the full name of the parameter that they rewrite:
-    `adapter.layers.0.q_proj.weight.lora_A`; those of a `Full` rule have just that name. They are all that
-    `parameters()`, `state_dict()` and optimizers see. Attributes and methods that it does not have itself are those of
-    its bound copy of the model, so that everything that runs runs under the adapter.
+    Its parameters are under `adapter`, by the full name of the parameter that they rewrite:
+    `adapter.layers.0.q_proj.weight.lora_A`; the parameter of a `Full` rule has only the full name. `parameters()`,
+    `state_dict()` and optimizers see no other tensors. All other attributes and methods come from its bound copy of
+    the model, so every computation runs under the adapter.
 
-    As in `apply`, every call starts from the buffers in `params`: running statistics of BatchNorm stay what they are.
+    As in `apply`, every call starts from the buffers in `params`: running statistics of BatchNorm do not change.
 
-    `copy.deepcopy` copies the parameters and shares the frozen weights. A pickle holds both.
+    `copy.deepcopy` copies the parameters and shares the frozen weights. A pickle contains both.
 
     Examples:
         >>> import funclora as fl
@@ -133,7 +133,7 @@ class AdapterModule(nn.Module):
         (1, torch.Size([1, 2]), ['adapter.weight.lora_A', 'adapter.weight.lora_B'])
     """
 
-    # Trainer asks for it when a checkpoint lacks keys.
+    # Trainer reads it when a checkpoint has missing keys.
     _keys_to_ignore_on_save: ClassVar[None] = None
     _kind: ClassVar[type[nn.Module]] = nn.Module
 
@@ -146,8 +146,8 @@ class AdapterModule(nn.Module):
         self._rules: dict[str, Rule] = {  # without their tensors
             name: replace(cast(Any, rule), **dict.fromkeys(rule.leaf_names, blank)) for name, rule in adapters.items()
         }
-        self._slots: list[tuple[str, str, nn.Module, str]] = []  # each leaf's rule, name there, owner and name here
-        for name, rule in sorted(adapters.items()):  # optimizers know parameters by their order
+        self._slots: list[tuple[str, str, nn.Module, str]] = []  # of leaves: rule, name in it, owner, name in it
+        for name, rule in sorted(adapters.items()):  # optimizers identify parameters by their order
             for leaf, here in zip(rule.leaf_names, _LEAVES.get(rule.leaf_names, rule.leaf_names), strict=True):
                 path = ".".join(filter(None, (name, here)))
                 self._slots.append((name, leaf, *_register(self.adapter, path, getattr(rule, leaf))))
@@ -156,7 +156,7 @@ class AdapterModule(nn.Module):
         self._params = {name: tensor.detach() for name, tensor in params.items()}
         bound = bind(model, params, adapters)
         own_configs(bound)
-        # Buffers that are not saved belong to the frozen weights too.
+        # Non-persistent buffers are also frozen weights.
         self._params |= {
             name: tensor for name, tensor, _, transient in named_tensors(bound) if transient and name not in params
         }
@@ -166,7 +166,7 @@ class AdapterModule(nn.Module):
 
     @property
     def adapters(self) -> dict[str, Rule]:
-        """The adapters as they are now. Their leaves are the module's parameters: later steps change them."""
+        """The current adapters. Their leaves are the module's parameters: later steps change them."""
         leaves: dict[str, dict[str, Tensor]] = {name: {} for name in self._rules}
         for name, leaf, owner, key in self._slots:
             leaves[name][leaf] = getattr(owner, key)
@@ -174,13 +174,13 @@ class AdapterModule(nn.Module):
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The frozen weights: those that were given, or what became of them when the module was moved."""
+        """The frozen weights: the given ones, or their copies if the module was moved."""
         return {name: self._params[name] for name in self._names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`apply(model, params, adapters, *args, **kwargs)`."""
         if torch.compiler.is_compiling():
-            # The tracer follows no weights that are lazy when it comes.
+            # The tracer cannot follow weights that are already lazy.
             return torch.compiler.disable(_uncompiled)(self, *args, **kwargs)
         with unwritten(self._params, self.adapters):
             return self._current()(*args, **kwargs)
@@ -195,29 +195,29 @@ class AdapterModule(nn.Module):
         safe_serialization: bool = True,
         push_to_hub: bool = False,
     ) -> None:
-        """Write the adapter as a folder that PEFT loads, by `save_peft`.
+        """Write the adapter as a PEFT folder, by `save_peft`.
 
-        It comes back by `as_module(model, params, *load_peft(save_directory, model))`.
+        `as_module(model, params, *load_peft(save_directory, model))` loads it again.
 
         Args:
-            save_directory: the folder; made if it does not exist.
+            save_directory: the folder; created if it does not exist.
             is_main_process: nothing is written if False.
-            state_dict: this module's state dict, to be written instead of its parameters.
-            save_function: not used; accelerate's users pass one.
-            safe_serialization: True; nothing is ever pickled.
-            push_to_hub: False; nothing is ever uploaded.
+            state_dict: a state dict of this module, which is written instead of its parameters.
+            save_function: not used; code for accelerate passes one.
+            safe_serialization: must be True; nothing is ever pickled.
+            push_to_hub: must be False; nothing is ever uploaded.
 
         Raises:
             ConfigError: the module was made without a configuration, or the adapters do not agree with it.
             ParamsError: the state dict is not one of this module.
-            UnsupportedError: PEFT cannot hold the adapters, or an option asks for what is not done.
-            NonFiniteError: an adapter holds NaN or infinity.
+            UnsupportedError: PEFT cannot represent the adapters, or an option has a value that is not supported.
+            NonFiniteError: an adapter contains NaN or infinity.
             OSError: the folder cannot be written.
         """
         if push_to_hub:
             self.push_to_hub()
         if not safe_serialization:
-            raise UnsupportedError("save_pretrained: safe_serialization=False would pickle. Leave it at True.")
+            raise UnsupportedError("save_pretrained: safe_serialization=False would write a pickle. Leave it at True.")
         config = self._adapter_config
         if config is None:
             raise ConfigError(
@@ -240,20 +240,20 @@ class AdapterModule(nn.Module):
         save_peft(save_directory, adapters, config)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: nothing here uploads anything."""
+        """Always raises: nothing is ever uploaded."""
         raise UnsupportedError(
-            "push_to_hub: nothing is uploaded from here. Write a folder with save_pretrained(folder) and upload that: "
+            "push_to_hub: uploading is not supported. Write a folder with save_pretrained(folder) and upload it: "
             "huggingface_hub.upload_folder(repo_id=..., folder_path=folder)."
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in `nn.Module`, but a state dict that has nothing of this adapter is an error even if not `strict`."""
+        """As in `nn.Module`, but a state dict without any key of this adapter is an error even if not `strict`."""
         own = self.state_dict()
         if not any(name in own for name in state_dict):
             name = next(iter(own))
             raise ParamsError(
                 f"load_state_dict: the state dict has {len(state_dict)} entries, none of which belongs to this "
-                f"adapter, whose first is {name!r}.{near(name, state_dict)} For a PEFT folder use load_peft."
+                f"adapter. Its first key is {name!r}.{near(name, state_dict)} For a PEFT folder use load_peft."
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -279,7 +279,7 @@ class AdapterModule(nn.Module):
         return f"as_module({self._get_name()}, {len(self.adapters)} rules, {sum(p.numel() for p in self.parameters())})"
 
     def _get_name(self) -> str:
-        # Trainer asks for it to know which loss shifts the labels.
+        # Trainer calls it to find out which loss shifts the labels.
         return self._kind.__name__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterModule:
@@ -295,12 +295,12 @@ class AdapterModule(nn.Module):
 
     def _replicate_for_data_parallel(self) -> AdapterModule:
         raise UnsupportedError(
-            "nn.DataParallel cannot replicate what as_module returns: its frozen weights lie on one device. Use "
+            "nn.DataParallel cannot replicate the result of as_module: its frozen weights are on one device. Use "
             "DistributedDataParallel, one process for each device (torchrun, accelerate launch)."
         )
 
     def _current(self) -> nn.Module:
-        """The bound copy: the one from before if nothing can have changed that it does not see, else a new one."""
+        """The bound copy: the previous one if no change can have made it outdated, otherwise a new one."""
         live = self._live
         leaves = [getattr(owner, key) for _, _, owner, key in self._slots]
         if (
@@ -311,13 +311,13 @@ class AdapterModule(nn.Module):
         ):
             return live.bound
         adapters = self.adapters
-        # A copy that was made in inference mode could not be trained later.
+        # A copy made in inference mode could not be trained later.
         outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
         with outside:
             bound = bind(live.bound, self._params, adapters)
         owners = [module._buffers for module in bound.modules()]
         buffers = [(owner, name, buffer) for owner in owners for name, buffer in owner.items() if buffer is not None]
-        # Of what is not trained, bind may have computed with the values (DoRA's norm), and so it does in a cast.
+        # bind may have computed with the values of frozen tensors (DoRA's norm), and it does so in a cast.
         sees = all(leaf.requires_grad for leaf in leaves) and not any(
             rule.bind_dense and rule.dense(self._params[name]).dtype != self._params[name].dtype
             for name, rule in adapters.items()
@@ -340,14 +340,14 @@ class AdapterModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
         new = memo[id(self)] = _blank(self._kind)
         frozen = [getattr(rule, name) for rule in self._rules.values() for name in rule.frozen_names]
-        memo.update({id(tensor): tensor for tensor in (*self._params.values(), *frozen)})  # nobody writes to them
+        memo.update({id(tensor): tensor for tensor in (*self._params.values(), *frozen)})  # they are never written to
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return new
 
 
 def _uncompiled(module: AdapterModule, *args: Any, **kwargs: Any) -> Any:
     warnings.warn(
-        "torch.compile has no effect on what as_module returns: it runs as it is. Compile apply, or a train_step.",
+        "torch.compile has no effect on the result of as_module: it is not compiled. Compile apply or a train_step.",
         FuncloraWarning,
         stacklevel=2,
     )
@@ -355,9 +355,9 @@ def _uncompiled(module: AdapterModule, *args: Any, **kwargs: Any) -> Any:
 
 
 def _register(root: nn.Module, path: str, value: Tensor) -> tuple[nn.Module, str]:
-    """Make a copy of the value a parameter with that dotted name. Returns the module that holds it, and its last name.
+    """Register a copy of the value as a parameter with the dotted name. Returns its owner and its last name.
 
-    Not through `add_module`, which refuses names that the model's own modules may have.
+    `add_module` is not used, because it refuses names that the modules of a model may have.
     """
     *parents, last = path.split(".")
     owner = root
@@ -369,12 +369,12 @@ def _register(root: nn.Module, path: str, value: Tensor) -> tuple[nn.Module, str
 
 @functools.cache
 def _class_for(kind: type[nn.Module]) -> type[AdapterModule]:
-    """The subclass for models of a class: with its signature of forward, which trainers read off the class."""
+    """The subclass for a class of models, with its signature of forward, which trainers read from the class."""
 
     def forward(self: AdapterModule, *args: Any, **kwargs: Any) -> Any:
         return AdapterModule.forward(self, *args, **kwargs)
 
-    # Not by functools.wraps: accelerate calls what a forward says it wraps.
+    # Without functools.wraps: accelerate calls the function that a forward wraps.
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     forward.__doc__ = kind.forward.__doc__
     members = {"forward": forward, "_kind": kind, "__module__": __name__, "__doc__": AdapterModule.__doc__}

@@ -1,6 +1,6 @@
-"""What transformers and TRL ask a model for, where the bound copy of a model would give a wrong answer.
+"""Attributes and methods of models for transformers and TRL that would be wrong if they came from the bound copy.
 
-Nothing here imports transformers: each function is for models whose class has a method of its name.
+Nothing here imports transformers: each function is for models whose class has a method with its name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from funclora._lazy.weight import LazyWeight
 from funclora.errors import UnsupportedError
 from funclora.rules.dense import Full
 
-_GIVEN = "The adapter is the one that as_module was given"
-_FIRST = "Do it to the model, and then call as_module"
+_GIVEN = "The adapter is the argument of as_module"
+_FIRST = "Do it with the model, and then call as_module"
 # Methods that put other tensors, or adapters of another library, into the model.
 _REFUSED = {
     "from_pretrained": "It would load a model. For a PEFT folder: as_module(model, params, *load_peft(folder, model))",
@@ -26,8 +26,8 @@ _REFUSED = {
     "add_adapter": _GIVEN,
     "set_adapter": _GIVEN,
     "enable_adapters": _GIVEN,
-    "disable_adapters": "Call the model itself, which is as it was",
-    "delete_adapter": "Call the model itself, which is as it was",
+    "disable_adapters": "Call the original model, which is unchanged",
+    "delete_adapter": "Call the original model, which is unchanged",
     "resize_token_embeddings": _FIRST,
     "set_input_embeddings": _FIRST,
     "set_output_embeddings": _FIRST,
@@ -36,16 +36,16 @@ _REFUSED = {
 
 
 def own_configs(bound: nn.Module) -> None:
-    """Give a bound model configurations of its own, since trainers write to them.
+    """Give a bound model its own copies of the configurations, because trainers write to them.
 
-    Those are what its modules keep as `config` and `generation_config`, wherever they refer to it.
+    These are the attributes `config` and `generation_config` of its modules, and all references to them.
     """
     modules = list(bound.modules())
     found = [
         vars(module)[name] for module in modules for name in ("config", "generation_config") if name in vars(module)
     ]
     wanted = {id(value) for value in found if value is not None and not isinstance(value, nn.Module)}
-    memo: dict[int, Any] = {}  # parts that configurations share stay shared
+    memo: dict[int, Any] = {}  # shared parts of configurations remain shared
     for module in modules:
         for name, value in vars(module).items():
             if id(value) in wanted:
@@ -53,7 +53,7 @@ def own_configs(bound: nn.Module) -> None:
 
 
 def overrides(kind: type[nn.Module]) -> dict[str, Any]:
-    """The members that a subclass of `AdapterModule` for models of that class needs."""
+    """The attributes that a subclass of `AdapterModule` for models of a class needs."""
     own: dict[str, Any] = {
         "get_output_embeddings": get_output_embeddings,
         "num_parameters": num_parameters,
@@ -65,7 +65,7 @@ def overrides(kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def get_output_embeddings(self: Any) -> nn.Module | None:
-    """The model's head. If the adapter rewrites it, one with the dense weight: TRL computes with `weight` itself."""
+    """The model's head. If the adapter rewrites it, one with the dense weight: TRL computes with `weight` directly."""
     head: nn.Module | None = self._current().get_output_embeddings()
     if head is None or not any(isinstance(tensor, LazyWeight) for _, tensor, _, _ in named_tensors(head)):
         return head
@@ -75,7 +75,7 @@ def get_output_embeddings(self: Any) -> nn.Module | None:
 
 
 def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """The number of parameters of the model and its adapter, or of the adapter alone."""
+    """The number of parameters of the model and its adapter, or of the adapter only."""
     added = 0
     for parameter in self.parameters():
         added += parameter.numel() if parameter.requires_grad or not only_trainable else 0
@@ -87,12 +87,12 @@ def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: 
 
 
 def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Nothing to do: frozen weights that are tied stay so, and a rewritten one is rewritten alone."""
+    """Does nothing: frozen weights remain tied, and a rewritten weight is rewritten without the tied one."""
 
 
 def _refusing(name: str, advice: str) -> Callable[..., None]:
     def refused(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(f"{name} is not possible on what as_module returns. {advice}.")
+        raise UnsupportedError(f"{name} is not supported on the result of as_module. {advice}.")
 
     refused.__name__ = name
     return refused

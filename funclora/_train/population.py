@@ -1,8 +1,8 @@
 """Training many adapters at once: one forward and one backward pass for a whole stack.
 
-A loss is written for one adapter. It runs under `torch.func.vmap` over the members, and wherever it calls the model,
-the inputs of all members become the rows of one ordinary batch, routed to their adapters. So the base weights are used
-once for all, attention kernels and activation checkpointing work as usual, and the loss needs no change.
+A loss is written for one adapter. It runs under `torch.func.vmap` over the members. In every call of the model, the
+inputs of all members become the rows of one ordinary batch, routed to their adapters. So the base weights are used
+once for all members, attention kernels and activation checkpointing work as usual, and the loss needs no change.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def population_step(
         stack: use `stack[kept], state[kept]` to continue with some of the members, in this order.
 
     Raises:
-        ConfigError: the batch or the seeds do not fit the stack, or the loss is not a scalar.
+        ConfigError: the batch or the seeds do not match the stack, or the loss is not a scalar.
         UnsupportedError: the model mixes rows, so members cannot be separated.
 
     Examples:
@@ -95,7 +95,7 @@ def population_step(
         with torch.no_grad():
             norm = grads.in_order(torch.cat([torch.func.vmap(global_norm)(c.values) for c in grads.groups]))
             updates, state = by_member.update(grads, state, params=members)
-            del grads  # as large as the weights, which are made anew now
+            del grads  # as large as the weights, of which the next line makes new ones
             members = apply_updates(members, updates)
         metrics = {"loss": loss, "grad_norm": norm, "finite": loss.isfinite() & norm.isfinite()}
         if has_aux:
@@ -112,8 +112,8 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
     activation checkpointing and attention kernels, where `vmap(grad)` does not.
 
     Args:
-        loss_fn: `loss_fn(bound, batch)`, given the bound model and one example as a batch of one, `[1, *]`. What it
-            may do is as in `population_step`.
+        loss_fn: `loss_fn(bound, batch)`, given the bound model and one example as a batch of one, `[1, *]`. The
+            restrictions are the same as in `population_step`.
         has_aux: whether `loss_fn` returns anything besides the loss.
 
     Returns:
@@ -122,7 +122,7 @@ def per_example_value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Cal
         with leaves `[n_examples, *]`.
 
     Raises:
-        ConfigError: when called, if the loss is not a scalar tensor or the batch holds no tensors.
+        ConfigError: when called, if the loss is not a scalar tensor or the batch contains no tensors.
         UnsupportedError: the model mixes rows.
 
     Examples:
@@ -195,7 +195,7 @@ def check_members(where: str, members: Any, batch: Any, dim: int | None) -> None
     n = len(members) if dim is None else batch_size(batch, dim, where)
     if n != len(members):
         raise ConfigError(
-            f"{where}: the batch is for {n} members and the stack has {len(members)}. Its tensors are "
+            f"{where}: the batch is for {n} members, but the stack has {len(members)}. Tensors of the batch must be "
             "[n_members, n_rows, *]; with shared=True, [n_rows, *]."
         )
 

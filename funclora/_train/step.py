@@ -41,7 +41,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         `has_aux`. `grads` has the structure of the adapters; loss and aux are detached.
 
     Raises:
-        ConfigError: when called, if the loss is not a scalar tensor, or depends on none of the adapters.
+        ConfigError: when called, if the loss is not a scalar tensor, or does not depend on any adapter.
 
     Examples:
         >>> from funclora import LoRA
@@ -69,7 +69,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         tree: Any = dict(adapters)
         leaves: list[Any] = optree.tree_leaves(tree)
         if not leaves:
-            raise ConfigError("adapters: there is nothing to train, the dict holds no rule with tensors.")
+            raise ConfigError("adapters: there is nothing to train: the dict has no rule with tensors.")
         if torch.compiler.is_compiling() or in_transform():
             grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
         else:
@@ -97,7 +97,7 @@ def train_step(
         loss_fn: `loss_fn(bound, batch)`, given the bound model. Returns a scalar loss, or `(loss, aux)`.
         optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`.
         has_aux: whether `loss_fn` returns anything besides the loss.
-        accumulate: number of micro-batches. Every tensor of the batch is split into that many equal parts along
+        accumulate: number of micro-batches. Every tensor of the batch is split into this many equal parts along
             its first dimension; losses and gradients are averaged over them.
 
     Returns:
@@ -152,7 +152,7 @@ def train_step(
 
 
 def check_bindable(model: object, params: object, adapters: object) -> None:
-    """Raise `ArgumentError` unless those are a model, its weights and one adapter. Whether they fit, `bind` checks."""
+    """Raise `ArgumentError` unless these are a model, weights and one adapter. `bind` checks if they match."""
     check_model(model)
     check_params(params)
     check_rules(adapters)
@@ -168,7 +168,7 @@ def autograd(loss_and_aux: Callable[[Any], tuple[Tensor, Any]], tree: Any) -> tu
         loss, aux = loss_and_aux(tree)
         if not loss.requires_grad:
             raise ConfigError(
-                "the loss does not depend on the adapters. Compute it from the bound model that loss_fn is given, "
+                "the loss does not depend on the adapters. Compute it with the bound model that loss_fn gets, "
                 "outside of torch.no_grad(), and check that the targets are used."
             )
         found = _gradients(loss, leaves)
@@ -186,11 +186,11 @@ def autograd(loss_and_aux: Callable[[Any], tuple[Tensor, Any]], tree: Any) -> tu
 
 
 def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad`, also through reentrant checkpoints, which know `backward` only."""
+    """`torch.autograd.grad`, also through reentrant checkpoints, which support `backward` only."""
     nodes = _graph(loss)
     if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
         return torch.autograd.grad(loss, leaves, allow_unused=True)
-    # backward writes to every leaf of the graph. Ours are new; what else there is keeps the gradient it had.
+    # backward writes to every leaf of the graph. Our leaves are new; the gradients of all others are restored.
     others = [node.variable for node in nodes if hasattr(node, "variable")]
     before = [(leaf, leaf.grad) for leaf in others if not any(leaf is ours for ours in leaves)]
     try:
@@ -244,13 +244,13 @@ def _detached(tree: Any) -> Any:
 
 
 def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:
-    """Cut every tensor of the batch into n equal parts along a dimension."""
+    """Split every tensor of the batch into n equal parts along a dimension."""
     if n == 1:
         return [batch]
     leaves, spec = optree.tree_flatten(batch)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise ConfigError(
-            f"accumulate={n}: the batch, {_kind(batch)}, holds no tensor to cut. Put tensors in dicts, lists or tuples."
+            f"accumulate={n}: the batch, {_kind(batch)}, has no tensor to split. Use dicts, lists or tuples of tensors."
         )
     parts: list[Sequence[Any]] = []
     for leaf in leaves:
@@ -258,8 +258,8 @@ def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:
             parts.append([leaf] * n)
         elif leaf.dim() <= dim or leaf.shape[dim] % n:
             raise ConfigError(
-                f"accumulate={n} does not divide a tensor of the batch with shape {list(leaf.shape)}. Every tensor's "
-                f"{'first' if dim == 0 else 'second'} dimension must be a multiple of it."
+                f"accumulate={n} does not divide a tensor of the batch with shape {list(leaf.shape)}. The "
+                f"{'first' if dim == 0 else 'second'} dimension of every tensor must be a multiple of it."
             )
         else:
             parts.append(leaf.chunk(n, dim))
@@ -275,14 +275,14 @@ def mean(trees: list[Any]) -> Any:
 
 @contextlib.contextmanager
 def seeded(seed: int | None, adapters: Any) -> Iterator[None]:
-    """Draw from generators seeded for this block alone; with None, from the global ones."""
+    """Draw from generators seeded for this block only; with None, from the global ones."""
     if seed is None:
         yield
         return
     leaves: list[Any] = optree.tree_leaves(adapters)
     devices = sorted({leaf.get_device() for leaf in leaves if leaf.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed, which seeds every other device too.
+        # torch.manual_seed would also seed every other device.
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)

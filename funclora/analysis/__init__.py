@@ -1,4 +1,4 @@
-"""What adapters and fine-tuning do to weights, measured: pure functions from weights to data.
+"""Measurements of the changes of weights by adapters and fine-tuning: pure functions from weights to data.
 
 Norms and spectra of updates, magnitude and direction, and how two adapters relate. Every result is a dataclass with
 `to_json`, and can draw itself with `plot` (which needs matplotlib).

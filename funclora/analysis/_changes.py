@@ -1,7 +1,7 @@
-"""What is done to one weight, as matrices: rows of it before and after, and the factors where there are any.
+"""The change of one weight, as matrices: its rows before and after, and the factors if there are any.
 
-Everything that an analysis looks at goes through here, one parameter at a time. A tuned weight is the rule `Full`, so
-two state dicts are a case of a base and an adapter.
+Every analysis reads its input through this module, one parameter at a time. A tuned weight counts as the rule `Full`,
+so two state dicts are a special case of a base and an adapter.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from funclora.rules.tokens import Tied, TrainableTokens
 from funclora.rules.weights import refuse_weight
 
 Tuned = Mapping[str, Rule] | Mapping[str, Tensor]
-"""What is analysed: an adapter, or tuned weights. A mapping that reads on demand is read one by one."""
+"""The analysed object: an adapter, or tuned weights. A mapping that reads on demand is read item by item."""
 
-# Changes of more elements are kept in float32, which takes half the memory.
+# Changes with more elements are stored in float32, which needs half the memory.
 _DOUBLE = 2**20
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a rule does to one weight.
+    """The change of one weight by a rule.
 
     Attributes:
         name: full name of the parameter.
         given: the rule as the adapter has it.
         rule: the same for `weight`.
-        weight: M, `[*lead, out, in]`, not copied; None if nobody gave the base.
-        is_matrix: the parameter is a matrix, or several. A vector stands here as one row, a weight whose layout nobody
-            knows as rows of its first dimension.
-        low_rank_part: it stands for W + s·B·A of a DoRA rule, because there is no base to say more.
+        weight: M, `[*lead, out, in]`, not copied; None without the base.
+        is_matrix: the parameter is a matrix, or several. A vector is represented as one row, a weight of unknown layout
+            as the rows of its first dimension.
+        low_rank_part: only s·B·A of a DoRA rule is known, because the base is missing.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Change:
 
     @property
     def of(self) -> str:
-        """What the change is: ΔW, or s·B·A if that is only a part of it."""
+        """The name of the change: ΔW, or s·B·A if only this part is known."""
         return "s·B·A" if self.low_rank_part else "ΔW"
 
     @property
@@ -129,17 +129,17 @@ class Change:
 
 
 def changes(tuned: Tuned, params: Params | None, model: nn.Module | None = None) -> Iterator[Change]:
-    """What is done to each weight, one after the other.
+    """The change of each weight, one after the other.
 
     Args:
-        tuned: full parameter name -> rule, or -> tuned weight. Integers, which are not trained, are passed over.
-        params: the base weights. Looked up once for each name.
-        model: says how weights lie in memory where a rule does not: any tensor, `Full` and `Delta`.
+        tuned: full parameter name -> rule, or -> tuned weight. Integer tensors, which are not trained, are skipped.
+        params: the base weights. Each name is read once.
+        model: gives the layouts of weights whose rule does not have one: any tensor, `Full` and `Delta`.
 
     Raises:
         ArgumentError: `tuned` is neither an adapter nor weights.
-        UnsupportedError: it is a member of a stack inside of vmap.
-        ParamsError: a rule or tensor does not fit its base weight, or there is none and it needs one.
+        UnsupportedError: it is a member of a stack inside vmap.
+        ParamsError: a rule or tensor does not match its base weight, or needs one that is missing.
     """
     known = _checked("tuned", tuned, params, model)
     for name in tuned:
@@ -150,16 +150,16 @@ def changes(tuned: Tuned, params: Params | None, model: nn.Module | None = None)
 def paired(
     first: Tuned, second: Tuned, params: Params | None, model: nn.Module | None = None
 ) -> Iterator[tuple[Change | None, Change | None]]:
-    """What two adapters do to each weight, None where one has nothing; as `changes`.
+    """The changes of each weight by two adapters, None if one has no change of it; as `changes`.
 
-    Every parameter that one of them changes comes once, those of the first before the rest.
+    Every parameter that one of them changes appears once: first the parameters of the first adapter, then the others.
     """
     known = _checked("first", first, params, model)
     _checked("second", second, params, model)
     for name in dict.fromkeys([*first, *second]):
         here = None if params is None else {name: _base(name, params)}  # read once for both
         sides = [side for side in (first, second) if name in side]
-        # A tuned weight next to a rule that knows where the matrix lies is read as that rule says.
+        # A tuned weight is read with the layout of the other adapter's rule, if that rule has one.
         said = [value.layout for side in sides if isinstance(value := side[name], Rule) and value.layout is not None]
         layout = {name: said[0]} if said else known
         one, two = (_found(name, side, here, layout) if name in side else None for side in (first, second))
@@ -173,16 +173,16 @@ def paired(
 
 
 def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None = None) -> Change:
-    """What a rule does to one weight.
+    """The change of one weight by a rule.
 
     Args:
         name: full name of the parameter.
         rule: the rule.
         weight: the base weight, as its module stores it; None if there is none.
-        layout: where its matrix lies, if the rule does not say.
+        layout: where its matrix is, if the rule does not have a layout.
 
     Raises:
-        ParamsError: the rule does not fit the weight, or needs one.
+        ParamsError: the rule does not match the weight, or needs one.
     """
     if weight is not None:
         refuse_weight(name, weight)
@@ -198,7 +198,7 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
             f"{name!r}: {type(rule).__name__} replaces values, and what it changes depends on the base weight. Give "
             "the base weights (params=)."
         )
-    if not isinstance(rule, (Full, Delta)):  # a rule from elsewhere, of which nothing is known but its dense form
+    if not isinstance(rule, (Full, Delta)):  # a rule from outside: only its dense form is known
         assert weight is not None
         return replace(change(name, Full(rule.dense(weight).detach()), weight, layout), given=rule)
     whole: Tensor = rule.value.detach()
@@ -209,7 +209,7 @@ def change(name: str, rule: Rule, weight: Tensor | None, layout: Layout | None =
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
-    """Full parameter name -> where its matrix lies, for all parameters that are matrices."""
+    """Full parameter name -> layout, for all parameters that are matrices."""
     found: dict[str, Layout] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         of_kind = weights_of(module) or {}
@@ -227,7 +227,7 @@ def refuse_nonfinite(name: str, *tensors: Tensor) -> None:
 
 
 def _checked(where: str, tuned: object, params: Params | None, model: nn.Module | None) -> dict[str, Layout]:
-    """Raise if that is no adapter and no state dict; the layouts that the model gives."""
+    """The layouts that the model gives. Raises if `tuned` is neither an adapter nor a state dict."""
     if not isinstance(tuned, Mapping):
         remedy = "Take the members of a stack one by one: stack[i]." if isinstance(tuned, Stack) else ""
         refuse(where, "an adapter (a dict of rules) or tuned weights (a dict of tensors)", tuned, remedy)
@@ -239,7 +239,7 @@ def _checked(where: str, tuned: object, params: Params | None, model: nn.Module 
 
 
 def _found(name: str, tuned: Tuned, params: Params | None, known: Mapping[str, Layout]) -> Change | None:
-    """What is done to one weight; None if it holds integers."""
+    """The change of one weight; None for integers."""
     value = tuned[name]
     if isinstance(value, Tensor) and not value.is_floating_point():
         return None
@@ -268,7 +268,7 @@ def _base(name: str, params: Params) -> Tensor:
     weight = params.get(name)
     if weight is None:
         raise ParamsError(f"params lack {name!r}, the base weight of what is analysed.{near(name, params)}")
-    check_params({name: weight})  # a mapping that reads on demand is not read as a whole
+    check_params({name: weight})  # one item only: a mapping may read on demand
     if weight.is_meta:
         raise ParamsError(f"params hold {name!r} on the meta device, but its values are needed. Give real tensors.")
     return weight
@@ -284,7 +284,7 @@ def _of_low_rank(name: str, rule: LowRank, weight: Tensor | None) -> Change:
 
 
 def _as_rows(tensor: Tensor, layout: Layout | None) -> Tensor:
-    """The matrices of a weight, `[*lead, out, in]`; rows of its first dimension where nobody knows them."""
+    """The matrices of a weight, `[*lead, out, in]`; rows of its first dimension if the layout is unknown."""
     if layout is not None:
         return layout.to_matrix(tensor)
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
@@ -312,5 +312,5 @@ def _norm(tensor: Tensor) -> float:
 
 
 def describe(rule: Rule) -> tuple[str, int | None, float | None]:
-    """The kind of a rule, its rank and its scaling, where it has them."""
+    """The class name of a rule, and its rank and scaling if it has them."""
     return type(rule).__name__, rule.r, None if rule.scaling is None else float(rule.scaling)

@@ -1,4 +1,4 @@
-"""Two adapters' updates side by side: norms, angle and distance."""
+"""Comparison of the updates of two adapters: norms, angle and distance."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ComparedUpdate(Data):
 
     Attributes:
         name: full name of the parameter.
-        of: what the numbers are about: "ΔW", or "s·B·A" where the base is missing and a side is `DoRA`.
+        of: the measured matrix: "ΔW", or "s·B·A" if the base is missing and one side is `DoRA`.
         norms: ‖ΔW₁‖ and ‖ΔW₂‖; None for an adapter that does not change the parameter.
-        cosine: ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖; None where a side is zero or missing.
-        distance: ‖ΔW₁ − ΔW₂‖; None where a side is missing.
-        relative_distance: distance / ‖ΔW₁‖; None where that is zero or a side is missing.
+        cosine: ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖; None if a side is zero or missing.
+        distance: ‖ΔW₁ − ΔW₂‖; None if a side is missing.
+        relative_distance: distance / ‖ΔW₁‖; None if ‖ΔW₁‖ is zero or a side is missing.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ComparedUpdate(Data):
 
 @dataclass(frozen=True)
 class Comparison(Data):
-    """What `compare` returns.
+    """The result of `compare`.
 
     Attributes:
         rows: one for each parameter that an adapter changes.
@@ -67,21 +67,21 @@ class Comparison(Data):
 @old_positions("first", "second", "params")
 @torch.no_grad()
 def compare(first: Tuned, second: Tuned, *, params: Params | None = None, model: nn.Module | None = None) -> Comparison:
-    """Norms, cosine and distance of what two adapters do to each weight.
+    """Norms, cosine and distance of the changes of each weight by two adapters.
 
     Two `LoRA` updates are compared by their factors alone: ⟨s₁B₁A₁, s₂B₂A₂⟩ = ⟨s₁s₂·B₂ᵀB₁, A₂A₁ᵀ⟩, and the norm of the
-    difference is that of the small matrix that QR leaves of [s₁B₁, −s₂B₂] and [A₁; A₂], which keeps its digits where
-    the updates are nearly alike. Where a side is `DoRA`, `Full` or a tuned weight, the rewritten weights are compared
+    difference is the norm of a small matrix from the QR decompositions of [s₁B₁, −s₂B₂] and [A₁; A₂], which is accurate
+    also for nearly equal updates. If a side is `DoRA`, `Full` or a tuned weight, the rewritten weights are compared
     block by block.
 
     Args:
         first: full parameter name -> rule, or -> tuned weight.
         second: the other one.
-        params: the base weights. `LoRA` and `Delta` do without; of `DoRA` only s·B·A is compared without.
-        model: says how weights lie in memory where a rule does not, as in `spectra`.
+        params: the base weights. `LoRA` and `Delta` do not need them; without them only s·B·A of `DoRA` is compared.
+        model: gives the layouts of weights whose rule does not have one, as in `spectra`.
 
     Returns:
-        A row for each parameter that an adapter changes, in the order of the first, then of the second.
+        A row for each parameter that an adapter changes: first those of the first adapter, then the others.
 
     Raises:
         ParamsError: a base weight is missing, or the adapters' parameters differ in shape.
@@ -112,7 +112,7 @@ def compared(one: Change | None, two: Change | None) -> ComparedUpdate:
 
 
 def joined(rows: Sequence[ComparedUpdate]) -> Comparison:
-    """The rows, and what they are as a whole."""
+    """The rows, and the totals over all rows."""
     first, second = (math.hypot(*(row.norms[side] or 0.0 for row in rows)) for side in (0, 1))
     dot = sum(row.cosine * (row.norms[0] or 0.0) * (row.norms[1] or 0.0) for row in rows if row.cosine is not None)
     distance = math.hypot(*(_apart(row) for row in rows))
@@ -121,7 +121,7 @@ def joined(rows: Sequence[ComparedUpdate]) -> Comparison:
 
 
 def _apart(row: ComparedUpdate) -> float:
-    """The distance, with nothing in place of an update that is missing."""
+    """The distance; a missing update counts as zero."""
     return row.distance if row.distance is not None else sum(norm or 0.0 for norm in row.norms)
 
 

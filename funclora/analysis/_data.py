@@ -1,4 +1,4 @@
-"""What every result of an analysis can do: become JSON."""
+"""The conversion to JSON, for the results of all analyses."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ class Data:
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # subclasses are dataclasses
 
     def to_json(self) -> str:
-        """The same as a text. A value that does not exist is null; there is no NaN."""
+        """The values as JSON text. A missing value is null; there is no NaN."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)

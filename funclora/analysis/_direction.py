@@ -21,7 +21,7 @@ from funclora.rules.base import Params
 Per = Literal["output", "input"]
 """The units whose vectors are compared, see `magnitude_direction`."""
 
-# The dimension of `[out, in]` that a unit's vector runs along.
+# The dimension of `[out, in]` along which the vector of a unit is.
 _ACROSS: dict[Per, int] = {"output": -1, "input": -2}
 
 
@@ -31,7 +31,7 @@ class Movement(Data):
 
     Attributes:
         name: full name of the parameter.
-        label: what `magnitude_direction` was given: the method, as a rule.
+        label: the label given to `magnitude_direction`, usually the method.
         step: the step of training.
         delta_m: ΔM, the mean over units of |‖v‖ − ‖w‖|, with w a unit's vector in the base and v in the tuned weight.
         delta_d: ΔD, the mean over units of 1 − cos(v, w).
@@ -71,7 +71,7 @@ class Trend(Data):
 
 @dataclass(frozen=True)
 class Movements(Data):
-    """What `magnitude_direction` returns. `+` joins those of several methods and steps.
+    """The result of `magnitude_direction`. `+` joins the results of several methods and steps.
 
     Attributes:
         rows: one for each parameter, step and label.
@@ -90,7 +90,7 @@ class Movements(Data):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels, in the order in which they came."""
+        """The labels, in the order of the rows."""
         return tuple(dict.fromkeys(row.label for row in self.rows))
 
     def of(self, label: str) -> Movements:
@@ -132,11 +132,11 @@ def magnitude_direction(
     """ΔM and ΔD between base and tuned weights (arXiv 2402.09353, section 3.2, equations 3 and 4).
 
     The paper writes W ∈ R^{d×k} as m·V/‖V‖_c with the norms of its k columns. In its h = W·x, with W = W₀ + B·A, B ∈
-    R^{d×r} and A ∈ R^{r×k}, a column belongs to one *input*: it is a column of torch's `[out, in]` too. The authors'
-    code and PEFT take the norm of each row of `[out, in]`, one per *output* unit, and that is what DoRA's magnitude is
-    here and there. So `per="output"` is the default, and `per="input"` reads the paper by the letter.
+    R^{d×r} and A ∈ R^{r×k}, a column belongs to one *input*: it is also a column of torch's `[out, in]`. The authors'
+    code and PEFT take the norm of each row of `[out, in]`, one per *output* unit, and so does DoRA's magnitude in
+    funclora. So `per="output"` is the default, and `per="input"` is the definition in the paper.
 
-    1 − cos(v, w) is computed as ½·‖v/‖v‖ − w/‖w‖‖² in float64, which keeps its digits where the directions are close.
+    1 − cos(v, w) is computed as ½·‖v/‖v‖ − w/‖w‖‖² in float64, which is accurate for close directions.
     A unit that is zero on both sides did not move; one that is zero on one side only counts as orthogonal (1).
 
     Args:
@@ -144,19 +144,19 @@ def magnitude_direction(
             are left out.
         params: the base weights.
         per: the units whose vectors are compared: "output" or "input" dimensions of the matrix.
-        label: of the rows: the method, as a rule.
-        step: of the rows: how long the training was.
-        model: says how weights lie in memory where a rule does not: embeddings and transformers' Conv1D hold `[in,
-            out]`. Else tuned weights, `Full` and `Delta` are taken as `[out, in]`, and as a convolution from four
-            dimensions on.
+        label: the label of the rows, usually the method.
+        step: the training step of the rows.
+        model: gives the layouts of weights whose rule does not have one: embeddings and transformers' Conv1D are `[in,
+            out]`. Without it, tuned weights, `Full` and `Delta` are read as `[out, in]`, and as a convolution if they
+            have four or more dimensions.
 
     Returns:
-        A row for each parameter. Those of several steps and methods are joined by `+`.
+        A row for each parameter. `+` joins the results of several steps and methods.
 
     Raises:
         ParamsError: a base weight is missing, does not fit, or has three dimensions that only a `model` can explain; or
             nothing is left to compare.
-        ConfigError: `per` is something else.
+        ConfigError: `per` is neither "output" nor "input".
         NonFiniteError: a weight or a factor holds NaN or infinity.
 
     Examples:
@@ -237,7 +237,7 @@ def _direction_distances(change: Change, per: Per, old: Tensor, new: Tensor) -> 
         found.append((v * after - w * before).square().sum(_ACROSS[per]))
         start += n
     total = _joined(found, per)
-    # A zero vector has no direction: with one of them the sum is 1, and stands for 1 − 0.
+    # A zero vector has no direction: with one zero vector the sum is 1, as for orthogonal vectors.
     return torch.where((old > 0) == (new > 0), total / 2, 1.0)
 
 

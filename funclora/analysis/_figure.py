@@ -1,4 +1,4 @@
-"""What the pictures share: a figure that no window shows, heatmaps, names along an axis, colours."""
+"""Drawing functions for all plots: a figure without a window, heatmaps, names along an axis, colours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 StrPath = str | os.PathLike[str]
-# With more names than that on an axis, they would not be readable.
+# More names on an axis would not be readable.
 MOST_NAMES = 60
 
 
@@ -48,7 +48,7 @@ def draw_heatmap(axis: Any, grid: Sequence[Sequence[float]]) -> None:
 
 
 def name_rows(axis: Any, names: Sequence[str]) -> None:
-    """Put the names at the rows of a chart, every one or every so many."""
+    """Label the rows of a chart with names: all of them, or every n-th."""
     every = -(-len(names) // MOST_NAMES)
     axis.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=7)
 
@@ -60,7 +60,7 @@ def colors_of(n: int) -> list[Any]:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """A figure that no window shows, and its axes."""
+    """A figure without a window, and its axes."""
     needs_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

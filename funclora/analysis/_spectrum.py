@@ -1,4 +1,4 @@
-"""How large an update is, and over how many directions it spreads: norms, singular values, effective ranks."""
+"""The size of an update and the number of its directions: norms, singular values, effective ranks."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def effective_rank(singular_values: Tensor) -> Tensor:
 
 
 def stable_rank(singular_values: Tensor) -> Tensor:
-    """‖ΔW‖² / σ₁², the square of the Frobenius norm over that of the spectral norm (arXiv math/0503442).
+    """‖ΔW‖² / σ₁², the squared Frobenius norm divided by the squared spectral norm (arXiv math/0503442).
 
-    It is at most the rank, and hardly moved by small singular values; 0 for a zero matrix.
+    It is at most the rank, and small singular values hardly change it; 0 for a zero matrix.
 
     Args:
         singular_values: `[*, k]`.
@@ -68,16 +68,16 @@ class Spectrum(Data):
     Attributes:
         name: full name of the parameter.
         rule: the kind of its rule; "Full" for a tuned weight.
-        of: what the numbers are about: "ΔW", the change of the weight, or "s·B·A", the update of the direction, which
-            is what is known of `DoRA` without the base.
+        of: the measured matrix: "ΔW", the change of the weight, or "s·B·A", the update of the direction, for `DoRA`
+            without the base.
         shape: `[*lead, out, in]`, the matrices in the parameter (lead: experts); `[1, n]` for a vector.
         r: the rank of a low-rank rule, else None.
         scaling: s, where the rule has one.
         norm: ‖ΔW‖, over all matrices (Frobenius norm).
         base_norm: ‖W‖; None without the base.
-        share: ‖ΔW‖ / ‖W‖, how far the parameter is moved; None without the base or for W = 0.
-        singular_values: those of each matrix, largest first: of a low-rank update at most r, the others are zero. None
-            for a vector, or where nobody said which dimensions are the matrix.
+        share: ‖ΔW‖ / ‖W‖, the relative size of the change; None without the base or for W = 0.
+        singular_values: for each matrix, largest first; at most r for a low-rank update, as the others are zero. None
+            for a vector, or if it is unknown which dimensions are the matrix.
         effective_rank: of each matrix, by `effective_rank`.
         stable_rank: of each matrix, by `stable_rank`.
     """
@@ -98,7 +98,7 @@ class Spectrum(Data):
 
 @dataclass(frozen=True)
 class Spectra(Data):
-    """What `spectra` returns.
+    """The result of `spectra`.
 
     Attributes:
         rows: one for each parameter.
@@ -107,7 +107,7 @@ class Spectra(Data):
     rows: tuple[Spectrum, ...]
 
     def plot(self, file: str | os.PathLike[str]) -> None:
-        """Draw the singular values, and the share of each weight that moves (or the norm), as a PNG.
+        """Draw the singular values, and the relative change of each weight (or its norm), as a PNG.
 
         Raises:
             UnsupportedError: matplotlib is not installed.
@@ -118,21 +118,21 @@ class Spectra(Data):
 @old_positions("tuned", "params")
 @torch.no_grad()
 def spectra(tuned: Tuned, *, params: Params | None = None, model: nn.Module | None = None) -> Spectra:
-    """Norms and singular values of what is done to each weight.
+    """Norms and singular values of the change of each weight.
 
-    Those of `LoRA` come from its factors: with `B = Q₁R₁` and `Aᵀ = Q₂R₂`, the singular values of s·B·A are those of
-    `s·R₁R₂ᵀ`, which is `[r, r]`. The change that `DoRA` makes, m·(W + s·B·A)/‖W + s·B·A‖ − W, has full rank as a rule:
-    with the base it is decomposed as it is, one weight at a time, without it s·B·A is (`Spectrum.of` says which).
-    `Full`, `Delta`, `TrainableTokens` and tuned weights are differences of matrices, and decomposed as such.
+    For `LoRA` the factors are enough: with `B = Q₁R₁` and `Aᵀ = Q₂R₂`, s·B·A has the same singular values as
+    `s·R₁R₂ᵀ`, which is `[r, r]`. The change by `DoRA`, m·(W + s·B·A)/‖W + s·B·A‖ − W, usually has full rank: with the
+    base this change is decomposed, one weight at a time; without the base s·B·A is (see `Spectrum.of`).
+    For `Full`, `Delta`, `TrainableTokens` and tuned weights the dense difference is decomposed.
 
     All is computed in float64. The singular values of dense differences of more than 2²⁰ elements are roots of
     eigenvalues of M·Mᵀ, exact to 10⁻⁸ of the largest.
 
     Args:
-        tuned: full parameter name -> rule, or -> tuned weight. A mapping that reads on demand is read one by one.
-        params: the base weights. `LoRA`, `DoRA` and `Delta` do without.
-        model: says which dimensions of a tuned weight, `Full` or `Delta` are the matrix. Else two dimensions are one,
-            more than three are a convolution, and three have no singular values here.
+        tuned: full parameter name -> rule, or -> tuned weight. A mapping that reads on demand is read item by item.
+        params: the base weights. `LoRA`, `DoRA` and `Delta` do not need them.
+        model: gives the dimensions of the matrix in a tuned weight, `Full` or `Delta`. Without it two dimensions are a
+            matrix, more than three are a convolution, and three give no singular values.
 
     Returns:
         A row for each parameter.
@@ -190,8 +190,8 @@ def singular_values(change: Change) -> Tensor | None:
 def _of_dense(matrix: Tensor) -> Tensor:
     """The singular values of a matrix `[*lead, out, in]` in float64, or of a large one in float32.
 
-    Those of a large one are the roots of the eigenvalues of M·Mᵀ or Mᵀ·M in float64, whichever is smaller: ten times
-    as fast, and exact to 10⁻⁸ of the largest.
+    For a large matrix they are the roots of the eigenvalues of M·Mᵀ or Mᵀ·M (the smaller one) in float64: ten times
+    faster, and exact to 10⁻⁸ of the largest.
     """
     if not matrix.any():
         return torch.zeros(*matrix.shape[:-2], min(matrix.shape[-2:]), dtype=torch.float64)
@@ -209,7 +209,7 @@ def _of_dense(matrix: Tensor) -> Tensor:
 
 
 def plot_spectra(found: Spectra, file: StrPath) -> None:
-    """Singular values as parts of the largest, and how far each weight moves."""
+    """Singular values relative to the largest, and the relative change of each weight."""
     figure, (left, right) = new_figure(1, 2, 6.5, max(4.2, 0.16 * min(len(found.rows), MOST_NAMES)))
     colors = colors_of(len(found.rows))
     for row, color in zip(found.rows, colors, strict=True):

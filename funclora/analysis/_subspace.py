@@ -1,4 +1,4 @@
-"""How much the subspaces of two adapters overlap: φ of the LoRA paper (arXiv 2106.09685, section 7.2)."""
+"""The overlap of the subspaces of two adapters: φ in the LoRA paper (arXiv 2106.09685, section 7.2)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from funclora.rules.base import Params
 from funclora.rules.low_rank import LowRank
 
 Of = Literal["A", "B", "right", "left"]
-"""What the subspaces are of, see `subspace_similarity`."""
+"""The matrix whose subspaces are compared, see `subspace_similarity`."""
 
-# Directions whose singular values are below this part of the largest are rounding.
+# Directions with singular values below this fraction of the largest are rounding errors.
 _NOISE = 2.0**-23
 
 
@@ -31,11 +31,11 @@ class Similarity(Data):
 
     Attributes:
         name: full name of the parameter.
-        of: what the subspaces are of, as `subspace_similarity` was told.
+        of: the matrix whose subspaces are compared, as given to `subspace_similarity`.
         grids: one for each matrix of the parameter: `grids[m][i - 1][j - 1]` is φ(i, j), between 0 (orthogonal) and 1
-            (the smaller subspace lies in the other). As many rows and columns as there are directions with singular
-            values that are not rounding, k at most; an empty grid where a side is zero.
-        whole: φ of all directions against all, however many, for each matrix; None where a side is zero.
+            (the other subspace contains the smaller one). One row and column for each direction whose singular value
+            is not a rounding error, at most k; an empty grid if a side is zero.
+        whole: φ of all directions of both sides, for each matrix; None if a side is zero.
         chance: what two random subspaces of full size would give: max(i, j) / dimension of the space.
     """
 
@@ -48,7 +48,7 @@ class Similarity(Data):
 
 @dataclass(frozen=True)
 class Similarities(Data):
-    """What `subspace_similarity` returns.
+    """The result of `subspace_similarity`.
 
     Attributes:
         rows: one for each parameter.
@@ -108,26 +108,26 @@ def subspace_similarity(
 
     The subspaces are spanned by the leading i and j singular vectors of
 
-    - "A": the factor A, right ones: what the paper compares. No base needed.
-    - "B": the factor B, left ones.
-    - "right" and "left": ΔW itself, from the factors if it is their product. With `DoRA`, `Full` and tuned weights it
-      is not: then the difference of the weights is decomposed.
+    - "A": the factor A, right singular vectors, as in the paper. The base is not needed.
+    - "B": the factor B, left singular vectors.
+    - "right" and "left": ΔW. If it is the product of the factors, they are used; for `DoRA`, `Full` and tuned weights
+      the difference of the weights is decomposed.
 
-    Directions with singular values below 2⁻²³ of the largest are left out: they are rounding, and arbitrary.
+    Directions with singular values below 2⁻²³ of the largest are left out, because they are rounding errors.
 
     Args:
         first: full parameter name -> rule, or -> tuned weight.
         second: the other one.
-        of: what the subspaces are of.
-        k: how many directions the grids show at most.
-        params: the base weights, for "right" and "left" of what is not `LoRA` or `Delta`.
-        model: says how weights lie in memory where a rule does not, as in `spectra`.
+        of: the matrix whose subspaces are compared.
+        k: the largest number of directions in the grids.
+        params: the base weights, needed for "right" and "left" unless the rule is `LoRA` or `Delta`.
+        model: gives the layouts of weights whose rule does not have one, as in `spectra`.
 
     Returns:
-        A row for each parameter that both have. Rules without factors have none for "A" and "B".
+        A row for each parameter that both have. Rules without factors have no row for "A" and "B".
 
     Raises:
-        ConfigError: `of` or `k` is something else.
+        ConfigError: `of` or `k` has another value.
         ParamsError: no parameter is in both, the parameters differ in shape, or a base weight is missing.
         NonFiniteError: a weight or a factor holds NaN or infinity.
 
@@ -157,7 +157,7 @@ def subspace_similarity(
 
 
 def similar(one: Change, two: Change, of: Of, k: int) -> Similarity | None:
-    """The row of one parameter; None if it has nothing of the kind."""
+    """The row of one parameter; None if it has no such matrix."""
     bases = [directions(change, of) for change in (one, two)]
     if bases[0] is None or bases[1] is None:
         return None

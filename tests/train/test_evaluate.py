@@ -221,7 +221,7 @@ def _complaint(metric: Any = by_row, batches: Any = None, stack: Any = None, mem
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match="data holds no rows"):
+    with pytest.raises(ConfigError, match="data has no rows"):
         _complaint(batches=[torch.zeros(0, 3, dtype=torch.long)])
     with pytest.raises(ConfigError, match="agree in their dimension 0"):
         _complaint(batches=[(torch.zeros(2, 3), torch.zeros(3, 3))])

@@ -372,9 +372,9 @@ def test_save_pretrained_writes_a_folder_that_peft_loads_and_load_peft_brings_ba
     del gathered[f"adapter.{name}.weight.lora_A"]
     with pytest.raises(ParamsError, match=r"state_dict lacks 'adapter.model.layers.0.self_attn.q_proj.weight.lora_A'"):
         module.save_pretrained(tmp_path, state_dict=gathered)
-    with pytest.raises(UnsupportedError, match="safe_serialization=False would pickle"):
+    with pytest.raises(UnsupportedError, match="safe_serialization=False would write"):
         module.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(UnsupportedError, match="push_to_hub: nothing is uploaded"):
+    with pytest.raises(UnsupportedError, match="push_to_hub: uploading is not supported"):
         module.save_pretrained(tmp_path, push_to_hub=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -470,9 +470,9 @@ def test_methods_that_would_change_the_weights_are_refused(name: str) -> None:
     model = llama()
     params = fl.base_params(model)
     module = fl.as_module(model, params, rules(params, LLAMA))
-    with pytest.raises(UnsupportedError, match=f"{name} is not possible on what as_module returns"):
+    with pytest.raises(UnsupportedError, match=f"{name} is not supported on the result of as_module"):
         getattr(module, name)("anything")
-    with pytest.raises(UnsupportedError, match="push_to_hub: nothing is uploaded"):
+    with pytest.raises(UnsupportedError, match="push_to_hub: uploading is not supported"):
         module.push_to_hub("somewhere")
 
 

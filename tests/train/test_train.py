@@ -195,7 +195,7 @@ def test_losses_that_cannot_be_trained_are_refused(loss_fn: Any, has_aux: bool, 
 
 def test_a_loss_of_another_model_is_refused() -> None:
     p = problem()
-    with pytest.raises(ConfigError, match=r"Compute it from the bound model"):
+    with pytest.raises(ConfigError, match=r"Compute it with the bound model"):
         value_and_grad(lambda bound, batch: mse(p.model, batch).detach())(p.model, p.params, p.adapters, p.batch)
 
 
@@ -411,7 +411,7 @@ def test_what_accumulation_refuses() -> None:
         step(p.params, p.adapters, state, p.batch)
     with pytest.raises(ConfigError, match=r"accumulate=3 does not divide .* shape \[\]"):
         step(p.params, p.adapters, state, (torch.ones(6, 6), torch.ones(())))
-    with pytest.raises(ConfigError, match="accumulate=3: the batch, a object, holds no tensor to cut"):
+    with pytest.raises(ConfigError, match="accumulate=3: the batch, a object, has no tensor to split"):
         step(p.params, p.adapters, state, object())
 
 

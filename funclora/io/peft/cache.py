@@ -1,4 +1,4 @@
-"""More adapters than fit on a device: `AdapterCache`."""
+"""`AdapterCache`: for more adapters than fit on a device."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ class AdapterCache:
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     def __getitem__(self, name: str) -> dict[str, Rule]:
-        """One adapter, loaded if it is not there."""
+        """One adapter, loaded if it is not in the cache."""
         return self._get([name])[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether the adapter is held now."""
+        """Whether the adapter is in the cache."""
         return isinstance(name, str) and name in self._held
 
     def __len__(self) -> int:
@@ -119,12 +119,12 @@ class AdapterCache:
         return f"AdapterCache of {len(self._held)} adapters, {self._bytes:,} of {self._memory:,} bytes"
 
     def held(self) -> list[str]:
-        """The ids of the adapters that are held, the next to be dropped first."""
+        """The ids of the adapters in the cache; the first is dropped next."""
         with self._lock:
             return list(self._held)
 
     def drop(self, name: str) -> bool:
-        """Forget an adapter, for example because its folder was written anew; whether it was held."""
+        """Remove an adapter, for example because its folder was written again; True if it was in the cache."""
         with self._lock:
             if name not in self:
                 return False
@@ -149,8 +149,8 @@ class AdapterCache:
 
         Raises:
             ConfigError: an id is unknown, or an adapter takes more than the cache may hold.
-            FormatError: the folder of an adapter is broken. This and any other error of `load_peft` leaves the cache
-                as it was.
+            FormatError: the folder of an adapter is damaged. After this and any other error of `load_peft` the cache
+                is unchanged.
         """
         if isinstance(ids, str) or not isinstance(ids, Sequence) or not len(ids):
             raise ConfigError(f"AdapterCache: ids: expected an id or None for each row, got {shortened(ids)}.")
@@ -161,7 +161,7 @@ class AdapterCache:
         return route(stack(found.values()), [-1 if name is None else place[name] for name in ids], repeats=repeats)
 
     def _get(self, ids: Sequence[str]) -> dict[str, Adapter]:
-        """The adapters by their ids, each once. Nothing changes unless all of them can be had."""
+        """The adapters by their ids, each once. The cache changes only if all of them can be loaded."""
         for name in ids:
             if not isinstance(name, str):
                 raise ConfigError(f"AdapterCache: ids: expected texts, got {shortened(name)}.")
@@ -169,7 +169,7 @@ class AdapterCache:
         folders = {name: self._folder(name) for name in wanted}
         found: dict[str, Adapter] = {}
         loaded: dict[str, Adapter] = {}
-        # Another thread may fail at something that this one did not ask for: what it gave up is then tried again.
+        # Another thread may fail on an adapter that this one did not request. Its other adapters are tried again.
         while len(found) < len(wanted):
             others, mine = self._claim([name for name in wanted if name not in found], found)
             try:

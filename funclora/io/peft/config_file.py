@@ -69,7 +69,7 @@ def read_config(files: AdapterFiles, model: nn.Module) -> tuple[LoraConfig, bool
         FormatError: the file has a value that is invalid.
         UnsupportedError: the file asks for something that is not supported.
     """
-    # How an adapter started says nothing about one that is there.
+    # The initialisation of an adapter has no effect on the stored values.
     file = files.config_file
     raw = {name: value for name, value in files.config.items() if name not in OF_INITIALISATION}
     kind = raw.get("peft_type")
@@ -95,7 +95,7 @@ def read_config(files: AdapterFiles, model: nn.Module) -> tuple[LoraConfig, bool
 
 
 def _saved(config: LoraConfig, model: nn.Module) -> Iterable[str] | None:
-    """What PEFT trains in full, named exactly.
+    """The full names of the modules that PEFT fully fine-tunes.
 
     PEFT compares the ends of names without regard to dots ("classifier" means "pre_classifier" too) and adds the
     usual heads of the task type, whether the model has them or not.

@@ -1,4 +1,4 @@
-"""Whether adapters are what their configuration says. A PEFT folder keeps scaling and targets there only."""
+"""Checks that adapters agree with their configuration, because a PEFT folder stores scaling and targets only there."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
 
     Raises:
         ConfigError: adapters and configuration do not agree.
-        ParamsError: the leaves of a rule do not fit each other.
-        UnsupportedError: PEFT cannot hold an adapter, or would compute something else from it.
-        NonFiniteError: an adapter holds NaN or infinity.
+        ParamsError: the leaves of a rule do not match each other.
+        UnsupportedError: PEFT cannot represent an adapter, or would compute another result from it.
+        NonFiniteError: an adapter contains NaN or infinity.
     """
     refuse_decomposed(config)
     wrapped = {}
@@ -81,7 +81,7 @@ def _check_leaves(name: str, rule: Rule) -> None:
 
 
 def _weight_shape(name: str, rule: LoRA | DoRA) -> tuple[int, ...]:
-    """The shape of the weight that the leaves fit; empty for layouts that PEFT does not know."""
+    """The shape of the weight, computed from the leaves; empty for layouts that PEFT does not support."""
     a, b, layout = rule.a, rule.b, rule.layout
     wanted = 2 if isinstance(layout, Matrices) and not isinstance(layout, Parameter) else a.dim()
     if a.dim() != wanted or b.dim() != wanted or a.dim() < 2:
@@ -236,7 +236,7 @@ def _check_tokens(adapters: Adapters, config: LoraConfig) -> None:
 
 
 def _tied(adapters: Adapters, wrapped: Mapping[str, PeftTarget], config: LoraConfig) -> dict[str, PeftTarget]:
-    """The output layers that follow the low-rank rule of a table."""
+    """The output layers that follow the low-rank rule of an embedding."""
     ties = {name: rule.to for name, rule in adapters.items() if isinstance(rule, Tied)}
     for name, why in unsupported_ties({name: type(adapters[to]) for name, to in ties.items()}, ties, config):
         raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")

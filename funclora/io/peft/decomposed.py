@@ -38,10 +38,10 @@ def refuse_decomposed(config: LoraConfig) -> None:
 def on_the_original(
     file: Path, model: nn.Module, adapters: dict[str, Rule], config: LoraConfig
 ) -> tuple[dict[str, Rule], LoraConfig]:
-    """What PEFT computes from such a folder on the original model, as a plain adapter of it.
+    """A plain adapter of the original model that gives what PEFT computes from such a folder.
 
-    Loading it, PEFT decomposes the weights anew and puts the trained factors in the place of the initial ones. The
-    exact decompositions come out the same each time, so that the initial factors are known here too.
+    When PEFT loads it, it decomposes the weights again and replaces the initial factors by the trained ones. The exact
+    decompositions give the same result each time, so the initial factors are also known here.
 
     Raises:
         UnsupportedError: they do not come out the same, or PEFT cannot decompose a target.

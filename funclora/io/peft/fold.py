@@ -1,4 +1,4 @@
-"""Adapters whose scaling is 1 and whose ranks are all the same, for readers that know one number for all of them."""
+"""Adapters with scaling 1 and equal ranks, for programs that read only one rank and α for all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from funclora.rules.low_rank import LoRA
 
 
 def folded(adapters: Adapters, config: LoraConfig) -> tuple[dict[str, Rule], LoraConfig]:
-    """The same adapters with s multiplied into B, and the configuration that says so.
+    """The same adapters with s multiplied into B, and their configuration.
 
     vLLM reads r and lora_alpha alone and scales every tensor by α/r; llama.cpp takes α and the rank of each tensor.
     Both are right if α is r, and the rank of every tensor is r.

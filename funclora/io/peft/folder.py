@@ -106,7 +106,7 @@ def load_peft(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
     The adapters are on the devices of their base weights, in float32 if the base is in half precision and in its dtype
     otherwise, as in PEFT. The model is only read, and its weights are only compared with weights in the file.
 
-    A folder that another process replaces meanwhile is read as it was before or as it is afterwards, never half.
+    If another process replaces the folder meanwhile, either the old or the new adapter is read, never a mixture.
 
     PEFT decomposes the model's weights when it loads an adapter with `init_lora_weights="pissa"` or "olora". Here
     such an adapter is converted to the original weights (`relative_to_original`), with twice the rank.
@@ -163,7 +163,7 @@ def load_files(files: AdapterFiles, model: nn.Module) -> tuple[dict[str, Rule], 
 
 
 class PeftFolder:
-    """A folder and a model that fit each other; the rules are read one at a time.
+    """A folder and a matching model; the rules are read one at a time.
 
     Where the configuration asks for a decomposition, they are relative to the decomposed weights.
 
@@ -229,7 +229,7 @@ class PeftFolder:
         self._stored.refuse_rest(self._keys, weights, adapters)
 
     def differences(self) -> Iterator[str]:
-        """What a reader of the folder should know."""
+        """Notes for the reader of the folder."""
         yield from self._stored.notes
         for message in self._unmatched:
             yield f"{message} Every tensor of the file has its place: the entry is left out."
@@ -237,7 +237,7 @@ class PeftFolder:
 
 
 def _advice(config: LoraConfig, model: nn.Module) -> str:
-    """What to do where an adapter does not fit a model."""
+    """What to do if an adapter does not match a model."""
     base = config.base_model_name_or_path
     which = f"of {reprlib.repr(base)}" if base else "that it was trained on"
     return f"If the adapter is for another model than this {type(model).__name__}, load it on the one {which}."

@@ -1,4 +1,4 @@
-"""How PEFT 0.21 stores adapters: one table, from layouts to keys and tensors, read in both directions.
+"""How PEFT 0.21 stores adapters: one mapping from layouts to keys and tensors, used in both directions.
 
 A key is `base_model.model.` + path of the module + `.` + suffix. PEFT puts a wrapper around every module it adapts
 and calls what it wraps `base_layer`, so a path that leads through an adapted module has `.base_layer` after it:
@@ -36,8 +36,8 @@ class PeftTarget:
 
     Attributes:
         name: full name of the parameter.
-        module: full name of the module that PEFT is told to adapt.
-        layout: where the matrix lies in the weight.
+        module: full name of the module that PEFT adapts.
+        layout: where the matrix is in the weight.
         shape: shape of the weight.
         by_parameter: it is named in `target_parameters`.
     """
@@ -55,7 +55,7 @@ class PeftTarget:
 
     @property
     def key(self) -> str:
-        """What the patterns of ranks and alphas are matched with."""
+        """The name that the patterns of ranks and alphas are matched with."""
         return self.name if self.by_parameter else self.module
 
     @property
@@ -98,7 +98,7 @@ def _unpack_conv(leaves: Leaves, _: PeftTarget) -> Leaves:
 
 
 def _pack_parameter(leaves: Leaves, wrapped: PeftTarget) -> Leaves:
-    """Experts lie side by side, expert by expert in A, but rank by rank in B.
+    """The factors of experts are stored together: grouped by expert in A, but by rank in B.
 
     A plain matrix is `[out, in]` to PEFT, whatever its owner says.
     """
@@ -187,16 +187,16 @@ class Keys:
         return f"{PREFIX}{self._through(path)}{last}"
 
     def bias_of_b(self, name: str) -> str:
-        """The key of what `lora_bias` adds to the bias of that full name."""
+        """The key of the value that `lora_bias` adds to the bias with this full name."""
         path, _, last = name.rpartition(".")[0].rpartition(".")
         return f"{PREFIX}{self._through(path)}{last}.lora_B.bias"
 
     def tokens(self, name: str) -> str:
-        """The key of the trained rows of the table of that full name."""
+        """The key of the trained rows of the embedding with this full name."""
         return f"{PREFIX}{self._through(name.rpartition('.')[0])}token_adapter.trainable_tokens_delta"
 
     def _through(self, path: str) -> str:
-        """The path with the wrappers on it, ending in a dot; "" for the model itself."""
+        """The path with its wrappers, ending with a dot; "" for the model itself."""
         parts: list[str] = []
         done: list[str] = []
         for part in path.split(".") if path else ():

@@ -1,7 +1,7 @@
-"""What PEFT 0.21 cannot do, and what it does otherwise than the formula says.
+"""Limits of PEFT 0.21, and its deviations from the formula.
 
-An obstacle stops both directions: a folder with it would not mean in PEFT what it means here. The rest are
-differences that reading can follow or has to point out.
+An obstacle prevents writing and reading: a folder with it would not have the same meaning in PEFT. The others are
+differences that reading can reproduce or must report.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _ORTHOGONAL = (
 
 
 def unsupported_by_peft(wrapped: Sequence[PeftTarget], saved: Sequence[str], config: LoraConfig) -> Reasons:
-    """`(name, why)` for everything that PEFT refuses, or computes otherwise.
+    """`(name, why)` for everything that PEFT refuses, or computes in another way.
 
     Args:
         wrapped: the weights with low-rank rules.
-        saved: full names of the modules that are trained in full.
+        saved: full names of the modules that are fully fine-tuned.
         config: the configuration that is, or will be, in the folder.
     """
     for w in wrapped:
@@ -105,7 +105,7 @@ _OUT_PROJ = "PEFT's adapter on out_proj of nn.MultiheadAttention has no effect u
 
 
 def _between(wrapped: Sequence[PeftTarget]) -> Reasons:
-    """What parameters of `target_parameters` do to each other and to the rest."""
+    """Conflicts of `target_parameters` with each other and with other targets."""
     by_parameter = [w for w in wrapped if w.by_parameter]
     for w in by_parameter:
         family = [other.layout for other in by_parameter if other.owner == w.owner]
@@ -145,7 +145,7 @@ def unsupported_ties(followed: Mapping[str, type[Rule]], ties: Mapping[str, str]
 
 
 def unsupported_in_model(model: nn.Module, wrapped: Iterable[PeftTarget]) -> Reasons:
-    """`(name, why)` for what only the model shows."""
+    """`(name, why)` for obstacles that depend on the model."""
     seen = {name for name, _ in model.named_modules()}  # as PEFT lists them: each module once
     for w in wrapped:
         if w.module not in seen:
@@ -158,7 +158,7 @@ def unsupported_in_model(model: nn.Module, wrapped: Iterable[PeftTarget]) -> Rea
 
 
 def differences(model: nn.Module, wrapped: Sequence[PeftTarget], config: LoraConfig, *, by_peft: bool) -> Iterator[str]:
-    """What the reader of a folder should know. `by_peft`: PEFT wrote the configuration, and so sorted it."""
+    """The notes for the reader of a folder. `by_peft`: PEFT wrote the configuration, and so sorted it."""
     doubled = [w.name for w in wrapped if counts_twice(w)]
     if doubled:
         yield (

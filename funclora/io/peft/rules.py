@@ -65,7 +65,7 @@ class Reader:
     wrapped: Mapping[str, PeftTarget]
 
     def rule(self, name: str, target: Target, weight: Tensor) -> Rule:
-        """The rule of a parameter that follows no other one."""
+        """The rule of a parameter that is not tied to another one."""
         refuse_weight(name, weight)
         stored, dtype = self.stored, torch.promote_types(weight.dtype, torch.float32)
         if target.rule is TrainableTokens:

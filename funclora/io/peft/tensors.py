@@ -1,4 +1,4 @@
-"""The tensors of an `adapter_model.safetensors`, and which of them nobody has asked for."""
+"""The tensors of an `adapter_model.safetensors`, and which of them were not read."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class StoredTensors:
     Args:
         files: the folder. A tensor is read when it is asked for.
         components: the components of the names of the model's modules and parameters; empty if they are not known.
-        advice: what to do where the tensors do not fit the model.
-        vocabulary: how many rows the model's table of tokens has; 0 if it has none.
+        advice: what to do if the tensors do not match the model.
+        vocabulary: the number of rows of the model's input embeddings; 0 if it has none.
 
     Attributes:
         notes: what PEFT would not have read.
@@ -129,7 +129,7 @@ class StoredTensors:
         return self._tensors[key]
 
     def _of_tokens(self, got: Sequence[int], expected: Sequence[int]) -> str:
-        """What to say where only the number of tokens differs; "" where it is something else."""
+        """The hint if only the number of tokens differs, otherwise ""."""
         differ = [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]]
         if len(got) != len(expected) or len(differ) != 1 or differ[0][1] != self._vocabulary:
             return ""
@@ -144,8 +144,8 @@ class StoredTensors:
     def refuse_rest(self, keys: Keys, weights: Mapping[str, Tensor], adapters: Adapters) -> None:
         """Raise `FormatError` if a tensor that was not taken would mean anything.
 
-        PEFT also writes base weights: tables of adapted embeddings, biases next to modules that are trained in full.
-        It copies them over those of the model, so they must be the same.
+        PEFT also writes base weights: adapted embeddings, biases next to fully fine-tuned modules. It overwrites the
+        weights of the model with them, so they must be equal.
         """
         rest = self._rest()
         if not rest:

@@ -1,7 +1,7 @@
-"""Weights that a model ties, as PEFT's `ensure_weight_tying` has them.
+"""Weights that a model ties, as in PEFT's `ensure_weight_tying`.
 
-PEFT adapts the input embeddings and lets the output layer, a linear layer over the same table, share the factors:
-A of the one is Bᵀ of the other. Both are in the file, but not in the lists of the configuration.
+PEFT adapts the input embeddings, and the output layer, a linear layer with the same weight, shares the factors: A of
+the one is Bᵀ of the other. Both are in the file, but not in the lists of the configuration.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from funclora.rules.tokens import Tied
 
 
 def output_layer(name: str, table: PeftTarget) -> PeftTarget:
-    """The weight of an output layer that follows the low-rank rule of a table."""
+    """The weight of an output layer that follows the low-rank rule of an embedding."""
     return PeftTarget(name, name.rpartition(".")[0], Linear(), table.shape, by_parameter=False)
 
 
 def tied_as_in_peft(config: LoraConfig, adapters: Adapters) -> LoraConfig:
-    """The configuration with the input embeddings in its lists, and not what is tied to them.
+    """The configuration with the input embeddings in its lists, and without the modules tied to them.
 
     Raises:
         ConfigError: adapters are tied and the configuration does not say so, or the other way round.

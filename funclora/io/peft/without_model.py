@@ -1,4 +1,4 @@
-"""Reading a PEFT folder without the model: the low-rank updates of modules, which its files say all about."""
+"""Reading a PEFT folder without the model: the low-rank updates of modules, which its files describe completely."""
 
 from __future__ import annotations
 
