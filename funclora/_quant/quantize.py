@@ -204,9 +204,15 @@ def _int8(name: str, weight: Any, owner: Any, model: nn.Module) -> Quantized:
 def reads_packed_weights(module: nn.Module) -> bool:
     """Whether a module belongs to bitsandbytes, so that its forward accepts only its own packed weight."""
     kind = type(module)
+    if torch.compiler.is_compiling():  # which would check the dict before every call
+        return _packs_weights(kind)
     if kind not in _packs:  # not functools.cache, about which the compiler warns
-        _packs[kind] = any(_is_theirs(base) and base.__name__ in _PACKERS for base in kind.__mro__)
+        _packs[kind] = _packs_weights(kind)
     return _packs[kind]
+
+
+def _packs_weights(kind: type[nn.Module]) -> bool:
+    return any(_is_theirs(base) and base.__name__ in _PACKERS for base in kind.__mro__)
 
 
 _PACKERS = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
