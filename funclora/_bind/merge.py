@@ -12,7 +12,7 @@ from funclora._quant.tensor import Quantized
 from funclora._torch.functions import has_values
 from funclora._torch.memory import place_of
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
-from funclora.rules.base import Adapters, Params
+from funclora.rules.base import Adapters, Params, dense_of
 from funclora.rules.tokens import Tied, untied
 
 
@@ -59,7 +59,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
                 "merge(dequantize(params), adapters) keeps the weights that were trained with, "
                 "merge(original_params, adapters) uses the weights from before quantize."
             )
-        dense = rule.dense(weight)
+        dense = dense_of(name, rule, weight)
         # A copy, because the result of a Full rule must not alias the adapter's own leaf.
         # In the base's order in memory: safetensors does not accept transposed views.
         order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from funclora._lazy.weight import LazyWeight, Placeholders, requires_grad
 from funclora._torch.pytree import pytree_node
-from funclora.rules.base import Rule
+from funclora.rules.base import Rule, dense_of
 from funclora.rules.layouts import Embedding, Layout
 from funclora.rules.linear_ops import LinearOp
 
@@ -26,7 +26,7 @@ def rewritten(
 ) -> Tensor:
     """The replacement of a parameter of `owner`; `uses` records how it is used."""
     if rule is None or (uses is None and rule.bind_dense):
-        plain = weight if rule is None else rule.dense(weight).to(weight.dtype)
+        plain = weight if rule is None else dense_of(name, rule, weight).to(weight.dtype)
         if plain.dim() != 2 or getattr(owner, "max_norm", None) is None:
             return plain
         # torch would renormalise the embedding matrix in place.

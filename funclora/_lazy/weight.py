@@ -22,7 +22,7 @@ from funclora._quant.tensor import held
 from funclora._torch.contractions import contractions
 from funclora._torch.functions import QUESTIONS, NoFormError, placeholder, plain_tensors, written
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
-from funclora.rules.base import Rule
+from funclora.rules.base import Rule, dense_of
 from funclora.rules.dense import Full
 from funclora.rules.layouts import Matrices
 
@@ -87,7 +87,7 @@ class LazyWeight(torch.Tensor):
         """The rewritten weight in the base's dtype, as a tensor that shares no memory."""
         if self.rule.dropout_p and self.training():
             raise UnsupportedError(f"{self.target!r}: dropout {self.rule.dropout_p} cannot act on the dense weight.")
-        return self.rule.dense(self.base).to(self.base.dtype, copy=self.rule.bind_dense)
+        return dense_of(self.target, self.rule, self.base).to(self.base.dtype, copy=self.rule.bind_dense)
 
     def training(self) -> bool:
         """Whether the owner is in training mode; if the owner no longer exists, its last known mode."""

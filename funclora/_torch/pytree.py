@@ -94,7 +94,8 @@ def pytree_node(cls: C) -> C:
         The class itself, so that it can be used as a decorator.
 
     Raises:
-        ParamsError: a field is both a leaf and marked as frozen.
+        ParamsError: `leaf_names` is missing or names something that is no field, or a field is both a leaf and marked
+            as frozen.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -108,7 +109,12 @@ def pytree_node(cls: C) -> C:
         >>> optree.tree_map(lambda x: x + 1, Shifted(torch.zeros(2), times=3))
         Shifted(shift=tensor([1., 1.]), times=3)
     """
-    names: tuple[str, ...] = cls.leaf_names
+    names: tuple[str, ...] = getattr(cls, "leaf_names", None)  # type: ignore[assignment]
+    fields_ = [f.name for f in fields(cls)]
+    if not isinstance(names, tuple) or not {*names} <= {*fields_}:
+        raise ParamsError(
+            f"{cls.__name__}.leaf_names: expected a tuple with names of the fields {fields_}, got {names!r}."
+        )
     static = tuple(f.name for f in fields(cls) if f.name not in names)
     cls.frozen_names = tuple(f.name for f in fields(cls) if f.metadata.get("funclora.frozen"))
     if both := set(names).intersection(cls.frozen_names):

@@ -77,7 +77,10 @@ def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> An
         try:
             column: list[Any] = spec.flatten_up_to(other)
         except ValueError as error:
-            raise ConfigError(f"{name}: expected the tree structure of {first}, got another one: {error}") from error
+            raise ConfigError(
+                f"{name}: expected the tree structure of {first}, got another one. Gradients, parameters and "
+                f"state must belong to the same adapters: {str(error).splitlines()[0]:.200}"
+            ) from error
         for i, (x, y) in enumerate(zip(leaves, column, strict=True)):
             if not isinstance(y, Tensor) or x.shape != y.shape:
                 got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from funclora.errors import UnsupportedError
+from funclora.errors import ParamsError, UnsupportedError
 from funclora.rules.layouts import Layout
 from funclora.rules.linear_ops import LinearOp
 
@@ -239,6 +239,22 @@ def has_own_scaling(rule: Any) -> bool:
 def rescaled(rule: R, scaling: float | Tensor) -> R:
     """The rule with another scaling, if it has one of its own."""
     return rule.with_scaling(scaling) if has_own_scaling(rule) else rule
+
+
+def dense_of(name: str, rule: Rule, weight: Tensor) -> Tensor:
+    """`rule.dense(weight)` for the parameter of that name.
+
+    Raises:
+        ParamsError: the rule returns something else than a tensor of the shape of the weight.
+    """
+    dense = rule.dense(weight)
+    if not isinstance(dense, Tensor) or dense.shape != weight.shape:
+        got = f"shape {list(dense.shape)}" if isinstance(dense, Tensor) else f"a {type(dense).__name__}"
+        raise ParamsError(
+            f"{name!r}: {type(rule).__name__}.dense returned {got}, expected a tensor of the weight's shape "
+            f"{list(weight.shape)}."
+        )
+    return dense
 
 
 def of_members(rule: Rule, scalings: Tensor, form: Callable[[Rule], Rule | None]) -> tuple[Rule, Tensor] | None:

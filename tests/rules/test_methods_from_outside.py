@@ -696,3 +696,40 @@ def test_the_examples_train(name: str, capsys: pytest.CaptureFixture[str]) -> No
     first, last, *_ = example(name).main(["--steps=60"])
     assert last < 0.5 * first
     assert f"{last:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [None, "value", ("valu",), ["value"]])
+def test_leaf_names_are_names_of_fields(names: Any) -> None:
+    @dataclass(frozen=True, eq=False)
+    class Wrong:
+        value: Tensor
+        leaf_names = names
+
+    with pytest.raises(ParamsError, match=r"Wrong\.leaf_names: expected a tuple with names of the fields \['value'\]"):
+        fl.rules.pytree_node(Wrong)
+
+
+@pytest.mark.filterwarnings("ignore::funclora.errors.DenseFallbackWarning")
+@pytest.mark.parametrize(("given", "got"), [(lambda w: w[:1], r"shape \[1, 3\]"), (lambda w: None, "a NoneType")])
+@pytest.mark.parametrize("free", [False, True])
+def test_a_dense_form_of_another_shape_is_refused(given: Any, got: str, free: bool) -> None:
+    @fl.rules.pytree_node
+    @dataclass(frozen=True, eq=False)
+    class Cut(fl.Rule):
+        value: Tensor
+        leaf_names = ("value",)
+        bind_dense = free
+
+        def dense(self, weight: Tensor) -> Any:
+            return given(weight)
+
+        def check(self, name: str, weight: Tensor) -> None:
+            pass
+
+    model = torch.nn.Linear(3, 2)
+    params: Any = fl.base_params(model)
+    message = rf"'weight': Cut\.dense returned {got}, expected a tensor of the weight's shape \[2, 3\]"
+    with pytest.raises(ParamsError, match=message):
+        fl.merge(params, {"weight": Cut(torch.ones(1))})
+    with pytest.raises(ParamsError, match=message):
+        fl.apply(model, params, {"weight": Cut(torch.ones(1))}, torch.ones(1, 3))

@@ -320,7 +320,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         ({"b": 1e-12}, torch.float16, NonFiniteError, "b reaches .*rounds to 0"),
         ({"scaling": 0.0}, torch.float32, ParamsError, "scaling 0, so it has no effect"),
         ({"scaling": 1e-60}, torch.float32, NonFiniteError, "alpha=0"),
-        ({"scaling": 1e60}, torch.float32, NonFiniteError, "alpha=inf"),
+        ({"scaling": 3e38}, torch.float32, NonFiniteError, "alpha=inf"),
         ({}, torch.bfloat16, ConfigError, "dtype: expected torch.float32 or torch.float16, got torch.bfloat16"),
         ({"a": torch.ones(2, 5)}, torch.float32, ParamsError, r"q_proj.*a has shape \[2, 5\]"),
     ],
