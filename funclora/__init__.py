@@ -4,11 +4,11 @@ An adapter is a value: a dict from parameter names to rewriting rules. `apply` r
 weights, `merge` returns them, `train_step` improves them; no module is ever changed.
 """
 
-from funclora._api.names import attach
+from funclora._api.names import attach as _attach
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = attach(
+__getattr__, __dir__, __all__ = _attach(
     __name__,
     {
         "funclora": ("algebra", "analysis", "errors", "io", "optim", "rules"),

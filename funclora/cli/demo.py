@@ -44,8 +44,15 @@ def demo(
         settings = DemoSettings(domains=domains, steps=steps, r=rank, seed=seed)
         bar.update(task, total=settings.ticks)
 
+        shown = ""
+
         def progress(description: str) -> None:
+            nonlocal shown
             bar.update(task, advance=1, description=description)
+            stage = description.rstrip("0123456789.")  # without the loss of the step
+            if not console.is_terminal and stage != shown:  # where no bar is drawn, a line for each stage
+                console.print(description)
+                shown = stage
 
         results = run(out, settings, progress)
     gains(results, out / "heatmap.png")

@@ -3,9 +3,9 @@
 The functions themselves (`load_peft`, `save_peft`, `merge_checkpoint`, ...) are names of `funclora`.
 """
 
-from funclora._api.names import attach
+from funclora._api.names import attach as _attach
 
-__getattr__, __dir__, __all__ = attach(
+__getattr__, __dir__, __all__ = _attach(
     __name__,
     {
         "funclora.io.hf.extract": ("ExtractReport", "ExtractedWeight"),
