@@ -11,7 +11,7 @@ from typing import Any
 
 from funclora._config.config import LoraConfig
 from funclora._config.covers import covers
-from funclora._config.names import named
+from funclora._config.names import named_among, unnamed
 from funclora.errors import ConfigError, PeftFormatWarning
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.dora import DoRA
@@ -42,7 +42,8 @@ def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[
         raise ConfigError("there is no low-rank adapter to save; PEFT needs at least one.")
     dropouts = {rule.dropout for rule in low_rank.values()}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
-    modules = {name: name.rpartition(".")[0] for name in low_rank if not _is_in(parameters, name)}
+    entries, idle = frozenset(parameters), frozenset(unnamed(parameters, low_rank))
+    modules = {name: name.rpartition(".")[0] for name in low_rank if not named_among(name, entries)}
     keys = {name: modules.get(name, name) for name in low_rank}
     ranks = {keys[name]: rule.r for name, rule in low_rank.items()}
     alphas = {keys[name]: _number(float(rule.scaling) * rule.r) for name, rule in low_rank.items()}
@@ -62,7 +63,7 @@ def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[
         bias=_only("bias", [config.bias for config in sources]),
         modules_to_save=_union(config.modules_to_save for config in sources) or None,
         init_lora_weights=True,
-        target_parameters=tuple(e for e in parameters if any(named(name, e) for name in low_rank)) or None,
+        target_parameters=tuple(entry for entry in parameters if entry not in idle) or None,
         task_type=_only("task_type", [config.task_type for config in sources if config.task_type]),
         base_model_name_or_path=_base(sources),
     )
@@ -111,10 +112,6 @@ def _number(alpha: float) -> float:
 
 def _union(several: Iterable[Collection[str] | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(entry for entries in several for entry in entries or ()))
-
-
-def _is_in(entries: Collection[str], name: str) -> bool:
-    return any(named(name, entry) for entry in entries)
 
 
 def _only(field: str, values: Iterable[Any]) -> Any:

@@ -110,12 +110,10 @@ def pytree_node(cls: C) -> C:
         Shifted(shift=tensor([1., 1.]), times=3)
     """
     names: tuple[str, ...] = getattr(cls, "leaf_names", None)  # type: ignore[assignment]
-    fields_ = [f.name for f in fields(cls)]
-    if not isinstance(names, tuple) or not {*names} <= {*fields_}:
-        raise ParamsError(
-            f"{cls.__name__}.leaf_names: expected a tuple with names of the fields {fields_}, got {names!r}."
-        )
-    static = tuple(f.name for f in fields(cls) if f.name not in names)
+    own = [f.name for f in fields(cls)]
+    if not isinstance(names, tuple) or not {*names} <= {*own}:
+        raise ParamsError(f"{cls.__name__}.leaf_names: expected a tuple with names of the fields {own}, got {names!r}.")
+    static = tuple(n for n in own if n not in names)
     cls.frozen_names = tuple(f.name for f in fields(cls) if f.metadata.get("funclora.frozen"))
     if both := set(names).intersection(cls.frozen_names):
         raise ParamsError(f"{cls.__name__}: {min(both)} is in leaf_names and marked as frozen. It is one or the other.")

@@ -227,9 +227,8 @@ class _Extraction:
     def exact(self, config: LoraConfig) -> LoraConfig:
         """A configuration whose targets are exactly the adapted weights."""
         targets = {name: target for name, target in self._targets.items() if name in self.adapters}
-        listed = config.target_parameters or ()
-        parameters = [name for name, target in targets.items() if _by_parameter(name, listed)]
-        modules = [target.module for name, target in targets.items() if name not in parameters]
+        parameters = [name for name in targets if config.names("target_parameters", name)]
+        modules = [target.module for name, target in targets.items() if not config.names("target_parameters", name)]
         candidates: list[Any] = [
             sorted({module.rpartition(".")[2] for module in modules}),
             modules,
@@ -253,10 +252,6 @@ class _Extraction:
         config = config.replace(modules_to_save=owners or None, bias="all" if biases else "none")
         full = [name for name, target in select(self._model, config).items() if target.rule is Full]
         return config, {name: Full(self._pair.tuned.read(name)) for name in full}
-
-
-def _by_parameter(name: str, entries: Sequence[str] | Collection[str]) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _selects(model: torch.nn.Module, config: LoraConfig, wanted: dict[str, Target]) -> bool:

@@ -187,7 +187,9 @@ class PeftFolder:
         self.config = config = without(config, unmatched)
         self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         wrapped = {
-            name: PeftTarget(name, t.module, t.layout, tuple(self.weights[name].shape), _by_parameter(name, config))
+            name: PeftTarget(
+                name, t.module, t.layout, tuple(self.weights[name].shape), config.names("target_parameters", name)
+            )
             for name, t in targets.items()
             if t.layout is not None
         }
@@ -241,7 +243,3 @@ def _advice(config: LoraConfig, model: nn.Module) -> str:
     base = config.base_model_name_or_path
     which = f"of {reprlib.repr(base)}" if base else "that it was trained on"
     return f"If the adapter is for another model than this {type(model).__name__}, load it on the one {which}."
-
-
-def _by_parameter(name: str, config: LoraConfig) -> bool:
-    return config.names("target_parameters", name)
