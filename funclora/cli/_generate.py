@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from funclora._apps.train.settings import CAUSAL
 from funclora._torch.memory import is_out_of_memory
 from funclora.cli._adapters import for_base
 from funclora.cli._prompts import Prompt
-from funclora.errors import ConfigError, FuncloraError
+from funclora.errors import ConfigError, FuncloraError, FuncloraWarning
 from funclora.io.hf.library import first_line
 from funclora.io.hf.origin import check_origin
 from funclora.io.peft.files import WEIGHTS_FILE
@@ -101,22 +102,43 @@ class Generator:
     def batches(self, prompts: Sequence[Prompt], rows: int) -> Iterator[list[Answer]]:
         """The answers, in the order of the prompts, so many rows at a time."""
         # Rows of one batch get the same number of tokens: none runs over the end of the context.
+        short: list[str] = []
         for (room, _), alike in itertools.groupby(prompts, lambda prompt: (self._room(prompt), self._length(prompt))):
             together = list(alike)
             for start in range(0, len(together), rows):
-                yield self._answers(together[start : start + rows], room)
+                some = together[start : start + rows]
+                answers = self._answers(some, room)
+                short += [p.where for p, answer in zip(some, answers, strict=True) if self._is_short(p, answer)]
+                yield answers
+        self._tell_short(short)
 
     def stream(self, prompt: Prompt, write: Write) -> Answer:
         """The answer to one prompt, whose text is also written as it comes."""
         (answer,) = self._answers([prompt], self._room(prompt), write)
+        self._tell_short([prompt.where] if self._is_short(prompt, answer) else [])
         return answer
+
+    def _is_short(self, prompt: Prompt, answer: Answer) -> bool:
+        """Whether the model's context has cut an answer off."""
+        return not answer.ended and answer.tokens == self._room(prompt) < self._sampling.tokens
+
+    def _tell_short(self, where: list[str]) -> None:
+        if where:
+            answers = f"{len(where)} answers are" if len(where) > 1 else "an answer is"
+            warnings.warn(
+                f"{where[0]}: {answers} cut off before --max-tokens {self._sampling.tokens}: the context of "
+                f"{self._base.name} has {self._base.limit} tokens, including the prompt.",
+                FuncloraWarning,
+                stacklevel=3,
+            )
 
     def _room(self, prompt: Prompt) -> int:
         """How many tokens the answer may have."""
         limit = self._base.limit
-        if limit is None or self._base.task != CAUSAL or isinstance(self._base.tokenizer, ByteTokenizer):
+        if limit is None or isinstance(self._base.tokenizer, ByteTokenizer):
             return self._sampling.tokens
-        return min(self._sampling.tokens, limit - len(prompt.ids))
+        # What a decoder of an encoder's begins with takes a position too.
+        return min(self._sampling.tokens, limit - (len(prompt.ids) if self._base.task == CAUSAL else 1))
 
     def _length(self, prompt: Prompt) -> int | None:
         """The length that a prompt shares with all rows of its batch; None if shorter ones can be filled up."""

@@ -1,10 +1,13 @@
-"""JSON output of the commands."""
+"""Output of the commands: JSON, texts, and files of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +35,35 @@ def json_text(tree: Any) -> str:
 def json_line(tree: Any) -> str:
     """The same in one line, for a file of JSONL."""
     return json.dumps(finite(tree), ensure_ascii=False, default=str, allow_nan=False)
+
+
+def write_lines(file: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of JSONL."""
+    from funclora._files.atomic import replace_files
+
+    def write(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.writelines(json_line(value) + "\n" for value in values)
+
+    replace_files(file.parent, {file.name: write})
+
+
+@contextlib.contextmanager
+def claimed_out(file: Path, *, overwrite: bool) -> Iterator[None]:
+    """Keep other processes from writing the file `--out`, before anything is computed for it.
+
+    Raises:
+        ConfigError: another process writes it; or it exists, and may not be replaced.
+        OSError: its folder cannot be made.
+    """
+    from funclora._files.locks import claimed_file
+    from funclora.errors import ConfigError
+
+    busy = ConfigError(f"--out: another process is writing {file} at this moment. Wait for it to end.")
+    with claimed_file(file, busy):
+        if file.exists() and not overwrite:
+            raise ConfigError(f"--out: {file} already exists. Give another file, or --overwrite.")
+        yield
 
 
 def finite(tree: Any) -> Any:

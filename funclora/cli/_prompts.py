@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from funclora._apps.train.chat import opened
 from funclora._apps.train.records import Record, read
 from funclora._apps.train.tokenizer import begun
 from funclora.errors import ConfigError, FormatError, near
+
+RESULTS = ("tokens", "ended")  # what the result of a record has besides its adapter and completion
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,13 @@ class Reader:
         ids = begun(self.tokenizer, text) if self._decoder else self.tokenizer(text)["input_ids"]
         return self._checked(ids, adapter, fields or {"prompt": text}, where)
 
-    def messages(self, record: Record, adapter: str | None) -> Prompt:
+    def messages(self, record: Record, adapter: str | None, *, go_on: bool = False) -> Prompt:
         """A conversation in the tokenizer's chat template, up to the beginning of the assistant's answer.
+
+        Args:
+            record: has `messages`. If the last one is the assistant's, it is the reference, and not in the prompt.
+            adapter: name of the adapter.
+            go_on: continue the assistant's last message instead.
 
         Raises:
             ConfigError: as for `text`, or the tokenizer has no chat template.
@@ -64,7 +71,21 @@ class Reader:
                 f"{record.where}: the model's tokenizer has no chat template, which messages need. Give a prompt "
                 "instead of messages, or put the template next to the tokenizer as chat_template.jinja."
             )
-        return self._checked(opened(record, self.tokenizer), adapter, record.fields, record.where)
+        messages = record.fields["messages"]
+        last = messages[-1] if isinstance(messages, list) and messages else None
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            return self._checked(opened(record, self.tokenizer), adapter, record.fields, record.where)
+        if go_on:
+            ids = opened(record, self.tokenizer, go_on=True)
+            return self._checked(ids, adapter, record.fields, record.where)
+        if len(messages) == 1:
+            raise FormatError(
+                f"{record.where}: messages: the assistant's turn is the only one, so there is no prompt before it. "
+                "--continue-final-message continues it."
+            )
+        answer = last.get("content") if {*last} == {"role", "content"} else last
+        asked = replace(record, fields=_with_reference(record, {"messages": messages[:-1]}, answer))
+        return self._checked(opened(asked, self.tokenizer), adapter, asked.fields, record.where)
 
     def _checked(self, ids: list[int], adapter: str | None, fields: dict[str, Any], where: str) -> Prompt:
         if not ids:
@@ -84,17 +105,20 @@ class Reader:
         return Prompt(ids, adapter, fields, where)
 
 
-def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str | None) -> list[Prompt]:
+def read_prompts(
+    file: Path, reader: Reader, names: Sequence[str], defaults: Sequence[str | None], *, go_on: bool = False
+) -> list[Prompt]:
     """The prompts of a file, as `records.read` reads it.
 
     Each record has a `prompt` or `messages`, and may name an `adapter`; null (in a CSV file, an empty text) is the base
-    model.
+    model. Its own answer, a `completion` or the assistant's last message, becomes its `reference`.
 
     Args:
         file: the file.
         reader: makes the prompts.
         names: of the available adapters.
-        default: the adapter of records without the field; None for the base model.
+        defaults: the adapters of records without the field, each for a prompt of its own; None is the base model.
+        go_on: continue an assistant's last message.
 
     Raises:
         FormatError: the file is broken, or a record has another form.
@@ -103,20 +127,38 @@ def read_prompts(file: Path, reader: Reader, names: Sequence[str], default: str 
     prompts = []
     for record in read(file, "prompt"):
         fields, where = record.fields, record.where
-        adapter = fields.get("adapter", default)
-        if not isinstance(adapter, str | None):
-            raise FormatError(f"{where}: adapter: expected a name or null, got {adapter!r}.")
-        adapter = known(adapter or None, names, where)
+        named = fields.get("adapter")
+        if not isinstance(named, str | None):
+            raise FormatError(f"{where}: adapter: expected a name or null, got {named!r}.")
         if ("prompt" in fields) == ("messages" in fields):
             there = ", ".join(map(repr, fields)) or "no fields"
             raise FormatError(f'{where}: expected either "prompt" or "messages", got {there}.')
-        if "messages" in fields:
-            prompts.append(reader.messages(record, adapter))
-        elif isinstance(fields["prompt"], str):
-            prompts.append(reader.text(fields["prompt"], adapter, where, fields))
-        else:
+        if taken := [name for name in RESULTS if name in fields]:
+            raise FormatError(
+                f"{where}: has {', '.join(map(repr, taken))}, which would be written over. Rename or remove it."
+            )
+        if "messages" not in fields and not isinstance(fields["prompt"], str):
             raise FormatError(f"{where}: prompt: expected a text, got {fields['prompt']!r:.60}.")
+        if "completion" in fields:
+            fields = _with_reference(record, {}, fields["completion"])
+        for adapter in [named or None] if "adapter" in fields else defaults:
+            name = known(adapter, names, where)
+            if "messages" in fields:
+                prompts.append(reader.messages(replace(record, fields=fields), name, go_on=go_on))
+            else:
+                prompts.append(reader.text(fields["prompt"], name, where, fields))
     return prompts
+
+
+def _with_reference(record: Record, fields: dict[str, Any], reference: Any) -> dict[str, Any]:
+    """The fields of a record, some with other values, and its own answer under another name than the model's."""
+    if "reference" in record.fields:
+        raise FormatError(
+            f"{record.where}: has a reference, and an answer of its own that would be written under this name. Rename "
+            "or remove one of them."
+        )
+    own = {name: value for name, value in record.fields.items() if name != "completion"}
+    return {**own, **fields, "reference": reference}
 
 
 def known(adapter: str | None, names: Sequence[str], where: str) -> str | None:

@@ -68,19 +68,15 @@ def convert(
 def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> dict[str, Any]:
     import torch
 
-    from funclora._files.locks import claimed_file
     from funclora.cli._base import base_model
-    from funclora.errors import ConfigError
+    from funclora.cli._output import claimed_out
     from funclora.io.gguf.adapter import save_gguf
     from funclora.io.hf.origin import check_origin
     from funclora.io.peft.files import AdapterFiles
     from funclora.io.peft.folder import load_files
     from funclora.io.peft.tensors import StoredTensors
 
-    busy = ConfigError(f"--out: another process is writing {out} at this moment. Wait for it to end.")
-    with claimed_file(out, busy):
-        if out.exists() and not overwrite:
-            raise ConfigError(f"--out: {out} already exists. Give another file, or --overwrite.")
+    with claimed_out(out, overwrite=overwrite):
         # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's.
         files = AdapterFiles(folder)
         weights = any(".base_layer." in key for key in StoredTensors(files).shapes())

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._converse import BASE, converse, refuse_bytes, spoken, write_text
-from funclora.cli._output import AsJson, json_line, print_json, say_text
+from funclora.cli._converse import BASE, converse, refuse_bytes, spoken
+from funclora.cli._output import AsJson
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from funclora._apps.train.base import Base
     from funclora._apps.train.settings import Settings
-    from funclora.cli._generate import Answer, Generator, Sampling
     from funclora.cli._prompts import Prompt, Reader
 # Logits divided by less would be infinite, or nearly so.
 LEAST = 1e-3
@@ -55,12 +51,17 @@ def generate(
         typer.Option("--file", "-f", help="Continue the prompt or messages of each record in this file."),
     ] = None,
     adapter: Annotated[
-        str | None,
+        Sequence[str] | None,
         typer.Option(
-            help="Adapter for prompts that name none.", show_default="the only adapter given, or the base model"
+            help="Adapters for prompts that name none; with several, each prompt is answered under each of them. "
+            "(base) is the base model.",
+            show_default="the only adapter given, or the base model",
         ),
     ] = None,
     chat: Annotated[bool, typer.Option(help="Treat prompts as user messages, using the chat template.")] = False,
+    continue_final_message: Annotated[
+        bool, typer.Option(help="Continue the assistant's last message of a record, where there is one.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
@@ -71,7 +72,7 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the most likely tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the samples.", show_default="0")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Number of records of --file that run together.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Number of prompts that run together.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
     quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
     device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
@@ -85,60 +86,64 @@ def generate(
     switches to another adapter, /base to the base model; Ctrl-C stops an answer.
 
     A record of --file has a field prompt or messages, and optionally adapter; null is the base model. With --out, each
-    record is written with its completion, its number of tokens, and whether the model ended it.
+    record is written with the model's completion, its number of tokens, and whether the model ended it. An answer in
+    the record itself, as a completion or the assistant's last message, is not shown to the model but kept as reference.
 
     Examples:
         funclora generate adapter --model model --prompt "Once upon a time"
+        funclora generate adapters --model model --adapter english,french --prompt "And the cow?" --chat
         funclora generate adapters --model model --file prompts.jsonl --out answers.jsonl
         funclora generate adapter --model model --chat --temperature 0.7 --top-p 0.9
     """
     from funclora.errors import ConfigError
 
-    _check_options(prompt=prompt, file=file, out=out, overwrite=overwrite, chat=chat, json=json)
+    _check_options(prompt=prompt, file=file, out=out, chat=chat, json=json)
+    if continue_final_message and file is None:
+        raise ConfigError("--continue-final-message can only be used with --file. Leave it out.")
     _check_sampling(temperature, top_p, top_k, seed)
+    import contextlib
+
     from funclora.cli._adapters import adapter_folders
+    from funclora.cli._output import claimed_out
     from funclora.cli._prompts import known, read_prompts
 
     folders = adapter_folders(adapters or [])
-    default = known(adapter, list(folders), "--adapter")
-    if default is None and len(folders) == 1:
-        (default,) = folders
-    if default is None and folders and prompt is not None:
-        raise ConfigError(f"--prompt: several adapters are given. Choose one with --adapter: {', '.join(folders)}.")
+    names = list(folders)
+    defaults = [known(None if name == BASE else name, names, "--adapter") for name in adapter or ()]
+    if not defaults:
+        defaults = [names[0] if len(names) == 1 else None]
+        if len(names) > 1 and prompt is not None:
+            raise ConfigError(f"--prompt: several adapters are given. Choose some with --adapter: {', '.join(names)}.")
 
     from funclora.cli._generate import Generator, Sampling
 
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed or 0)
     settings, reader = _reader(model, dtype.value, quantize.value, device)
-    # What is asked is looked at before the weights are loaded, which can take minutes.
-    prompts = []
-    if file is not None:
-        prompts = read_prompts(file, reader, list(folders), default)
-        if folders and not {each.adapter for each in prompts} & folders.keys():
-            raise ConfigError(f"{file}: no record names one of the given adapters: {', '.join(folders)}.")
-    elif prompt is not None:
-        prompts = [_asked(reader, prompt, default, "--prompt", chat=chat)]
-    from funclora._apps.train.base import load_base
+    with contextlib.nullcontext() if out is None else claimed_out(out, overwrite=overwrite):
+        # What is asked is looked at before the weights are loaded, which can take minutes.
+        prompts: list[Prompt] = []
+        if file is not None:
+            prompts = read_prompts(file, reader, names, defaults, go_on=continue_final_message)
+            if folders and not {each.adapter for each in prompts} & folders.keys():
+                raise ConfigError(f"{file}: no record names one of the given adapters: {', '.join(names)}.")
+        elif prompt is not None:
+            prompts = [_asked(reader, prompt, each, "--prompt", chat=chat) for each in defaults]
+        elif len(defaults) > 1:
+            raise ConfigError("--adapter: a conversation is with one adapter at a time. Give one, or --prompt.")
+        from funclora._apps.train.base import load_base
+        from funclora.cli._answers import answer_all, answer_one
 
-    base = load_base(settings, reader.tokenizer)
-    generator = Generator(base, folders, sampling, model)
-    if file is not None:
-        _answer_file(generator, prompts, batch, out, base, sampling, json=json)
-    elif prompt is not None:
-        (row,) = prompts
-        if json:
-            ((answer,),) = generator.batches([row], 1)
-            print_json({"model": base.name, "sampling": asdict(sampling), **_result(row, answer)})
+        base = load_base(settings, reader.tokenizer)
+        generator = Generator(base, folders, sampling, model)
+        if file is not None or len(prompts) > 1:
+            answer_all(generator, prompts, batch, out, base, sampling, json=json)
+        elif prompt is not None:
+            answer_one(generator, prompts[0], base, sampling, json=json)
         else:
-            generator.stream(row, write_text)
-            write_text("\n")
-    else:
-        converse(generator, reader, default, list(folders), base, chat=chat)
+            converse(generator, reader, defaults[0], names, base, chat=chat)
 
 
-def _check_options(
-    *, prompt: str | None, file: Path | None, out: Path | None, overwrite: bool, chat: bool, json: bool
-) -> None:
+def _check_options(*, prompt: str | None, file: Path | None, out: Path | None, chat: bool, json: bool) -> None:
     """Raise `ConfigError` for options that contradict each other."""
     from funclora.errors import ConfigError
 
@@ -152,8 +157,6 @@ def _check_options(
         )
     if json and prompt is None and file is None:
         raise ConfigError("--json cannot be used in a conversation. Give --prompt or --file.")
-    if out is not None and out.exists() and not overwrite:
-        raise ConfigError(f"--out: {out} already exists. Give another file, or --overwrite.")
 
 
 def _check_sampling(temperature: float, top_p: float | None, top_k: int | None, seed: int | None) -> None:
@@ -193,67 +196,3 @@ def _asked(reader: Reader, text: str, adapter: str | None, where: str, *, chat: 
     if chat:
         return reader.messages(spoken([{"role": "user", "content": text}], where), adapter)
     return reader.text(text, adapter, where)
-
-
-def _result(prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    return {
-        **prompt.fields,
-        "adapter": prompt.adapter,
-        "completion": answer.text,
-        "tokens": answer.tokens,
-        "ended": answer.ended,
-    }
-
-
-def _answer_file(
-    generator: Generator,
-    prompts: list[Prompt],
-    rows: int,
-    out: Path | None,
-    base: Base,
-    sampling: Sampling,
-    *,
-    json: bool,
-) -> None:
-    """All prompts of a file: printed as they come, or as one JSON value, or written."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from funclora._apps.train.console import Console
-
-    quiet = json or out is not None
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    console, results = Console(stderr=True), []
-    with Progress(*columns, console=console, transient=True, disable=not (quiet and console.is_terminal)) as bar:
-        task = bar.add_task("generating", total=len(prompts))
-        waiting = iter(prompts)
-        for answers in generator.batches(prompts, rows):
-            for answer in answers:
-                prompt = next(waiting)
-                results.append(_result(prompt, answer))
-                if not quiet:
-                    typer.secho(f"{prompt.where} under {prompt.adapter or BASE}", bold=True)
-                    say_text(answer.text)
-            bar.update(task, advance=len(answers))
-    facts = {
-        "model": base.name,
-        "sampling": asdict(sampling),
-        "prompts": len(results),
-        "tokens": sum(result["tokens"] for result in results),
-    }
-    if out is not None:
-        _save(out, results)
-        facts["out"] = out
-    if json:
-        print_json(facts if out is not None else facts | {"results": results})
-    elif out is not None:
-        typer.echo(f"{out}: {facts['prompts']} answers, {facts['tokens']:,} tokens")
-
-
-def _save(out: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    from funclora._files.atomic import replace_files
-
-    def write(file: Path) -> None:
-        with file.open("w", encoding="utf-8") as stream:
-            stream.writelines(json_line(result) + "\n" for result in results)
-
-    replace_files(out.parent, {out.name: write})

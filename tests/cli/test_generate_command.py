@@ -203,6 +203,13 @@ def test_rows_near_the_end_of_the_context(tmp_path: Path) -> None:
     for row in rows:
         alone = printed("--model", tmp_path / "model", "-p", row["prompt"], "--max-tokens", 6)
         assert alone["completion"] == row["completion"]
+    cut = run("--model", tmp_path / "model", "-f", file, "--max-tokens", 6)
+    short = [n for row, n in zip(rows, lengths, strict=True) if not row["ended"] and row["tokens"] < 6]
+    assert short
+    told = f"{'2 answers are' if len(short) == 2 else 'an answer is'} cut off before --max-tokens 6: the context of "
+    assert told in cut.stderr
+    assert "has 16 tokens, including the prompt." in cut.stderr
+    assert run("--model", tmp_path / "model", "-p", "w1", "--max-tokens", 6).stderr == ""
     long = " ".join(["w1"] * 16)
     message = complaint("--model", tmp_path / "model", "-p", long)
     assert (
@@ -395,6 +402,38 @@ def test_messages_go_through_the_template(folders: Path, tmp_path: Path) -> None
     assert "p.jsonl:1: the chat template refuses these messages: no system role" in complaint(*common, "-f", file)
 
 
+def test_a_records_own_answer_is_its_reference(folders: Path, tmp_path: Path) -> None:
+    """It is neither shown to the model nor lost."""
+    talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w7 w8"}]
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "w4", "completion": "w5"}, {"messages": talk}, {"messages": talk[:1]})
+    common = (folders / "adapters" / "ad-1", "--model", folders / "model", "--max-tokens", 8, "-f", file)
+    pair, chat, alone = printed(*common)["results"]
+    assert (pair["reference"], pair["completion"]) == ("w5", by_peft(folders, "w4", "ad-1", 8))
+    expected = by_peft(folders, "<user> w1 w2 <assistant>", "ad-1", 8)
+    assert (chat["reference"], chat["messages"], chat["completion"]) == ("w7 w8", talk[:1], expected)
+    assert (alone["completion"], alone.get("reference")) == (expected, None)
+    _, chat, alone = printed(*common, "--continue-final-message")["results"]
+    assert chat["completion"] == by_peft(folders, "<user> w1 w2 <assistant> w7 w8", "ad-1", 8) != expected
+    assert (chat["messages"], "reference" in chat, alone["completion"]) == (talk, False, expected)
+    assert "--continue-final-message can only be used with --file." in complaint("-p", "x", "--continue-final-message")
+
+
+def test_one_prompt_under_several_adapters(folders: Path, tmp_path: Path) -> None:
+    common = (folders / "adapters", "--model", folders / "model", "--max-tokens", 8, "--adapter", "ad-1,ad-0")
+    names = ["ad-1", "ad-0", None]
+    expected = [by_peft(folders, "w1 w2", name, 8) for name in names]
+    assert len(set(expected)) == 3
+    results = printed(*common, "--adapter", "(base)", "-p", "w1 w2")["results"]
+    assert [(row["adapter"], row["completion"]) for row in results] == list(zip(names, expected, strict=True))
+    shown = run(*common, "--adapter", "(base)", "-p", "w1 w2").stdout.splitlines()
+    assert shown[::2] == [f"--prompt under {name}" for name in ("ad-1", "ad-0", "(base)")]
+    assert shown[1::2] == expected
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "w1 w2"}, {"prompt": "w1 w2", "adapter": None})
+    results = printed(*common, "-f", file)["results"]
+    assert [(row["adapter"], row["completion"]) for row in results] == list(zip(names, expected, strict=True))
+    assert "a conversation is with one adapter at a time" in complaint(*common, text="w1\n")
+
+
 def test_a_conversation(folders: Path) -> None:
     common = (folders / "adapters", "--model", folders / "model", "--max-tokens", 6)
     result = run(*common, text="w1 w2\n\n/adapter ad-2\nw1 w2\n/base\nw4\n")
@@ -423,7 +462,7 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
         (["-p", "x", "--top-p", 0.5], "--top-p needs sampling."),
         (["-p", "x", "--seed", 0], "--seed needs sampling."),
         (["-p", "x", "--top-p", 0, "--temperature", 1], "--top-p: expected a number above 0."),
-        ([some, "-p", "x"], "--prompt: several adapters are given. Choose one with --adapter: ad-0, ad-1, ad-2."),
+        ([some, "-p", "x"], "--prompt: several adapters are given. Choose some with --adapter: ad-0, ad-1, ad-2."),
         ([some, "-p", "x", "--adapter", "ad-4"], "--adapter: there is no adapter 'ad-4'. Near names: ad-"),
         (["-p", "x", "--adapter", "ad-4"], "there is no adapter 'ad-4'. No adapters are given: name PEFT folders"),
         ([some, *model, "-f", file], "no record names one of the given adapters: ad-0, ad-1, ad-2."),
@@ -443,6 +482,9 @@ def test_options_that_contradict_each_other(folders: Path, tmp_path: Path) -> No
         ({"text": "w1"}, 'p.jsonl:1: expected either "prompt" or "messages", got \'text\'.'),
         ({"prompt": "w1", "messages": []}, "expected either"),
         ({"prompt": 3}, "p.jsonl:1: prompt: expected a text, got 3."),
+        ({"prompt": "w1", "ended": True}, "p.jsonl:1: has 'ended', which would be written over. Rename or remove it."),
+        ({"prompt": "w1", "completion": "w2", "reference": "w3"}, "p.jsonl:1: has a reference, and an answer"),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "the assistant's turn is the only one"),
         ({"prompt": "w1", "adapter": 3}, "p.jsonl:1: adapter: expected a name or null, got 3."),
         ({"prompt": "w1", "adapter": "da-1"}, "p.jsonl:1: there is no adapter 'da-1'. Near names: ad-1"),
         ({"messages": []}, "p.jsonl:1: messages: expected a list of objects"),

@@ -83,18 +83,20 @@ def chat(record: Record, tokenizer: Any, mask: bool) -> Chat:
     return Chat(out["input_ids"], inside, whole)
 
 
-def opened(record: Record, tokenizer: Any) -> list[int]:
+def opened(record: Record, tokenizer: Any, *, go_on: bool = False) -> list[int]:
     """The ids of a chat up to the beginning of the assistant's answer.
 
     Args:
         record: as for `chat`.
         tokenizer: transformers', with a chat template.
+        go_on: up to the end of what the assistant says in the last message, so that this is continued.
 
     Raises:
         FormatError: the messages are invalid, or the template refuses them.
     """
     messages, more = _messages(record), _more(record, tokenizer)
-    text = _apply(record, tokenizer, messages, tokenize=False, add_generation_prompt=True, **more)
+    end = {"continue_final_message": True} if go_on else {"add_generation_prompt": True}
+    text = _apply(record, tokenizer, messages, tokenize=False, **end, **more)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has added them
     return ids
 
