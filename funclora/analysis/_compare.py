@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, paired
 from funclora.analysis._data import Data
-from funclora.analysis._figure import MOST_NAMES, StrPath, draw_heatmap, name_rows, new_figure, write_figure
+from funclora.analysis._figure import Layers, StrPath, draw_heatmap, write_figure
 from funclora.rules.base import Params
 
 
@@ -146,28 +146,26 @@ def _products(one: Change, two: Change) -> tuple[float, float, float, float]:
     return first**0.5, second**0.5, dot, distance**0.5
 
 
-def plot_comparison(found: Comparison, file: StrPath, grids: Sequence[tuple[str, Any]] = ()) -> None:
+def plot_comparison(
+    found: Comparison,
+    file: StrPath,
+    grids: Sequence[tuple[str, Any]] = (),
+    sides: tuple[str, str] = ("the first", "the second"),
+) -> None:
     """Norms, cosine and relative distance of each parameter; grids of φ beside them, by title."""
-    figure, axes = new_figure(1, 3 + len(grids), 4.4, max(4.2, 0.2 * min(len(found.rows), MOST_NAMES)))
-    places = range(len(found.rows))
-    for side, name, offset in ((0, "first", -0.2), (1, "second", 0.2)):
-        norms = [row.norms[side] or 0.0 for row in found.rows]
-        axes[0].barh([place + offset for place in places], norms, height=0.4, label=name)
-    axes[0].legend(fontsize=8)
-    axes[0].set_title("norm of the update")
-    for axis, title, values in (
-        (axes[1], "cosine", [row.cosine for row in found.rows]),
-        (axes[2], "relative distance", [row.relative_distance for row in found.rows]),
-    ):
-        axis.barh(places, [value or 0.0 for value in values], color="tab:green")
-        axis.set_title(title)
-    axes[1].set_xlim(-1, 1)
-    for axis in axes[:3]:
-        axis.invert_yaxis()
-        axis.set_yticks([])
-    name_rows(axes[0], [row.name for row in found.rows])
-    for axis, (title, grid) in zip(axes[3:], grids, strict=True):
+    layers = Layers([row.name for row in found.rows])
+    figure, axes = layers.figure(4, [4.4] * len(grids))
+    norms = [[row.norms[i] for row in found.rows] for i in (0, 1)]
+    greatest = max((norm for side in norms for norm in side if norm is not None), default=0.0) or 1.0
+    for axis, side, values in zip(axes, sides, norms, strict=False):
+        layers.draw(axis, values, f"‖ΔW‖ of {side}", ".3g", cmap="viridis", vmin=0, vmax=greatest)
+    layers.draw(axes[2], [row.cosine for row in found.rows], "cosine", "+.2f", cmap="RdBu", vmin=-1, vmax=1)
+    distances = [row.relative_distance for row in found.rows]
+    layers.draw(axes[3], distances, "relative distance", ".2f", cmap="viridis", vmin=0)
+    for axis, (title, grid) in zip(axes[4:], grids, strict=True):
         draw_heatmap(axis, grid)
-        axis.set_title(title)
-        figure.colorbar(axis.images[0], ax=axis)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"j, directions of {sides[1]}")
+        axis.set_ylabel(f"i, directions of {sides[0]}")
+        figure.colorbar(axis.images[0], ax=axis, shrink=min(1.0, 4.4 / figure.get_figheight()))
     write_figure(figure, file)

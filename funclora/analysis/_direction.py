@@ -249,7 +249,7 @@ def plot_movements(found: Movements, file: StrPath, *, relative: bool) -> None:
     labels = found.labels
     names = list(dict.fromkeys(row.name for row in found.rows))
     steps = sorted({row.step for row in found.rows if row.step is not None})
-    figure, axes = new_figure(1, max(1, len(labels)), 4.6, 4.2)
+    figure, axes = new_figure(1, [4.6] * max(1, len(labels)), 4.2)
     colors = colors_of(len(names))
     for axis, label in zip(axes, labels, strict=True):
         of_label = found.of(label)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from funclora._api.arguments import check_tensor
 from funclora._api.deprecated import old_positions
 from funclora.analysis._changes import Change, Tuned, changes, describe
 from funclora.analysis._data import Data
-from funclora.analysis._figure import MOST_NAMES, StrPath, colors_of, name_rows, new_figure, write_figure
+from funclora.analysis._figure import MOST_KINDS, Layers, StrPath, colors_of, write_figure
 from funclora.errors import NonFiniteError
 from funclora.rules.base import Params
 from funclora.rules.dora import NORM_BLOCK
@@ -209,22 +211,36 @@ def _of_dense(matrix: Tensor) -> Tensor:
 
 
 def plot_spectra(found: Spectra, file: StrPath) -> None:
-    """Singular values relative to the largest, and the relative change of each weight."""
-    figure, (left, right) = new_figure(1, 2, 6.5, max(4.2, 0.16 * min(len(found.rows), MOST_NAMES)))
-    colors = colors_of(len(found.rows))
-    for row, color in zip(found.rows, colors, strict=True):
-        for values in row.singular_values or ():
-            kept = [value / values[0] for value in values if values[0] and value > 1e-9 * values[0]]
-            left.plot(range(1, len(kept) + 1), kept, color=color, linewidth=0.9, alpha=0.8)
+    """Singular values relative to the largest, by kind of module, and the relative change of each weight."""
+    layers = Layers([row.name for row in found.rows])
+    figure, (right, left) = layers.figure(1, [6.5])
+    kinds = list(dict.fromkeys(layers.kinds))
+    for kind, color in zip(kinds, colors_of(len(kinds)), strict=True):
+        rows = [row for row, own in zip(found.rows, layers.kinds, strict=True) if own == kind]
+        _draw_spectra(left, [values for row in rows for values in row.singular_values or ()], color, kind)
     left.set_yscale("log")
+    left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     left.set_xlabel("i")
     left.set_ylabel("σᵢ / σ₁")
+    if left.lines and len(kinds) <= MOST_KINDS:
+        left.legend(fontsize=7)
     what = "‖" + ", ".join(dict.fromkeys(row.of for row in found.rows)) + "‖"
-    left.set_title("singular values of each weight" if what == "‖W‖" else "singular values of each update")
+    of = "weights" if what == "‖W‖" else "updates"
+    left.set_title(f"singular values of the {of}: median, and from the least to the greatest", fontsize=10)
     with_base = all(row.base_norm is not None for row in found.rows)
-    sizes = [(row.share if with_base else row.norm) or 0.0 for row in found.rows]
-    right.barh(range(len(sizes)), sizes, color=colors)
-    right.invert_yaxis()
-    name_rows(right, [row.name for row in found.rows])
-    right.set_title("‖ΔW‖ / ‖W‖" if with_base else what)
+    sizes = [row.share if with_base else row.norm for row in found.rows]
+    title, form = ("‖ΔW‖ / ‖W‖", ".1%") if with_base else (what, ".3g")
+    layers.draw(right, sizes, title, form, cmap="viridis", vmin=0)
     write_figure(figure, file)
+
+
+def _draw_spectra(axis: Any, spectra: Sequence[Sequence[float]], color: Any, label: str) -> None:
+    """The median of some spectra as a line, and what lies between the least and the greatest as a band."""
+    kept = [[x / values[0] for x in values if x > 1e-9 * values[0]] for values in spectra if values and values[0]]
+    places = range(max(map(len, kept), default=0))
+    columns = [sorted(values[i] for values in kept if i < len(values)) for i in places]
+    if columns:
+        x = [i + 1 for i in places]
+        marker = "o" if len(columns) == 1 else None
+        axis.plot(x, [column[len(column) // 2] for column in columns], color=color, label=label, marker=marker)
+        axis.fill_between(x, [c[0] for c in columns], [c[-1] for c in columns], color=color, alpha=0.1, linewidth=0)

@@ -198,7 +198,7 @@ def plot_similarities(found: Similarities, file: StrPath) -> None:
     grids = [grid for row in found.rows for grid in row.grids if grid]
     if not grids:
         raise ParamsError("there is nothing to draw: one of the adapters is zero in every parameter.")
-    figure, (axis,) = new_figure(1, 1, 5.6, 4.6)
+    figure, (axis,) = new_figure(1, [5.6], 4.6)
     draw_heatmap(axis, mean_grid(grids))
     axis.set_title(f"φ(i, j) of {found.rows[0].of}, mean of {len(grids)}")
     figure.colorbar(axis.images[0], ax=axis)

@@ -77,8 +77,8 @@ class Difference(Data):
         for of in SIDES:
             found = [grid for row in self.rows if of in row.similarity for grid in row.similarity[of].grids if grid]
             if found:
-                grids.append((f"φ of {of}, mean of {len(found)}", mean_grid(found)))
-        plot_comparison(joined([row.update for row in self.rows]), file, grids)
+                grids.append((f"φ of the factors {of}, mean of {len(found)}", mean_grid(found)))
+        plot_comparison(joined([row.update for row in self.rows]), file, grids, SIDES)
 
 
 @torch.no_grad()

@@ -540,7 +540,7 @@ def test_a_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monkey
     titles: list[list[str]] = []
 
     def titles_of(figure: Any, file: Any) -> None:
-        titles.append([axis.get_title() for axis in figure.axes])
+        titles.append([title for axis in figure.axes if (title := axis.get_title().partition(":")[0])])
 
     monkeypatch.setattr(_spectrum, "write_figure", titles_of)
     (row,) = analysis.spectra({"w": torch.eye(3)}, params={"w": torch.zeros(3, 3)}).rows
@@ -550,7 +550,36 @@ def test_a_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monkey
     for rows in ([weight], [moved, zero], [replace(row, base_norm=None), replace(row, of="s·B·A", base_norm=None)]):
         analysis.Spectra(tuple(rows)).plot(tmp_path / "x.png")
     assert titles == [
-        ["singular values of each weight", "‖W‖"],
-        ["singular values of each update", "‖ΔW‖ / ‖W‖"],
-        ["singular values of each update", "‖ΔW, s·B·A‖"],
+        ["‖W‖", "singular values of the weights"],
+        ["‖ΔW‖ / ‖W‖", "singular values of the updates"],
+        ["‖ΔW, s·B·A‖", "singular values of the updates"],
     ]
+
+
+def test_a_picture_of_many_weights_is_a_table_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from funclora.analysis import _compare, _spectrum
+
+    figures: list[Any] = []
+    for module in (_spectrum, _compare):
+        monkeypatch.setattr(module, "write_figure", lambda figure, file: figures.append(figure))
+    modules = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    names = [f"model.layers.{i}.{module}.weight" for i in range(32) for module in modules] + ["lm_head.weight"]
+    one = {n: make_rule("lora", Linear(), torch.ones(6, 5), gen(i)) for i, n in enumerate(names)}
+    found = analysis.spectra(one)
+    found.plot("x.png")
+    other = {name: rule for name, rule in one.items() if ".3." not in name}
+    analysis.compare(one, other).plot("x.png")
+    table, curves = figures[0].axes[:2]
+    sizes = table.images[0].get_array()
+    assert sizes.shape == (33, 8)
+    assert sizes[5, 2] == pytest.approx(found.rows[5 * 7 + 2].norm)
+    assert sizes.mask[5].tolist() == [False] * 7 + [True]
+    assert sizes.mask[32].tolist() == [True] * 7 + [False]
+    assert [label.get_text() for label in table.get_xticklabels()] == [*modules, "lm_head"]
+    assert [label.get_text() for label in table.get_yticklabels()] == [*map(str, range(32)), ""]
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [*modules, "lm_head"]
+    ticks = curves.xaxis.get_major_locator()()
+    assert all(tick == int(tick) for tick in ticks)
+    cosines = figures[1].axes[2].images[0].get_array()
+    assert cosines.mask[3, :7].all()
+    assert cosines[4, 0] == pytest.approx(1)
