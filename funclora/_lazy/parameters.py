@@ -90,6 +90,8 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
                 rows = rows + change * spread(group.weights[:, j].to(change.dtype), change, ())
                 continue
             chosen = group.rows.of_member(j, out.device)
+            if not len(chosen):
+                continue
             rows = rows.index_copy(0, chosen, rows_first(operation(value, chosen), place, len(chosen)))
     out = rows_back(rows, place)
     return y.scope.enter(out, place) if isinstance(y, RowTensor) else out

@@ -17,7 +17,7 @@ from funclora._tracking.routed import Routed
 from funclora.errors import ConfigError
 from funclora.rules.base import Rule
 from funclora.rules.layouts import padded
-from funclora.rules.low_rank import low_rank_of
+from funclora.rules.low_rank import LowRank, low_rank_of
 from funclora.rules.tokens import untied
 
 # Members whose numbers of rows, or ranks, differ by at most this factor are padded to the larger number.
@@ -77,7 +77,7 @@ def route(
         return _copied(stack, ids, repeats)
     if len(members) == 1:  # one row needs no tracking
         return {} if members[0] < 0 else dict(stack[members[0]])
-    found: dict[str, list[tuple[Rule, list[float], list[list[int]]]]] = {}
+    found: dict[str, list[Found]] = {}
     for group in stack.groups:
         place = {member: k for k, member in enumerate(group.members)}
         rows: dict[int, list[int]] = {}
@@ -85,11 +85,13 @@ def route(
             if member in place:
                 rows.setdefault(place[member], []).append(row)
         for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=lambda k: rows[k])]):
-            for name, rule in untied(_members(group, ks)).items():
+            some = compact(ks)
+            used = [rows[k] if k in ks else [] for k in some]
+            for name, rule in untied(_members(group, some)).items():
                 scalings = group.scalings().get(name) or [1.0] * len(group.members)
-                found.setdefault(name, []).append((rule, [scalings[k] for k in ks], [rows[k] for k in ks]))
+                found.setdefault(name, []).append((rule, [scalings[k] for k in some], used))
     known: dict[Any, Any] = {}
-    return {name: _routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
+    return {name: routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
 
 
 def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
@@ -158,14 +160,24 @@ def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
 
 
 def _members(group: Group[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
-    """Some members of a group as one tree."""
-    if ks == list(range(len(group.members))):
-        return group.tree()
-    index = torch.tensor(ks)
-    values = tuple(value.index_select(0, index.to(value.device)) for value in group.values)
+    """Some members of a group, in ascending order, as one tree; without a copy if they follow each other."""
+    if ks == list(range(ks[0], ks[-1] + 1)):
+        values = group.values if len(ks) == len(group.members) else tuple(x[ks[0] : ks[-1] + 1] for x in group.values)
+    else:
+        values = tuple(x.index_select(0, torch.tensor(ks, device=x.device)) for x in group.values)
     return replace(group, values=values).tree()
 
 
+def compact(ks: list[int]) -> list[int]:
+    """The positions that are computed together to use some of them, in ascending order.
+
+    These are all from the first to the last one, which can be read without a copy, unless most would be unused.
+    """
+    covering = range(min(ks), max(ks) + 1)
+    return list(covering) if len(covering) <= PADDED * len(ks) else sorted(ks)
+
+
+# Members with leaves `[m, *]`, their scalings, and the rows of each: none of a member that is not used.
 Found = tuple[Rule, list[float], list[list[int]]]
 
 
@@ -214,6 +226,7 @@ def _joined(parts: list[Found]) -> Found:
     rules: list[Any] = [rule for rule, _, _ in parts]
     dims = _rank_dims(rules[0])
     leaves = {}
+    rows = [each for _, _, some in parts for each in some]
     for leaf in rules[0].leaf_names:
         given = [getattr(rule, leaf) for rule in rules]
         if leaf in dims:
@@ -221,8 +234,7 @@ def _joined(parts: list[Found]) -> Found:
             given = [padded(x, dims[leaf], rank) for x in given]
         leaves[leaf] = torch.cat(given)
     scalings = [s for _, some, _ in parts for s in some]
-    rows = [each for _, _, some in parts for each in some]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
+    order = sorted((i for i, each in enumerate(rows) if each), key=rows.__getitem__)
     if order != list(range(len(rows))):
         index = torch.tensor(order, device=next(iter(leaves.values())).device)
         leaves = {leaf: value.index_select(0, index) for leaf, value in leaves.items()}
@@ -231,10 +243,12 @@ def _joined(parts: list[Found]) -> Found:
 
 def _is_apart(rule: Rule) -> bool:
     """Whether a rule with leaves `[m, *]` is not a low-rank update with a layout."""
+    if isinstance(rule, LowRank):
+        return False
     return rule.layout is None or low_rank_of(rule.member(0)) is None
 
 
-def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> Routed:
+def routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any], lease: object = None) -> Routed:
     """The parts of one weight as a rule; `known` holds results of other weights."""
     described = []
     for rule, scalings, rows in parts:
@@ -242,7 +256,10 @@ def _routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any]) -> 
         key = tuple(map(tuple, rows)), leaf.device
         if key not in known:
             known[key] = Assignment.of(rows, n, leaf.device)
-        described.append(RoutedGroup(_numbers(scalings, leaf), known[key], apart=_is_apart(rule)))
+        unscaled = all(scaling == 1.0 for scaling in scalings)
+        described.append(
+            RoutedGroup(_numbers(scalings, leaf), known[key], apart=_is_apart(rule), unscaled=unscaled, lease=lease)
+        )
     return Routed(tuple(rule for rule, _, _ in parts), RoutedGroups(described), n, repeats)
 
 

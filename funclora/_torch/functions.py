@@ -153,6 +153,19 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
+def overwriting() -> Callable[..., Tensor]:
+    """`op(x, ...)`, in place if no autograd, transform or tracer is active; x must be a temporary of the caller.
+
+    New memory for every result would be a large part of the cost of a step.
+    """
+    watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
+
+    def over(op: Callable[..., Tensor], x: Tensor, *rest: Any, **options: float) -> Tensor:
+        return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)
+
+    return over
+
+
 def has_values(tensor: Tensor) -> bool:
     """False for tensors that only have a shape, and inside a transform, where values cannot be read."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or is_mapped(tensor))

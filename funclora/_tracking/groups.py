@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funclora._torch.functions import overwriting
+
 # Up to this many rows of a member, the order of its factors in memory matters for speed.
 FEW = 4
 
@@ -20,9 +22,10 @@ class Assignment:
         n: the total number of rows.
         count: the largest number of rows of a member.
         table: `[m·count]`, the rows of the members in sequence; None if these are all rows in order. Members
-            with fewer rows repeat one of them.
-        kept: the positions in `table` that are not repetitions; None if there are no repetitions.
+            with fewer rows repeat one of them. A member without rows has the row n, which is zero.
+        kept: the positions in `table` that are rows of their member; None if these are all.
         span: the first row and the one after the last, if `table` is all rows between them in order.
+        absent: some members have no rows.
     """
 
     n: int
@@ -30,11 +33,12 @@ class Assignment:
     table: Tensor | None
     kept: Tensor | None
     span: tuple[int, int] | None = None
+    absent: bool = False
 
     @classmethod
     def of(cls, rows: list[list[int]], n: int, device: torch.device) -> Assignment:
         count = max(map(len, rows))
-        table = [row for each in rows for row in (*each, *each[:1] * (count - len(each)))]
+        table = [row for each in rows for row in (*each, *(each[:1] or [n]) * (count - len(each)))]
         span = (table[0], table[0] + len(table))
         if table == list(range(n)):
             return cls(n, count, None, None, span)
@@ -43,20 +47,25 @@ class Assignment:
         kept = None
         if any(len(each) < count for each in rows):
             kept = torch.tensor([i * count + j for i, each in enumerate(rows) for j in range(len(each))], device=device)
-        return cls(n, count, torch.tensor(table, device=device), kept)
+        return cls(n, count, torch.tensor(table, device=device), kept, absent=not all(rows))
 
     def gathered(self, x: Tensor) -> Tensor:
         """`[n, *]` -> `[m, count, *]`."""
+        if self.absent:  # zeros, and not a row of the batch: what such a member holds reaches no gradient
+            x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
         if self.table is not None:
             x = x[slice(*self.span)] if self.span is not None else x.index_select(0, self.table)
+        return self.split(x)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[m·count, *]` -> `[m, count, *]`."""
         return x.reshape(-1, self.count, *x.shape[1:])
 
     def added(self, y: Tensor, u: Tensor) -> Tensor:
-        """y `[n, *]` with u `[m, count, *]` added to the rows."""
+        """y `[n, *]`, a temporary, with u `[m, count, *]` added to the rows."""
         rows, u = self._rows_of(u.flatten(0, 1))
-        if rows is None:
-            return y + u
-        return y.to(torch.promote_types(y.dtype, u.dtype)).index_add(0, rows, u)
+        y = y.to(torch.promote_types(y.dtype, u.dtype))
+        return y + u if rows is None else overwriting()(torch.index_add, y, 0, rows, u)
 
     def put(self, y: Tensor, u: Tensor) -> Tensor:
         """y `[n, *]` with the rows replaced by u `[m, count, *]`."""
@@ -88,6 +97,8 @@ class RoutedGroup(NamedTuple):
 
     Attributes:
         scalings: `[m]`.
+        unscaled: all of them are 1.
+        lease: held while the rule exists: what keeps the memory of its tensors from other uses.
         rows: which rows use which member; None if `weights` are given.
         weights: `[n, m]`, each row's weights of the members.
         present: `[n]`, if m is the number of rows: whether the row has a member.
@@ -99,6 +110,12 @@ class RoutedGroup(NamedTuple):
     weights: Tensor | None = None
     present: Tensor | None = None
     apart: bool = False
+    unscaled: bool = False
+    lease: object = None
+
+    def with_scalings(self, scalings: Tensor) -> RoutedGroup:
+        """The same rows and members with other scalings."""
+        return self if scalings is self.scalings else self._replace(scalings=scalings, unscaled=False)
 
 
 class RoutedGroups(tuple[RoutedGroup, ...]):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from funclora._torch.functions import in_transform, overwriting
 from funclora._torch.pytree import pytree_node
 from funclora._tracking.groups import FEW, RoutedGroup, RoutedGroups, in_succession
 from funclora._tracking.propagation import Place
@@ -97,7 +98,7 @@ class Routed(Rule):
         each = [_prepared(rule, group, weight) for rule, group in zip(self.rules, self.groups, strict=True)]
         groups = RoutedGroups(group for _, group in each)
         rules = tuple(rule for rule, _ in each)
-        return PreparedRouted(rules, groups, self.n, in_succession(groups, self.n), ReorderedB())
+        return PreparedRouted(rules, groups, self.n, in_succession(groups, self.n), Repeated())
 
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         return self.prepared(weight).apply_op(op, weight, dropout)
@@ -114,7 +115,7 @@ class Routed(Rule):
         each = [one for one in found if one is not None]
         if len(each) < len(found):
             return None
-        groups = (group._replace(scalings=s) for group, (_, s) in zip(self.groups, each, strict=True))
+        groups = (group.with_scalings(s) for group, (_, s) in zip(self.groups, each, strict=True))
         return self.with_rules(tuple(rule for rule, _ in each), RoutedGroups(groups))
 
     def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
@@ -134,35 +135,46 @@ def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, 
     if group.present is not None:
         scalings = torch.where(group.present, scalings, 0.0)
     scale = rule.output_scale_of_members(weight, group.scalings)
-    return low if scale is None else low.with_scale(scale), group._replace(scalings=scalings)
+    return low if scale is None else low.with_scale(scale), group.with_scalings(scalings)
 
 
 # The scale of the output units of each group's members, `[m, out]`; None for 1.
 Scales = Sequence[Tensor | None]
 
 
-class ReorderedB:
-    """The factors B of a weight that is read repeatedly: for few rows, in the order of the second product.
+class Repeated:
+    """What a weight that is read repeatedly keeps from one operation to the next, as long as its members are the same.
 
-    Batches of small products are up to three times as fast with `[m, r, out]` in memory. To reorder B costs as much
-    as some products, so B is reordered only after a first product.
+    Tensors made in inference mode are kept apart, since autograd refuses them, and those of a transform are not kept.
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.known: dict[Any, Tensor | None] = {}
 
-    def of(self, group: int, b: Tensor, rows: int) -> Tensor:
-        """B, `[m, out, r]`, of that group of the rule, for products with that many rows."""
-        if rows > FEW or b.dim() != 3 or torch.compiler.is_compiling():
+    def keep(self, key: Any, made: Callable[[], Tensor | None]) -> Tensor | None:
+        """The result of a function: of an earlier call with the same key, if there was one."""
+        if torch.compiler.is_compiling() or in_transform():
+            return made()
+        key = key, torch.is_inference_mode_enabled()
+        if key in self.known:
+            return self.known[key]
+        result = made()
+        if result is None or not result.requires_grad:  # the graph of one call is no part of the next
+            self.known[key] = result
+        return result
+
+    def reordered(self, group: int, b: Tensor, rows: int) -> Tensor:
+        """B, `[m, out, r]`, of that group of the rule, in a good order in memory for products with that many rows.
+
+        Batches of small products are up to three times as fast with `[m, r, out]` in memory. To reorder B costs as much
+        as some products, so B is reordered only after a first product.
+        """
+        if rows > FEW or b.dim() != 3 or torch.compiler.is_compiling() or b.mT.is_contiguous():
             return b
-        given, reordered = self.known.get(group, (None, None))
-        if given is not b:
-            self.known[group] = b, None
+        if group not in self.known:
+            self.known[group] = None
             return b
-        if reordered is None:
-            reordered = b.mT.contiguous().mT
-            self.known[group] = b, reordered
-        return reordered
+        return self.keep(("b", group), lambda: b.mT.contiguous().mT)  # type: ignore[return-value]
 
 
 @pytree_node
@@ -175,14 +187,14 @@ class PreparedRouted(Rule):
         groups: as in `Routed`.
         n: the number of rows.
         succession: the groups in the order of their rows, if these follow each other and cover all rows.
-        seconds: the factors B, in the order in which they are read.
+        repeated: what is computed from the members once.
     """
 
     rules: tuple[LowRank, ...]
     groups: RoutedGroups
     n: int
     succession: tuple[int, ...]
-    seconds: ReorderedB
+    repeated: Repeated
 
     leaf_names: ClassVar[tuple[str, ...]] = ("rules",)
     dense = Routed.dense
@@ -194,7 +206,7 @@ class PreparedRouted(Rule):
 
     def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
         """As in `Routed`."""
-        return replace(self, rules=rules, groups=groups, seconds=ReorderedB())
+        return replace(self, rules=rules, groups=groups, repeated=Repeated())
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]
@@ -216,7 +228,7 @@ class PreparedRouted(Rule):
         scaled = any(scale is not None for scale in scales)
         inputs = rows
         if scaled and op.transposed:
-            inputs = _scaled(op, rows, self._row_scale(scales)).to(x.dtype)
+            inputs = (rows * _spread_scale(op, rows, self._row_scale(scales))).to(x.dtype)
             op = op.with_input(rows_back(inputs, place))
         y = op.dense(weight, bias=not scaled)
         dtype, out = y.dtype, rows_first(y, place, self.n)
@@ -241,8 +253,7 @@ class PreparedRouted(Rule):
         for i, (inputs, base) in zip(self.succession, pieces, strict=True):
             scale, rows = scales[i], self.groups[i].rows
             assert rows is not None
-            u = self._grouped(i, op, inputs.reshape(-1, rows.count, *inputs.shape[1:]), dropout)
-            out = base.reshape(u.shape) + u
+            out = op.add_grouped(rows.split(base), *self._grouped(i, op, rows.split(inputs), dropout))
             if scale is not None and not op.transposed:
                 out = _scaled(op, out, scale)
             outs.append(out.flatten(0, 1))
@@ -252,18 +263,18 @@ class PreparedRouted(Rule):
         """The same, if the rows of the groups are mixed in the batch, or some rows have no member."""
         for i, group in enumerate(self.groups):
             assert group.rows is not None
-            y = group.rows.added(y, self._grouped(i, op, group.rows.gathered(x), dropout))
+            inputs = self._grouped(i, op, group.rows.gathered(x), dropout)
+            y = group.rows.added(y, op.grouped(*inputs, 0.0))
         return y if op.transposed else _scaled(op, y, self._row_scale(scales))
 
-    def _grouped(self, i: int, op: Any, inputs: Tensor, dropout: float) -> Tensor:
-        """The low-rank updates of the i-th group's rows `[m, count, *]`, of that shape."""
+    def _grouped(self, i: int, op: Any, inputs: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The inputs `[m, count, *]`, factors and scalings of the low-rank updates of the i-th group."""
         rule, group = self.rules[i], self.groups[i]
         assert group.rows is not None
         if dropout and rule.dropout and op.takes_dropout:
             inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, group.rows.first(), group.rows.n)
-        b = rule.b if op.transposed else self.seconds.of(i, rule.b, inputs.shape[1:-1].numel())
-        updates: Tensor = op.grouped(inputs, rule.a, b, group.scalings, 0.0)
-        return updates
+        b = rule.b if op.transposed else self.repeated.reordered(i, rule.b, inputs.shape[1:-1].numel())
+        return inputs, rule.a, b, None if group.unscaled else group.scalings
 
     def _mixed(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result under weighted sums of all members: scales are summed, updates keep their own scale."""
@@ -285,6 +296,9 @@ class PreparedRouted(Rule):
 
     def _row_scale(self, scales: Scales) -> Tensor | None:
         """The scale of the base weight's output units for each row, `[n, out]`; None if no row has one."""
+        return self.repeated.keep("scale", lambda: self._scale_of_rows(scales))
+
+    def _scale_of_rows(self, scales: Scales) -> Tensor | None:
         of_rows: Tensor | None = None
         mixed: Tensor | None = None
         for own, group in zip(scales, self.groups, strict=True):
@@ -304,8 +318,16 @@ class PreparedRouted(Rule):
 
 
 def _scaled(op: Any, rows: Tensor, scale: Tensor | None) -> Tensor:
-    """Rows `[n, *]` times the scales of their output units, `[n, out]`."""
-    return rows if scale is None else rows * spread(scale, rows, op.per_output(scale[0]).shape)
+    """Rows `[n, *]`, a temporary, times the scales of their output units, `[n, out]`."""
+    if scale is None:
+        return rows
+    factor = _spread_scale(op, rows, scale)
+    return overwriting()(torch.mul, rows, factor) if rows.dtype == factor.dtype else rows * factor
+
+
+def _spread_scale(op: Any, rows: Tensor, scale: Any) -> Tensor:
+    """The scales of the output units, `[n, out]`, to broadcast over rows `[n, *]`."""
+    return spread(scale, rows, op.per_output(scale[0]).shape)
 
 
 def _keeps(op: Any, x: Tensor, place: Place) -> bool:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from funclora._api.arguments import check_function, refuse
+from funclora._torch.functions import overwriting
 from funclora.errors import ConfigError
 from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._transforms import GradientTransformation
-from funclora.optim._trees import PyTree, by_member, check_leaves, overwriting, times, tree_map, widest
+from funclora.optim._trees import PyTree, by_member, check_leaves, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 from funclora.rules.base import Rule
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from funclora._api.arguments import refuse
-from funclora._torch.functions import in_transform, is_differentiated
 from funclora.errors import ConfigError
 from funclora.optim._values import PerMember, wide
 
@@ -45,19 +44,6 @@ def by_member(value: PerMember, leaf: Tensor) -> PerMember:
 def times(leaf: Tensor, factor: PerMember) -> Tensor:
     x = leaf.to(wide(leaf.dtype))
     return (x * by_member(factor, x)).to(leaf.dtype)
-
-
-def overwriting() -> Callable[..., Tensor]:
-    """`op(x, ...)`, in place if no autograd, transform or tracer is active; x must be a temporary of the caller.
-
-    New memory for every result would be a large part of the cost of a step.
-    """
-    watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
-
-    def over(op: Callable[..., Tensor], x: Tensor, *rest: Tensor, **options: float) -> Tensor:
-        return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)
-
-    return over
 
 
 def widest(tree: PyTree) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funclora._torch.functions import CONVS
+from funclora._torch.functions import CONVS, overwriting
 
 
 class LinearOp(ABC):
@@ -91,6 +91,18 @@ class LinearOp(ABC):
         by_group = torch.func.vmap(lambda x, a, b: self.with_input(x).low_rank(a, b, dropout), randomness=randomness)
         out: Tensor = by_group(x, a, b)
         return out
+
+    def add_grouped(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> Tensor:
+        """`y + grouped(x, a, b, scalings)`, in the wider dtype of the two.
+
+        Args:
+            y: `[groups, rows, *]`, a temporary, which may be overwritten.
+            x: as in `grouped`, like the other arguments.
+            a: `[groups, *]`.
+            b: `[groups, *]`.
+            scalings: `[groups]`, or None for 1.
+        """
+        return y + self.grouped(x, a, b, scalings, 0.0)
 
     def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operation without bias on an input `[rows, *]` of this one."""
@@ -174,10 +186,22 @@ class LinearLayerOp(LinearOp):
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
+        h, second = self._grouped_down(_input(x, a, dropout), a, b, scalings)
+        return (h @ second).view(*x.shape[:-1], second.shape[-1])
+
+    def add_grouped(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> Tensor:
+        h, second = self._grouped_down(x.to(a.dtype), a, b, scalings)
+        if not (y.dtype == h.dtype == second.dtype) or y.dtype not in _EXACT:
+            return y + (h @ second).view_as(y)
+        return overwriting()(torch.baddbmm, y.flatten(1, -2), h, second).view_as(y)
+
+    def _grouped_down(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The inputs `[groups, rows, r]` and the matrices `[groups, r, *]` of the second product of `grouped`."""
         first, second = (b.mT, a) if self.transposed else (a, b.mT)
-        h = first @ _input(x, a, dropout).flatten(1, -2).mT  # in this order, batches of small products are fast
-        y = scaled(h, scalings).mT @ second
-        return y.view(*x.shape[:-1], y.shape[-1])
+        h = first @ x.flatten(1, -2).mT  # in this order, batches of small products are fast
+        if scalings is not None and scalings.dtype == h.dtype:
+            return overwriting()(torch.mul, h, scalings[:, None, None]).mT, second
+        return scaled(h, scalings).mT, second
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector

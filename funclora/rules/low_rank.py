@@ -134,6 +134,10 @@ class LowRank(Rule):
     def low_rank_of_members(self, scalings: Tensor) -> tuple[LoRA, Tensor]:
         return self.low_rank(), scalings
 
+    def output_scale_of_members(self, weight: Tensor, scalings: Tensor) -> Tensor | None:
+        has_none = type(self).output_scale is Rule.output_scale
+        return None if has_none else super().output_scale_of_members(weight, scalings)
+
     def transposed(self) -> LowRank | None:
         layout = self.layout
         return replace(self, layout=Parameter(not layout.transposed)) if isinstance(layout, Matrices) else None
@@ -219,6 +223,9 @@ class ScaledLowRank(LowRank):
     leaf_names: ClassVar[tuple[str, ...]] = ("a", "b", "scale")
 
     def output_scale(self, weight: Tensor) -> Tensor:
+        return self.scale
+
+    def output_scale_of_members(self, weight: Tensor, scalings: Tensor) -> Tensor:
         return self.scale
 
 

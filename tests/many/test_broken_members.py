@@ -146,3 +146,18 @@ def test_a_population_goes_on_without_it(kind: str, name: str, leaf: str) -> Non
         for target in alone[0]:
             for each in found[j][target].leaf_names:
                 close(getattr(found[j][target], each), getattr(expected[j][target], each), 1e-5)
+
+
+@every_value
+@every_place
+def test_a_member_without_rows_reaches_none(kind: str, name: str, leaf: str, value: float) -> None:
+    model = mlp()
+    params, alone = base_params(model), members(model, kind)
+    several = stack([alone[0], broken(alone[1], name, leaf, value), alone[2]])
+    x = X.clone().requires_grad_()
+    y = apply(model, params, route(several, [2, 0, -1, 2]), x)
+    expected = torch.cat([apply(model, params, each, X[i : i + 1]) for i, each in enumerate(alone[k] for k in (2, 0))])
+    close(y[:2], expected, 1e-5)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert y.isfinite().all()
+    assert grad.isfinite().all()

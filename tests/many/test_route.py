@@ -148,6 +148,24 @@ def test_any_order_counts_and_ranks(ids: list[int]) -> None:
     close(apply(model, params, route(stack(alone), ids), x[:, 0]), expected[:, 0], 1e-11)
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 5], [5, 3, 4], [1, 4, 3, -1, 3], [2, 0, 1], [5, 5, 3, 3]], ids=str)
+def test_most_members_of_a_stack_are_routed_without_a_copy(ids: list[int]) -> None:
+    model, params = mlp()
+    alone = ranks(params, *[("dora", 2)] * 6)
+    several = stack(alone)
+    routed: Any = route(several, ids)
+    memory = {value.untyped_storage().data_ptr() for value in several.groups[0].values}
+    for rule in routed.values():
+        assert {getattr(rule.rules[0], leaf).untyped_storage().data_ptr() for leaf in ("a", "b")} <= memory
+    x = torch.randn(len(ids), 3, 6, dtype=F64)
+    expected = torch.cat([apply(model, params, alone[j] if j >= 0 else {}, x[i : i + 1]) for i, j in enumerate(ids)])
+    close(apply(model, params, routed, x), expected, 1e-11)
+    bound = bind(model, params, routed)
+    with torch.no_grad():  # the second time with B in another order in memory
+        close(bound(x[:, :1]), expected[:, :1], 1e-11)
+        close(bound(x[:, :1]), expected[:, :1], 1e-11)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_gradients_equal_a_loop(as_tensor: bool) -> None:
     model, params = mlp()
