@@ -99,6 +99,10 @@ class UnusedAdapterWarning(FuncloraWarning):
     """An adapter received no gradient, because its parameter was not used by the loss."""
 
 
+class FormatWarning(FuncloraWarning):
+    """A file of another program is read by the plain formula, and that program computes something else from it."""
+
+
 class PeftFormatWarning(FuncloraWarning):
     """A PEFT folder depends on PEFT behaviour that differs from the plain formula."""
 

@@ -71,7 +71,7 @@ def test_the_stub_says_what_is_loaded(space: types.ModuleType) -> None:
 
 
 def test_names_of_before_are_deprecated() -> None:
-    for name in fl.io.__all__:
+    for name in [name for name in fl.io.__all__ if name[0].isupper()]:  # the functions there are newer
         with pytest.warns(DeprecationWarning, match=rf"funclora\.{name} is deprecated.* Write funclora\.io\.{name}"):
             old = getattr(fl, name)
         assert old is getattr(fl.io, name)

@@ -31,6 +31,7 @@ ORDER = (
     "io/hf",
     "io/merge",
     "io/gguf",
+    "io/foreign",
     "_train",
     "__init__",  # the public names, which what is above uses as everybody does
     "demo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections import Counter
@@ -9,10 +10,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from funclora._config.config import LoraConfig
 from funclora._config.covers import covers
 from funclora._config.names import named_among, unnamed
-from funclora.errors import ConfigError, PeftFormatWarning
+from funclora._config.targets import select
+from funclora.errors import ConfigError, PeftFormatWarning, TargetError
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.dora import DoRA
 from funclora.rules.layouts import Conv1D, Linear
@@ -71,6 +75,20 @@ def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[
         name: replace(rule, dropout=dropout) if isinstance(rule, LowRank) else rule for name, rule in adapters.items()
     }
     return found, config
+
+
+def targeting(model: nn.Module, adapters: Adapters) -> LoraConfig:
+    """A configuration that targets exactly these weights of a model, by the shortest sufficient ends of names."""
+    modules = [name.removesuffix(".weight").split(".") for name, rule in adapters.items() if isinstance(rule, LowRank)]
+    biased = len(modules) < len(adapters)
+    for length in (1, 2, None):
+        ends = sorted({".".join(parts[-length if length else 0 :]) for parts in modules})
+        config = LoraConfig(target_modules=ends, lora_bias=biased)
+        with contextlib.suppress(TargetError):
+            if select(model, config).keys() == adapters.keys():
+                return config
+    # A full name may also be the end of another one; an expression is matched as a whole.
+    return LoraConfig(target_modules="|".join(re.escape(".".join(parts)) for parts in modules), lora_bias=biased)
 
 
 def _targets(modules: Mapping[str, bool], sources: Sequence[LoraConfig]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What is known about files that were read and written: reports, and the statistics of a cache.
+"""Adapter files of other trainers, and what is known about files that were read and written: reports, statistics.
 
-The functions themselves (`load_peft`, `save_peft`, `merge_checkpoint`, ...) are names of `funclora`.
+The functions for the files of PEFT and llama.cpp, and those that merge, are names of `funclora`.
 """
 
 from funclora._api.names import attach as _attach
@@ -8,6 +8,7 @@ from funclora._api.names import attach as _attach
 __getattr__, __dir__, __all__ = _attach(
     __name__,
     {
+        "funclora.io.foreign.image_models": ("load_diffusers", "save_diffusers"),
         "funclora.io.hf.extract": ("ExtractReport", "ExtractedWeight"),
         "funclora.io.merge.merge": ("MergeReport", "MergedWeight"),
         "funclora.io.merge.verify": ("MergeVerification",),

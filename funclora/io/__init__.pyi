@@ -1,3 +1,4 @@
+from funclora.io.foreign.image_models import load_diffusers, save_diffusers
 from funclora.io.hf.extract import ExtractedWeight, ExtractReport
 from funclora.io.merge.merge import MergedWeight, MergeReport
 from funclora.io.merge.verify import MergeVerification
@@ -12,4 +13,6 @@ __all__ = [
     "MergeReport",
     "MergeVerification",
     "MergedWeight",
+    "load_diffusers",
+    "save_diffusers",
 ]

@@ -70,6 +70,15 @@ def test_cnn_conv_adapters() -> None:
         assert result.accuracy > 0.7, name
 
 
+@pytest.mark.parametrize("model", ["unet", "transformer"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' schedulers
+def test_styles_in_one_batch(model: str) -> None:
+    result = run("styles_in_one_batch", f"--model={model}", "--images=5", "--steps=2")
+    assert result.difference < 1e-5
+    assert result.effect > 1e-2
+    assert result.calls == 2
+
+
 def test_qlora() -> None:
     results = run("qlora", "--pretrain-steps=30", "--steps=40", "--lr=1e-2")
     plain, packed = results["float32"], results["nf4"]

@@ -19,9 +19,8 @@ from funclora._api.arguments import check_model, check_path
 from funclora._bind.checks import check_adapters, check_rules
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
-from funclora._config.infer import configured
+from funclora._config.infer import configured, targeting
 from funclora._config.layers import weights_of
-from funclora._config.targets import select
 from funclora.errors import ConfigError, FormatError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.gguf.file import GGUF_DTYPES, AdapterFile, package, read_adapter, write_adapter
 from funclora.io.gguf.names import MERGE, Slot, by_tensor, family_of, slots_of
@@ -142,7 +141,7 @@ def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
             raise UnsupportedError(f"{file}: the adapter of {name!r} cannot be read: {slot.why_not}")
         adapters[name] = _read_rule(file, stored, tensor, slot, model.get_parameter(name), _layout(model, name))
     order = {name: adapters[name] for name in slots if name in adapters}
-    return configured(order, [_config(model, order)])
+    return configured(order, [targeting(model, order)])
 
 
 def _supported(name: str, rule: Rule, slots: Mapping[str, Slot]) -> LoRA:
@@ -232,14 +231,3 @@ def _layout(model: nn.Module, name: str) -> Linear | Conv1D | Embedding:
     if not isinstance(layout, (Linear, Conv1D, Embedding)):
         raise UnsupportedError(f"{name!r} is not the weight of a linear layer or an embedding of the model.")
     return layout
-
-
-def _config(model: nn.Module, adapters: Adapters) -> LoraConfig:
-    """A configuration that targets exactly these weights, by the shortest sufficient ends of names."""
-    modules = [name.removesuffix(".weight").split(".") for name in adapters]
-    for length in (1, 2):
-        ends = sorted({".".join(parts[-length:]) for parts in modules})
-        config = LoraConfig(target_modules=ends)
-        if select(model, config).keys() == adapters.keys():
-            return config
-    return LoraConfig(target_modules=[".".join(parts) for parts in modules])

@@ -33,11 +33,22 @@ def folded(adapters: Adapters, config: LoraConfig) -> tuple[dict[str, Rule], Lor
     return changed, config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
 
 
+def unscaled(adapters: Adapters) -> dict[str, Rule]:
+    """The same adapters with s multiplied into B: scaling 1, with the ranks that they have."""
+    return {name: _unscaled(rule) for name, rule in adapters.items()}
+
+
 def _folded(rule: Rule, r: int) -> Rule:
+    rule = _unscaled(rule)
     if isinstance(rule, (LoRA, DoRA)):
         of_a, of_b = rule.layout.rank_dims
-        b = padded(_scaled(rule.b, rule.scaling), of_b, r)
-        return replace(rule, a=padded(rule.a, of_a, r), b=b, scaling=1.0)
+        return replace(rule, a=padded(rule.a, of_a, r), b=padded(rule.b, of_b, r))
+    return rule
+
+
+def _unscaled(rule: Rule) -> Rule:
+    if isinstance(rule, (LoRA, DoRA)):
+        return replace(rule, b=_scaled(rule.b, rule.scaling), scaling=1.0)
     if isinstance(rule, Delta):
         return replace(rule, value=_scaled(rule.value, rule.scaling), scaling=1.0)
     return rule

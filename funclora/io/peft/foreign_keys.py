@@ -8,16 +8,16 @@ from pathlib import Path
 
 from funclora.errors import UnsupportedError
 
-_CONVERT = "See 'Adapters of other programs' on the page about PEFT files for a conversion."
+_READ = "Read the file with funclora.io.load_diffusers."
 # The first pattern that a key matches says whose it is.
 _FOREIGN = (
     (
         re.compile(r"^lora_(unet|te\d?|transformer)_|.*\.(lora_down|lora_up)\.weight$"),
-        f"kohya's scripts: '_' for '.' in the path, lora_down and lora_up, an α for each layer. {_CONVERT}",
+        f"kohya's scripts: '_' for '.' in the path, lora_down and lora_up, an α for each layer. {_READ}",
     ),
     (
         re.compile(r".*(_lora|\.lora)\.(down|up)\.weight$"),
-        f"diffusers before 0.22: lora.down and lora.up, and no α, which means that it is the rank. {_CONVERT}",
+        f"diffusers before 0.22: lora.down and lora.up, and no α, which means that it is the rank. {_READ}",
     ),
     (
         re.compile(r".*\.(hada_w|lokr_w|oft_)"),

@@ -143,13 +143,13 @@ def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:
 
 
 FOREIGN: dict[str, list[str]] = {
-    "kohya's scripts.*a conversion": [
+    "kohya's scripts.*load_diffusers": [
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
         "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
         "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight",
     ],
-    "diffusers before 0.22.*a conversion": [
+    "diffusers before 0.22.*load_diffusers": [
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
         "unet.mid_block.attentions.0.to_q.lora.up.weight",
     ],

@@ -1,0 +1,1 @@
+"""Adapter files of other trainers: diffusers, kohya's scripts, mlx-lm."""
