@@ -84,14 +84,29 @@ def route(
         for row, member in enumerate(members):
             if member in place:
                 rows.setdefault(place[member], []).append(row)
-        for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=lambda k: rows[k])]):
-            some = compact(ks)
-            used = [rows[k] if k in ks else [] for k in some]
-            for name, rule in untied(_members(group, some)).items():
-                scalings = group.scalings().get(name) or [1.0] * len(group.members)
-                found.setdefault(name, []).append((rule, [scalings[k] for k in some], used))
+        add_members(found, group, group.scalings(), rows)
     known: dict[Any, Any] = {}
     return {name: routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
+
+
+def add_members(
+    found: dict[str, list[Found]], group: Group[dict[str, Rule]], scalings: dict[str, list[float]],
+    rows: dict[int, list[int]],
+) -> None:  # fmt: skip
+    """Add the rows of the members of a group to those of each weight.
+
+    Args:
+        found: by the name of the weight.
+        group: the members.
+        scalings: the scalings of its members, for each rule that has one.
+        rows: the rows of each member that has some, by its position in the group.
+    """
+    for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=rows.__getitem__)]):
+        some = _compact(ks)
+        used = [rows[k] if k in ks else [] for k in some]
+        for name, rule in untied(_members(group, some)).items():
+            numbers = scalings.get(name)
+            found.setdefault(name, []).append((rule, [numbers[k] if numbers else 1.0 for k in some], used))
 
 
 def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
@@ -168,7 +183,7 @@ def _members(group: Group[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
     return replace(group, values=values).tree()
 
 
-def compact(ks: list[int]) -> list[int]:
+def _compact(ks: list[int]) -> list[int]:
     """The positions that are computed together to use some of them, in ascending order.
 
     These are all from the first to the last one, which can be read without a copy, unless most would be unused.

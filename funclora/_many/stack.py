@@ -194,8 +194,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
             if not isinstance(leaf, Tensor):
                 where = ".".join(map(str, path)) or "the member itself"
                 refuse(f"members[{i}]: {where}", "a tensor", leaf)
-        key = (_structure(member), tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
-        values, specs, positions = groups.setdefault(key, ([], [], []))
+        values, specs, positions = groups.setdefault(kind_of(member, leaves), ([], [], []))
         values.append(leaves)
         specs.append(spec)
         positions.append(i)
@@ -225,9 +224,9 @@ def unstack(stack: Stack[T]) -> list[T]:
     return list(stack)
 
 
-def _structure(member: Any) -> Any:
-    """The tree of a member without the scalings: members of a group may differ in them."""
-    return optree.tree_structure(unscaled(member))
+def kind_of(member: Any, leaves: list[Tensor]) -> Any:
+    """A key that is equal for members of one group: everything but the values of their leaves and their scalings."""
+    return optree.tree_structure(unscaled(member)), tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
 
 
 def unscaled(tree: Any) -> Any:

@@ -16,17 +16,36 @@ import optree
 import torch
 from torch import nn
 
-from funclora._api.arguments import check_model, check_path
+from funclora._api.arguments import check_model, check_params, check_path
+from funclora._bind.checks import check_adapters
 from funclora._files.names import is_file_name
 from funclora._many.route import route
+from funclora._many.slots import PreparedAdapter, Slots
 from funclora._many.stack import stack
 from funclora._torch.memory import nbytes
 from funclora.errors import ConfigError, near, shortened
-from funclora.io.peft.files import CONFIG_FILE
+from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from funclora.io.peft.folder import load_peft
-from funclora.rules.base import Rule
+from funclora.rules.base import Params, Rule
 
 Adapter = dict[str, Rule]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """An adapter in the cache.
+
+    Attributes:
+        adapters: as it was loaded.
+        prepared: the same for batches; None without base weights.
+        version: of its folder when it was loaded.
+        size: in bytes.
+    """
+
+    adapters: Adapter
+    prepared: PreparedAdapter | None
+    version: object
+    size: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,13 @@ class AdapterCache:
     """Adapters from PEFT folders by their ids, loaded on first use; the most recently used ones stay on the device.
 
     Safe to use from many threads: an adapter that two threads request is loaded once. An adapter is a value, so a
-    running batch is not affected if the cache drops its adapter; the memory is freed when the batch is finished.
+    running batch is not affected if the cache drops its adapter, or if its folder is written again; the memory is freed
+    when the batch is finished. A folder that was written again is loaded again when it is requested the next time.
+
+    With `params`, everything that depends only on an adapter and the base weights (DoRA's norms) is computed when it
+    is loaded, and the adapters of running batches are kept in one stack. A batch that differs from the last one by some
+    adapters then costs only the copies of these. The stack has room for as many adapters as were in running batches
+    at once, in addition to `memory`.
 
     Args:
         model: the base model that the adapters belong to; only read.
@@ -60,6 +85,8 @@ class AdapterCache:
             folders.
         memory: maximum bytes of the adapters in the cache, without adapters that only running batches still use.
         device: where to keep them; by default on the devices of their base weights, as in `load_peft`.
+        params: the base weights with which batches are computed, as from `base_params`. Adapters that `route` returns
+            belong to these weights.
 
     Raises:
         ConfigError: `memory` is not a positive int, or `source` is no folder.
@@ -85,8 +112,10 @@ class AdapterCache:
         memory: int,
         *,
         device: torch.device | str | int | None = None,
+        params: Params | None = None,
     ) -> None:
         check_model(model)
+        check_params(params, optional=True)
         if not isinstance(source, Mapping):
             check_path(source, "source", "model, source, memory")
         if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
@@ -100,13 +129,15 @@ class AdapterCache:
         self._memory = memory
         self._device = None if device is None else torch.device(device)
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()  # the one used last comes last
-        self._coming: dict[str, Future[Adapter]] = {}
+        self._params = params
+        self._slots = Slots()
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # the one used last comes last
+        self._coming: dict[str, Future[_Held]] = {}
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     def __getitem__(self, name: str) -> dict[str, Rule]:
         """One adapter, loaded if it is not in the cache."""
-        return self._get([name])[name]
+        return self._get([name])[name].adapters
 
     def __contains__(self, name: object) -> bool:
         """Whether the adapter is in the cache."""
@@ -124,13 +155,15 @@ class AdapterCache:
             return list(self._held)
 
     def drop(self, name: str) -> bool:
-        """Remove an adapter, for example because its folder was written again; True if it was in the cache."""
+        """Remove an adapter; True if it was in the cache."""
         with self._lock:
-            if name not in self:
-                return False
-            _, size = self._held.pop(name)
-            self._bytes -= size
-            return True
+            return self._drop(name)
+
+    def _drop(self, name: str) -> bool:
+        if name not in self:
+            return False
+        self._bytes -= self._held.pop(name).size
+        return True
 
     def stats(self) -> CacheStats:
         """Hits, misses, evictions, and what is held."""
@@ -157,18 +190,22 @@ class AdapterCache:
         found = self._get([name for name in ids if name is not None])
         if not found:
             return {}
+        if self._params is not None:
+            return self._slots.route([None if name is None else found[name].prepared for name in ids], repeats)
         place = {name: i for i, name in enumerate(found)}
-        return route(stack(found.values()), [-1 if name is None else place[name] for name in ids], repeats=repeats)
+        members = stack(held.adapters for held in found.values())
+        return route(members, [-1 if name is None else place[name] for name in ids], repeats=repeats)
 
-    def _get(self, ids: Sequence[str]) -> dict[str, Adapter]:
+    def _get(self, ids: Sequence[str]) -> dict[str, _Held]:
         """The adapters by their ids, each once. The cache changes only if all of them can be loaded."""
         for name in ids:
             if not isinstance(name, str):
                 raise ConfigError(f"AdapterCache: ids: expected texts, got {shortened(name)}.")
         wanted = list(dict.fromkeys(ids))
         folders = {name: self._folder(name) for name in wanted}
-        found: dict[str, Adapter] = {}
-        loaded: dict[str, Adapter] = {}
+        found: dict[str, _Held] = {}
+        loaded: dict[str, _Held] = {}
+        self._drop_replaced(folders)
         # Another thread may fail on an adapter that this one did not request. Its other adapters are tried again.
         while len(found) < len(wanted):
             others, mine = self._claim([name for name in wanted if name not in found], found)
@@ -185,14 +222,22 @@ class AdapterCache:
         self._commit(wanted, loaded)
         return found
 
-    def _claim(self, ids: list[str], found: dict[str, Adapter]) -> tuple[dict[str, Future[Adapter]], list[str]]:
+    def _drop_replaced(self, folders: Mapping[str, Path]) -> None:
+        """Drop adapters whose folders were written again since they were loaded."""
+        found = {name: _version(folder) for name, folder in folders.items() if name in self}
+        with self._lock:
+            for name, version in found.items():
+                if version is not None and name in self and self._held[name].version != version:
+                    self._drop(name)
+
+    def _claim(self, ids: list[str], found: dict[str, _Held]) -> tuple[dict[str, Future[_Held]], list[str]]:
         """Take what is there; of the rest, what other threads are loading, and what this one has to."""
-        others: dict[str, Future[Adapter]] = {}
+        others: dict[str, Future[_Held]] = {}
         mine = []
         with self._lock:
             for name in ids:
                 if name in self._held:
-                    found[name] = self._held[name][0]
+                    found[name] = self._held[name]
                 elif name in self._coming:
                     others[name] = self._coming[name]
                 else:
@@ -205,35 +250,39 @@ class AdapterCache:
             for name in ids:
                 self._coming.pop(name).cancel()
 
-    def _commit(self, wanted: list[str], loaded: dict[str, Adapter]) -> None:
+    def _commit(self, wanted: list[str], loaded: dict[str, _Held]) -> None:
         with self._lock:
             self._misses += len(loaded)
             self._hits += len(wanted) - len(loaded)
             for name in wanted:
                 if name in loaded:
                     del self._coming[name]
-                    size = nbytes(loaded[name])
-                    self._held[name] = loaded[name], size
-                    self._bytes += size
+                    self._held[name] = loaded[name]
+                    self._bytes += loaded[name].size
                 elif name in self._held:
                     self._held.move_to_end(name)
             while self._bytes > self._memory:
-                _, (_, size) = self._held.popitem(last=False)
-                self._bytes -= size
+                _, dropped = self._held.popitem(last=False)
+                self._bytes -= dropped.size
                 self._evictions += 1
 
-    def _load(self, name: str, folder: Path) -> Adapter:
+    def _load(self, name: str, folder: Path) -> _Held:
+        version = _version(folder)  # of before: a folder that is replaced now is loaded again
         adapters, _ = load_peft(folder, self._model)
         if self._device is not None:
             tree: Any = adapters
             adapters = cast(Adapter, optree.tree_map(lambda x: x.to(self._device), tree))
-        size = nbytes(adapters)
+        prepared = None
+        if self._params is not None:
+            check_adapters(self._params, adapters, values=True)
+            prepared = PreparedAdapter(adapters, self._params)
+        size = nbytes((adapters, prepared and prepared.leaves))
         if size > self._memory:
             raise ConfigError(
                 f"AdapterCache: {name!r} takes {size:,} bytes, and memory is {self._memory:,} in all. Allow more, or "
                 "load it by load_peft and route it yourself."
             )
-        return adapters
+        return _Held(adapters, prepared, version, size)
 
     def _folder(self, name: str) -> Path:
         if isinstance(self._source, dict):
@@ -246,3 +295,12 @@ class AdapterCache:
                 return self._source / name
             known = sorted(path.parent.name for path in self._source.glob(f"*/{CONFIG_FILE}"))
         raise ConfigError(f"AdapterCache: there is no adapter {shortened(name)}.{near(name, known)}")
+
+
+def _version(folder: Path) -> object:
+    """Equal for two states of a folder only if its files are the same; None if they cannot be found."""
+    try:
+        files = [os.stat(os.path.join(folder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]  # noqa: PTH116, PTH118
+    except OSError:
+        return None
+    return [(file.st_ino, file.st_mtime_ns, file.st_size) for file in files]
