@@ -128,7 +128,7 @@ def colors_of(n: int) -> list[Any]:
     from matplotlib import colormaps
 
     if n <= 10:
-        return list(colormaps["tab10"].colors)[:n]
+        return [colormaps["tab10"](i) for i in range(n)]
     return [colormaps["turbo"](0.05 + 0.9 * i / max(1, n - 1)) for i in range(n)]
 
 

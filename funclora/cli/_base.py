@@ -1,12 +1,31 @@
-"""The base model that `--base` names."""
+"""The base model of a command: the folder that `--base` names, and the forms of its weights."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from funclora.errors import FuncloraError
+
+class Dtype(str, Enum):
+    """The dtype of the base weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Quantize(str, Enum):
+    """How the base weights are quantised."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
 
 
 def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
@@ -20,6 +39,7 @@ def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
         FuncloraError: there is no such model, it cannot be loaded, or transformers is not installed.
     """
     from funclora._apps.train.folder import empty_model, load_model
+    from funclora.errors import FuncloraError
 
     try:
         return load_model(folder, None)[0] if weights else empty_model(folder, None)

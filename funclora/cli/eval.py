@@ -1,83 +1,121 @@
-"""`funclora eval`: the loss of saved adapters on texts."""
+"""`funclora eval`: scores of saved adapters, with the loss that they were trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from funclora.cli._base import Dtype, Quantize
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
     from funclora._apps.train.console import Console
-    from funclora.cli._losses import Losses
+    from funclora._apps.train.scores import Score
+    from funclora.cli._scores import Scores
+
+# What the table shows of a score, and how.
+SHOWN = {
+    "loss": "{:.3f}",
+    "perplexity": "{:,.2f}",
+    "accuracy": "{:.1%}",
+    "macro_f1": "{:.1%}",
+    "span_f1": "{:.1%}",
+}
+WORDS = {"loss": "loss in nats per {}", "macro_f1": "macro F1", "span_f1": "F1 of spans"}
 
 
 def evaluate(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT folders, or folders of them.", show_default=False)],
     data: Annotated[
-        Sequence[Path],
-        typer.Option(help="Text files, or .jsonl files with a text in each line.", show_default=False),
+        Sequence[Path], typer.Option(help="Files of texts or records, as for training.", show_default=False)
     ],
     model: Annotated[
         Path | None,
         typer.Option(help="Folder of a transformers model with its tokenizer.", show_default="the demo's model"),
     ] = None,
-    field: Annotated[str, typer.Option(help="Name of the field with the text in a .jsonl file.")] = "text",
-    context: Annotated[int, typer.Option(min=1, help="Number of tokens that the model sees at a time.")] = 256,
+    task: Annotated[
+        str | None, typer.Option(help="Task of the adapters.", show_default="that they were trained for")
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Name of the field with plain text, or with the text to classify.", show_default="text"),
+    ] = None,
+    label_field: Annotated[
+        str | None, typer.Option(help="Name of the field with the class or the classes.", show_default="label")
+    ] = None,
+    train_on: Annotated[
+        str | None,
+        typer.Option(help="Text on which the loss is computed: completions, or all.", show_default="completions"),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, help="Maximum length of an example in tokens; longer plain texts are split.")
+    ] = 512,
     rows: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of passages from each file, spread over it.", show_default="all"),
+        typer.Option(min=1, help="Maximum number of examples from each file, spread over it.", show_default="all"),
     ] = None,
     memory: Annotated[
         int | None, typer.Option(min=1, help="Memory budget of a pass in MiB, without model and adapters.")
     ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
+    quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
     device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
     json: AsJson = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and, with several files, heatmap.png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and pictures.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing eval.json in --out.")] = False,
 ) -> None:
-    """Evaluate saved adapters on texts, all of them in one pass: loss in nats per token, and perplexity.
+    """Score saved adapters on files, with the loss that they were trained on: all adapters in one pass over the base.
 
-    Every token of a text except the first is predicted once, from at most --context tokens before it. The first row is
-    the base model. For the demo's model the tokens are bytes.
+    Data is read as for training: the loss of a chat or of a prompt with its completion is that of the answers. Texts
+    have loss and perplexity; classes also have accuracy and F1, and tags the F1 of their spans. The first row is the
+    base model, if it has a head for the task. --out gets eval.json, heatmap.png for several files, and confusion.png
+    for classes.
 
     Examples:
         funclora eval adapters --data heldout.txt
-        funclora eval code prose --data code.jsonl --data prose.jsonl --model model --rows 64 --out results
+        funclora eval english french --model model --data chats.jsonl,pairs.jsonl --out results
+        funclora eval code prose --data code.jsonl --data prose.jsonl --model model --rows 64
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from funclora._apps.train.console import Console
 
-    if out is not None and len(data) > 1:
-        try:
-            import matplotlib  # noqa: F401 -- before the work, not after
-        except ModuleNotFoundError as error:
-            from funclora.errors import UnsupportedError
+    if out is not None:
+        from funclora.analysis._figure import needs_matplotlib
 
-            raise UnsupportedError(
-                "--out draws a heatmap of several files, which needs matplotlib. Type: pip install 'funclora[demo]'"
-            ) from error
+        needs_matplotlib()  # before the work, not after
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-        from funclora.cli._losses import losses
+    with (
+        contextlib.nullcontext() if out is None else _claimed(out, overwrite=overwrite),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        shown = bar.add_task("loading", total=None)
+        from funclora._apps.train.reading import read
+        from funclora._apps.train.tasks import trained_task
+        from funclora.cli._adapters import adapter_folders
+        from funclora.cli._scores import evaluated
 
         def progress(description: str, total: int) -> None:
-            bar.update(task, total=total, advance=1, description=description)
+            bar.update(shown, total=total, advance=1, description=description)
 
-        found = losses(
-            adapters,
+        folders = adapter_folders(adapters)
+        given = {
+            "model": model, "task": trained_task(folders, model, task), "context": context, "dtype": dtype.value,
+            "quantize": quantize.value, "device": device, "data": data[0],
+        }  # fmt: skip
+        fields = {"text_field": text_field, "label_field": label_field, "train_on": train_on}
+        given |= {key: value for key, value in fields.items() if value is not None}
+        found = evaluated(
+            folders,
             data,
-            model=model,
-            field=field,
-            context=context,
+            read(None, given),
             rows=rows,
             memory=None if memory is None else memory << 20,
-            device=device,
             progress=progress,
         )
         if out is not None:
@@ -88,24 +126,47 @@ def evaluate(
         _report(found, Console())
 
 
-def _report(found: Losses, console: Console) -> None:
+@contextlib.contextmanager
+def _claimed(out: Path, *, overwrite: bool) -> Iterator[None]:
+    """Keep other processes from the folder, before anything is computed for it."""
+    from funclora._files.locks import claimed_folder
+    from funclora.cli._scores import EVAL_FILE
+    from funclora.errors import ConfigError
+
+    busy = ConfigError(f"--out: another process is using {out}. Wait for it to end, or give another folder.")
+    with claimed_folder(out, busy):
+        if (out / EVAL_FILE).exists() and not overwrite:
+            raise ConfigError(f"--out: {out} already contains {EVAL_FILE}. Give another folder, or --overwrite.")
+        yield
+
+
+def _report(found: Scores, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    from funclora.cli._losses import perplexity
-
-    tokens = " + ".join(f"{n:,}" for n in found.tokens)
+    first = found.scores[0]
+    counted = " + ".join(f"{score.labels:,}" for score in first)
+    metrics = [name for name in SHOWN if name in first[0].values]
+    unit = "label" if found.classes else "token"
+    words = " / ".join(WORDS.get(name, name).format(unit) for name in metrics)
     console.print(
-        f"loss in nats per token / perplexity, on {tokens} tokens; the best of a file is bold", soft_wrap=True
+        f"{words}, on {counted} {unit}s; the lowest loss on each file is bold", soft_wrap=True, highlight=False
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("adapter")
     for file in found.files:
         table.add_column(escape(file), justify="right")
-    best = [min(column) for column in zip(*found.losses, strict=True)]
-    for name, row in zip(("(base)", *found.adapters), (found.base, *found.losses), strict=True):
-        cells = [f"{loss:.3f} / {perplexity(loss):,.2f}" for loss in row]
-        bold = [name != "(base)" and loss == least for loss, least in zip(row, best, strict=True)]
+    best = [min(score.values["loss"] for score in column) for column in zip(*found.scores, strict=True)]
+    for name, row in found.rows().items():
+        cells = [" / ".join(SHOWN[metric].format(score.values[metric]) for metric in metrics) for score in row]
+        bold = [name != "(base)" and _loss(score) == least for score, least in zip(row, best, strict=True)]
         table.add_row(escape(name), *(f"[bold]{c}[/]" if b else c for c, b in zip(cells, bold, strict=True)))
     console.print(table)
+    for file, notes in found.notes.items():
+        for note in notes:
+            console.print(f"{file}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _loss(score: Score) -> float:
+    return score.values["loss"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from funclora.cli._base import Dtype, Quantize
 from funclora.cli._converse import BASE, converse, refuse_bytes, spoken
 from funclora.cli._output import AsJson
 
@@ -17,24 +17,6 @@ if TYPE_CHECKING:
     from funclora.cli._prompts import Prompt, Reader
 # Logits divided by less would be infinite, or nearly so.
 LEAST = 1e-3
-
-
-class Dtype(str, Enum):
-    """The dtype of the base weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Quantize(str, Enum):
-    """How the base weights are quantised."""
-
-    none = "none"
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
 
 
 def generate(

@@ -189,8 +189,8 @@ def test_ctrl_c_in_a_process() -> None:
     """A signal in the midst of the work."""
     code = (
         "import os, signal, sys; sys.argv[:] = ['funclora', 'eval', 'a', '--data', 'b']\n"
-        "import funclora.cli._losses as module\n"
-        "module.losses = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import funclora.cli._adapters as module\n"
+        "module.adapter_folders = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "from funclora.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False)

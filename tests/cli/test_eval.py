@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import task_models
+import text_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
 import funclora as fl
+from funclora._apps.train.run import run as train
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora.cli._app import app
-from funclora.cli._losses import cut
 from funclora.demo.model import load_base
 
 TEXT = "import os\n\n\ndef main(argv):\n    return os.path.join(*argv)\n" * 3
@@ -58,15 +63,15 @@ def folder(base: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def loss(model: nn.Module, adapters: Any, documents: list[list[int]], context: int) -> float:
-    """Token by token, the plain way."""
+    """Token by token, the plain way; each piece begins with the last token of the one before."""
     bound, nats, n = fl.bind(model, fl.base_params(model), adapters), 0.0, 0
     for ids in documents:
-        for start in range(0, len(ids) - 1, context):
-            window = torch.tensor(ids[start : start + context + 1])
-            out = bound(window[None, :-1])
+        for start in range(0, len(ids) - 1, context - 1):
+            piece = torch.tensor(ids[start : start + context])
+            out = bound(piece[None])
             logits: Tensor = getattr(out, "logits", out)
-            nats += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
-            n += len(window) - 1
+            nats += F.cross_entropy(logits[0, :-1], piece[1:], reduction="sum").item()
+            n += len(piece) - 1
     return nats / n
 
 
@@ -93,14 +98,14 @@ def test_the_table_has_a_row_for_each_adapter(folder: Path, tmp_path: Path) -> N
     adapters, file = folder / "adapters", folder / "a.py"
     result = run(adapters / "ad-1", adapters, "--data", file, "--rows", 1, "--context", 20, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "on 20 tokens" in result.output
+    assert "on 19 tokens" in result.output
     rows = [line.split()[0] for line in result.output.splitlines() if re.search(r"\d / \d", line)]
     assert rows == ["(base)", "ad-1", "ad-0"]
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]  # one file makes no picture
 
 
 def test_another_field_of_jsonl(base: nn.Module, folder: Path) -> None:
-    result = run(folder / "adapters" / "ad-0", "--data", folder / "b.jsonl", "--field", "body", "--json")
+    result = run(folder / "adapters" / "ad-0", "--data", folder / "b.jsonl", "--text-field", "body", "--json")
     documents = [list(text[::-1].encode()) for text in DOCUMENTS]
     assert json.loads(result.stdout)["base"]["loss"]["b.jsonl"] == pytest.approx(
         loss(base, {}, documents, 256), rel=1e-5
@@ -142,6 +147,89 @@ def test_a_transformers_model(tmp_path: Path) -> None:
         assert found[name]["a.py"] == pytest.approx(expected, rel=1e-4)
 
 
+KINDS = {
+    "text": CAUSAL, "prompt": CAUSAL, "messages": CAUSAL, SEQUENCE: SEQUENCE, TOKEN: TOKEN, SEQ2SEQ: SEQ2SEQ,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_the_training(kind: str, tmp_path: Path) -> None:
+    """Of each kind of data: what an evaluation of the run said, and what the adapters alone have."""
+    task = KINDS[kind]
+    model = task_models.save(tmp_path / "model", task_models.KIND[task], template=text_models.PLAIN)
+    data = task_models.data(tmp_path / "data.jsonl", kind)
+    told: dict[str, dict[str, float]] = {}
+    for name, method in (("one", "lora"), ("two", "dora")):
+        out = tmp_path / name
+        train(
+            Settings(
+                model=model, task=task, data=data, validation=data, out=out, steps=6, batch=4, rank=2, lr=0.05,
+                method=method, init="gaussian",
+            ),
+            quiet=True,
+        )  # fmt: skip
+        told[name] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        (tmp_path / "adapters").mkdir(exist_ok=True)
+        (out / "adapter").rename(tmp_path / "adapters" / name)
+    result = run(tmp_path / "adapters", "--data", data, "--model", model, "--json", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    for name, line in told.items():
+        assert found["loss"][name]["data.jsonl"] == pytest.approx(line["validation_loss"], rel=1e-5)
+        if "validation_accuracy" in line:
+            assert found["accuracy"][name]["data.jsonl"] == pytest.approx(line["validation_accuracy"])
+    assert found["loss"]["one"] != found["loss"]["two"]
+    classes = task in (SEQUENCE, TOKEN)
+    assert ("perplexity" in found, "confusion" in found) == (not classes, classes)
+    assert ("base" in found) == (not classes)  # the base has no head
+    assert (tmp_path / "out" / "confusion.png").exists() == classes
+    (count,) = found["labels" if classes else "tokens"].values()
+    if classes:
+        assert sum(map(sum, found["confusion"]["one"]["data.jsonl"])) == count
+    alone = json.loads(run(tmp_path / "adapters" / "two", "--data", data, "--model", model, "--json").stdout)
+    assert alone["loss"]["two"]["data.jsonl"] == pytest.approx(found["loss"]["two"]["data.jsonl"], rel=1e-6)
+    again = run(tmp_path / "adapters", "--data", data, "--model", model, "--out", tmp_path / "out")
+    assert "already contains eval.json. Give another folder, or --overwrite" in again.stderr
+
+
+def test_adapters_of_different_tasks_have_no_loss_in_common(folder: Path, tmp_path: Path) -> None:
+    def adapter(name: str, task_type: str | None, classes: object = None) -> Path:
+        target = tmp_path / name
+        shutil.copytree(folder / "adapters" / "ad-0", target)
+        config = json.loads((target / "adapter_config.json").read_text())
+        (target / "adapter_config.json").write_text(json.dumps(config | {"task_type": task_type}))
+        if classes is not None:
+            (target / "classes.json").write_text(json.dumps(classes))
+        return target
+
+    causal, texts = adapter("causal", "CAUSAL_LM"), adapter("texts", "SEQ_CLS", ["a", "b"])
+    others, unknown = adapter("others", "SEQ_CLS", ["b", "a"]), adapter("unknown", None, ["a"])
+    embeds, broken = adapter("embeds", "FEATURE_EXTRACTION"), adapter("broken", "SEQ_CLS", ["a", "a"])
+    cases: list[tuple[list[object], str]] = [
+        ([causal, texts], "causal was trained for causal-lm, texts for sequence-classification, which have no loss"),
+        ([texts, others], 'texts has the classes ["a", "b"], others has ["b", "a"].'),
+        ([unknown], "adapter_config.json does not say the task of these classes. Give it with --task."),
+        ([embeds], "was trained for 'FEATURE_EXTRACTION', which has no loss here."),
+        ([broken], "classes.json: expected a list of the names of the classes, without repetition."),
+        ([causal, "--task", "speech"], "--task: expected one of causal-lm, "),
+    ]
+    for args, message in cases:
+        result = run(*args, "--data", folder / "b.jsonl", "--model", tmp_path)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr, args
+
+
+def test_a_class_that_no_adapter_knows(tmp_path: Path) -> None:
+    model = task_models.save_classifier(tmp_path / "model", "bert", ["colour", "beast", "verb"])
+    save(AutoModelForSequenceClassification.from_pretrained(model), tmp_path / "adapters", ["query"], n=1)
+    config = tmp_path / "adapters" / "ad-0" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_CLS"}))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "red", "label": "colour"}\n{"text": "owl", "label": "beasts"}\n')
+    result = run(tmp_path / "adapters", "--data", data, "--model", model)
+    assert "data.jsonl:2: label: 'beasts' is none of the classes colour, beast, verb. Near names" in result.stderr
+
+
 def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None:
     adapters, text = folder / "adapters", folder / "a.py"
     broken = tmp_path / "broken"
@@ -153,14 +241,14 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
         ([tmp_path / "none", "--data", text], "none: there is no such folder. Give PEFT folders"),
         ([folder.parent / folder.name, "--data", text], "there is no adapter_config.json in it"),
         ([broken, "--data", text], "broken/adapter_config.json"),
-        ([adapters, "--data", tmp_path / "none.txt"], "none.txt: there is no such file. Give --data"),
-        ([adapters, "--data", tmp_path / "x.jsonl"], "x.jsonl:1: expected a text under 'text'; it has 'text'."),
+        ([adapters, "--data", tmp_path / "none.txt"], "none.txt: there is no such file."),
+        ([adapters, "--data", tmp_path / "x.jsonl"], "x.jsonl:1: text: expected a text, got 1."),
         (
             [adapters, "--data", tmp_path / "w.jsonl"],
-            "w.jsonl:1: expected a text under 'text'; it has 'b'. Give another field with --field",
+            "w.jsonl:1: expected a text under 'text', prompt and completion, or messages; it has 'b'.",
         ),
         ([adapters, "--data", tmp_path / "y.jsonl"], "y.jsonl:2: expected JSON in each line"),
-        ([adapters, "--data", tmp_path / "z.txt"], "contains no text with at least two tokens"),
+        ([adapters, "--data", tmp_path / "z.txt"], "z.txt: no token is left to compute a loss on."),
         (
             [adapters, "--data", text, "--model", tmp_path],
             "contains no config.json. Give the folder of a",
@@ -174,11 +262,3 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
         (line,) = result.stderr.splitlines()
         assert line.startswith("funclora eval: ")
         assert message in line
-
-
-def test_every_token_but_the_first_is_predicted_once() -> None:
-    document = list(range(11))
-    for context in (1, 2, 3, 5, 10, 11):
-        windows = cut([document, [7], []], context)
-        assert [token for window in windows for token in window[1:]] == document[1:]
-        assert all(len(window) <= context + 1 for window in windows)

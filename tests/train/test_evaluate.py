@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import funclora as fl
 from funclora._torch.memory import Peak, is_out_of_memory, nbytes
-from funclora._train import evaluate as evaluating
+from funclora._train import passes as evaluating
 from funclora.errors import ArgumentError, ConfigError
 
 VOCAB = 11

@@ -92,6 +92,24 @@ class Base:
                 sums["correct"] = ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
         return sums
 
+    def by_row(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
+        """The scores of each row.
+
+        Args:
+            bound: as for `loss`; also the model of one member, as in `funclora.evaluate`.
+            batch: as for `loss`.
+
+        Returns:
+            "loss", the sum over the positions with a label, `[batch]`; and for classification "predicted", the class at
+            each position, `[batch]` or `[batch, seq]`.
+        """
+        logits, labels = self.logits(bound, batch).float(), self._labels(batch).to(self.device)
+        nats = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        found = {"loss": nats.unflatten(0, labels.shape).reshape(len(labels), -1).sum(1)}
+        if self.task in (SEQUENCE, TOKEN):
+            found["predicted"] = logits.argmax(-1)
+        return found
+
     @torch.no_grad()
     def generate(self, bound: Any, prompt: str, tokens: int) -> str:
         """The model's greedy continuation of a prompt, without the prompt; for classification, the class.
@@ -144,7 +162,7 @@ class Base:
                 raise UnsupportedError(f"packing: {DEMO} cannot separate the examples of a row. Leave it out.")
             return bound(given["input_ids"])  # type: ignore[no-any-return]
         if self.task == SEQ2SEQ:
-            given["decoder_input_ids"] = self._shifted(bound, batch["labels"].to(self.device))
+            given["decoder_input_ids"] = self._shifted(batch["labels"].to(self.device))
         if takes(type(self.model).forward, "use_cache"):
             return bound(**given, use_cache=False).logits  # type: ignore[no-any-return]
         return bound(**given).logits  # type: ignore[no-any-return]
@@ -159,12 +177,12 @@ class Base:
         flat = logits.float().flatten(0, -2)
         return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def _shifted(self, bound: Any, labels: Tensor) -> Tensor:
+    def _shifted(self, labels: Tensor) -> Tensor:
         """The decoder's input: the labels, shifted by one."""
-        if hasattr(bound, "prepare_decoder_input_ids_from_labels"):
-            return bound.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[no-any-return]
-        config: Any = self.model.config
-        start = config.decoder_start_token_id
+        model: Any = self.model
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[no-any-return]
+        start = model.config.decoder_start_token_id
         return F.pad(labels.masked_fill(labels == IGNORED, self.tokenizer.pad_token_id), (1, 0), value=start)[:, :-1]
 
 

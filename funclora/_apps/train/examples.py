@@ -6,7 +6,8 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from funclora._apps.train.notes import Notes
@@ -113,6 +114,38 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
             _packed(part, context, notes, name) for part, name in ((train, ""), (validation, "held-out "))
         )
     return Data(train, validation, classes, notes.lines())
+
+
+def read_examples(
+    file: Path, settings: Settings, tokenizer: Any, limit: int | None, classes: Sequence[str]
+) -> tuple[list[Example], list[str]]:
+    """All examples of a file, with the labels that training has, to score saved adapters on.
+
+    Args:
+        file: a file or folder, as for `records.read`.
+        settings: of the task and of the fields; `context` is the maximum length of an example.
+        tokenizer: as for `prepare`.
+        limit: as for `prepare`.
+        classes: the adapters'; empty for tasks without.
+
+    Returns:
+        The examples, and what was cut off or not read.
+
+    Raises:
+        FormatError: as for `prepare`; or nothing is left to compute a loss on, or a class is none of the adapters'.
+        UnsupportedError: as for `prepare`.
+    """
+    notes = Notes()
+    if limit is not None:
+        settings = replace(settings, context=min(settings.context, limit))
+    context = _context(settings, limit, notes)
+    records = list(read(file, settings.text_field))
+    _one_schema(records, settings, notes)
+    read_one = reader(settings, tokenizer, context, classes, notes)
+    examples = [example for record in records for example in read_one(record)]
+    if not examples:
+        raise FormatError(f"{file}: no token is left to compute a loss on. {' '.join(notes.lines())}".rstrip())
+    return examples, notes.lines()
 
 
 def _context(settings: Settings, limit: int | None, notes: Notes) -> int:

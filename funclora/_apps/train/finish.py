@@ -19,6 +19,7 @@ from funclora._apps.train.loop import Outcome
 from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.tasks import CLASSES_FILE as CLASSES_FILE
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
 from funclora._bind.summary import summary
@@ -31,7 +32,7 @@ from funclora.io.merge.merge import merge_checkpoint
 from funclora.io.peft.folder import save_peft
 from funclora.rules.base import Rule
 
-ADAPTER, MERGED, CARD, CLASSES_FILE = "adapter", "merged", "README.md", "classes.json"
+ADAPTER, MERGED, CARD = "adapter", "merged", "README.md"
 PIPELINES = {
     CAUSAL: "text-generation",
     SEQUENCE: "text-classification",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def ready(settings: Settings, folder: Path) -> Ready:
     tokenizer = load_tokenizer(settings)
     data = prepare(settings, tokenizer, context_limit(settings), known_classes(settings))
     base = load_base(settings, tokenizer, data.classes)
-    check_vocabulary(base, data)
+    check_vocabulary(base, data.train, data.validation)
     if settings.packing:
         bound = bind(base.model, base.params, {})
         check_packing(lambda batch: base.logits(bound, batch), vocabulary(base.model), base.name)
@@ -83,10 +83,10 @@ def demo_data(folder: Path) -> Path:
     return folder / DATA_FILE
 
 
-def check_vocabulary(base: Base, data: Data) -> None:
+def check_vocabulary(base: Base, *parts: Sequence[Example]) -> None:
     """Raise `ConfigError` if an example has a token that the model's embedding does not."""
     rows = vocabulary(base.model)
-    for part in (data.train, data.validation):
+    for part in parts:
         for example in part:
             for i in _ids(example, base.task):
                 if i >= rows:

@@ -193,8 +193,18 @@ class _Tokens:
 
     def sequence(self, record: Record) -> list[Example]:
         out, lost = self.shortened(self.tokenizer, text(record, self.settings.text_field))
-        label = self.classes[class_name(record.fields[self.settings.label_field], record, self.settings.label_field)]
-        return self.kept(out["input_ids"], [label], record, lost)
+        name = class_name(record.fields[self.settings.label_field], record, self.settings.label_field)
+        return self.kept(out["input_ids"], [self.number(name, record)], record, lost)
+
+    def number(self, name: str, record: Record) -> int:
+        """The number of a class."""
+        if name not in self.classes:
+            known = f"{', '.join([*self.classes][:20])}{', ...' if len(self.classes) > 20 else ''}"
+            raise FormatError(
+                f"{record.where}: {self.settings.label_field}: {reprlib.repr(name)} is none of the classes {known}."
+                f"{near(name, self.classes, 1)}"
+            )
+        return self.classes[name]
 
     def words(self, record: Record) -> list[Example]:
         """The first token of a word gets its class; the others have no loss."""
@@ -215,7 +225,7 @@ class _Tokens:
             ) from error
         labels, seen = [], set()
         for word in out.word_ids():
-            labels.append(IGNORED if word is None or word in seen else self.classes[names[word]])
+            labels.append(IGNORED if word is None or word in seen else self.number(names[word], record))
             seen.add(word)
         if not lost and len(seen - {None}) < len(words):
             self.notes.count("with words that have no token, whose classes are lost", record.source)

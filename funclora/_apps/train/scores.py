@@ -1,0 +1,134 @@
+"""Scores of many adapters on the examples of a file, in one pass over the base: losses, and metrics of classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from funclora._apps.train.base import Base
+from funclora._apps.train.batches import collate
+from funclora._apps.train.metrics import accuracy, are_tags, confusion, f1_by_class, macro, span_scores
+from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, TOKEN
+from funclora._apps.train.step import moved
+from funclora._train.evaluate import by_row
+from funclora._train.members import Population
+
+# Rows that are read at a time; the number that is computed together is measured.
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good an adapter is on some examples.
+
+    Attributes:
+        labels: number of positions with a label.
+        values: "loss" in nats per label; for texts "perplexity"; for classes "accuracy" and "macro_f1"; for tags that
+            mark spans "span_precision", "span_recall" and "span_f1".
+        by_class: F1 of each class that occurs.
+        by_span: F1 of each kind of span.
+        confusion: `[class][predicted class]`; empty for texts.
+    """
+
+    labels: int
+    values: dict[str, float]
+    by_class: dict[str, float] = field(default_factory=dict)
+    by_span: dict[str, float] = field(default_factory=dict)
+    confusion: list[list[int]] = field(default_factory=list)
+
+
+def scores(
+    base: Base,
+    stack: Population,
+    examples: Sequence[Example],
+    *,
+    memory: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Score]:
+    """The scores of every member, with the loss and on the positions that training has.
+
+    Args:
+        base: the frozen model, in evaluation mode.
+        stack: the adapters; `{}` is the base model.
+        examples: of one file, not packed.
+        memory: bytes, as for `funclora.evaluate`.
+        progress: called after each batch of `BATCH` examples.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
+    nats = torch.zeros(len(stack), dtype=torch.float64)
+    labels = 0
+    predicted: list[list[list[int]]] = [[[] for _ in examples] for _ in range(len(stack))]
+    parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+
+    def batches() -> Iterator[Any]:
+        nonlocal labels
+        for part in parts:
+            batch = collate([examples[i] for i in part], pad=base.tokenizer.pad_token_id, task=base.task)
+            labels += base.count(batch)
+            yield moved(batch, base.device)
+
+    found = by_row(base.model, base.params, stack, batches(), base.by_row, memory=memory)
+    for part, out in zip(parts, found, strict=True):
+        nats += out["loss"].double().sum(1).cpu()
+        if "predicted" in out:
+            for own, by_example in zip(predicted, out["predicted"].tolist(), strict=True):
+                for i, classes in zip(part, by_example, strict=True):
+                    own[i] = classes if base.task == TOKEN else [classes]
+        progress()
+    true = [example.labels for example in examples]
+    return [
+        _score(base, labels, float(loss), true, own)
+        for loss, own in zip((nats / max(1, labels)).tolist(), predicted, strict=True)
+    ]
+
+
+def _score(base: Base, labels: int, loss: float, true: list[list[int]], predicted: list[list[int]]) -> Score:
+    if base.task in (CAUSAL, SEQ2SEQ):
+        return Score(labels, {"loss": loss, "perplexity": perplexity(loss)})
+    pairs = [
+        [(label, said) for label, said in zip(own, some, strict=False) if label != IGNORED]  # the rest is padding
+        for own, some in zip(true, predicted, strict=True)
+    ]
+    found = agreement(base.classes, pairs)
+    return Score(labels, {"loss": loss, **found.values}, found.by_class, found.by_span, found.confusion)
+
+
+def agreement(classes: Sequence[str], pairs: Sequence[Sequence[tuple[int, int]]]) -> Score:
+    """The metrics of predicted classes, without a loss.
+
+    Args:
+        classes: their names.
+        pairs: for each text the right and the predicted class: one pair, or one for each word.
+
+    Examples:
+        >>> found = agreement(["no", "yes"], [[(0, 0)], [(1, 0)], [(1, 1)]])
+        >>> {name: round(value, 3) for name, value in found.values.items()}, found.by_class
+        ({'accuracy': 0.667, 'macro_f1': 0.667}, {'no': 0.6666666666666666, 'yes': 0.6666666666666666})
+    """
+    flat = [pair for text in pairs for pair in text]
+    table = confusion([true for true, _ in flat], [said for _, said in flat], len(classes))
+    by_class = f1_by_class(table)
+    values = {"accuracy": accuracy(table), "macro_f1": macro(by_class)}
+    by_span: dict[str, float] = {}
+    if are_tags(classes):
+        true, said = ([[classes[pair[k]] for pair in text] for text in pairs] for k in (0, 1))
+        spans = span_scores(true, said)
+        values |= {"span_precision": spans.precision, "span_recall": spans.recall, "span_f1": spans.f1}
+        by_span = spans.by_kind
+    known = {name: value for name, value in zip(classes, by_class, strict=True) if value is not None}
+    return Score(len(flat), values, known, by_span, table)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), which may be too large for a float.
+
+    Examples:
+        >>> perplexity(0.0), perplexity(1e4)
+        (1.0, inf)
+    """
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,117 @@
+"""What saved adapters were trained for: the task, and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from funclora._apps.train import utf8
+from funclora._apps.train.qlora import TASK_TYPES
+from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
+from funclora._apps.train.strict_json import parse
+from funclora._apps.train.tokenizer import load_config
+from funclora._config.peft_fields import HEADS
+from funclora._files.atomic import read_json
+from funclora.errors import ConfigError, FormatError
+from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from funclora.io.peft.tensors import StoredTensors
+
+CLASSES_FILE = "classes.json"  # beside an adapter: the names of its classes, in the order of the head's outputs
+
+
+def trained_task(folders: Mapping[str, Path], model: Path | None, task: str | None = None) -> str:
+    """The task that all adapters were trained for.
+
+    Args:
+        folders: PEFT folders by name.
+        model: the base's folder; None for the demo's base.
+        task: the task, if the user gives it.
+
+    Raises:
+        ConfigError: they were trained for different tasks, or it is not known.
+        FormatError: a configuration cannot be read.
+    """
+    if task is not None:
+        if task not in TASKS:
+            raise ConfigError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}.")
+        return task
+    known = {name: task for task, name in TASK_TYPES.items()}
+    found: dict[str, str] = {}
+    for name, folder in folders.items():
+        kind = read_json(folder / CONFIG_FILE).get("task_type")
+        if kind is None and (folder / CLASSES_FILE).exists():
+            raise ConfigError(f"{folder}: {CONFIG_FILE} does not say the task of these classes. Give it with --task.")
+        if kind is not None and kind not in known:
+            raise ConfigError(
+                f"{folder}: was trained for {kind!r}, which has no loss here. Give an adapter for one of "
+                f"{', '.join(known)}."
+            )
+        if kind is not None:
+            found[name] = known[kind]
+    if len({*found.values()}) > 1:
+        (one, first), (other, second) = list({task: name for name, task in found.items()}.items())[:2]
+        raise ConfigError(
+            f"{first} was trained for {one}, {second} for {other}, which have no loss in common. Give adapters of one "
+            "task."
+        )
+    if found:
+        return next(iter(found.values()))
+    return SEQ2SEQ if model is not None and load_config(model).is_encoder_decoder else CAUSAL
+
+
+def trained_classes(folders: Mapping[str, Path], task: str) -> tuple[str, ...]:
+    """The names of the classes of all adapters: of `classes.json`, or else the numbers of the saved head's outputs.
+
+    Args:
+        folders: PEFT folders by name.
+        task: as from `trained_task`.
+
+    Returns:
+        The names; empty for tasks without classes, and where no adapter brings names or a head.
+
+    Raises:
+        ConfigError: the adapters have different classes.
+        FormatError: a file cannot be read.
+    """
+    if task not in (SEQUENCE, TOKEN):
+        return ()
+    found = {name: _classes(folder) for name, folder in folders.items()}
+    given = {classes: name for name, classes in found.items() if classes}
+    if len(given) > 1:
+        (one, first), (other, second) = list(given.items())[:2]
+        raise ConfigError(
+            f"{first} has the classes {_short(one)}, {second} has {_short(other)}. Give adapters with the same classes "
+            "in the same order."
+        )
+    return next(iter(given), ())
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    file = folder / CLASSES_FILE
+    if file.exists():
+        names = parse(utf8.whole(file), str(file))
+        if not isinstance(names, list) or len({*map(str, names)}) < len(names) or not names:
+            raise FormatError(f"{file}: expected a list of the names of the classes, without repetition.")
+        return tuple(map(str, names))
+    return tuple(map(str, range(_outputs(folder))))
+
+
+def _outputs(folder: Path) -> int:
+    """The number of outputs of the head among an adapter's tensors; 0 if there is none."""
+    if not (folder / WEIGHTS_FILE).exists():
+        return 0
+    ends = {*HEADS["SEQ_CLS"], *HEADS["TOKEN_CLS"]}
+    shapes = StoredTensors(AdapterFiles(folder)).shapes()
+    heads = {
+        key: shape
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and len(shape) == 2 and ends & {*key.split(".")} and "lora_" not in key
+    }
+    # A head of several layers ends with the one that gives the classes.
+    return heads[max(heads)][0] if heads else 0
+
+
+def _short(classes: tuple[str, ...]) -> str:
+    text = json.dumps(classes, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
