@@ -90,6 +90,7 @@ def by_row(
     function: Metric,
     *,
     memory: int | None = None,
+    alone: bool = False,
 ) -> Iterator[Any]:
     """What a function gives for each member and each row: as `evaluate`, but without the mean.
 
@@ -100,6 +101,8 @@ def by_row(
         data: as for `evaluate`.
         function: as the metric of `evaluate`, but its tensors are `[n_rows, *]`.
         memory: as for `evaluate`.
+        alone: compute one member after the other, as is needed for models whose rows cannot be told apart. In training
+            mode such a model may mix rows, so that the values depend on the memory.
 
     Yields:
         For each batch, the structure that the function returns, with tensors `[n_members, n_rows, *]`.
@@ -111,7 +114,7 @@ def by_row(
         >>> [found.tolist() for found in by_row(model, params, members, [torch.ones(2, 2)], lambda bound, x: bound(x))]
         [[[[0.0], [0.0]], [[2.0], [2.0]]]]
     """
-    passes = _ByRow(model, params, stack, function, memory)
+    passes = _ByRow(model, params, stack, function, memory, alone=alone)
     for batch in data:
         passes.add(batch)
         yield passes.found()
@@ -120,8 +123,8 @@ def by_row(
 class _Means(Passes):
     """The members' sums over the rows so far."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.sums: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
 

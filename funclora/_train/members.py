@@ -43,6 +43,15 @@ class BatchedModel:
         return self.bound[count]
 
 
+class AloneModel(BatchedModel):
+    """The model for a single member, whose rows the model may mix."""
+
+    def of(self, count: int) -> nn.Module:
+        if not self.bound:
+            self.bound[0] = bind(self.model, self.params, self.members[0])
+        return self.bound[0]
+
+
 class MemberModel:
     """The bound model that the loss of one member gets, under vmap."""
 

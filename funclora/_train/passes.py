@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from funclora._many.stack import Group, Stack, TreeSpecs
 from funclora._torch.memory import Peak, budget, is_out_of_memory
-from funclora._train.members import BatchedModel, MemberModel, Population
+from funclora._train.members import AloneModel, BatchedModel, MemberModel, Population
 from funclora._train.population import batch_dims, batch_size
 from funclora.errors import ConfigError
 from funclora.rules.base import Params
@@ -75,11 +75,18 @@ class _Plan:
 class Passes:
     """A function of all members and rows, in passes of the size that the memory allows.
 
-    Members are in the order of their groups.
+    Members are in the order of their groups. With `alone` there is one in each pass, and its rows are not routed.
     """
 
     def __init__(
-        self, model: nn.Module, params: Params, stack: Population, function: Metric, memory: int | None
+        self,
+        model: nn.Module,
+        params: Params,
+        stack: Population,
+        function: Metric,
+        memory: int | None,
+        *,
+        alone: bool = False,
     ) -> None:
         self.model = model
         self.params = {name: tensor.detach() for name, tensor in params.items()}
@@ -87,6 +94,8 @@ class Passes:
         self.members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, stack)))
         self.function = function
         self.plan = _Plan(budget(device) if memory is None else memory)
+        self.most = 1 if alone else len(stack)
+        self.make = AloneModel if alone else BatchedModel
         self.whole = False  # the function gives one value for a batch: its rows must not be split
         self.rows = 0
         self.spec: Any = None
@@ -100,10 +109,10 @@ class Passes:
         row = tuple(math.prod(x.shape[1:]) for x in optree.tree_leaves(batch) if isinstance(x, Tensor))
         member = start = 0
         while member < len(self.members):
-            size = self.plan.size(row, n, len(self.members) - member, self.whole)
+            size = self.plan.size(row, n, min(self.most, len(self.members) - member), self.whole)
             if size is None:
                 # Only for the measurement. Two rows, because a single row needs no routing and so uses less memory.
-                self._run(0, min(2, len(self.members)), _rows(batch, 0, 2), min(2, n), row)
+                self._run(0, min(2, self.most), _rows(batch, 0, 2), min(2, n), row)
                 continue
             m, r = (1, min(size[1], n - start)) if start else size
             values = self._run(member, m, _rows(batch, start, start + r), r, row)
@@ -132,7 +141,7 @@ class Passes:
         known = self.latest is not None and self.latest[0] == key
         if not known:
             self.latest = None  # before the new one is made
-            self.latest = key, BatchedModel(self.model, self.params, _some(self.members, member, member + m))
+            self.latest = key, self.make(self.model, self.params, _some(self.members, member, member + m))
         assert self.latest is not None
         rows = self.latest[1]
         try:

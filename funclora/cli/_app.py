@@ -34,6 +34,7 @@ from funclora.cli.extract import extract
 from funclora.cli.generate import generate
 from funclora.cli.inspect import inspect
 from funclora.cli.merge import merge
+from funclora.cli.predict import predict
 from funclora.cli.sweep import sweep
 from funclora.cli.train import train
 
@@ -49,6 +50,7 @@ for name, function, stopped in (
     ("generate", generate, "Nothing was written."),
     ("inspect", inspect, "Nothing was written."),
     ("merge", merge, "{out} is unchanged."),
+    ("predict", predict, "Nothing was written."),
     ("sweep", sweep, "The same command continues with {out}."),
     ("train", train, "If its folder contains a checkpoint, the same command with --resume continues."),
 ):

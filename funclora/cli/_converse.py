@@ -54,7 +54,7 @@ def converse(
             word, _, rest = line.strip().partition(" ")
             if word in ("/adapter", "/base"):
                 adapter = None if word == "/base" else known(rest.strip(), names, where)
-                generator.load([adapter])
+                generator.load(adapter)
                 said = []
                 continue
             if not line.strip():

@@ -17,15 +17,10 @@ import funclora as fl
 from funclora._apps.train.base import Base, ByteTokenizer, takes
 from funclora._apps.train.settings import CAUSAL
 from funclora._torch.memory import is_out_of_memory
-from funclora.cli._adapters import for_base
+from funclora.cli._loader import Loader
 from funclora.cli._prompts import Prompt
 from funclora.errors import ConfigError, FuncloraError, FuncloraWarning
 from funclora.io.hf.library import first_line
-from funclora.io.hf.origin import check_origin
-from funclora.io.peft.files import WEIGHTS_FILE
-
-# Bytes of adapters that are kept between batches; more if the largest adapter needs more.
-HELD = 1 << 30
 
 Write = Callable[[str], None]
 
@@ -75,29 +70,17 @@ class Generator:
     """
 
     def __init__(self, base: Base, folders: Mapping[str, Path], sampling: Sampling, model: Path | None = None) -> None:
-        self._base, self._folders, self._sampling, self._model = base, folders, sampling, model
-        self._new = {*folders}
-        sizes = [
-            (folder / WEIGHTS_FILE).stat().st_size for folder in folders.values() if (folder / WEIGHTS_FILE).exists()
-        ]
-        # Half precision on disk may be float32 in memory.
-        self._cache = fl.AdapterCache(
-            base.model, dict(folders), memory=max(HELD, 4 * max(sizes, default=0)), device=base.device
-        )
+        self._base, self._sampling = base, sampling
+        self._loader = Loader(base, folders, model)
         self._random = torch.Generator(base.device).manual_seed(sampling.seed)
 
-    def load(self, names: Sequence[str | None]) -> dict[str, fl.Rule]:
-        """The adapters of a batch whose rows name theirs.
+    def load(self, name: str | None) -> None:
+        """Load an adapter, for its errors.
 
         Raises:
-            ConfigError: one does not load, or belongs to another model.
+            ConfigError: it does not load, or belongs to another model.
         """
-        with for_base(self._base.name, [self._folders[name] for name in names if name is not None]):
-            adapters = self._cache.route(names)
-        used = self._new & {name for name in names if name is not None}
-        self._new -= used
-        check_origin([self._folders[name] for name in sorted(used)], self._model)
-        return adapters
+        self._loader.route([name])
 
     def batches(self, prompts: Sequence[Prompt], rows: int) -> Iterator[list[Answer]]:
         """The answers, in the order of the prompts, so many rows at a time."""
@@ -152,7 +135,7 @@ class Generator:
     @torch.no_grad()
     def _answers(self, prompts: Sequence[Prompt], room: int, write: Write | None = None) -> list[Answer]:
         base = self._base
-        adapters = self.load([prompt.adapter for prompt in prompts])
+        adapters = self._loader.route([prompt.adapter for prompt in prompts])
         bound = fl.bind(base.model, base.params, adapters)
         rows = [prompt.ids for prompt in prompts]
         if isinstance(base.tokenizer, ByteTokenizer):

@@ -127,27 +127,41 @@ def read_prompts(
     prompts = []
     for record in read(file, "prompt"):
         fields, where = record.fields, record.where
-        named = fields.get("adapter")
-        if not isinstance(named, str | None):
-            raise FormatError(f"{where}: adapter: expected a name or null, got {named!r}.")
+        refuse_taken(record, RESULTS)
         if ("prompt" in fields) == ("messages" in fields):
             there = ", ".join(map(repr, fields)) or "no fields"
             raise FormatError(f'{where}: expected either "prompt" or "messages", got {there}.')
-        if taken := [name for name in RESULTS if name in fields]:
-            raise FormatError(
-                f"{where}: has {', '.join(map(repr, taken))}, which would be written over. Rename or remove it."
-            )
         if "messages" not in fields and not isinstance(fields["prompt"], str):
             raise FormatError(f"{where}: prompt: expected a text, got {fields['prompt']!r:.60}.")
         if "completion" in fields:
             fields = _with_reference(record, {}, fields["completion"])
-        for adapter in [named or None] if "adapter" in fields else defaults:
-            name = known(adapter, names, where)
+        for name in dict.fromkeys(adapter_of(record, names, default) for default in defaults):
             if "messages" in fields:
                 prompts.append(reader.messages(replace(record, fields=fields), name, go_on=go_on))
             else:
                 prompts.append(reader.text(fields["prompt"], name, where, fields))
     return prompts
+
+
+def adapter_of(record: Record, names: Sequence[str], default: str | None) -> str | None:
+    """The adapter that a record names: null (in a CSV file, an empty text) is the base model.
+
+    Raises:
+        FormatError: it names something else.
+        ConfigError: there is no such adapter.
+    """
+    named = record.fields.get("adapter", default)
+    if not isinstance(named, str | None):
+        raise FormatError(f"{record.where}: adapter: expected a name or null, got {named!r}.")
+    return known(named or None, names, record.where)
+
+
+def refuse_taken(record: Record, names: Sequence[str]) -> None:
+    """Raise `FormatError` if a record has fields that its result has too."""
+    if taken := [name for name in names if name in record.fields]:
+        raise FormatError(
+            f"{record.where}: has {', '.join(map(repr, taken))}, which would be written over. Rename or remove it."
+        )
 
 
 def _with_reference(record: Record, fields: dict[str, Any], reference: Any) -> dict[str, Any]:

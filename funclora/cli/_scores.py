@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 import funclora as fl
-from funclora._apps.train.base import Base, context_limit, known_classes, load_base, load_tokenizer
+from funclora._apps.train.base import context_limit, known_classes, load_base, load_tokenizer
 from funclora._apps.train.examples import Example, read_examples
 from funclora._apps.train.folder import load_config
 from funclora._apps.train.scores import BATCH, Score, scores
@@ -20,8 +20,8 @@ from funclora._apps.train.setup import check_vocabulary
 from funclora._apps.train.tasks import trained_classes
 from funclora._files.atomic import replace_files
 from funclora.cli._adapters import for_base
+from funclora.cli._loader import check_head
 from funclora.cli._output import json_text
-from funclora.errors import ConfigError
 from funclora.io.hf.origin import check_origin
 
 EVAL_FILE = "eval.json"
@@ -160,14 +160,13 @@ def evaluated(
             members.append(fl.load_peft(folder, base.model)[0])
         check_head(base, members[-1], name)
     check_origin(folders.values(), settings.model)
-    stack = fl.stack(members)
     by_file = []
     for file, some in zip(files, examples, strict=True):
 
         def step(file: Path = file) -> None:
             progress(f"evaluating on {file.name}", ticks)
 
-        by_file.append(scores(base, stack, some, memory=memory, progress=step))
+        by_file.append(scores(base, members, some, memory=memory, progress=step))
     by_member = [[column[i] for column in by_file] for i in range(len(members))]
     alone = [] if base.new else by_member.pop(0)
     return Scores(list(folders), names, base.classes, alone, by_member, notes)
@@ -179,13 +178,3 @@ def classes_of(folders: Mapping[str, Path], settings: Settings) -> tuple[str, ..
     if found or settings.model is None or settings.task not in (SEQUENCE, TOKEN):
         return found
     return known_classes(settings) or tuple(map(str, range(load_config(settings.model).num_labels)))
-
-
-def check_head(base: Base, adapters: Mapping[str, fl.Rule], name: str) -> None:
-    """Raise `ConfigError` if an adapter does not bring the head that its base does not have."""
-    for module in base.new:
-        if not any(parameter.startswith(f"{module}.") for parameter in adapters):
-            raise ConfigError(
-                f"{name}: contains no weights of {module!r}, and {base.name} neither, so its classes would be random. "
-                "Save the head with the adapter (modules_to_save)."
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from funclora._apps.train.metrics import accuracy, are_tags, confusion, f1_by_cl
 from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, TOKEN
 from funclora._apps.train.step import moved
+from funclora._many.stack import stack as stack_of
 from funclora._train.evaluate import by_row
-from funclora._train.members import Population
+from funclora.errors import UnsupportedError
+from funclora.rules.base import Adapters
 
 # Rows that are read at a time; the number that is computed together is measured.
 BATCH = 64
@@ -44,7 +47,7 @@ class Score:
 
 def scores(
     base: Base,
-    stack: Population,
+    members: Sequence[Adapters],
     examples: Sequence[Example],
     *,
     memory: int | None = None,
@@ -52,28 +55,28 @@ def scores(
 ) -> list[Score]:
     """The scores of every member, with the loss and on the positions that training has.
 
+    All members are computed in one pass over the base. Where the model loses track of which row is whose, each has a
+    pass of its own.
+
     Args:
         base: the frozen model, in evaluation mode.
-        stack: the adapters; `{}` is the base model.
+        members: the adapters; `{}` is the base model.
         examples: of one file, not packed.
         memory: bytes, as for `funclora.evaluate`.
         progress: called after each batch of `BATCH` examples.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
-    nats = torch.zeros(len(stack), dtype=torch.float64)
-    labels = 0
-    predicted: list[list[list[int]]] = [[[] for _ in examples] for _ in range(len(stack))]
+    nats = torch.zeros(len(members), dtype=torch.float64)
+    labels = sum(1 for example in examples for label in example.labels[base.task == CAUSAL :] if label != IGNORED)
+    predicted: list[list[list[int]]] = [[[] for _ in examples] for _ in range(len(members))]
     parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
     def batches() -> Iterator[Any]:
-        nonlocal labels
         for part in parts:
             batch = collate([examples[i] for i in part], pad=base.tokenizer.pad_token_id, task=base.task)
-            labels += base.count(batch)
             yield moved(batch, base.device)
 
-    found = by_row(base.model, base.params, stack, batches(), base.by_row, memory=memory)
-    for part, out in zip(parts, found, strict=True):
+    for part, out in zip(parts, _by_row(base, members, batches, memory), strict=True):
         nats += out["loss"].double().sum(1).cpu()
         if "predicted" in out:
             for own, by_example in zip(predicted, out["predicted"].tolist(), strict=True):
@@ -85,6 +88,23 @@ def scores(
         _score(base, labels, float(loss), true, own)
         for loss, own in zip((nats / max(1, labels)).tolist(), predicted, strict=True)
     ]
+
+
+def _by_row(
+    base: Base, members: Sequence[Adapters], batches: Callable[[], Iterator[Any]], memory: int | None
+) -> Iterator[Any]:
+    """`base.by_row` of all members, batch by batch."""
+    stack = stack_of(dict(adapters) for adapters in members)
+
+    def found(*, alone: bool) -> Iterator[Any]:
+        return by_row(base.model, base.params, stack, batches(), base.by_row, memory=memory, alone=alone)
+
+    together = found(alone=len(members) == 1)
+    try:
+        first = [next(together)]
+    except UnsupportedError:
+        first, together = [], found(alone=True)
+    return itertools.chain(first, together)
 
 
 def _score(base: Base, labels: int, loss: float, true: list[list[int]], predicted: list[list[int]]) -> Score:
