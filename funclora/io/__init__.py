@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = _attach(
     __name__,
     {
         "funclora.io.foreign.image_models": ("load_diffusers", "save_diffusers"),
+        "funclora.io.foreign.mlx": ("load_mlx", "save_mlx"),
         "funclora.io.hf.extract": ("ExtractReport", "ExtractedWeight"),
         "funclora.io.merge.merge": ("MergeReport", "MergedWeight"),
         "funclora.io.merge.verify": ("MergeVerification",),

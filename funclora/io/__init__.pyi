@@ -1,4 +1,5 @@
 from funclora.io.foreign.image_models import load_diffusers, save_diffusers
+from funclora.io.foreign.mlx import load_mlx, save_mlx
 from funclora.io.hf.extract import ExtractedWeight, ExtractReport
 from funclora.io.merge.merge import MergedWeight, MergeReport
 from funclora.io.merge.verify import MergeVerification
@@ -14,5 +15,7 @@ __all__ = [
     "MergeVerification",
     "MergedWeight",
     "load_diffusers",
+    "load_mlx",
     "save_diffusers",
+    "save_mlx",
 ]

@@ -73,6 +73,8 @@ def read_config(files: AdapterFiles, model: nn.Module) -> tuple[LoraConfig, bool
     file = files.config_file
     raw = {name: value for name, value in files.config.items() if name not in OF_INITIALISATION}
     kind = raw.get("peft_type")
+    if "peft_type" not in raw and "lora_parameters" in raw:
+        raise UnsupportedError(f"{file}: this is mlx-lm's configuration. Read the folder with funclora.io.load_mlx.")
     if kind != "LORA":
         got = f"got {kind!r}" if "peft_type" in raw else "but it is missing"
         raise FormatError(f"{file}: peft_type: expected 'LORA', {got}. Only LoRA and DoRA adapters are supported.")

@@ -28,9 +28,15 @@ def folded(adapters: Adapters, config: LoraConfig) -> tuple[dict[str, Rule], Lor
     Returns:
         Adapters that rewrite every weight as before, up to one rounding of B, and their configuration.
     """
-    r = max(rule.r for rule in adapters.values() if isinstance(rule, (LoRA, DoRA)))
-    changed = {name: _folded(rule, r) for name, rule in adapters.items()}
+    changed = alike(adapters)
+    r = max(rule.r for rule in changed.values() if isinstance(rule, (LoRA, DoRA)))
     return changed, config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
+
+
+def alike(adapters: Adapters) -> dict[str, Rule]:
+    """The same adapters with scaling 1 and the largest rank, up to which the others are padded with zeros."""
+    r = max(rule.r for rule in adapters.values() if isinstance(rule, (LoRA, DoRA)))
+    return {name: _padded(_unscaled(rule), r) for name, rule in adapters.items()}
 
 
 def unscaled(adapters: Adapters) -> dict[str, Rule]:
@@ -38,8 +44,7 @@ def unscaled(adapters: Adapters) -> dict[str, Rule]:
     return {name: _unscaled(rule) for name, rule in adapters.items()}
 
 
-def _folded(rule: Rule, r: int) -> Rule:
-    rule = _unscaled(rule)
+def _padded(rule: Rule, r: int) -> Rule:
     if isinstance(rule, (LoRA, DoRA)):
         of_a, of_b = rule.layout.rank_dims
         return replace(rule, a=padded(rule.a, of_a, r), b=padded(rule.b, of_b, r))
