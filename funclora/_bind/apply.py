@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funclora._api.arguments import check_model
-from funclora._bind.checks import check_adapters, check_rules, refuse_unbindable, rows_of_batch, unwritten
+from funclora._bind.checks import batch_of, check_adapters, check_rules, refuse_unbindable, unwritten
 from funclora._bind.clone import clone_module
 from funclora._bind.compiled import TracedModule
 from funclora._bind.params import named_tensors
@@ -89,9 +89,9 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
 
     placeholders: Placeholders = {}
     bound = clone_module(model, tensor)
-    n, repeats = rows_of_batch(adapters)
-    if n > 1:
-        entrance = Entrance(n, repeats)
+    batch = batch_of(adapters)
+    if batch is not None:
+        entrance = Entrance(batch)
         for module in bound.modules():
             entrance.guard(module)
     if unused:

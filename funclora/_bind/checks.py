@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from funclora._api.arguments import ORDER, check_params, refuse
 from funclora._many.stack import Stack
 from funclora._torch.functions import is_mapped, plain_tensors
+from funclora._tracking.batch import Batch
 from funclora._tracking.routed import Routed
 from funclora.errors import ParamsError, PurityError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params, Rule
@@ -44,16 +45,20 @@ def versions(tensors: list[Tensor]) -> list[int | None]:
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def rows_of_batch(adapters: Adapters) -> tuple[int, int]:
-    """The number of rows of a batch, and how often each is repeated; (1, 1) if the adapters do not differ by row."""
-    sizes = {(rule.n, rule.repeats): name for name, rule in adapters.items() if isinstance(rule, Routed)}
-    if len(sizes) > 1:
+def batch_of(adapters: Adapters) -> Batch | None:
+    """How the inputs hold the rows; None if the adapters do not differ by row.
+
+    Raises:
+        ParamsError: the rules come from several calls of `route`.
+    """
+    batches = {rule.batch: name for name, rule in adapters.items() if isinstance(rule, Routed)}
+    if len(batches) > 1:
         raise ParamsError(
-            "adapters are routed for batches of different sizes: "
-            + ", ".join(f"{name!r} for {n} rows" for (n, _), name in sizes.items())
+            "adapters are routed for different batches: "
+            + ", ".join(f"{name!r} for {batch.n} rows" for batch, name in batches.items())
             + ". Use the rules of one call of route."
         )
-    return next(iter(sizes), (1, 1))
+    return next((batch for batch in batches if batch.n > 1), None)
 
 
 def check_rules(adapters: object, where: str = "adapters") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from funclora._bind.checks import rows_of_batch
+from funclora._bind.checks import batch_of
 from funclora._bind.rewrite import rewritten
 from funclora._quant.quantize import reads_packed_weights
 from funclora._quant.tensor import plain_weight
@@ -24,7 +24,7 @@ class TracedModule:
 
     def __init__(self, model: nn.Module, params: Params, adapters: Adapters) -> None:
         self._model = model
-        self._rows = rows_of_batch(adapters)
+        self._batch = batch_of(adapters)
         self._tensors = {}
         places: dict[tuple[int, str], str] = {}
         for name, given in params.items():
@@ -52,7 +52,7 @@ class TracedModule:
         def call(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
 
-        return call(*args, **kwargs) if self._rows[0] == 1 else with_rows(call, args, kwargs, *self._rows, {})
+        return call(*args, **kwargs) if self._batch is None else with_rows(call, args, kwargs, self._batch, {})
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._lazy.dispatch import linear_ops
-from funclora._tracking.propagation import Place, is_elementwise
-from funclora._tracking.routed import WHOLE_TENSOR, PreparedRouted, Routed, lost, spread
+from funclora._tracking.groups import Members, RoutedGroup, members_of
+from funclora._tracking.owners import Owners, Place
+from funclora._tracking.propagation import is_elementwise
+from funclora._tracking.routed import WHOLE_TENSOR, LostRowsError, PreparedRouted, Routed, spread
 from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import rescaled
@@ -70,8 +72,8 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     out, place = rows_of(y)
     if rule.n == 1:
         place = WHOLE_TENSOR
-    if not isinstance(place, Place):
-        raise lost(place, f"{lazy.target!r} differs by row and is read")
+    if isinstance(place, str):
+        raise LostRowsError("is read", place, repr(lazy.target))
     rows = rows_first(out, place, rule.n)
     for several, group in rule.apart():
         if group.present is not None:
@@ -79,22 +81,41 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
                 f"{lazy.target!r}: a tensor of ids needs rules that are low-rank updates, and {type(several).__name__} "
                 "has no such form: its low_rank is None. Give route the ids as a list, or use funclora.vmap."
             )
-        for j in range(len(group.scalings)):
+        for j, chosen in _rows_of_members(group, place):
             one = rescaled(several.member(j), group.scalings[j])
             value = lazy.like(base, one)
             if one.bind_dense:
                 value = one.dense(base).to(base.dtype, copy=True)  # embeddings with max_norm write to it
-            if group.rows is None:
+            if chosen is None:
                 change = operation(value) - operation(base)
                 change = rows_first(rows_of(change)[0], place, rule.n)
-                rows = rows + change * spread(group.weights[:, j].to(change.dtype), change, ())
+                weights = group.weights[:, j] if isinstance(place, Place) else group.weights[_positions(place), j]
+                rows = rows + change * spread(weights.to(change.dtype), change, ())
                 continue
-            chosen = group.rows.of_member(j, out.device)
-            if not len(chosen):
-                continue
-            rows = rows.index_copy(0, chosen, rows_first(operation(value, chosen), place, len(chosen)))
+            own = operation(value, chosen)
+            own = rows_first(own, place, len(chosen)) if isinstance(place, Place) else own
+            rows = rows.index_copy(0, chosen, own)
     out = rows_back(rows, place)
     return y.scope.enter(out, place) if isinstance(y, RowTensor) else out
+
+
+def _rows_of_members(group: RoutedGroup, place: Place | Owners) -> Iterator[tuple[int, Tensor | None]]:
+    """The members of a group that are used, and the rows of each, as `rows_first` counts them; None for weights."""
+    m, device = len(group.scalings), group.scalings.device
+    if group.rows is None:
+        yield from ((j, None) for j in range(m))
+        return
+    plan = [Members(list(range(m)), group.rows)] if isinstance(place, Place) else members_of(group, m, place)
+    for some in plan:
+        for i, j in enumerate(some.chosen):
+            rows = some.rows.of_member(i, device)
+            if len(rows):
+                yield j, rows
+
+
+def _positions(owners: Owners) -> Tensor:
+    """The owner of each position along which it varies."""
+    return owners.index.flatten().long()
 
 
 def _only(x: Any, chosen: Tensor, n: int) -> Any:
@@ -102,9 +123,10 @@ def _only(x: Any, chosen: Tensor, n: int) -> Any:
     if not isinstance(x, RowTensor):
         return x
     plain, place = rows_of(x)
-    if not isinstance(place, Place):
-        raise lost(place, "a weight that differs by row is read")
-    return rows_back(rows_first(plain, place, n).index_select(0, chosen), place)
+    if isinstance(place, str):
+        raise LostRowsError("is read", place)
+    rows = rows_first(plain, place, n).index_select(0, chosen)
+    return rows if isinstance(place, Owners) else rows_back(rows, place)
 
 
 class _Affine(NamedTuple):
@@ -162,10 +184,18 @@ def _by_row(lazy: Any, like: Tensor, channels_first: bool) -> Tensor:
     if rule.n == 1:
         return cast(Tensor, values.reshape(shape))
     _, place = rows_of(like)
-    if not isinstance(place, Place) or place.dim >= like.dim() - len(shape):
-        raise lost(str(place), f"{lazy.target!r} differs by row and is read")
-    if place.inner > 1:
+    if isinstance(place, str) or any(d >= like.dim() - len(shape) for d in _dims(place)):
+        raise LostRowsError("is read", str(place) if isinstance(place, str) else "", repr(lazy.target))
+    sizes = [1] * (like.dim() - len(shape))
+    for d in _dims(place):
+        sizes[d] = like.shape[d]
+    if isinstance(place, Owners):
+        values = values[_positions(place).to(values.device)]
+    elif place.inner > 1:
         values = values.repeat_interleave(place.inner, 0)
-    before, between = [1] * place.dim, [1] * (like.dim() - len(shape) - place.dim - 1)
-    out: Tensor = values.reshape(*before, len(values), *between, *shape)
+    out: Tensor = values.reshape(*sizes, *shape)
     return out
+
+
+def _dims(place: Place | Owners) -> list[int]:
+    return [place.dim] if isinstance(place, Place) else place.varying()

@@ -30,6 +30,9 @@ from funclora._torch.functions import (
     undispatched,
 )
 from funclora._torch.views import View, seen
+from funclora._tracking.experts import gathered
+from funclora._tracking.routed import LostRowsError, PreparedRouted, Routed
+from funclora._tracking.tensor import rows_of
 from funclora.rules.base import Rule
 from funclora.rules.layouts import Matrices
 
@@ -111,15 +114,27 @@ def _gathered(lazy: Any, index: Tensor) -> Any:
     if index.is_floating_point() or index.dtype == torch.bool or not isinstance(lazy.rule.layout, Matrices):
         raise NoFormError
     if lazy.base.dim() > 2:
-        rule = lazy.rule.select_experts(index)
-        if rule is None:
-            raise NoFormError
-        return lazy.like(lazy.base[index], rule, copied=True)
+        return lazy.like(lazy.base[index], _of_experts(lazy, index), copied=True)
     if not lazy.rule.layout.transposed:
         raise NoFormError
     ids = torch.where(index < 0, index + lazy.base.shape[0], index)
     # Not F.embedding itself: the compiler does not dispatch inside a dispatch.
     return type(lazy).__torch_function__(F.embedding, (type(lazy),), (ids, lazy))
+
+
+def _of_experts(lazy: Any, index: Tensor) -> Rule:
+    plain, owner = rows_of(index)
+    rule = lazy.rule
+    if isinstance(rule, Routed):
+        rule = rule.prepared(lazy.base)
+    if isinstance(rule, PreparedRouted) and index.numel() != 1:
+        if isinstance(owner, str):
+            raise LostRowsError("is read by an index", owner, repr(lazy.target))
+        return gathered(rule.pairs(), plain, owner, index.scope, lazy.base)  # type: ignore[attr-defined]
+    found: Rule | None = rule.select_experts(plain)
+    if found is None:
+        raise NoFormError
+    return found
 
 
 def _cast(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from funclora._lazy.views import inlined, views
 from funclora._quant.tensor import held
 from funclora._torch.contractions import contractions
 from funclora._torch.functions import QUESTIONS, NoFormError, placeholder, plain_tensors, written
+from funclora._tracking.routed import LostRowsError
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 from funclora.rules.base import Rule, dense_of
 from funclora.rules.dense import Full
@@ -126,7 +127,10 @@ class LazyWeight(torch.Tensor):
             lazy, op = mapped
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
-            return op.finish(lazy.rule.apply_op(op, held(lazy.base), dropout))
+            try:
+                return op.finish(lazy.rule.apply_op(op, held(lazy.base), dropout))
+            except LostRowsError as error:
+                raise error.of(lazy.target) from None
         if func in contractions and _are_matrices(args, kwargs):
             try:
                 return contractions[func](LazyWeight, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from funclora._api.arguments import refuse
 from funclora._many.stack import Group, Stack, check_stack, unscaled
-from funclora._tracking.groups import Assignment, RoutedGroup, RoutedGroups
+from funclora._tracking.batch import Batch, RowsOf
+from funclora._tracking.groups import PADDED, Assignment, RoutedGroup, RoutedGroups, alike
 from funclora._tracking.routed import Routed
 from funclora.errors import ConfigError
 from funclora.rules.base import Rule
@@ -20,42 +21,47 @@ from funclora.rules.layouts import padded
 from funclora.rules.low_rank import LowRank, low_rank_of
 from funclora.rules.tokens import untied
 
-# Members whose numbers of rows, or ranks, differ by at most this factor are padded to the larger number.
-PADDED = 2
-
 
 def route(
     stack: Stack[dict[str, Rule]],
-    ids: Sequence[int] | Tensor | None = None,
+    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     *,
     weights: Tensor | None = None,
     repeats: int = 1,
+    rows_of: Mapping[str, int | Sequence[int] | Tensor | None] | None = None,
 ) -> dict[str, Rule]:
-    """An adapter for each row of a batch, as one value for `apply` and `bind`.
+    """An adapter for each row of a batch, or for each token, as one value for `apply` and `bind`.
 
     Row i of the batch (the first dimension of the model's inputs) is computed with member `ids[i]`, as if it were the
     only row. The base weights are used once for all rows. With `weights`, row i uses the base weight plus the
     weighted sum of the members' changes to it.
 
+    With ids for each token, a row may hold several sequences one after the other, each with its own adapter. Pass the
+    model whatever keeps packed sequences apart, such as `position_ids` that start again or a mask of blocks.
+
     With a list of ids, rows of one member are computed together. With a tensor of ids, every row gets a copy of its
     adapter, and no shape depends on the values of the ids, so a compiled `apply` needs only one graph for all choices.
     Call `route` itself outside the compiled function.
 
-    The rows of tensors are tracked through the model. If a model mixes or regroups rows before a target (experts, batch
-    statistics), the call raises `UnsupportedError`.
+    Every position of every adapted layer is read by its own adapter: tensors are tracked through the model, also where
+    it sorts tokens by expert. What the base model mixes, such as attention in a packed row, is its own business. A
+    layer that gets an input whose rows are not known raises `UnsupportedError`.
 
     Args:
         stack: the adapters, `stack([...])`.
-        ids: `[n_rows]`, the member of each row; -1 for the base model.
-        weights: `[n_rows, n_members]`, instead of ids. They receive gradients.
+        ids: `[n_rows]`, the member of each row, or `[n_rows, n_tokens]`, of each token; -1 for the base model.
+        weights: `[n_rows, n_members]` or `[n_rows, n_tokens, n_members]`, instead of ids. They receive gradients.
         repeats: the model may also get each row this many times in succession, as with `num_beams` and
             `num_return_sequences` of transformers' `generate`: pass their product.
+        rows_of: where an input of the model holds the rows, by its name, if that is not the first dimension: the
+            dimension, or the row of each position of the first dimension (`{"pixel_values": [0, 0, 1]}` for three
+            pictures of two rows), or None for an input that no adapted layer reads by row.
 
     Returns:
         Adapters for a batch of that many rows.
 
     Raises:
-        ConfigError: an id is out of range, or shapes do not fit the stack.
+        ConfigError: an id is out of range, or shapes do not fit the stack, or each other.
 
     Examples:
         >>> import funclora as fl
@@ -64,17 +70,31 @@ def route(
         >>> members = fl.stack([{"weight": fl.LoRA(torch.ones(1, 2), torch.full((1, 1), k))} for k in (1.0, 2.0)])
         >>> fl.apply(model, params, route(members, [1, -1, 0]), torch.ones(3, 2)).flatten().tolist()
         [4.0, 0.0, 2.0]
+
+        Two tokens of one row, each with its own adapter:
+
+        >>> fl.apply(model, params, route(members, [[1, 0]]), torch.ones(1, 2, 2)).flatten().tolist()
+        [4.0, 2.0]
     """
     check_stack(stack)
     if (ids is None) == (weights is None):
         raise ConfigError("route: expected either ids or weights.")
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise ConfigError(f"route: repeats: expected a positive integer, got {repeats!r}.")
+    told = _checked_rows_of(rows_of)
     if weights is not None:
-        return _weighted(stack, weights, repeats)
-    members = _checked(ids, len(stack))
-    if isinstance(ids, Tensor):
-        return _copied(stack, ids, repeats)
+        return _weighted(stack, weights, repeats, told)
+    members, shape = _checked(ids, len(stack))
+    if len(shape) == 2:
+        if repeats != 1 or any(rows is not None for rows in told.values()):
+            raise ConfigError("route: ids for each token go with repeats=1, and rows_of with None only.")
+        named = sorted(set(members))
+        batch = Batch(len(named), tokens=torch.tensor([named.index(member) for member in members]).view(shape))
+        members = named
+    else:
+        batch = Batch(len(members), repeats, rows_of=told)
+        if isinstance(ids, Tensor):
+            return _copied(stack, ids, batch)
     if len(members) == 1:  # one row needs no tracking
         return {} if members[0] < 0 else dict(stack[members[0]])
     found: dict[str, list[Found]] = {}
@@ -86,7 +106,7 @@ def route(
                 rows.setdefault(place[member], []).append(row)
         add_members(found, group, group.scalings(), rows)
     known: dict[Any, Any] = {}
-    return {name: routed(_merged(parts), len(members), repeats, known) for name, parts in found.items()}
+    return {name: routed(_merged(parts), batch, known) for name, parts in found.items()}
 
 
 def add_members(
@@ -101,7 +121,7 @@ def add_members(
         scalings: the scalings of its members, for each rule that has one.
         rows: the rows of each member that has some, by its position in the group.
     """
-    for ks in _alike([(k, len(rows[k])) for k in sorted(rows, key=rows.__getitem__)]):
+    for ks in alike([(k, len(rows[k])) for k in sorted(rows, key=rows.__getitem__)]):
         some = _compact(ks)
         used = [rows[k] if k in ks else [] for k in some]
         for name, rule in untied(_members(group, some)).items():
@@ -119,10 +139,9 @@ def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
     return [member for group in sorted(stack.groups, key=kind) for member in group.members]
 
 
-def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[str, Rule]:
+def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, batch: Batch) -> dict[str, Rule]:
     """A copy of its adapter for every row."""
-    n = ids.shape[0]
-    rows = Assignment(n, 1, None, None)
+    rows = Assignment(batch.n, 1, None, None)
     found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
     for group in stack.groups:
         if not group.values:  # the member {}: its rows use the base model
@@ -139,39 +158,46 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, repeats: int) -> dict[st
             scalings = _numbers([*(group.scalings().get(name) or [1.0] * len(group.members)), 1.0], leaf)[index]
             found.setdefault(name, []).append((rule, RoutedGroup(scalings, rows, None, present, _is_apart(rule))))
     return {
-        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), n, repeats)
+        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), batch)
         for name, some in found.items()
     }
 
 
-def _checked(ids: Any, n_members: int) -> list[int]:
+def _checked(ids: Any, n_members: int) -> tuple[list[int], tuple[int, ...]]:
+    """The ids in order, and their shape."""
     if not isinstance(ids, (Tensor, Sequence)) or isinstance(ids, str):
-        refuse("ids", "one int for each row (a list or a tensor)", ids)
-    members = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        refuse("ids", "one int for each row, or a list of ints for each row (lists or a tensor)", ids)
+    given = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    by_token = bool(given) and all(isinstance(row, (list, tuple)) for row in given)
+    if by_token and len({len(row) for row in given}) > 1:
+        raise ConfigError(
+            f"route: ids: expected as many tokens in each row, got {sorted({len(row) for row in given})}. Give the "
+            "tokens that fill up shorter rows an id too, such as -1."
+        )
+    members = [member for row in given for member in row] if by_token else given
     if not members or not all(isinstance(i, int) and not isinstance(i, bool) for i in members):
-        raise ConfigError(f"route: ids: expected one int for each row, got {members!r:.200}.")
-    for row, member in enumerate(members):
+        raise ConfigError(f"route: ids: expected one int for each row or token, got {given!r:.200}.")
+    for i, member in enumerate(members):
         if not -1 <= member < n_members:
+            where = "][".join(map(str, divmod(i, len(given[0])))) if by_token else i
             raise ConfigError(
-                f"route: ids[{row}] is {member}; the stack has {n_members} members (0 to {n_members - 1}), and -1 is "
+                f"route: ids[{where}] is {member}; the stack has {n_members} members (0 to {n_members - 1}), and -1 is "
                 "the base model."
             )
-    return members
+    return members, (len(given), len(given[0])) if by_token else (len(given),)
 
 
-def _alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
-    """Keys in groups whose sizes differ by at most the factor `PADDED`."""
-    groups: list[list[int]] = []
-    smallest = 0
-    by_size = sorted(sizes, key=lambda each: each[1])
-    for key, size in by_size:
-        if groups and size <= PADDED * smallest:
-            groups[-1].append(key)
-        else:
-            groups.append([key])
-            smallest = size
-    order = {key: i for i, (key, _) in enumerate(sizes)}
-    return [sorted(group, key=order.__getitem__) for group in groups]
+def _checked_rows_of(rows_of: Any) -> RowsOf:
+    if rows_of is None:
+        return {}
+    expected = "a dict from names of inputs to a dimension, the row of each position, or None"
+    if not isinstance(rows_of, Mapping) or not all(isinstance(name, str) for name in rows_of):
+        refuse("rows_of", expected, rows_of)
+    for name, rows in rows_of.items():
+        ints = isinstance(rows, Sequence) and all(isinstance(row, int) for row in rows)
+        if isinstance(rows, (bool, str)) or not (rows is None or ints or isinstance(rows, (int, Tensor))):
+            refuse(f"rows_of[{name!r}]", "a dimension, the row of each position, or None", rows)
+    return dict(rows_of)
 
 
 def _members(group: Group[dict[str, Rule]], ks: list[int]) -> dict[str, Rule]:
@@ -204,13 +230,13 @@ def _merged(parts: list[Found]) -> list[Found]:
     for part in parts:
         kinds.setdefault(_kind(part[0]), []).append(part)
     merged: list[Found] = []
-    for alike in kinds.values():
-        if len(alike) == 1 or not alike[0][0].rank_dims:
-            merged += alike
+    for kin in kinds.values():
+        if len(kin) == 1 or not kin[0][0].rank_dims:
+            merged += kin
             continue
-        for by_count in _alike([(i, max(map(len, rows))) for i, (_, _, rows) in enumerate(alike)]):
-            for by_rank in _alike([(i, _rank(alike[i][0])) for i in by_count]):
-                merged.append(_joined([alike[i] for i in by_rank]))
+        for by_count in alike([(i, max(map(len, rows))) for i, (_, _, rows) in enumerate(kin)]):
+            for by_rank in alike([(i, _rank(kin[i][0])) for i in by_count]):
+                merged.append(_joined([kin[i] for i in by_rank]))
     return merged
 
 
@@ -263,29 +289,38 @@ def _is_apart(rule: Rule) -> bool:
     return rule.layout is None or low_rank_of(rule.member(0)) is None
 
 
-def routed(parts: list[Found], n: int, repeats: int, known: dict[Any, Any], lease: object = None) -> Routed:
+def routed(parts: list[Found], batch: Batch, known: dict[Any, Any], lease: object = None) -> Routed:
     """The parts of one weight as a rule; `known` holds results of other weights."""
     described = []
     for rule, scalings, rows in parts:
         leaf = getattr(rule, rule.leaf_names[0])
         key = tuple(map(tuple, rows)), leaf.device
         if key not in known:
-            known[key] = Assignment.of(rows, n, leaf.device)
+            known[key] = Assignment.of(rows, batch.n, leaf.device)
         unscaled = all(scaling == 1.0 for scaling in scalings)
         described.append(
             RoutedGroup(_numbers(scalings, leaf), known[key], apart=_is_apart(rule), unscaled=unscaled, lease=lease)
         )
-    return Routed(tuple(rule for rule, _, _ in parts), RoutedGroups(described), n, repeats)
+    return Routed(tuple(rule for rule, _, _ in parts), RoutedGroups(described), batch)
 
 
 def _numbers(scalings: list[float], leaf: Tensor) -> Tensor:
     return torch.tensor(scalings, dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device)
 
 
-def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> dict[str, Rule]:
-    if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[1] != len(stack):
+def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int, rows_of: RowsOf) -> dict[str, Rule]:
+    if not isinstance(weights, Tensor) or weights.dim() not in (2, 3) or weights.shape[-1] != len(stack):
         got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ConfigError(f"route: weights: expected a tensor [n_rows, {len(stack)}], one column a member, got {got}.")
+        raise ConfigError(
+            f"route: weights: expected a tensor [n_rows, {len(stack)}] or [n_rows, n_tokens, {len(stack)}], one number "
+            f"a member, got {got}."
+        )
+    if weights.dim() == 3:
+        shape = weights.shape[:2]
+        weights = weights.flatten(0, 1)
+        batch = Batch(len(weights), tokens=torch.arange(len(weights)).view(shape))
+    else:
+        batch = Batch(len(weights), repeats, rows_of=rows_of)
     found: dict[str, list[tuple[Rule, RoutedGroup]]] = {}
     for group in stack.groups:
         some = weights[:, torch.tensor(group.members, device=weights.device)]
@@ -295,7 +330,7 @@ def _weighted(stack: Stack[dict[str, Rule]], weights: Tensor, repeats: int) -> d
             numbers = _numbers(scalings, getattr(rule, rule.leaf_names[0]))
             found.setdefault(name, []).append((finite, RoutedGroup(numbers, None, own, apart=_is_apart(rule))))
     return {
-        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), len(weights), repeats)
+        name: Routed(tuple(rule for rule, _ in some), RoutedGroups(each for _, each in some), batch)
         for name, some in found.items()
     }
 

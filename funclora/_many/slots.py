@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funclora._many.route import Found, add_members, routed
 from funclora._many.stack import Group, TreeSpecs, kind_of
+from funclora._tracking.batch import Batch
 from funclora.rules.base import Adapters, Params, Rule, has_own_scaling
 from funclora.rules.low_rank import LowRank
 from funclora.rules.tokens import untied
@@ -97,7 +98,8 @@ class Slots:
                     pool.users[slot] += 1
                 add_members(found, pool.group(), pool.scalings, dict(zip(slots, rows_of, strict=True)))
         known: dict[Any, Any] = {}
-        return {name: routed(parts, len(rows), repeats, known, lease) for name, parts in found.items()}
+        batch = Batch(len(rows), repeats)
+        return {name: routed(parts, batch, known, lease) for name, parts in found.items()}
 
     def _take_back(self) -> None:
         """Free the slots of batches that are gone."""

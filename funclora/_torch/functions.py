@@ -137,6 +137,13 @@ def is_mapped(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
+def without_gradient(tensor: Tensor) -> Tensor:
+    """The values that `torch.func.grad` differentiates at."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def in_transform() -> bool:
     """True inside a transform of `torch.func` over any argument: ordinary autograd does not work there."""
     return torch._C._functorch.peek_interpreter_stack() is not None

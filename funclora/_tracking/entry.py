@@ -9,27 +9,22 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from funclora._tracking.propagation import Place
+from funclora._tracking.batch import Batch
+from funclora._tracking.calls import Owner
+from funclora._tracking.owners import Lost, Place
 from funclora._tracking.tensor import ForwardCall, RowTensor, rows_of
 from funclora.errors import UnsupportedError
 
 
 class Entrance:
-    """Where a batch of n rows enters a model: the outermost module that is called.
+    """Where a batch enters a model: the outermost module that is called."""
 
-    An input tensor of that call holds the rows if its first dimension is n, or n·repeats with each row `repeats`
-    times in succession. Masks are not tracked: they are aligned with the rows by position, and models compute with
-    them in ways that cannot be tracked.
-    """
-
-    def __init__(self, n: int, repeats: int) -> None:
-        self.n = n
-        self.repeats = repeats
-        self.known: dict[Any, Place] = {}
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.known: dict[Any, Owner] = {}
         self.inside = threading.local()
 
     def guard(self, module: nn.Module) -> None:
@@ -38,7 +33,7 @@ class Entrance:
 
         def entered(*args: Any, **kwargs: Any) -> Any:
             inner: Callable[..., Any] = forward or functools.partial(type(module_of()).forward, module_of())
-            return self.call(inner, args, kwargs)
+            return self.call(inner, args, kwargs, names=tuple(entered.__signature__.parameters))  # type: ignore[attr-defined]
 
         def module_of() -> Any:
             return reference()
@@ -49,14 +44,20 @@ class Entrance:
         module.__dict__["forward"] = entered
 
     def call(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        names: tuple[str, ...] = (),
+        alone: bool = False,
     ) -> Any:
         """`function(*args, **kwargs)`; rows are tracked from here on, unless this is inside another tracked call."""
         if getattr(self.inside, "now", False):
             return function(*args, **kwargs)
         self.inside.now = True
         try:
-            return with_rows(function, args, kwargs, self.n, self.repeats, self.known, alone)
+            return with_rows(function, args, kwargs, self.batch, self.known, names=names, alone=alone)
         finally:
             self.inside.now = False
 
@@ -65,47 +66,69 @@ def with_rows(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    n: int,
-    repeats: int,
-    known: dict[Any, Place],
+    batch: Batch,
+    known: dict[Any, Owner],
+    *,
+    names: tuple[str, ...] = (),
     alone: bool = False,
 ) -> Any:
-    """`function(*args, **kwargs)` on tracked inputs; with `alone`, the rows must be dimension 0 of every output."""
-    scope = ForwardCall(n, known)
+    """`function(*args, **kwargs)` on tracked inputs.
+
+    Args:
+        function: the model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        batch: how they hold the rows.
+        known: results of earlier propagations.
+        names: the names of its arguments.
+        alone: the rows must be dimension 0 of every output.
+    """
+    scope = ForwardCall(batch.n, known)
     entered: list[Tensor] = []
 
-    def enter(x: Any) -> Any:
-        if isinstance(x, RowTensor) and x.scope.n == n:  # recomputed in backward: tracked since the forward pass
+    def enter(x: Any, name: str | None) -> Any:
+        if isinstance(x, RowTensor) and x.scope.n == batch.n:  # recomputed in backward: tracked since the forward pass
             entered.append(x)
             return scope.enter(x.view_as(x), x.place)
-        if isinstance(x, Tensor) and x.dim() and x.shape[0] in (n, n * repeats) and x.dtype != torch.bool:
-            entered.append(x)
-            return scope.enter(x, Place(0, x.shape[0] // n))
-        return x
+        if not isinstance(x, Tensor):
+            return x
+        owner = batch.owner_of(name, x)
+        if owner is None:
+            return x
+        entered.append(x)
+        return scope.enter(x, owner)
 
-    args = tree_map(enter, args)
-    kwargs = {name: x if "mask" in name else tree_map(enter, x) for name, x in kwargs.items()}
+    def all_of(value: Any, name: str | None) -> Any:
+        if type(value) is dict:
+            masks = name is not None and "mask" in name
+            return {key: all_of(x, name if masks or not isinstance(key, str) else key) for key, x in value.items()}
+        return tree_map(lambda x: enter(x, name), value)
+
+    named = [names[i] if i < len(names) else None for i in range(len(args))]
+    args = tuple(all_of(x, name) for x, name in zip(args, named, strict=True))
+    kwargs = {name: all_of(x, name) for name, x in kwargs.items()}
     if not entered:
-        sizes = f"{n}" if repeats == 1 else f"{n} or {n * repeats}"
         raise UnsupportedError(
-            f"the adapters are routed for {n} rows, and no input tensor has {sizes} as its first dimension. Pass one "
-            "id for each row; for beam search: route(..., repeats=num_beams)."
+            f"the adapters are routed for {batch.describe()}. Pass one id for each row; for beam search: "
+            "route(..., repeats=num_beams); for inputs whose rows are not first: route(..., rows_of={...})."
         )
 
     def leave(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         plain, place = rows_of(x)
-        if isinstance(place, str) and place and x.dim():
+        if isinstance(place, str) and place and x.dim() and x.is_floating_point():
+            where = f" ({place.where})" if isinstance(place, Lost) and place.where else ""
             raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} whose rows {place} may have mixed or reordered. "
-                "Call the model once for each member, or use funclora.vmap over the stack."
+                f"the model returns a tensor of shape {list(x.shape)} whose rows {place}{where} may have mixed or "
+                "reordered. Call the model once for each member, or use funclora.vmap over the stack."
             )
         if alone and place != Place(0, 1):
             raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} for {n} rows, whose first dimension does not "
-                "hold the rows: it joins the members' results, or is the same for all of them. Compute the loss "
-                "outside of the model, from outputs with examples as their first dimension."
+                f"the model returns a tensor of shape {list(x.shape)} for {batch.n} rows, whose first dimension does "
+                "not hold the rows in order: the model reorders them, joins the members' results, or gives the same "
+                "for all of them. Compute the loss outside of the model, from outputs with examples as their first "
+                "dimension."
             )
         return plain if isinstance(x, RowTensor) else x
 

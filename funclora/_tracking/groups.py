@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funclora._torch.functions import overwriting
+from funclora._tracking.owners import Owners
 
 # Up to this many rows of a member, the order of its factors in memory matters for speed.
 FEW = 4
+# Members whose numbers of rows, or ranks, differ by at most this factor are padded to the larger number.
+PADDED = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,14 @@ class Assignment:
         rows, u = self._rows_of(u.flatten(0, 1))
         return u if rows is None else y.index_copy(0, rows, u.to(y.dtype))
 
+    def member_of(self, m: int) -> Tensor:
+        """`[n]`: the member of each row, -1 for a row without one, of m members."""
+        device = None if self.table is None else self.table.device
+        members = torch.arange(m * self.count, device=device) // self.count
+        if self.table is None:
+            return members
+        return members.new_full((self.n + 1,), -1).index_copy(0, self.table, members)[: self.n]
+
     def first(self) -> list[int]:
         """The first row of each member."""
         if self.table is None:
@@ -90,6 +101,21 @@ class Assignment:
         if self.table is None or self.kept is None:
             return self.table, u
         return self.table[self.kept], u[self.kept]
+
+
+def alike(sizes: list[tuple[int, int]]) -> list[list[int]]:
+    """Keys in groups whose sizes differ by at most the factor `PADDED`."""
+    groups: list[list[int]] = []
+    smallest = 0
+    by_size = sorted(sizes, key=lambda each: each[1])
+    for key, size in by_size:
+        if groups and size <= PADDED * smallest:
+            groups[-1].append(key)
+        else:
+            groups.append([key])
+            smallest = size
+    order = {key: i for i, (key, _) in enumerate(sizes)}
+    return [sorted(group, key=order.__getitem__) for group in groups]
 
 
 class RoutedGroup(NamedTuple):
@@ -124,6 +150,53 @@ class RoutedGroups(tuple[RoutedGroup, ...]):
     __slots__ = ()
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+
+class Members(NamedTuple):
+    """Some members of a group, and which positions of a tensor use them.
+
+    Attributes:
+        chosen: the members, by their number in the group.
+        rows: the positions of each.
+    """
+
+    chosen: list[int]
+    rows: Assignment
+
+    def taken(self, values: Tensor) -> Tensor:
+        """The values `[m, *]` of these members."""
+        if self.chosen == list(range(len(values))):
+            return values
+        return values.index_select(0, torch.tensor(self.chosen, device=values.device))
+
+
+def members_of(group: RoutedGroup, m: int, owners: Owners) -> list[Members]:
+    """The members that a group's rows use at the positions of a tensor with those owners.
+
+    Positions count in order along the dimensions in which the owner varies.
+    """
+    key: Any = (group.rows, group.present)
+    if key not in owners.plans:
+        positions = member_at(group, m, owners.index.flatten()).tolist()
+        found: dict[int, list[int]] = {}
+        for position, member in enumerate(positions):
+            if member >= 0:
+                found.setdefault(member, []).append(position)
+        owners.plans[key] = [
+            Members(some, Assignment.of([found[k] for k in some], len(positions), group.scalings.device))
+            for some in alike([(k, len(each)) for k, each in found.items()])
+        ]
+    plan: list[Members] = owners.plans[key]
+    return plan
+
+
+def member_at(group: RoutedGroup, m: int, owners: Tensor) -> Tensor:
+    """The member of a group, of m, at positions of those owners; -1 for none."""
+    assert group.rows is not None
+    of_owner = group.rows.member_of(m)
+    if group.present is not None:
+        of_owner = torch.where(group.present, of_owner.to(group.present.device), -1)
+    return of_owner.to(owners.device)[owners]
 
 
 def in_succession(groups: RoutedGroups, n: int) -> tuple[int, ...]:

@@ -20,13 +20,16 @@ from torch import Tensor
 
 from funclora._torch.functions import in_transform, overwriting
 from funclora._torch.pytree import pytree_node
-from funclora._tracking.groups import FEW, RoutedGroup, RoutedGroups, in_succession
-from funclora._tracking.propagation import Place
+from funclora._tracking.batch import Batch
+from funclora._tracking.calls import Owner
+from funclora._tracking.experts import by_expert
+from funclora._tracking.groups import FEW, RoutedGroup, RoutedGroups, in_succession, members_of
+from funclora._tracking.owners import Owners, Place
 from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Rule, of_members
 from funclora.rules.layouts import Layout, Matrices
-from funclora.rules.linear_ops import ConvOp, LeftMatmulOp, LinearLayerOp
+from funclora.rules.linear_ops import ConvOp, GroupedMatmulOp, LeftMatmulOp, LinearLayerOp
 from funclora.rules.low_rank import LowRank, low_rank_of_members
 
 # The place of the rows if there is only one row: the complete tensor is that row, and gets a new first dimension.
@@ -41,16 +44,19 @@ class Routed(Rule):
     Attributes:
         rules: for each group the members' rule, with leaves `[m, *]`.
         groups: for each rule the rows that use its members.
-        n: the number of rows.
-        repeats: how many times in succession the model may get each row.
+        batch: how the inputs of the model hold the rows.
     """
 
     rules: tuple[Rule, ...]
     groups: RoutedGroups
-    n: int
-    repeats: int
+    batch: Batch
 
     leaf_names: ClassVar[tuple[str, ...]] = ("rules",)
+
+    @property
+    def n(self) -> int:
+        """The number of rows, or of the members that ids for each token name."""
+        return self.batch.n
 
     @property
     def dropout_p(self) -> float:
@@ -84,13 +90,8 @@ class Routed(Rule):
                 f"{', '.join(sorted({type(rule.layout).__name__ for rule in self.rules}))}. Give them one layout, or "
                 "use funclora.vmap over the stack."
             )
-        for rule, group in zip(self.rules, self.groups, strict=True):
+        for rule in self.rules:
             rule.member(0).check(name, weight)
-            if not group.apart and rule.layout is not None and rule.layout.expert_dims(weight.shape):
-                raise UnsupportedError(
-                    f"{name!r} holds the matrices of several experts, which sort the tokens by expert: the row of a "
-                    "token is not known there. Call the model once for each member, or leave the target out."
-                )
 
     def prepared(self, weight: Tensor) -> Rule:
         if self.layout is None:
@@ -108,6 +109,9 @@ class Routed(Rule):
 
     def narrow(self, shape: tuple[int, ...], dim: int, start: int, length: int) -> Rule | None:
         return self.of_each(lambda rule: rule.narrow(shape, dim, start, length))
+
+    def select_experts(self, index: Any) -> Rule | None:
+        return self.of_each(lambda rule: rule.select_experts(index))
 
     def of_each(self, form: Callable[[Rule], Rule | None]) -> Rule | None:
         """This rule with another form of its members' rules; None if one of them has none."""
@@ -202,6 +206,7 @@ class PreparedRouted(Rule):
     dropout_p = Routed.dropout_p
     transposed = Routed.transposed
     narrow = Routed.narrow
+    select_experts = Routed.select_experts
     of_each = Routed.of_each
 
     def with_rules(self, rules: tuple[Any, ...], groups: RoutedGroups) -> Rule:
@@ -214,21 +219,59 @@ class PreparedRouted(Rule):
         return self.rules[0].layout
 
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
+        out: Tensor
         x, place = rows_of(op.x)
         if self.n == 1:
             place = WHOLE_TENSOR
-        if not isinstance(place, Place):
-            raise lost(place, "a weight with an adapter for each row is read")
-        if isinstance(op, LeftMatmulOp) and place.dim >= x.dim() - 2:
-            raise lost("matmul", "a weight with an adapter for each row is multiplied by columns of rows")
-        if self.n > 1 and not _keeps(op, x, place):
-            raise lost(type(op).__name__.removesuffix("Op"), "a weight that differs by row is read along rows")
-        rows, op, track = rows_first(x, place, self.n), op.with_input(x), op.x
+        if isinstance(place, str):
+            raise LostRowsError("is read", place)
+        given = op.with_input(x)
+        if isinstance(given, GroupedMatmulOp):
+            out = by_expert(self.pairs(), given, place, weight, self.n, dropout)
+        else:
+            if self.n > 1 and not _keeps(op, x, place):
+                raise LostRowsError("is read along the rows", type(op).__name__.removesuffix("Op"))
+            rule = self.at(place) if isinstance(place, Owners) else self
+            out = rule._rewritten(given, place, weight, dropout)
+        if self.n == 1:
+            return out
+        tracked: Tensor = op.x.scope.enter(out, place.with_dims(out.dim()) if isinstance(place, Owners) else place)
+        return tracked
+
+    def pairs(self) -> list[tuple[LowRank, RoutedGroup]]:
+        """Each rule with its group."""
+        return list(zip(self.rules, self.groups, strict=True))
+
+    def at(self, owners: Owners) -> PreparedRouted:
+        """The rule for a tensor of which every position along which the owner varies is a row."""
+        rules: list[LowRank] = []
+        groups: list[RoutedGroup] = []
+        positions = owners.index.flatten()
+        if bool((positions < 0).any()):
+            raise LostRowsError("is read at positions without a row", "")
+        for rule, group in self.pairs():
+            if group.weights is not None:
+                rules.append(rule)
+                groups.append(group._replace(weights=group.weights[positions.to(group.weights.device).long()]))
+                continue
+            for some in members_of(group, len(group.scalings), owners):
+                leaves: Any = {leaf: some.taken(getattr(rule, leaf)) for leaf in rule.leaf_names}
+                rules.append(replace(rule, **leaves))
+                scalings = some.taken(group.scalings)
+                groups.append(group._replace(scalings=scalings, rows=some.rows, present=None))
+        n, each = positions.numel(), RoutedGroups(groups)
+        return PreparedRouted(tuple(rules), each, n, in_succession(each, n), Repeated())
+
+    def _rewritten(self, op: Any, place: Owner, weight: Tensor, dropout: float) -> Tensor:
+        """The operation on the rows' own weights; its input is a plain tensor with the rows in that place."""
+        if not self.rules:
+            return op.dense(weight, bias=True)  # type: ignore[no-any-return]
+        rows = rows_first(op.x, place, self.n)
         scales = [rule.output_scale(weight) for rule in self.rules]
         scaled = any(scale is not None for scale in scales)
         inputs = rows
         if scaled and op.transposed:
-            inputs = (rows * _spread_scale(op, rows, self._row_scale(scales))).to(x.dtype)
+            inputs = (rows * _spread_scale(op, rows, self._row_scale(scales))).to(op.x.dtype)
             op = op.with_input(rows_back(inputs, place))
         y = op.dense(weight, bias=not scaled)
         dtype, out = y.dtype, rows_first(y, place, self.n)
@@ -241,8 +284,7 @@ class PreparedRouted(Rule):
         if scaled and op.bias is not None:
             bias = op.per_output(op.bias)
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
-        out = rows_back(out.to(dtype), place)
-        return out if self.n == 1 else track.scope.enter(out, place)
+        return rows_back(out.to(dtype), place)
 
     def _by_part(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result, rewritten group by group; x is the operation's input with rows first."""
@@ -305,15 +347,17 @@ class PreparedRouted(Rule):
             if own is None:
                 continue
             if of_rows is None:
-                of_rows = own.new_ones(self.n, own.shape[-1])
+                of_rows = own.new_ones(self.n, *own.shape[1:])
             if group.present is not None:
-                of_rows = torch.where(group.present.unsqueeze(-1), own, of_rows)
+                of_rows = torch.where(spread(group.present, own, ()), own, of_rows)
             elif group.rows is not None:
-                of_rows = group.rows.put(of_rows, own.unsqueeze(1).expand(-1, group.rows.count, -1))
+                each = own.unsqueeze(1).expand(-1, group.rows.count, *own.shape[1:])
+                of_rows = group.rows.put(of_rows, each)
             else:
                 weights = group.weights.to(own.dtype)  # type: ignore[union-attr]
-                of_rows = of_rows - weights.sum(1, keepdim=True)  # the remaining weight of the base
-                mixed = weights @ own if mixed is None else mixed + weights @ own
+                of_rows = of_rows - spread(weights.sum(1), of_rows, ())  # the remaining weight of the base
+                sums = torch.tensordot(weights, own, 1)
+                mixed = sums if mixed is None else mixed + sums
         return of_rows if mixed is None or of_rows is None else of_rows + mixed
 
 
@@ -326,15 +370,20 @@ def _scaled(op: Any, rows: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _spread_scale(op: Any, rows: Tensor, scale: Any) -> Tensor:
-    """The scales of the output units, `[n, out]`, to broadcast over rows `[n, *]`."""
+    """The scales of the output units, `[n, *lead, out]`, to broadcast over rows `[n, *]`."""
+    if scale.dim() > 2:  # of experts
+        lead = scale.shape[1:-1]
+        return spread(scale, rows, (*lead, *[1] * (rows.dim() - 2 - len(lead)), scale.shape[-1]))
     return spread(scale, rows, op.per_output(scale[0]).shape)
 
 
-def _keeps(op: Any, x: Tensor, place: Place) -> bool:
+def _keeps(op: Any, x: Tensor, place: Owner) -> bool:
     """Whether an operation on a weight keeps rows at that place separate."""
+    dims = [place.dim] if isinstance(place, Place) else place.varying()
     if isinstance(op, ConvOp):
-        return place.dim == 0 and x.dim() == op.spatial + 2
-    return not isinstance(op, LinearLayerOp) or place.dim < x.dim() - 1
+        return not any(dims) and x.dim() == op.spatial + 2
+    summed = 2 if isinstance(op, LeftMatmulOp) else 1 if isinstance(op, LinearLayerOp) else 0
+    return all(d < x.dim() - summed for d in dims)
 
 
 def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -342,10 +391,22 @@ def spread(v: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
     return v.reshape(v.shape[0], *[1] * (like.dim() - 1 - len(shape)), *shape)
 
 
-def lost(operation: str, doing: str) -> UnsupportedError:
-    """The error for rows that cannot be distinguished."""
-    cause = f"{operation} mixed or reordered the rows before" if operation else "its input does not come from the batch"
-    return UnsupportedError(
-        f"{doing}, but the row of the batch that an input belongs to is not known: {cause}. Use funclora.vmap over the "
-        "stack, call the model once for each member, or leave out the targets after that operation."
-    )
+class LostRowsError(UnsupportedError):
+    """A weight that differs by row gets an input whose rows are not known."""
+
+    def __init__(self, doing: str, cause: str, target: str = "a weight that differs by row") -> None:
+        self.doing, self.cause = doing, cause
+        where = getattr(cause, "where", "")
+        what = f"{cause}{f', called at {where},' if where else ''} mixed or reordered the rows before" if cause else (
+            "the input does not come from the batch. If it is the same for all rows, such as positions or queries that "
+            "are learned, give the model one for each row where it accepts that (position_ids of shape [rows, tokens])"
+        )  # fmt: skip
+        super().__init__(
+            f"{target} {doing}, but the row of the batch that an input belongs to is not known: {what}. Use "
+            "funclora.vmap over the stack, call the model once for each member, or leave out the targets after that "
+            "operation."
+        )
+
+    def of(self, target: str) -> LostRowsError:
+        """The error with the name of the weight."""
+        return LostRowsError(self.doing, self.cause, repr(target))

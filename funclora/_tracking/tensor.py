@@ -1,18 +1,21 @@
-"""Tensors that track which dimension holds the rows of the batch.
+"""Tensors that track who each of their positions belongs to.
 
 With a different adapter for every row, a layer must know which rows it gets. A shape does not prove that: an expert
-may get as many tokens as there are rows. So the inputs of the model are `RowTensor`s, which track the dimension that
-holds the rows. Each operation that keeps rows separate has a propagation, which returns their place in its result; the
-result of any other operation is *lost*: the model may use it, but no adapter that differs by row can read it.
+may get as many tokens as there are rows. So the inputs of the model are `RowTensor`s, which track the owner of each
+position. Each operation that is known has a propagation, which says who its result belongs to; the result of any other
+operation is *lost*: the model may use it, but no adapter that differs by row can read it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,18 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funclora._torch.functions import plain_tensors, undispatched, written
-from funclora._tracking.propagation import (
-    LostError,
-    OpCall,
-    Place,
-    Places,
-    Propagation,
-    batch_norm,
-    constant,
-    number,
-    propagations,
-    question,
-)  # fmt: skip
+from funclora._tracking import products
+from funclora._tracking.adoption import Adopted
+from funclora._tracking.calls import OpCall, Owner, Places
+from funclora._tracking.owners import Lost, LostError, Owners, Place
+from funclora._tracking.propagation import Propagation, constant, exported, number, propagations, question
 from funclora.errors import UnsupportedError
 
 
@@ -40,50 +36,66 @@ class ForwardCall:
     """One call of a model.
 
     Attributes:
-        n: the number of rows.
+        n: the number of owners.
         active: false after the call; its tensors are then like any other.
         known: results of earlier propagations, by the operation and everything that its propagation reads.
-        spoilt: memory that rows were written to in a way that no `RowTensor` can track.
+        spoilt: memory that values of unknown owners were written to.
+        adopted: memory without owners that values of known ones were written to.
         taken: the tensors that `take` took.
-        read: the operation that gave Python values of rows, "" if none did: numbers cannot be tracked.
+        read: the operation that gave values to Python that may come back as a tensor, "" if none did.
     """
 
     n: int
-    known: dict[Any, Place]
+    known: dict[Any, Owner]
     active: bool = True
-    spoilt: dict[int, Any] = field(default_factory=dict)
+    spoilt: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    adopted: dict[int, Adopted] = field(default_factory=dict)
     read: str = ""
     taken: list[RowTensor] = field(default_factory=list)
 
-    def lost(self, *tensors: Tensor) -> str:
-        """What lost the rows of these tensors, other than the operations that made them; "" if nothing did."""
-        if self.read:
-            return self.read
-        spoilt = self.spoilt and any(x.untyped_storage()._cdata in self.spoilt for x in tensors)
-        return "a write in place" if spoilt else ""
+    def lost(self, x: Tensor) -> str:
+        """What lost the owners of a tensor, other than the operation that made it; "" if nothing did."""
+        spoilt = self.spoilt.get(x.untyped_storage()._cdata) if self.spoilt else None
+        return self.read or (spoilt[1] if spoilt else "")
 
-    def take(self, x: Tensor | None) -> None:
-        """Make a plain tensor that rows were written to a tensor of this call, so that its uses are lost too."""
+    def refresh(self, x: Tensor) -> None:
+        """Look up the owners of a tensor whose memory was written to through another one."""
+        key, plain = x.untyped_storage()._cdata, type(x) is Tensor
+        tracked = isinstance(x, RowTensor) and x.scope is self
+        if key in self.spoilt:
+            cause = self.spoilt[key][1]
+            if plain:
+                self.take(x, cause)
+            elif tracked:
+                self.enter_as(cast(RowTensor, x), cause)
+        elif plain and key in self.adopted:
+            self.take(x, self.adopted[key].owner_of(x, self.n) or lost_at("a view of memory that is written to"))
+
+    def take(self, x: Tensor | None, place: Owner | str) -> None:
+        """Make a plain tensor that values were written to a tensor of this call, until the call ends."""
         if type(x) is Tensor and not torch.compiler.is_compiling():
             x.__class__ = RowTensor
-            self.enter_as(x, "a write in place")  # type: ignore[arg-type]
+            self.enter_as(x, place)  # type: ignore[arg-type]
             self.taken.append(x)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End the call, and make the taken tensors plain again."""
         self.active = False
         for x in self.taken:
-            del x.scope, x.place
-            x.__class__ = Tensor  # type: ignore[assignment]
+            if type(x) is RowTensor:
+                del x.scope, x.place
+                x.__class__ = Tensor  # type: ignore[assignment]
         self.taken.clear()
+        self.spoilt.clear()
+        self.adopted.clear()
 
-    def enter_as(self, rows: RowTensor, place: Place | str) -> RowTensor:
+    def enter_as(self, rows: RowTensor, place: Owner | str) -> RowTensor:
         rows.scope = self
         rows.place = place
         return rows
 
-    def enter(self, x: Tensor, place: Place | str) -> RowTensor:
-        """The tensor with the place of its rows, or with the name of the operation that lost them."""
+    def enter(self, x: Tensor, place: Owner | str) -> RowTensor:
+        """The tensor with its owners, or with the name of the operation that lost them."""
         return self.enter_as(x.as_subclass(RowTensor), place)
 
 
@@ -115,15 +127,15 @@ def dropped(x: Tensor, p: float, first_rows: Sequence[int], n: int) -> Tensor:
 
 
 class RowTensor(torch.Tensor):
-    """A tensor that tracks the place of the rows of the batch in it.
+    """A tensor that tracks who each of its positions belongs to.
 
     Attributes:
         scope: the call that it belongs to.
-        place: the place of the rows, or the name of the operation that lost them.
+        place: the owners, or the name of the operation that lost them.
     """
 
     scope: ForwardCall
-    place: Place | str
+    place: Owner | str
 
     @classmethod
     def __torch_function__(
@@ -161,15 +173,12 @@ class RowTensor(torch.Tensor):
             if scope is None:
                 return _placed(func, propagation, args, kwargs, out)
             place = scope.known.get(key)
-            if place is not None and not (scope.spoilt or scope.read):
+            if place is not None and not (scope.spoilt or scope.read or scope.adopted):
                 if any(x is out for x in args):
                     return scope.enter(out, place)
                 out.__class__ = RowTensor  # nothing else refers to it yet: no alias is needed
                 return scope.enter_as(cast(RowTensor, out), place)
-            placed = _placed(func, propagation, args, kwargs, out)
-            if type(placed) is RowTensor and isinstance(placed.place, Place):
-                scope.known[key] = placed.place
-            return placed
+            return _placed(func, propagation, args, kwargs, out, key)
 
 
 _MAY_RETURN_SELF = frozenset((Tensor.to, Tensor.contiguous, Tensor.float, Tensor.type_as))
@@ -201,7 +210,7 @@ def _look(value: Any, key: list[Any], scopes: list[ForwardCall]) -> None:
     if kind is RowTensor and value.scope.active:
         if not scopes or scopes[0] is not value.scope:
             scopes.append(value.scope)
-        key += (value.place, value.shape, value.dtype)
+        key += (value.place, value.shape, value.dtype)  # owners are compared by identity
     elif kind in _NUMBERS:
         key += (kind, value)
     elif kind is tuple or kind is list:
@@ -221,8 +230,8 @@ def _look(value: Any, key: list[Any], scopes: list[ForwardCall]) -> None:
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, Place | str]:
-    """The plain tensor, and the place of its rows, or the operation that lost them; "" if it never had any."""
+def rows_of(x: Tensor) -> tuple[Tensor, Owner | str]:
+    """The plain tensor, and its owners, or the operation that lost them; "" if it never had any."""
     if not isinstance(x, RowTensor):
         return x, ""
     with plain_tensors():  # as_subclass could not be traced by torch.compile
@@ -233,8 +242,14 @@ def _plain(x: Any) -> Any:
     return rows_of(x)[0] if isinstance(x, RowTensor) else x
 
 
-def rows_first(x: Tensor, place: Place, n: int) -> Tensor:
-    """A plain tensor with n rows as `[n, *]`: the positions of one row stay in the rows' place."""
+def rows_first(x: Tensor, place: Owner, n: int) -> Tensor:
+    """A plain tensor as `[n, *]`, one owner after the other: their positions stay in the owners' place.
+
+    Where no `Place` says the owners, every position along which they vary comes first, `[positions, *]`.
+    """
+    if isinstance(place, Owners):
+        varying = place.varying()
+        return x.movedim(varying, tuple(range(len(varying)))).flatten(0, len(varying) - 1) if varying else x[None]
     if place.inner == 0:  # one row, which is the complete tensor
         return x.unsqueeze(0)
     if place.inner != 1:
@@ -242,13 +257,20 @@ def rows_first(x: Tensor, place: Place, n: int) -> Tensor:
     return x.movedim(place.dim, 0) if place.dim else x
 
 
-def rows_back(x: Tensor, place: Place) -> Tensor:
-    """The inverse of `rows_first`."""
+def rows_back(x: Tensor, place: Owner) -> Tensor:
+    """The inverse of `rows_first`, in the order of memory that a dense operation gives."""
+    if isinstance(place, Owners):
+        varying = place.varying()
+        if not varying:
+            return x[0]
+        x = x.unflatten(0, [place.index.shape[d] for d in varying])
+        return x.movedim(tuple(range(len(varying))), varying).contiguous()
     if place.inner == 0:
         return x.squeeze(0)
     if place.dim:
         x = x.movedim(0, place.dim)
-    return x if place.inner == 1 else x.flatten(place.dim, place.dim + 1)
+    x = x if place.inner == 1 else x.flatten(place.dim, place.dim + 1)
+    return x.contiguous() if place.dim else x
 
 
 def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -258,7 +280,10 @@ def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: b
         return input
     plain, place = rows_of(x)
     if not isinstance(place, Place):
-        raise UnsupportedError(f"dropout with a seed for each member, on rows that {place} mixed.")
+        raise UnsupportedError(
+            "dropout with a seed for each member needs the rows of the members one after the other. "
+            + (f"{place} lost them." if isinstance(place, str) else "The model sorts them, as experts do.")
+        )
     n = input.scope.n
     rows = rows_first(plain, place, n).unflatten(0, (len(generators), -1))
     out = dropped(rows, p, range(0, n, n // len(generators)), n).flatten(0, 1)
@@ -266,23 +291,44 @@ def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: b
 
 
 def _placed(
-    func: Callable[..., Any], propagation: Propagation | None, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    func: Callable[..., Any],
+    propagation: Propagation | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,
+    key: Any = None,
 ) -> Any:
-    """The result of an operation, with the place of its rows. `__torch_function__` of subclasses is disabled here."""
+    """The result of an operation, with its owners. `__torch_function__` of subclasses is disabled here.
+
+    Args:
+        func: the operation.
+        propagation: its propagation.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        out: its result.
+        key: where to remember the owners of a result that depend on no values.
+    """
     writes = written(func, args, kwargs)
-    if not (writes or propagation is number or isinstance(out, (Tensor, tuple, list))):
+    reads = propagation is number or propagation is exported
+    if not (writes or reads or isinstance(out, (Tensor, tuple, list))):
         return out
     call = OpCall(args, kwargs, out)
     scope = call.scope
     if scope is None:
         return _kept(func, args, out)
-    if propagation is number:
-        scope.read = func.__name__
+    if reads:
+        if propagation is exported or (isinstance(out, list) and call.x.is_floating_point()):
+            scope.read = lost_at(func.__name__)
         return out
     if propagation is constant and not any(isinstance(x, RowTensor) for x in call.tensors if x is not call.x):
         return out
+    if scope.adopted or scope.spoilt:
+        for x in call.tensors:
+            scope.refresh(x)
     places = _places(func, propagation, call)
-    if propagation is batch_norm and isinstance(places, str):  # in training mode the statistics of all rows are kept
+    if propagation is products.batch_norm and isinstance(
+        places, str
+    ):  # in training mode the statistics of all rows are kept
         writes = [x for x in call.tensors if x is call.arg(1, "running_mean") or x is call.arg(2, "running_var")]
         for x in writes:
             _note_write(scope, x, places)
@@ -292,56 +338,109 @@ def _placed(
                 _note_write(scope, x, places)
         if not isinstance(out, Tensor) or any(out is target for target in writes):
             return out
+    if places is None:
+        return out
     if isinstance(out, Tensor):
-        return scope.enter(out, places)
-    each = places if isinstance(places, tuple) and not isinstance(places, Place) else (places,) * len(out)
-    parts = [scope.enter(x, place) if isinstance(x, Tensor) else x for x, place in zip(out, each, strict=True)]
+        if key is not None and not call.by_value and (isinstance(places, Place) or _lasts(places)):
+            scope.known[key] = cast(Owner, places)
+        return scope.enter(out, cast(Any, places))
+    each = places if type(places) is tuple else (places,) * len(out)
+    parts = [
+        scope.enter(x, place) if isinstance(x, Tensor) and place is not None else x
+        for x, place in zip(out, each, strict=True)
+    ]
     return parts if isinstance(out, list) else tuple(parts) if type(out) is tuple else type(out)(parts)
 
 
+def _lasts(places: Places) -> bool:
+    return isinstance(places, Owners) and places.lasting
+
+
 def _places(func: Callable[..., Any], propagation: Propagation | None, call: OpCall) -> Places:
-    name = getattr(func, "__name__", str(func))
-    cause: str = call.scope.lost(*call.tensors) if call.scope else ""
-    if cause:
-        return cause
+    name = _name(func)
+    assert call.scope is not None
+    if read := cast(str, call.scope.read):
+        return read
     for x in call.tensors:
-        if isinstance(x, RowTensor) and x.scope is call.scope and isinstance(x.place, str):
-            return x.place  # lost before
         if isinstance(x, RowTensor) and x.scope is not call.scope and x.scope.active:
-            return f"{name} of two models' rows"
+            return lost_at(f"{name} of two models' rows")
     try:
-        return name if propagation is None else _proven(propagation(call), call, name)
-    except LostError:
-        return name
+        if propagation is None:
+            call.owned()
+            raise LostError
+        return _proven(propagation(call), call, name)
+    except LostError as error:
+        return error.cause or lost_at(name)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name: str = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name.strip("_")
+
+
+def lost_at(operation: str) -> Lost:
+    """The loss of owners in an operation that the model calls now."""
+    where = ""
+    if not torch.compiler.is_compiling():
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
+            frame = frame.f_back  # type: ignore[assignment]
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+    return Lost.at(operation, where)
+
+
+_NOT_THE_MODEL = tuple(
+    f"{Path(file).resolve().parents[up]}{os.sep}" for file, up in ((torch.__file__, 0), (__file__, 1))
+)
 
 
 def _proven(places: Places, call: OpCall, name: str) -> Places:
-    """The places that a propagation returns; the operation's name instead of a place that does not fit the result."""
+    """The owners that a propagation returns; the operation's name instead of owners that do not fit the result."""
 
-    def checked(place: Place | str | None, out: Any) -> Place | str | None:
+    def checked(place: Owner | str | None, out: Any) -> Owner | str | None:
         if isinstance(place, Place) and isinstance(out, Tensor):
-            n = call.scope.n  # type: ignore[union-attr]
-            fits = 0 <= place.dim < out.dim() and out.shape[place.dim] == n * place.inner
-            return place if fits and place.inner else name
+            fits = 0 <= place.dim < out.dim() and out.shape[place.dim] == call.n * place.inner
+            return place if fits and place.inner else lost_at(name)
+        if isinstance(place, Owners) and isinstance(out, Tensor):
+            shape = place.index.shape
+            fits = len(shape) == out.dim() and all(a in (1, b) for a, b in zip(shape, out.shape, strict=True))
+            return place if fits else lost_at(name)
         return place
 
-    if isinstance(places, tuple) and not isinstance(places, Place):
-        return tuple(map(checked, places, call.out))
-    if isinstance(call.out, (tuple, list)) and isinstance(places, Place):
-        return tuple(checked(places, out) for out in call.out)
-    return checked(places, call.out)
+    if type(places) is tuple:
+        return tuple(checked(cast(Any, place), out) for place, out in zip(places, call.out, strict=True))
+    if isinstance(call.out, (tuple, list)) and not isinstance(places, str):
+        return tuple(checked(cast(Any, places), out) for out in call.out)
+    # A write without a result has owners of its target.
+    return checked(cast(Any, places), call.x if call.out is None else call.out)
 
 
 def _kept(func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
-    """A tensor that is detached after its call, as recomputation in backward does, keeps its place."""
+    """A tensor that is detached after its call, as recomputation in backward does, keeps its owners."""
     if func in (Tensor.detach, torch.detach) and isinstance(args[0], RowTensor):
         return args[0].scope.enter(out, args[0].place)
     return out
 
 
 def _note_write(scope: ForwardCall, x: Tensor, places: Places) -> None:
-    """Mark everything that shares memory with x as lost, unless x already held rows in the same place."""
-    if not (isinstance(x, RowTensor) and x.scope is scope and isinstance(places, Place) and x.place == places):
-        scope.spoilt[x.untyped_storage()._cdata] = x.untyped_storage()  # held, so that its address is not used again
-        for plain in (x, x._base):
-            scope.take(plain)
+    """Follow a write to x: its owners stay, or memory that belonged to nobody gets owners; else its memory is lost."""
+    tracked = isinstance(x, RowTensor) and x.scope is scope
+    if places is None or (tracked and not isinstance(places, str) and x.place == places):  # type: ignore[attr-defined]
+        return
+    storage = x.untyped_storage()
+    if isinstance(places, (Place, Owners)) and not torch.compiler.is_compiling():
+        adopted = Adopted.of(x, places, scope.adopted.get(storage._cdata))
+        if adopted is not None and (not tracked or isinstance(x.place, Owners)):  # type: ignore[attr-defined]
+            scope.adopted[storage._cdata] = adopted
+            for each in (x, x._base):
+                if type(each) is Tensor:
+                    scope.take(each, adopted.owner_of(each, scope.n) or lost_at("a write in place"))
+            if tracked:
+                scope.enter_as(cast(RowTensor, x), places)
+            return
+    cause = places if isinstance(places, str) and places else lost_at("a write in place")
+    scope.spoilt[storage._cdata] = storage, cause  # held, so that its address is not used again
+    for plain in (x, x._base):
+        scope.take(plain, cause)
