@@ -9,6 +9,8 @@ from torch import Tensor
 
 from funclora._config.config import LoraConfig
 from funclora.errors import UnsupportedError
+from funclora.io.foreign.bare import is_foreign, read_factors
+from funclora.io.foreign.mlx import load_mlx
 from funclora.io.hf.checkpoint import Checkpoint
 from funclora.io.hf.origin import check_origin
 from funclora.io.hf.structure import Structure
@@ -38,7 +40,7 @@ class BaseFolder:
 
 
 class AdapterFolder:
-    """A PEFT folder.
+    """A PEFT folder, or what another program wrote instead.
 
     Attributes:
         folder: the folder.
@@ -64,6 +66,9 @@ class AdapterFolder:
         self.rules: Mapping[str, Rule]
         self.notes: list[str] = []
         self.config: LoraConfig
+        if is_foreign(folder):
+            self._read_foreign(base)
+            return
         files = AdapterFiles(folder)
         if base is None:
             self.rules, self.config = read_bare(files, in_out=files.has_in_out_linear, dora=True)
@@ -85,3 +90,14 @@ class AdapterFolder:
         tied = [name for name, target in opened.targets.items() if target.rule is Tied]
         if tied:
             self.notes.append(f"{folder}: {', '.join(tied)}: tied to another weight, so they change with it.")
+
+    def _read_foreign(self, base: BaseFolder | None) -> None:
+        if base is None:
+            self.rules, self.config = read_factors(self.folder)
+        elif self.folder.is_dir():
+            self.rules, self.config = load_mlx(self.folder, base.structure.model)
+        else:
+            raise UnsupportedError(
+                f"{self.folder}: the weights of a pipeline are not read. Leave --base out, or convert the file first "
+                "(funclora convert --from diffusers)."
+            )

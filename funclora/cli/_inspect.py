@@ -18,6 +18,7 @@ from funclora.analysis._data import Data
 from funclora.analysis._spectrum import measured
 from funclora.cli._folders import AdapterFolder, BaseFolder
 from funclora.errors import FormatError, near
+from funclora.io.foreign.bare import is_foreign
 from funclora.io.hf.checkpoint import CONFIG_FILE as MODEL_CONFIG
 from funclora.io.hf.checkpoint import Checkpoint, OnProgress
 from funclora.io.peft.files import CONFIG_FILE as ADAPTER_CONFIG
@@ -63,7 +64,8 @@ def inspect_folder(
     """Inspect the folder of an adapter or a model.
 
     Args:
-        folder: a PEFT folder, or the folder of a transformers model.
+        folder: a PEFT folder, or the folder of a transformers model; also mlx-lm's folder, or a LoRA file of an image
+            model.
         base: the folder of the base model of the adapter or of the fine-tuned model.
         singular: compute singular values; otherwise only norms.
         progress: called with the number of finished weights and of all weights.
@@ -76,6 +78,8 @@ def inspect_folder(
         NonFiniteError: a tensor contains NaN or infinity.
     """
     tell = progress or (lambda done, total: None)
+    if is_foreign(folder):
+        return _adapter(folder, base, singular, tell)
     if not folder.is_dir():
         raise FormatError(
             f"{folder}: there is no such folder. Give a PEFT folder, or the folder of a transformers model."

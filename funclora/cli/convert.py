@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,8 @@ class Format(str, Enum):
     """The formats other than PEFT's folders."""
 
     gguf = "gguf"
+    mlx = "mlx"
+    diffusers = "diffusers"
 
 
 class Dtype(str, Enum):
@@ -25,75 +27,62 @@ class Dtype(str, Enum):
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="PEFT folder; with --from, a file.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="PEFT folder; with --from, what is read.", show_default=False)],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="New file; with --from, a new PEFT folder.", show_default=False)
+        Path,
+        typer.Option("--out", "-o", help="New file or folder; with --from, a new PEFT folder.", show_default=False),
     ],
-    base: Annotated[Path, typer.Option(help="Folder of the base model.", show_default=False)],
+    base: Annotated[
+        Path, typer.Option(help="Folder of the base model; for diffusers, of the pipeline.", show_default=False)
+    ],
     to: Annotated[Format | None, typer.Option("--to", help="Write this format.", show_default=False)] = None,
     from_: Annotated[Format | None, typer.Option("--from", help="Read this format.", show_default=False)] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the factors in a new file.", show_default="float32")
+        Dtype | None, typer.Option(help="Dtype of the factors in a GGUF file.", show_default="float32")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing adapter in --out.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Convert a PEFT folder to a GGUF file that llama.cpp loads with --lora, or such a file to a PEFT folder.
+    """Convert a PEFT folder to the format of another program, or such a format to a PEFT folder.
 
-    Only the structure of the base model is read. Its weights are read only if the adapter's folder contains base
+    gguf: a file that llama.cpp loads with --lora. mlx: a folder of mlx-lm. diffusers: a LoRA file of an image model, of
+    diffusers or kohya's scripts; the PEFT folders of its components, such as unet and text_encoder, are inside of one
+    folder. Only the structure of the base is read. Its weights are read only if the adapter's folder contains base
     weights, to compare them.
 
     Examples:
         funclora convert adapter --to gguf --base model -o adapter.gguf
         funclora convert adapter.gguf --from gguf --base model -o adapter
+        funclora convert adapter --to mlx --base model -o adapter-mlx
+        funclora convert style.safetensors --from diffusers --base pipeline -o style
     """
     from funclora.errors import ConfigError
 
     if (to is None) == (from_ is None):
-        raise ConfigError("Give either --to gguf or --from gguf.")
-    if from_ is not None and dtype is not None:
+        raise ConfigError("Give either --to or --from, with gguf, mlx or diffusers.")
+    if dtype is not None and to is not Format.gguf:
         raise ConfigError("--dtype can only be used with --to gguf. Leave it out.")
-    if to is not None:
-        facts = _to_gguf(adapter, out, base, (dtype or Dtype.float32).value, overwrite=overwrite)
+
+    import torch
+
+    from funclora.cli import _convert
+
+    if to is Format.gguf:
+        dense = getattr(torch, (dtype or Dtype.float32).value)
+        facts = _convert.to_gguf(adapter, out, base, dense, overwrite=overwrite)
         words = "{out}: {updates} updates in {dtype}, {bytes:,} bytes"
+    elif to is not None:
+        write = {Format.mlx: _convert.to_mlx, Format.diffusers: _convert.to_diffusers}[to]
+        facts, words = write(adapter, out, base, overwrite=overwrite), "{out}: {updates} updates"
+    elif from_ is Format.diffusers:
+        facts = _convert.from_diffusers(adapter, out, base, overwrite=overwrite)
+        words = "{out}: {updates} updates"
     else:
-        facts = _from_gguf(adapter, out, base, overwrite=overwrite)
+        read = _convert.from_gguf if from_ is Format.gguf else _convert.from_mlx
+        facts = read(adapter, out, base, overwrite=overwrite)
         words = "{out}: {updates} updates, r={r}, lora_alpha={lora_alpha:g}"
     if json:
         print_json(facts)
     else:
-        typer.echo(words.format(**facts))
-
-
-def _to_gguf(folder: Path, out: Path, base: Path, dtype: str, *, overwrite: bool) -> dict[str, Any]:
-    import torch
-
-    from funclora.cli._base import base_model
-    from funclora.cli._output import claimed_out
-    from funclora.io.gguf.adapter import save_gguf
-    from funclora.io.hf.origin import check_origin
-    from funclora.io.peft.files import AdapterFiles
-    from funclora.io.peft.folder import load_files
-    from funclora.io.peft.tensors import StoredTensors
-
-    with claimed_out(out, overwrite=overwrite):
-        # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's.
-        files = AdapterFiles(folder)
-        weights = any(".base_layer." in key for key in StoredTensors(files).shapes())
-        model = base_model(base, weights=weights)
-        adapters, _ = load_files(files, model)
-        check_origin([folder], base)
-        save_gguf(out, adapters, model, dtype=getattr(torch, dtype))
-    return {"out": out, "updates": len(adapters), "dtype": dtype, "bytes": out.stat().st_size}
-
-
-def _from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> dict[str, Any]:
-    from funclora.cli._adapters import adapter_out
-    from funclora.cli._base import base_model
-    from funclora.io.gguf.adapter import load_gguf
-    from funclora.io.peft.folder import save_peft
-
-    with adapter_out(out, overwrite=overwrite):
-        adapters, config = load_gguf(file, base_model(base, weights=False))
-        save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
-    return {"out": out, "updates": len(adapters), "r": config.r, "lora_alpha": config.lora_alpha}
+        text = words.format(**facts)
+        typer.echo(f"{text} for {', '.join(facts['components'])}" if "components" in facts else text)

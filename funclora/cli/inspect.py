@@ -20,7 +20,12 @@ MANY = 8  # names of a field that are shown
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="PEFT folder, or folder of a transformers model.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="PEFT folder, folder of mlx-lm, LoRA file, or folder of a transformers model.", show_default=False
+        ),
+    ],
     base: Annotated[
         Path | None,
         typer.Option(help="Folder of the base model of the adapter or of the fine-tuned model.", show_default=False),

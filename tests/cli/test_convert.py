@@ -1,14 +1,16 @@
-"""`funclora convert`: a PEFT folder to GGUF and back, and its complaints."""
+"""`funclora convert`: a PEFT folder to the formats of other programs and back, and its complaints."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf_models import build, lora
+from image_pipelines import components, pipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
@@ -79,8 +81,16 @@ def test_complaints(base: Path, tmp_path: Path) -> None:
     file.write_text("not gguf")
     ends = ("--base", base, "-o")
     cases = [
-        ((folder, *ends, tmp_path / "x"), "Give either --to gguf or --from gguf."),
-        ((folder, "--to=gguf", "--from=gguf", *ends, tmp_path / "x"), "Give either --to gguf or --from gguf."),
+        ((folder, *ends, tmp_path / "x"), "Give either --to or --from, with gguf, mlx or diffusers."),
+        ((folder, "--to=gguf", "--from=mlx", *ends, tmp_path / "x"), "Give either --to or --from"),
+        ((folder, "--to=mlx", "--dtype=float16", *ends, tmp_path / "x"), "--dtype can only be used with --to gguf"),
+        ((folder, "--to=mlx", *ends, folder), f"--out: {folder} already contains an adapter."),
+        ((folder, "--from=mlx", *ends, tmp_path / "x"), "there is no adapters.safetensors in this folder"),
+        (
+            (folder, "--to=diffusers", *ends, tmp_path / "x.safetensors"),
+            f"--base: {base}: there is no model_index.json",
+        ),
+        ((folder, "--to=diffusers", *ends, tmp_path / "x"), "expected a file that ends with .safetensors"),
         ((folder, "--from=gguf", "--dtype=float16", *ends, tmp_path / "x"), "--dtype can only be used with --to gguf"),
         ((folder, "--to=gguf", *ends, file), f"--out: {file} already exists. Give another file"),
         ((file, "--from=gguf", *ends, folder), f"--out: {folder} already contains an adapter."),
@@ -108,3 +118,63 @@ def test_dora_is_refused_with_advice(base: Path, tmp_path: Path) -> None:
     assert "llama.cpp does not support the rule DoRA" in done.stderr
     assert "Merge the adapter into the base" in done.stderr
     assert not (tmp_path / "a.gguf").exists()
+
+
+def same_factors(one: Path, other: Path) -> None:
+    tensors, others = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    assert tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[key], rtol=1e-6, atol=1e-7)
+
+
+def test_to_mlx_and_back(base: Path, tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, target_modules=["q_proj", "down_proj"])
+    done = run(folder, "--to=mlx", "--base", base, "-o", tmp_path / "mlx")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'mlx'}: 4 updates\n"
+    done = run(tmp_path / "mlx", "--from=mlx", "--base", base, "-o", tmp_path / "back", "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"out": str(tmp_path / "back"), "updates": 4, "r": 3, "lora_alpha": 5}
+    same_factors(folder, tmp_path / "back")
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline("sd", components("sd")).save_pretrained(folder)
+    return folder
+
+
+def test_to_diffusers_and_back(pipeline_folder: Path, tmp_path: Path) -> None:
+    config = fl.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "q_proj"], init_lora_weights=False)
+    for name, targets in (("unet", ["to_q", "conv1"]), ("text_encoder", ["q_proj"])):
+        config = config.replace(target_modules=targets)
+        fl.save_peft(tmp_path / "peft" / name, fl.init(components("sd")[name], config), config)
+    file = tmp_path / "new" / "style.safetensors"
+    done = run(tmp_path / "peft", "--to=diffusers", "--base", pipeline_folder, "-o", file)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert re.fullmatch(rf"{file}: \d+ updates for text_encoder, unet\n", done.stdout)
+    done = run(file, "--from=diffusers", "--base", pipeline_folder, "-o", tmp_path / "back")
+    assert (done.exit_code, done.stderr) == (0, "")
+    for name in ("unet", "text_encoder"):
+        same_factors(tmp_path / "peft" / name, tmp_path / "back" / name)
+    again = ("--from=diffusers", "--base", pipeline_folder, "-o", tmp_path / "back")
+    assert "already contains an adapter" in run(file, *again).stderr
+    assert run(file, *again, "--overwrite").exit_code == 0
+    other = run(
+        tmp_path / "peft" / "unet", "--to=diffusers", "--base", pipeline_folder, "-o", tmp_path / "x.safetensors"
+    )
+    assert "expected a PEFT folder for each component, among unet, text_encoder" in other.stderr
+
+
+def test_a_pipeline_with_code_of_its_own_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    for entry, words in (
+        ({"unet": ["my_unet", "MyUNet"]}, "unet is my_unet.MyUNet, which is no model of diffusers or transformers"),
+        ({"unet": ["diffusers", "DDPMScheduler"]}, "unet is diffusers.DDPMScheduler"),
+        ({"_class_name": "MyPipeline"}, "'MyPipeline' is no pipeline of diffusers; code from a folder is never run"),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | entry))
+        done = run(tmp_path / "a.safetensors", "--from=diffusers", "--base", tmp_path, "-o", tmp_path / "out")
+        assert done.exit_code == 2
+        assert words in done.stderr

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 from checkpoints import load, merged_by_peft, save_adapter, save_base, tensors
+from image_pipelines import components, kohya, layers
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import funclora as fl
 from funclora.cli._app import app
+from funclora.io import save_diffusers, save_mlx
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -226,3 +228,68 @@ def test_an_adapter_alone_needs_no_transformers(folders: Path, tmp_path: Path) -
         [sys.executable, "-c", code, str(folders / "lora")], capture_output=True, text=True, env=environment, check=True
     )
     assert len(json.loads(done.stdout)["rows"]) == 4
+
+
+def test_files_of_image_models(tmp_path: Path) -> None:
+    """The norms are those of α / r · up · down, by the names in the file."""
+    made = kohya(tmp_path / "style.safetensors", {"lora_unet": layers(components("sd")["unet"], ("to_q", "conv1"))},
+                 ranks=[2, 3], alphas=[1.0, 4.0])  # fmt: skip
+    found = report(tmp_path / "style.safetensors")
+    rows = {row["name"]: row for row in found["rows"]}
+    assert (found["kind"], len(rows)) == ("adapter", len(made))
+    for name, (down, up, alpha) in made.items():
+        row = rows[f"{name.replace('.', '_')}.weight"]
+        want = (alpha / len(down) * up.flatten(1) @ down.flatten(1)).norm().item()
+        assert row["norm"] == pytest.approx(want, rel=1e-5)
+        assert row["r"] == len(down)
+    unet, config = components("sd")["unet"], fl.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"])
+    adapters = fl.init(unet, config.replace(init_lora_weights=False))
+    save_diffusers(tmp_path, {"unet": (adapters, config)})
+    rows = {row["name"]: row for row in report(tmp_path / "pytorch_lora_weights.safetensors")["rows"]}
+    for name, rule in adapters.items():
+        want = rule.dense(torch.zeros_like(unet.get_parameter(name))).norm().item()
+        assert rows[f"unet.{name}"]["norm"] == pytest.approx(want, rel=1e-5)
+    done = run(tmp_path / "style.safetensors", "--base", tmp_path)
+    assert done.exit_code == 2
+
+
+def test_the_alpha_in_the_metadata_of_diffusers(tmp_path: Path) -> None:
+    tensors = {"unet.to_q.lora_A.weight": torch.randn(2, 5), "unet.to_q.lora_B.weight": torch.randn(4, 2)}
+    config = peft.LoraConfig(r=2, lora_alpha=7, target_modules=["to_q"]).to_dict()
+    fields = {f"unet.{key}": [*value] if isinstance(value, set) else value for key, value in config.items()}
+    file = tmp_path / "style.safetensors"
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(fields, default=str)})
+    (row,) = report(file)["rows"]
+    a, b = tensors.values()
+    assert row["norm"] == pytest.approx(7 / 2 * (b @ a).norm().item(), rel=1e-5)
+
+
+def test_folders_of_mlx_lm(folders: Path, tmp_path: Path) -> None:
+    model: Any = load(folders / "base", transformers.LlamaForCausalLM)
+    adapters, _ = fl.load_peft(folders / "lora", model)
+    save_mlx(tmp_path, adapters, model)
+    want, have = report(folders / "lora", "--base", folders / "base"), report(tmp_path, "--base", folders / "base")
+    assert len(have["rows"]) == len(want["rows"])
+    for one, other in zip(have["rows"], want["rows"], strict=True):
+        assert one["name"] == other["name"]
+        assert one["share"] == pytest.approx(other["share"], rel=1e-5)
+    assert report(tmp_path)["norm"] == pytest.approx(want["norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"q.lora_down.weight": (2, 3)}, "'q.lora_down.weight' is no factor of a low-rank update with both factors"),
+        (
+            {"q.lora_down.weight": (2, 3), "q.lora_up.weight": (4, 3)},
+            "the factors of 'q' have the shapes [2, 3] and [4, 3]",
+        ),
+        ({"q.lora_down.weight": (2, 3), "q.lora_up.weight": (4, 2), "q.alpha": (2,)}, "'q.alpha' has shape [2]"),
+        ({}, "there are no low-rank updates in this file"),
+    ],
+)
+def test_broken_files_of_image_models(tensors: dict[str, tuple[int, ...]], words: str, tmp_path: Path) -> None:
+    save_file({key: torch.ones(shape) for key, shape in tensors.items()}, tmp_path / "a.safetensors")
+    done = run(tmp_path / "a.safetensors")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert words in done.stderr

@@ -72,23 +72,29 @@ def rules_of(file: Path, factors: Mapping[str, Factors], model: nn.Module) -> tu
     return configured(adapters, [targeting(model, adapters)])
 
 
+def refuse_infinite(file: Path, name: str, given: Factors) -> None:
+    """Raise `NonFiniteError` if a tensor of an update contains NaN or infinity."""
+    for what, tensor in {"A": given.a, "B": given.b, "m": given.magnitude, "the bias of B": given.bias}.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{file}: {what} of {name!r} contains NaN or infinity.")
+
+
 def _rules(file: Path, name: str, module: nn.Module, given: Factors) -> dict[str, Rule]:
     layout, weight = _weight(file, name, module)
+    refuse_infinite(file, name, given)
 
-    def put(what: str, tensor: Tensor) -> Tensor:
-        if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{file}: {what} of {name!r} contains NaN or infinity.")
+    def put(tensor: Tensor) -> Tensor:
         device = torch.device("cpu") if weight.is_meta else weight.device
         return tensor.to(device, torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
 
-    a, b = put("A", given.a), put("B", given.b)
+    a, b = put(given.a), put(given.b)
     rule: LoRA | DoRA = LoRA(a, b, scaling=given.scaling, dropout=given.dropout, layout=layout)
     if given.magnitude is not None:
-        magnitude = put("the magnitude", given.magnitude.flatten())
+        magnitude = put(given.magnitude.flatten())
         rule = DoRA(a, b, magnitude, scaling=given.scaling, dropout=given.dropout, layout=layout)
     found: dict[str, Rule] = {f"{name}.weight": rule}
     if given.bias is not None:
-        found[f"{name}.bias"] = Delta(put("the bias of B", given.bias), scaling=given.scaling)
+        found[f"{name}.bias"] = Delta(put(given.bias), scaling=given.scaling)
     for full, each in found.items():
         parameter = getattr(module, full.rpartition(".")[2], None)
         if not isinstance(parameter, Tensor):

@@ -75,8 +75,14 @@ def load_diffusers(path: str | os.PathLike[str], components: Any) -> dict[str, t
     """
     check_path(path, order="path, components")
     package()
-    models, loader = _pipeline(components)
-    file = weights_file(Path(path))
+    return load_parts(Path(path), *_pipeline(components))
+
+
+def load_parts(
+    path: Path, models: Mapping[str, nn.Module], loader: type
+) -> dict[str, tuple[dict[str, Rule], LoraConfig]]:
+    """As `load_diffusers`, with the models that can have adapters, and diffusers' class that loads files for them."""
+    file = weights_file(path)
     _refuse_others(file)
     found = {}
     for name, arrived in converted(file, models, loader).items():
@@ -154,33 +160,51 @@ def weights_file(path: Path) -> Path:
 
 def _pipeline(components: Any) -> tuple[dict[str, nn.Module], type]:
     """The models that can have adapters, and diffusers' class that loads files for them."""
-    from diffusers.loaders import lora_pipeline
-
-    mixins = {
-        name.removesuffix("LoraLoaderMixin"): cls
-        for name, cls in vars(lora_pipeline).items()
-        if name.endswith("LoraLoaderMixin") and name != "LoraLoaderMixin"
-    }
     if isinstance(components, Mapping):
         models = {name: model for name, model in components.items() if isinstance(model, nn.Module)}
         if not models.keys() & {"unet", "transformer"}:
             got = ", ".join(map(repr, models)) or "none"
             raise ConfigError(f"components: expected 'unet' or 'transformer' among the models, got {got}.")
         denoiser = type(models.get("transformer")).__name__
+        mixins = _mixins()
         fitting = [name for name in mixins if denoiser.startswith(name)]
         loader = mixins["StableDiffusionXL"] if "unet" in models else mixins.get(max(fitting, key=len, default=""))
-        remedy = "Give the pipeline."
+        if loader is None:
+            raise UnsupportedError(
+                f"components: diffusers has no loader of LoRA files for {denoiser}. Give the pipeline."
+            )
     else:
         parts = getattr(components, "components", None)
         if not isinstance(parts, Mapping):
             refuse("components", "a diffusers pipeline, or a dict of its models", components, "")
         models = {name: model for name, model in parts.items() if isinstance(model, nn.Module)}
-        loader = next((cls for cls in type(components).__mro__ if cls in mixins.values()), None)
-        denoiser, remedy = type(components).__name__, "Put the factors into rules by their names."
-    if loader is None:
-        raise UnsupportedError(f"components: diffusers has no loader of LoRA files for {denoiser}. {remedy}")
-    loadable = loader._lora_loadable_modules
+        loader = loader_of(type(components))
+    loadable = loader._lora_loadable_modules  # type: ignore[attr-defined]
     return {name: model for name, model in models.items() if name in loadable}, loader
+
+
+def loader_of(pipeline: type) -> type:
+    """The base class of a pipeline that loads LoRA files.
+
+    Raises:
+        UnsupportedError: diffusers has none for it.
+    """
+    mixins = _mixins().values()
+    found = next((cls for cls in pipeline.__mro__ if cls in mixins), None)
+    if found is None:
+        raise UnsupportedError(f"components: diffusers has no loader of LoRA files for {pipeline.__name__}.")
+    return found
+
+
+def _mixins() -> dict[str, type]:
+    """diffusers' classes that load LoRA files, by the beginning of the names of their models."""
+    from diffusers.loaders import lora_pipeline
+
+    return {
+        name.removesuffix("LoraLoaderMixin"): cls
+        for name, cls in vars(lora_pipeline).items()
+        if name.endswith("LoraLoaderMixin") and name != "LoraLoaderMixin"
+    }
 
 
 def _refuse_others(file: Path) -> None:
@@ -226,7 +250,7 @@ def _factors(file: Path, component: str, arrived: Arrived) -> dict[str, Factors]
             f"{file}: {len(other)} layers of {component}, such as {other[0]}, have an α of their own, for which "
             "diffusers takes another one. They are read as the file says.",
             FormatWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return found
 
