@@ -2,17 +2,26 @@
 
 An optimizer is a pair `init(params) -> state` and `update(grads, state, params=None) -> (updates, state)`, as
 in TorchOpt and optax. `update` does not change its arguments; the caller adds its updates to the parameters.
-All functions run under `torch.func.grad`, `torch.func.vmap` and `torch.compile(fullgraph=True)`.
+All functions run under `torch.func.grad`, `torch.func.vmap` and `torch.compile(fullgraph=True)`, except `adamw_8bit`.
 
 One optimizer can train a stack of adapters, with leaves `[n_adapters, ...]`: `lr`, `weight_decay`, `ratio`
-and `max_norm` then also take one value per adapter, a tensor `[n_adapters]` on their device. Inside `vmap` there is
-one adapter, and its values are `[]`. The state counts the steps taken in an int64 tensor: `[]`, or `[n_adapters]`
-if the states of single adapters were stacked.
+and `max_norm` then also take one value per adapter, a tensor `[n_adapters]` on their device (in `adafactor` and
+`adamw_8bit` they do not). Inside `vmap` there is one adapter, and its values are `[]`. The state counts the steps taken
+in an int64 tensor: `[]`, or `[n_adapters]` if the states of single adapters were stacked.
 """
 
+from funclora.optim._adafactor import adafactor
+from funclora.optim._adamw_8bit import adamw_8bit
 from funclora.optim._members import MemberTransformation, Optimizer, per_member
 from funclora.optim._optimizers import adamw, lora_plus, sgd
-from funclora.optim._schedules import constant, warmup_cosine, warmup_linear
+from funclora.optim._schedules import (
+    constant,
+    warmup_cosine,
+    warmup_cosine_restarts,
+    warmup_linear,
+    warmup_polynomial,
+    warmup_stable_decay,
+)
 from funclora.optim._transforms import (
     GradientTransformation,
     apply_updates,
@@ -30,7 +39,9 @@ __all__ = [
     "PerMember",
     "PyTree",
     "Schedule",
+    "adafactor",
     "adamw",
+    "adamw_8bit",
     "apply_updates",
     "chain",
     "clip_by_global_norm",
@@ -40,5 +51,8 @@ __all__ = [
     "per_member",
     "sgd",
     "warmup_cosine",
+    "warmup_cosine_restarts",
     "warmup_linear",
+    "warmup_polynomial",
+    "warmup_stable_decay",
 ]

@@ -73,21 +73,20 @@ def adamw(
         Adam: arXiv 1412.6980. Decoupled decay: arXiv 1711.05101. Deviation: the square root has the derivative 0
         at 0, so a derivative through the update is not NaN where a gradient is 0 (`a` as long as `b` is 0).
     """
-    _check_rates(lr, weight_decay)
-    for name, beta in (("b1", b1), ("b2", b2)):
-        check(name, beta, lambda x: 0 <= x < 1, "a number in [0, 1)", "usual are 0.9 and 0.999")
+    check_rates(lr, weight_decay)
+    check_betas(b1, b2)
     check("eps", eps, nonnegative, "a finite number >= 0", "1e-8 is usual")
 
     def init(params: PyTree) -> AdamWState:
-        return AdamWState(_no_step(params), tree_map(_moment, params=params), tree_map(_moment, params=params))
+        return AdamWState(no_step(params), tree_map(_moment, params=params), tree_map(_moment, params=params))
 
     def update(grads: PyTree, state: AdamWState, params: PyTree = None) -> tuple[PyTree, AdamWState]:
         check_state(state, AdamWState)
-        decays, t = _decays(weight_decay, params), state.step + 1
+        decays, t = is_decayed(weight_decay, params), state.step + 1
         # One number per adapter is computed first, so that few operations run over whole leaves.
         count = t.to(widest(state.mu))
-        rate = _at(lr, state.step, count) * torch.ones_like(count)
-        shrink = rate * _at(weight_decay, state.step, count)
+        rate = rate_at(lr, state.step, count) * torch.ones_like(count)
+        shrink = rate * rate_at(weight_decay, state.step, count)
         like = grads if params is None else params
         trees = {"mu": state.mu, "nu": state.nu, "grads": grads, "params": like}
 
@@ -149,7 +148,7 @@ def sgd(
         tensor([[-0.1000, -0.1000, -0.1000],
                 [-0.5000, -0.5000, -0.5000]])
     """
-    _check_rates(lr, weight_decay)
+    check_rates(lr, weight_decay)
     check("momentum", momentum, lambda x: 0 <= x < 1, "a number in [0, 1)", "0.9 is usual")
     if not isinstance(nesterov, bool):
         refuse("nesterov", "True or False", nesterov)
@@ -158,12 +157,12 @@ def sgd(
 
     def init(params: PyTree) -> SgdState:
         # () and not None, which is a leaf for torch's pytree: vmap would refuse it.
-        return SgdState(_no_step(params), tree_map(_moment, params=params) if momentum else ())
+        return SgdState(no_step(params), tree_map(_moment, params=params) if momentum else ())
 
     def update(grads: PyTree, state: SgdState, params: PyTree = None) -> tuple[PyTree, SgdState]:
         check_state(state, SgdState)
         rate = lr(state.step) if callable(lr) else lr
-        decays = _decays(weight_decay, params)
+        decays = is_decayed(weight_decay, params)
         like = grads if params is None else params
 
         def decay(p: Tensor, g: Tensor) -> Tensor:
@@ -267,13 +266,13 @@ def _one_minus_power(decay: float, count: Tensor) -> Tensor:
     return -torch.expm1(count * (math.log(decay) if decay else -math.inf))
 
 
-def _at(value: PerMember | Schedule, step: Tensor, like: Tensor) -> PerMember:
+def rate_at(value: PerMember | Schedule, step: Tensor, like: Tensor) -> PerMember:
     """A rate at a step, in the dtype and on the device of `like`."""
     now = value(step) if callable(value) else value
     return now.to(like.device, like.dtype) if isinstance(now, Tensor) else now
 
 
-def _decays(weight_decay: PerMember, params: PyTree) -> bool:
+def is_decayed(weight_decay: PerMember, params: PyTree) -> bool:
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     if decays and params is None:
         raise ConfigError(
@@ -287,14 +286,19 @@ def _moment(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf, dtype=wide(leaf.dtype))
 
 
-def _no_step(params: PyTree) -> Tensor:
+def no_step(params: PyTree) -> Tensor:
     # A tensor, because torch.compile would make a new graph at every step for an int.
     check_leaves("params", params)
     leaves = optree.tree_leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def _check_rates(lr: object, weight_decay: object) -> None:
+def check_betas(b1: object, b2: object) -> None:
+    for name, beta in (("b1", b1), ("b2", b2)):
+        check(name, beta, lambda x: 0 <= x < 1, "a number in [0, 1)", "usual are 0.9 and 0.999")
+
+
+def check_rates(lr: object, weight_decay: object) -> None:
     if not callable(lr):
         check("lr", lr, nonnegative, "a schedule, a finite number >= 0", "1e-4 is usual", tensor=True)
     check("weight_decay", weight_decay, nonnegative, "a finite number >= 0", "0.0 is none", tensor=True)

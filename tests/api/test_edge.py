@@ -301,6 +301,18 @@ def calls(folder: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "constant": (fl.optim.constant, {"lr": 0.1}),
         "warmup_linear": (fl.optim.warmup_linear, {"lr": 0.1, "warmup_steps": 1, "total_steps": 5}),
         "warmup_cosine": (fl.optim.warmup_cosine, {"lr": 0.1, "warmup_steps": 1, "total_steps": 5}),
+        "warmup_cosine_restarts": (
+            fl.optim.warmup_cosine_restarts, {"lr": 0.1, "warmup_steps": 1, "total_steps": 5, "cycles": 2, "end": 0.0}
+        ),
+        "warmup_polynomial": (
+            fl.optim.warmup_polynomial, {"lr": 0.1, "warmup_steps": 1, "total_steps": 5, "power": 2.0}
+        ),
+        "warmup_stable_decay": (
+            fl.optim.warmup_stable_decay, {"lr": 0.1, "warmup_steps": 1, "total_steps": 5, "decay_steps": 2}
+        ),
+        "adafactor": (
+            fl.optim.adafactor, {"lr": 0.1, "decay": 0.8, "clip": 1.0, "eps": 1e-30, "weight_decay": 0.1}
+        ),
         "sgd, init": (started, {"params": ADAPTERS}),
         "sgd, update": (SGD.update, {"grads": ADAPTERS, "state": SGD.init(ADAPTERS), "params": ADAPTERS}),
     }  # fmt: skip
@@ -348,7 +360,7 @@ def test_no_raw_error_for_any_thing_in_any_place(tmp_path: Path, monkeypatch: An
 
 def test_every_public_function_is_called(tmp_path: Path) -> None:
     elsewhere = {
-        "quantize",  # packs with bitsandbytes
+        *("quantize", "adamw_8bit"),  # need bitsandbytes
         "strict",  # takes nothing
         *("save_gguf", "load_gguf", "merge_checkpoint", "extract_adapter"),  # read the folders of models
     }
