@@ -34,6 +34,7 @@ _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == 
     "model",
     "data",
     "validation",
+    "chat_template",
     "sample",
     "sample_tokens",
 }

@@ -22,7 +22,11 @@ from funclora.errors import ConfigError, near
 # If both are given, one has no effect.
 EXCLUSIVE = (("steps", "epochs"), ("validation", "validation_split"))
 # Keys that only these tasks use.
-ONLY = {"train_on": (CAUSAL,), "text_field": (CAUSAL, SEQUENCE), "label_field": (SEQUENCE, TOKEN), "packing": (CAUSAL,)}
+ONLY = {
+    **dict.fromkeys(("train_on", "turns", "chat_template", "packing"), (CAUSAL,)),
+    "text_field": (CAUSAL, SEQUENCE),
+    "label_field": (SEQUENCE, TOKEN),
+}
 
 
 def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
@@ -235,6 +239,10 @@ def _check_together(settings: Settings, called: Any) -> None:
                 f"{called(key)}: only {' and '.join(tasks)} use{'s' * (len(tasks) == 1)} it, and the task is "
                 f"{settings.task}. Leave it out."
             )
+    if settings.turns != Settings.turns and settings.train_on == "all":
+        raise ConfigError(f"{called('turns')}: with train_on all, every turn has loss. Leave one of them out.")
+    if settings.chat_template is not None and settings.model is None:
+        raise ConfigError(f"{called('chat_template')}: the demo's base reads no chats. Give a model, or leave it out.")
     if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
         raise ConfigError(f"{called('sample_tokens')}: there is no prompt to continue. Give {called('sample')} too.")
     if settings.sample and settings.task == TOKEN:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The label of positions without loss, as in torch and transformers.
@@ -25,3 +27,14 @@ class Example:
     labels: list[int]
     lengths: tuple[int, ...]
     source: str
+
+
+def common(ids: Sequence[object], other: Sequence[object]) -> int:
+    """Length of the common prefix of two sequences.
+
+    Examples:
+        >>> common([1, 2, 3], [1, 2, 4, 5])
+        2
+    """
+    pairs = zip(ids, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

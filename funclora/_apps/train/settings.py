@@ -55,6 +55,8 @@ class Settings:
         "Text on which the loss is computed, in data that marks prompts.",
         choices=("completions", "all"),
     )
+    turns: str = _key("all", "Data", "Turns of the assistant with loss in a chat.", choices=("all", "last"))
+    chat_template: Path | None = _key(None, "Data", "File of a chat template (Jinja), instead of the tokenizer's.")
     context: int = _key(512, "Data", "Maximum length of an example in tokens; longer plain texts are split.", least=1)
     packing: bool = _key(False, "Data", "Put several examples into one row; each attends only to itself.")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from funclora._apps.train import utf8
 from funclora._apps.train.settings import Settings
 from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError, UnsupportedError
@@ -50,11 +51,11 @@ def load_tokenizer(settings: Settings) -> Any:
     nor loss.
 
     Args:
-        settings: `model` is used.
+        settings: `model` and `chat_template` are used.
 
     Raises:
         FormatError: there is no such folder, or no tokenizer in it that transformers can load.
-        ConfigError: it has no token for padding.
+        ConfigError: it has no token for padding, or the chat template is no template.
         UnsupportedError: transformers is not installed.
 
     Examples:
@@ -77,9 +78,24 @@ def load_tokenizer(settings: Settings) -> Any:
                 "to use instead. Set one: tokenizer.pad_token = ... and tokenizer.save_pretrained(folder)."
             )
         tokenizer.pad_token = token
+    if settings.chat_template is not None:
+        tokenizer.chat_template = _template(settings.chat_template)
     # Examples begin at the left, like the positions of a model.
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _template(file: Path) -> str:
+    """The chat template in a file."""
+    if not file.is_file():
+        raise ConfigError(f"chat_template: {file} is no file. Give the file of a Jinja template.")
+    text = utf8.text(file)
+    if "messages" not in text:
+        raise ConfigError(
+            f"chat_template: {file} does not speak of messages, so it is no chat template. Give a Jinja template, such "
+            "as the chat_template.jinja of an instruct model."
+        )
+    return text
 
 
 def ends_texts(tokenizer: Any) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from funclora._apps.train.chat import chat
+from funclora._apps.train.chat import chats
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.records import Record
-from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.rows import IGNORED, Example, common
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.tokenizer import begun, ends_texts
 from funclora.errors import FormatError, UnsupportedError, near
@@ -119,15 +118,19 @@ class _Tokens:
     def causal(self, record: Record) -> list[Example]:
         kind = schema(record, self.settings)
         if kind == CHAT:
-            found = chat(record, self.tokenizer, self.settings.train_on == "completions")
-            ids, said = found.ids, found.said
-            if not found.whole:
-                self.notes.count("in which the chat template leaves out or changes some messages", record.source)
-        elif kind == PAIR:
+            made = chats(record, self.tokenizer, self.settings.train_on, self.settings.turns)
+            for remark in made.remarks:
+                self.notes.count(remark, record.source)
+            return [example for one in made.found for example in self.masked(one.ids, one.said, record)]
+        if kind == PAIR:
             ids, said = self.pair(record)
         else:
             ids = self.ids(self.ended(text(record, self.settings.text_field)))
             return self.pieces(ids, record)
+        return self.masked(ids, said, record)
+
+    def masked(self, ids: list[int], said: list[bool], record: Record) -> list[Example]:
+        """The example with loss on the ids that are said."""
         labels = [i if bit else IGNORED for i, bit in zip(ids, said, strict=True)]
         return self.kept(ids[: self.context], labels[: self.context], record, len(ids) - self.context)
 
@@ -271,14 +274,3 @@ def class_name(label: Any, record: Record, label_field: str) -> str:
     raise FormatError(
         f"{record.where}: {label_field}: expected a class as a text or a whole number, got {reprlib.repr(label)}."
     )
-
-
-def common(ids: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix of two lists of ids.
-
-    Examples:
-        >>> common([1, 2, 3], [1, 2, 4, 5])
-        2
-    """
-    pairs = zip(ids, other, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -19,7 +19,7 @@ from text_models import BRACKETS, FORGETS, MARKED, PLAIN, tokenizer
 from transformers.utils import chat_template_utils
 
 from funclora._apps.train import templates
-from funclora._apps.train.chat import chat, opened
+from funclora._apps.train.chat import chats, opened
 from funclora._apps.train.records import Record
 from funclora.errors import FormatError
 
@@ -183,7 +183,7 @@ def test_a_template_that_takes_too_much_or_fails(name: str, monkeypatch: pytest.
     source, message = HOSTILE[name]
     record = Record({"messages": TURNS[1:3]}, "d.jsonl:7", "/d.jsonl:7")
     with little_memory():
-        for use in (lambda: chat(record, tokenizer(source), mask=False), lambda: opened(record, tokenizer(source))):
+        for use in (lambda: chats(record, tokenizer(source), "all"), lambda: opened(record, tokenizer(source))):
             with pytest.raises(FormatError, match=message) as caught:
                 use()
             assert str(caught.value).startswith("/d.jsonl:7: the chat template ")
@@ -216,7 +216,7 @@ def test_any_template_ends(parts: list[tuple[str, str]], content: Any) -> None:
     with little_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         try:
-            chat(record, tokenizer(source), mask=False)
+            chats(record, tokenizer(source), "all")
         except FormatError as error:
             str(error).encode()
             assert len(str(error).splitlines()) == 1  # noqa: PT017
@@ -231,7 +231,7 @@ TAKEN = ["chat_template", "tokenize", "messages", "conversation", "add_generatio
 def test_a_record_sets_nothing_that_is_not_its(name: str, value: Any) -> None:
     record = Record({"messages": TURNS[1:3], "chat_template_kwargs": {name: value}}, "d.jsonl:7", "/d.jsonl:7")
     message = f"^/d.jsonl:7: chat_template_kwargs: '{name}' is not for a record to set"
-    for use in (lambda: chat(record, tokenizer(PLAIN), mask=True), lambda: opened(record, tokenizer(PLAIN))):
+    for use in (lambda: chats(record, tokenizer(PLAIN)), lambda: opened(record, tokenizer(PLAIN))):
         with pytest.raises(FormatError, match=message):
             use()
 
@@ -264,15 +264,15 @@ def test_a_template_that_is_no_text(value: Any) -> None:
     tokens = tokenizer(PLAIN)
     tokens.chat_template = value
     record = Record({"messages": TURNS[1:3]}, "d:1", "d:1")
-    for mask in (True, False):
+    for train_on in ("completions", "all"):
         with pytest.raises(FormatError, match=r"^d:1: .*template"):
-            chat(record, tokens, mask)
+            chats(record, tokens, train_on)
 
 
 def test_tools_as_text_are_read_strictly() -> None:
     record = Record({"messages": TURNS[1:3], "tools": "[" * 10_000}, "d:1", "d:1")
     with pytest.raises(FormatError, match=r"^d:1: tools: expected JSON in this text"):
-        chat(record, tokenizer(PLAIN), mask=True)
+        chats(record, tokenizer(PLAIN))
     again = Record({"messages": TURNS[1:3], "tools": json.dumps(TOOLS)}, "d:1", "d:1")
     source = "{{ tools|tojson }}"
     tokens = tokenizer(source)
