@@ -19,7 +19,7 @@ from funclora._config.targets import select
 from funclora.errors import ConfigError, PeftFormatWarning, TargetError
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.dora import DoRA
-from funclora.rules.layouts import Conv1D, Linear
+from funclora.rules.layouts import Conv1D, Linear, Parameter
 from funclora.rules.low_rank import LowRank
 
 # The fields that select modules.
@@ -79,16 +79,30 @@ def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[
 
 def targeting(model: nn.Module, adapters: Adapters) -> LoraConfig:
     """A configuration that targets exactly these weights of a model, by the shortest sufficient ends of names."""
-    modules = [name.removesuffix(".weight").split(".") for name, rule in adapters.items() if isinstance(rule, LowRank)]
-    biased = len(modules) < len(adapters)
-    for length in (1, 2, None):
-        ends = sorted({".".join(parts[-length if length else 0 :]) for parts in modules})
-        config = LoraConfig(target_modules=ends, lora_bias=biased)
+    low_rank = {name: rule for name, rule in adapters.items() if isinstance(rule, LowRank)}
+    biased = len(low_rank) < len(adapters)
+    parameters = [name.split(".") for name, rule in low_rank.items() if isinstance(rule.layout, Parameter)]
+    modules = [name.split(".")[:-1] for name, rule in low_rank.items() if not isinstance(rule.layout, Parameter)]
+
+    def config(length: int) -> LoraConfig:
+        parameter_length = length and length + 1  # with the name of the module
+        return LoraConfig(
+            target_modules=_ends(modules, length),
+            target_parameters=_ends(parameters, parameter_length),
+            lora_bias=biased,
+        )
+
+    for length in (1, 2, 0):
         with contextlib.suppress(TargetError):
-            if select(model, config).keys() == adapters.keys():
-                return config
+            if select(model, config(length)).keys() == adapters.keys():
+                return config(length)
     # A full name may also be the end of another one; an expression is matched as a whole.
-    return LoraConfig(target_modules="|".join(re.escape(".".join(parts)) for parts in modules), lora_bias=biased)
+    return config(0).replace(target_modules="|".join(re.escape(".".join(parts)) for parts in modules) or None)
+
+
+def _ends(names: Sequence[Sequence[str]], length: int) -> list[str]:
+    """The last components of names, each text once; all components if the length is 0."""
+    return sorted({".".join(parts[-length:]) for parts in names})
 
 
 def _targets(modules: Mapping[str, bool], sources: Sequence[LoraConfig]) -> dict[str, Any]:

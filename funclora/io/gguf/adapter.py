@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,15 +21,18 @@ from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
 from funclora._config.infer import configured, targeting
 from funclora._config.layers import weights_of
+from funclora._config.targets import select
 from funclora.errors import ConfigError, FormatError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.gguf.file import GGUF_DTYPES, AdapterFile, package, read_adapter, write_adapter
-from funclora.io.gguf.names import MERGE, Slot, by_tensor, family_of, slots_of
+from funclora.io.gguf.names import MERGE, Pair, Slot, by_tensor, family_of, slots_of
 from funclora.rules.base import Adapters, Rule
-from funclora.rules.layouts import Conv1D, Embedding, Linear
+from funclora.rules.layouts import Conv1D, Embedding, Linear, Parameter
 from funclora.rules.low_rank import LoRA
 
 # A factor closer to 1 than this changes no number by more than rounding in float32.
 _ROUNDING = 2.0**-24
+_Layout = Linear | Conv1D | Embedding | Parameter
+_KNOWN = (Linear, Conv1D, Embedding, Parameter)
 
 
 def save_gguf(
@@ -44,8 +47,9 @@ def save_gguf(
     Args:
         path: the file. It is replaced atomically; its folder is made if it does not exist.
         adapters: full parameter name -> `LoRA`.
-        model: the base model, of transformers: Llama, Mistral, Qwen2, Qwen3, GPT-2 or Gemma (1 to 3, text) with a
-            language modelling head. Only its structure is read: it may be on the meta device.
+        model: the base model, of transformers: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, OLMo 2, GPT-2
+            or Gemma (1 to 3, text) with a language modelling head. Only its structure is read: it may be on the meta
+            device.
         dtype: of the written factors, float32 or float16.
 
     Raises:
@@ -84,8 +88,9 @@ def save_gguf(
     for name, rule in rules.items():
         slot, factor = slots[name], float(rule.scaling) * rule.r / alpha
         b = rule.b if abs(factor - 1) <= _ROUNDING else rule.b.double() * factor
-        for leaf, tensor in zip("ab", slot.pack(rule.a, b), strict=True):
-            tensors[f"{slot.tensor}.lora_{leaf}"] = _rounded(f"{name!r}: {leaf}", tensor, dtype)
+        for there, pair in slot.pack(rule.a, b).items():
+            for leaf, tensor in zip("ab", pair, strict=True):
+                tensors[f"{there}.lora_{leaf}"] = _rounded(f"{name!r}: {leaf}", tensor, dtype)
     write_adapter(Path(path), gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.arch]], alpha, tensors, dtype)
 
 
@@ -131,17 +136,20 @@ def load_gguf(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str,
         raise FormatError(
             f"{file}: the adapter is for {stored.arch!r}, but {type(model).__name__} is {arch!r} in llama.cpp."
         )
-    known = dict(by_tensor(slots))
-    adapters: dict[str, Rule] = {}
+    known, found = dict(by_tensor(slots)), dict[str, Slot]()
     for tensor in _pairs(file, stored):
         if tensor not in known:
             raise FormatError(f"{file}: {type(model).__name__} has no weight {tensor!r}.{near(tensor, known, n=3)}")
         name, slot = known[tensor]
         if slot.why_not:
             raise UnsupportedError(f"{file}: the adapter of {name!r} cannot be read: {slot.why_not}")
-        adapters[name] = _read_rule(file, stored, tensor, slot, model.get_parameter(name), _layout(model, name))
-    order = {name: adapters[name] for name in slots if name in adapters}
-    return configured(order, [targeting(model, order)])
+        found[name] = slot
+    layouts = _layouts(model, [name for name in slots if name in found])
+    adapters: dict[str, Rule] = {
+        name: _read_rule(file, stored, found[name], model.get_parameter(name), layout)
+        for name, layout in layouts.items()
+    }
+    return configured(adapters, [targeting(model, adapters)])
 
 
 def _supported(name: str, rule: Rule, slots: Mapping[str, Slot]) -> LoRA:
@@ -153,7 +161,7 @@ def _supported(name: str, rule: Rule, slots: Mapping[str, Slot]) -> LoRA:
         why = "there is no such weight in GGUF."
     elif slots[name].why_not:
         why = slots[name].why_not
-    elif not isinstance(rule.layout, (Linear, Conv1D, Embedding)):
+    elif not isinstance(rule.layout, _KNOWN) or (isinstance(rule.layout, Parameter) and rule.layout.transposed):
         why = f"llama.cpp does not support adapters of the layout {type(rule.layout).__name__}."
     if why:
         raise UnsupportedError(f"{name!r} cannot be written for llama.cpp: {why} {MERGE}")
@@ -204,13 +212,33 @@ def _pairs(file: Path, stored: AdapterFile) -> Iterable[str]:
     return names
 
 
-def _read_rule(
-    file: Path, stored: AdapterFile, tensor: str, slot: Slot, weight: Tensor, layout: Linear | Conv1D | Embedding
-) -> LoRA:
-    packed = [stored.tensors[f"{tensor}.lora_{leaf}"] for leaf in "ab"]
-    r = packed[1].shape[-1]  # where llama.cpp reads it
+def _read_rule(file: Path, stored: AdapterFile, slot: Slot, weight: Tensor, layout: _Layout) -> LoRA:
+    found = {
+        tensor: (stored.tensors[f"{tensor}.lora_a"], stored.tensors[f"{tensor}.lora_b"])
+        for tensor in slot.tensors
+        if f"{tensor}.lora_b" in stored.tensors
+    }
+    ranks = {_check_pair(file, tensor, pair, slot, layout) for tensor, pair in found.items()}
+    if len(ranks) > 1:
+        raise UnsupportedError(
+            f"{file}: {' and '.join(found)} are one weight in transformers, but their adapters have ranks of their own."
+        )
+    r, (some_a, some_b) = ranks.pop(), next(iter(found.values()))
+    # A part that the file leaves as it is, is changed by 0.
+    pairs = [found.get(tensor, (some_a, torch.zeros_like(some_b))) for tensor in slot.tensors]
+    if not math.isfinite(stored.alpha):
+        raise NonFiniteError(f"{file}: adapter.lora.alpha is {stored.alpha}.")
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (leaf.contiguous().to(device, dtype) for leaf in slot.unpack(pairs))
+    return LoRA(a, b, scaling=stored.alpha / r if stored.alpha else 1.0, layout=layout)
+
+
+def _check_pair(file: Path, tensor: str, pair: Pair, slot: Slot, layout: _Layout) -> int:
+    """The rank of two tensors of the file, after comparing them with the weight."""
+    r = pair[1].shape[-1]  # where llama.cpp reads it
     blank = [torch.empty(shape, device="meta") for shape in layout.factor_shapes(slot.shape, r)]
-    for leaf, have, want in zip("ab", packed, slot.pack(*blank), strict=True):
+    for leaf, have, want in zip("ab", pair, slot.pack(*blank)[tensor], strict=True):
         if not r or have.shape != want.shape:
             raise FormatError(
                 f"{file}: '{tensor}.lora_{leaf}' has shape {list(have.shape)}, expected {list(want.shape)} for a "
@@ -218,16 +246,20 @@ def _read_rule(
             )
         if not torch.isfinite(have).all():
             raise NonFiniteError(f"{file}: '{tensor}.lora_{leaf}' contains NaN or infinity.")
-    if not math.isfinite(stored.alpha):
-        raise NonFiniteError(f"{file}: adapter.lora.alpha is {stored.alpha}.")
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (leaf.contiguous().to(device, dtype) for leaf in slot.unpack(*packed))
-    return LoRA(a, b, scaling=stored.alpha / r if stored.alpha else 1.0, layout=layout)
+    return r
 
 
-def _layout(model: nn.Module, name: str) -> Linear | Conv1D | Embedding:
-    layout = (weights_of(model.get_submodule(name.rpartition(".")[0])) or {}).get("weight")
-    if not isinstance(layout, (Linear, Conv1D, Embedding)):
-        raise UnsupportedError(f"{name!r} is not the weight of a linear layer or an embedding of the model.")
-    return layout
+def _layouts(model: nn.Module, names: Sequence[str]) -> dict[str, _Layout]:
+    """The layouts of weights, in that order: of modules, or of parameters such as experts."""
+    found = {name: (weights_of(model.get_submodule(name.rpartition(".")[0])) or {}).get("weight") for name in names}
+    parameters = [name for name, layout in found.items() if not name.endswith(".weight") or layout is None]
+    targets = select(model, LoraConfig(target_parameters=parameters)) if parameters else {}
+    layouts: dict[str, _Layout] = {}
+    for name, of_module in found.items():
+        layout = targets[name].layout if name in targets else of_module
+        if not isinstance(layout, _KNOWN):
+            raise UnsupportedError(
+                f"{name!r} is not the weight of a linear layer, an embedding or experts of the model."
+            )
+        layouts[name] = layout
+    return layouts

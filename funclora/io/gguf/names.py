@@ -7,15 +7,19 @@ applied here to the factors of its update:
     nn.Linear, Conv1D          [out, in]                            A [r, in]      B [out, r]
     q_proj, k_proj of Llama    its rows reordered (see `Slot`)      A [r, in]      B [out, r], its rows reordered
     token embedding            [ids, dimension]                     Aᵀ [ids, r]    B [dimension, r]
+    experts                    [experts, out, in]                   A [E, r, in]   B [E, out, r]
+    gate_up_proj of experts    two weights, its halves              A, A           the halves of B
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from funclora._bind.params import named_tensors
@@ -49,13 +53,21 @@ FAMILIES = {
     "GemmaForCausalLM": Family("GEMMA", tied=True),
     "LlamaForCausalLM": Family("LLAMA", pairs=True),
     "MistralForCausalLM": Family("LLAMA", pairs=True),
+    "MixtralForCausalLM": Family("LLAMA", pairs=True),
+    "Olmo2ForCausalLM": Family("OLMO2"),
+    "Phi3ForCausalLM": Family("PHI3"),
     "Qwen2ForCausalLM": Family("QWEN2"),
     "Qwen3ForCausalLM": Family("QWEN3"),
+    "Qwen3MoeForCausalLM": Family("QWEN3MOE"),
 }
 # The tensors to which llama.cpp applies adapters, in the graphs of these families.
 _ADAPTABLE = frozenset({
-    "ATTN_K", "ATTN_OUT", "ATTN_Q", "ATTN_QKV", "ATTN_V", "FFN_DOWN", "FFN_GATE", "FFN_UP", "OUTPUT", "TOKEN_EMBD",
+    "ATTN_K", "ATTN_OUT", "ATTN_Q", "ATTN_QKV", "ATTN_V", "FFN_DOWN", "FFN_DOWN_EXP", "FFN_GATE", "FFN_GATE_EXP",
+    "FFN_GATE_INP", "FFN_UP", "FFN_UP_EXP", "OUTPUT", "TOKEN_EMBD",
 })  # fmt: skip
+# transformers keeps the experts' gate_proj above their up_proj, in one parameter.
+_JOINED = re.compile(r"\.experts\.gate_up_proj$")
+Pair = tuple[Tensor, Tensor]  # lora_a and lora_b
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Slot:
     """The representation of one weight in llama.cpp.
 
     Attributes:
-        tensor: the name of the weight there.
+        tensors: the names of the weight there: one, or those of the parts that it is cut into along its outputs.
         shape: the shape of the weight in transformers.
         heads: if not 0, the number of heads that the rows belong to. Within each head, the two halves are interleaved:
             row i of the first half becomes row 2i, row i of the second half becomes row 2i + 1.
@@ -71,23 +83,42 @@ class Slot:
         why_not: why llama.cpp cannot adapt it; empty if it can.
     """
 
-    tensor: str
+    tensors: tuple[str, ...]
     shape: tuple[int, ...]
     heads: int = 0
     table: bool = False
     why_not: str = ""
 
-    def pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """`lora_a` and `lora_b` of the factors `a: [r, in]` and `b: [out, r]`."""
+    def pack(self, a: Tensor, b: Tensor) -> dict[str, Pair]:
+        """Name there -> `lora_a` and `lora_b`, of the factors `a: [*experts, r, in]` and `b: [*experts, out, r]`."""
         if self.heads:
             b = b.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        return (a.mT, b) if self.table else (a, b)
+        parts = b.chunk(len(self.tensors), dim=-2)
+        return {name: (a.mT if self.table else a, part) for name, part in zip(self.tensors, parts, strict=True)}
 
-    def unpack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `pack`."""
+    def unpack(self, pairs: Sequence[Pair]) -> Pair:
+        """The inverse of `pack`, of one pair for each name. Parts with different `lora_a` add up their ranks."""
+        a, b = pairs[0]
+        if len(pairs) > 1 and all(torch.equal(a, other) for other, _ in pairs):
+            b = torch.cat([part for _, part in pairs], dim=-2)
+        elif len(pairs) > 1:
+            a = torch.cat([part for part, _ in pairs], dim=-2)
+            b = _diagonal([part for _, part in pairs])
         if self.heads:
             b = b.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return (a.mT, b) if self.table else (a, b)
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Matrices `[*lead, out, r]` along the diagonal of a larger one."""
+    width = sum(block.shape[-1] for block in blocks)
+    rows, start = [], 0
+    for block in blocks:
+        row = block.new_zeros(*block.shape[:-1], width)
+        row[..., start : start + block.shape[-1]] = block
+        rows.append(row)
+        start += block.shape[-1]
+    return torch.cat(rows, dim=-2)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -116,18 +147,22 @@ def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
     tied = family.tied or _is_tied(model)
     found = {}
     for name, tensor, _, _ in named_tensors(model):
-        known = names.get_type_and_name(name, try_suffixes=(".weight",)) if name.endswith(".weight") else None
-        if known is None:
+        joined = _JOINED.search(name)
+        parts = [_JOINED.sub(f".experts.{part}_proj", name) for part in ("gate", "up")] if joined else [name]
+        known = [names.get_type_and_name(part, try_suffixes=(".weight",)) for part in parts]
+        if name.endswith(".bias") or not all(known):
             continue
-        kind, heads = known[0].name, 0
+        # The parameters of experts have no ".weight" in transformers.
+        tensors = tuple(each[1] if each[1].endswith(".weight") else f"{each[1]}.weight" for each in known)
+        kind, heads = known[0][0].name, 0
         if family.pairs and kind in ("ATTN_Q", "ATTN_K"):
             heads = config.num_attention_heads if kind == "ATTN_Q" else config.num_key_value_heads
-        why_not = "" if kind in _ADAPTABLE else f"llama.cpp does not apply adapters to {known[1]!r}."
+        why_not = "" if kind in _ADAPTABLE else f"llama.cpp does not apply adapters to {tensors[0]!r}."
         if tied and kind == "OUTPUT":
-            why_not = f"llama.cpp has no {known[1]!r} for a model whose output layer is tied to its token embedding."
+            why_not = f"llama.cpp has no {tensors[0]!r} for a model whose output layer is tied to its token embedding."
         if tied and kind == "TOKEN_EMBD":
             why_not = "llama.cpp also uses the adapter of a tied token embedding for the output layer, and stops."
-        found[name] = Slot(known[1], tuple(tensor.shape), heads, kind == "TOKEN_EMBD", why_not)
+        found[name] = Slot(tensors, tuple(tensor.shape), heads, kind == "TOKEN_EMBD", why_not)
     return found
 
 
@@ -142,4 +177,4 @@ def _is_tied(model: Any) -> bool:
 
 def by_tensor(slots: dict[str, Slot]) -> Iterator[tuple[str, tuple[str, Slot]]]:
     """`(name in llama.cpp, (full name, slot))` for each weight."""
-    return ((slot.tensor, (name, slot)) for name, slot in slots.items())
+    return ((tensor, (name, slot)) for name, slot in slots.items() for tensor in slot.tensors)

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import build, in_llama_cpp, lora
+from gguf_models import EXPERTS, build, in_llama_cpp, lora
 from torch import Tensor, nn
 
 import funclora as fl
@@ -32,6 +32,8 @@ ATTENTION = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_a
              "self_attn.o_proj": "attn_output"}  # fmt: skip
 MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 FUSED = {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+PHI3 = {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down"}  # fmt: skip
 KINDS = {
     "Llama": ("llama", ATTENTION | MLP),
     "Mistral": ("llama", ATTENTION | MLP),
@@ -41,6 +43,10 @@ KINDS = {
     "Gemma2": ("gemma2", ATTENTION | MLP),
     "Gemma3": ("gemma3", ATTENTION | MLP),
     "GPT2": ("gpt2", FUSED),
+    "Olmo2": ("olmo2", ATTENTION | MLP),
+    "Phi3": ("phi3", PHI3),
+    "Mixtral": ("llama", ATTENTION),
+    "Qwen3Moe": ("qwen3moe", ATTENTION),
 }
 
 
@@ -95,7 +101,12 @@ def test_names_shapes_and_the_update_in_llama_cpps_layout(kind: str, tmp_path: P
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_written_is_read(kind: str, tmp_path: Path) -> None:
     model = build(kind)
-    adapters, config = lora(model, target_modules=["c_attn"] if kind == "GPT2" else ["q_proj", "k_proj", "down_proj"])
+    targets = {
+        "GPT2": ["c_attn"],
+        "Phi3": ["qkv_proj", "down_proj"],
+        **{each: ["q_proj", "k_proj"] for each in EXPERTS},
+    }
+    adapters, config = lora(model, target_modules=targets.get(kind, ["q_proj", "k_proj", "down_proj"]))
     fl.save_gguf(tmp_path / "a.gguf", adapters, model)
     loaded, read_config = fl.load_gguf(tmp_path / "a.gguf", model)
     assert list(loaded) == list(adapters)
@@ -242,6 +253,90 @@ def test_packed_tensors_are_unpacked(kind: str, tmp_path: Path) -> None:
     for name, rule in adapters.items():
         torch.testing.assert_close(loaded[name].b, rule.b, rtol=1e-2, atol=2e-2)
         assert not torch.equal(loaded[name].b, rule.b)
+
+
+# Experts: one parameter for all in transformers, of which gate_up_proj is two in llama.cpp.
+
+ALL_OF_THEM = {"target_modules": ["v_proj"], "target_parameters": [
+    "experts.gate_up_proj", "experts.down_proj", "gate.weight"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    adapters, _ = lora(model, **ALL_OF_THEM)
+    fl.save_gguf(tmp_path / "a.gguf", adapters, model)
+    fields, tensors = read(tmp_path / "a.gguf")
+    layer = "model.layers.1.mlp."
+    names = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+    assert {key for key in tensors if "blk.1" in key} == {
+        f"blk.1.{name}.weight.lora_{leaf}" for name in (*names, "ffn_gate_inp", "attn_v") for leaf in "ab"
+    }
+    change = {name: rule.dense(torch.zeros_like(model.get_parameter(name))) for name, rule in adapters.items()}
+    gate, up = change[f"{layer}experts.gate_up_proj"].chunk(2, dim=1)
+    want = {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": change[f"{layer}experts.down_proj"]}
+    for name, dense in (want | {"ffn_gate_inp": change[f"{layer}gate.weight"]}).items():
+        torch.testing.assert_close(delta_of(fields, tensors, f"blk.1.{name}.weight"), dense, rtol=1e-5, atol=1e-5)
+    loaded, config = fl.load_gguf(tmp_path / "a.gguf", model)
+    assert list(loaded) == list(adapters)
+    for name, rule in adapters.items():
+        other: Any = loaded[name]
+        assert torch.equal(other.a, rule.a)
+        assert torch.equal(other.b, rule.b)
+        assert (other.scaling, other.layout) == (rule.scaling, rule.layout)
+    fl.save_peft(tmp_path / "peft", loaded, config)
+    again, _ = fl.load_peft(tmp_path / "peft", model)
+    assert again.keys() == adapters.keys()
+
+
+def some_experts(file: Path, changes: dict[str, Any]) -> Any:
+    """A file for experts whose tensors in layer 0 were changed, or taken out with None."""
+    model = build("Mixtral")
+    adapters, _ = lora(model, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    fl.save_gguf(file, adapters, model)
+    _, tensors = read(file)
+    for name, change in changes.items():
+        for leaf in "ab":
+            key = f"blk.0.{name}.weight.lora_{leaf}"
+            if change is None:
+                del tensors[key]
+            else:
+                tensors[key] = change(tensors[key], leaf)
+    rewrite(file, tensors)
+    return model
+
+
+def test_gate_and_up_with_factors_of_their_own(tmp_path: Path) -> None:
+    """As a trainer that adapts them apart leaves them."""
+    file = tmp_path / "a.gguf"
+    model = some_experts(file, {"ffn_up_exps": lambda x, leaf: x + 1})
+    fields, tensors = read(file)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    rule = load(file, model)[name]
+    assert rule.r == 6
+    dense = rule.dense(torch.zeros_like(model.get_parameter(name)))
+    for half, part in zip(dense.chunk(2, dim=1), ("gate", "up"), strict=True):
+        torch.testing.assert_close(delta_of(fields, tensors, f"blk.0.ffn_{part}_exps.weight"), half)
+
+
+def test_a_half_without_an_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    model = some_experts(file, {"ffn_gate_exps": None})
+    fields, tensors = read(file)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    gate, up = load(file, model)[name].dense(torch.zeros_like(model.get_parameter(name))).chunk(2, dim=1)
+    assert not gate.any()
+    torch.testing.assert_close(delta_of(fields, tensors, "blk.0.ffn_up_exps.weight"), up)
+
+
+def test_halves_of_several_ranks(tmp_path: Path) -> None:
+    def shorter(x: np.ndarray, leaf: str) -> np.ndarray:
+        return x[:, :2] if leaf == "a" else x[..., :2]
+
+    file = tmp_path / "a.gguf"
+    model = some_experts(file, {"ffn_up_exps": shorter})
+    with pytest.raises(UnsupportedError, match="are one weight in transformers, but their adapters have ranks"):
+        fl.load_gguf(file, model)
 
 
 # What is refused.

@@ -56,7 +56,9 @@ def by_us(model: Any, adapters: Any) -> Tensor:
 # llama.cpp looks GELU up in a table of half precision; SiLU is exact.
 ROUNDING, HALF = 5e-6, 3e-3
 TOLERANCE = {"Llama": ROUNDING, "Mistral": ROUNDING, "Qwen2": ROUNDING, "Qwen3": ROUNDING}
+TOLERANCE |= {"Mixtral": ROUNDING, "Olmo2": 4 * ROUNDING, "Phi3": ROUNDING, "Qwen3Moe": ROUNDING}
 TOLERANCE |= dict.fromkeys(("GPT2", "Gemma", "Gemma2", "Gemma3"), HALF)
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("Llama", {}, {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}, {}),
@@ -70,6 +72,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}, {}),
     "qwen2, embeddings": ("Qwen2", {}, {"target_modules": ["embed_tokens", "lm_head"]}),
     "qwen3": ("Qwen3", {}, {}),
+    "phi3": ("Phi3", {}, {}),
+    "phi3, embeddings": ("Phi3", {}, {"target_modules": ["embed_tokens", "lm_head", "qkv_proj"]}),
+    "olmo2": ("Olmo2", {}, {}),
+    "qwen3 moe": ("Qwen3Moe", {}, {"target_modules": ["q_proj", "v_proj", "o_proj"], **EXPERTS}),
+    "qwen3 moe, attention": ("Qwen3Moe", {}, {"target_modules": ["q_proj", "k_proj", "lm_head"]}),
+    "mixtral": ("Mixtral", {}, {"target_modules": ["q_proj", "k_proj"], **EXPERTS}),
+    "mixtral, gates and ups": ("Mixtral", {}, {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}),
     "gpt2": ("GPT2", {}, {}),
     "gemma": ("Gemma", {"tie_word_embeddings": True}, {}),
     "gemma2": ("Gemma2", {"tie_word_embeddings": True, "query_pre_attn_scalar": 8}, {}),
@@ -86,7 +95,7 @@ def compared(
     kind: str, fields: dict[str, Any], config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[float, float, float]:
     """How much an adapter moves the logits, and by how much llama.cpp's differ without and with it."""
-    heads = {} if kind in ("GPT2", "Qwen2") else {"head_dim": 8}  # else wider than hidden_size / heads
+    heads = {} if kind in ("GPT2", "Olmo2", "Phi3", "Qwen2") else {"head_dim": 8}  # else wider than hidden_size / heads
     model = build(kind, attn_implementation="eager", **heads, **fields).eval()
     for parameter in model.parameters():  # biases too, so that each tensor has a say
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -132,7 +141,7 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
 
 # Not GPT-2: the script takes the factors of its transposed layers for those of the weights as they are stored.
 @with_scripts
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo2", "Gemma", "Gemma2", "Gemma3"])
 def test_their_converter_of_adapters_writes_the_same(kind: str, tmp_path: Path) -> None:
     model = build(kind)
     model.save_pretrained(tmp_path / "base")
