@@ -157,7 +157,12 @@ def vmapped_once() -> bool:
 
 def is_differentiated() -> bool:
     """True if reverse or forward mode records the computation."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """True if forward mode records the computation."""
+    return forward_ad._current_level >= 0
 
 
 def overwriting() -> Callable[..., Tensor]:

@@ -273,18 +273,32 @@ class PreparedRouted(Rule):
         if scaled and op.transposed:
             inputs = (rows * _spread_scale(op, rows, self._row_scale(scales))).to(op.x.dtype)
             op = op.with_input(rows_back(inputs, place))
-        y = op.dense(weight, bias=not scaled)
-        dtype, out = y.dtype, rows_first(y, place, self.n)
-        if self.groups[0].weights is not None:
-            out = self._mixed(op, rows, out, scales, dropout)
-        elif self.succession:
-            out = self._by_part(op, inputs, out, scales, dropout)
+        joint = None if dropout else self._joint(op, inputs, weight, bias=not scaled)
+        if joint is not None:
+            dtype, out = joint.dtype, joint if op.transposed else _scaled(op, joint, self._row_scale(scales))
         else:
-            out = self._gathered(op, inputs, out, scales, dropout)
+            y = op.dense(weight, bias=not scaled)
+            dtype, out = y.dtype, rows_first(y, place, self.n)
+            if self.groups[0].weights is not None:
+                out = self._mixed(op, rows, out, scales, dropout)
+            elif self.succession:
+                out = self._by_part(op, inputs, out, scales, dropout)
+            else:
+                out = self._gathered(op, inputs, out, scales, dropout)
         if scaled and op.bias is not None:
             bias = op.per_output(op.bias)
             out = out + bias.reshape(*[1] * (out.dim() - bias.dim()), *bias.shape)
         return rows_back(out.to(dtype), place)
+
+    def _joint(self, op: Any, x: Tensor, weight: Tensor, *, bias: bool) -> Tensor | None:
+        """The base operation and all updates as one function with its own gradient, if it has one and it is needed."""
+        if not any(rule.a.requires_grad or rule.b.requires_grad for rule in self.rules):
+            return None
+        parts = [(self.rules[i], self.groups[i]) for i in self.succession]
+        sizes = [end - start for start, end in (group.rows.span for _, group in parts)]  # type: ignore[union-attr, misc]
+        groups = [(rule.a, rule.b, group.scalings) for rule, group in parts]
+        joint: Tensor | None = op.in_groups(weight, x, sizes, groups, bias=bias) if parts else None
+        return joint
 
     def _by_part(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result, rewritten group by group; x is the operation's input with rows first."""

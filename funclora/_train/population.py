@@ -21,8 +21,8 @@ from funclora._tracking.tensor import streams
 from funclora._train.members import BatchedModel, MemberModel, Population
 from funclora._train.step import LossFn, autograd, check_bindable, checked_loss, mean, micro_batches
 from funclora.errors import ConfigError
-from funclora.optim import apply_updates, global_norm, per_member
-from funclora.optim._members import MemberTransformation, Optimizer, check_optimizer
+from funclora.optim import per_member
+from funclora.optim._members import MemberTransformation, Optimizer, check_optimizer, step_of
 from funclora.rules.base import Adapters, Params, Rule
 
 
@@ -75,6 +75,7 @@ def population_step(
     check_model(model)
     check_optimizer(optimizer)
     by_member = optimizer if isinstance(optimizer, MemberTransformation) else per_member(lambda: optimizer)
+    optimized = step_of(by_member)
     loss_fn = checked_loss(loss_fn, has_aux)
 
     def step(
@@ -93,10 +94,8 @@ def population_step(
         loss, aux = mean([loss for loss, *_ in parts]), [aux for _, aux, _ in parts]
         del parts
         with torch.no_grad():
-            norm = grads.in_order(torch.cat([torch.func.vmap(global_norm)(c.values) for c in grads.groups]))
-            updates, state = by_member.update(grads, state, params=members)
-            del grads  # as large as the weights, of which the next line makes new ones
-            members = apply_updates(members, updates)
+            norm = grads.in_order(torch.cat([_norms(group.values) for group in grads.groups]))
+            members, state = optimized(members, grads, state)
         metrics = {"loss": loss, "grad_norm": norm, "finite": loss.isfinite() & norm.isfinite()}
         if has_aux:
             metrics["aux"] = aux if accumulate > 1 else aux[0]
@@ -176,6 +175,17 @@ def _value_and_grad(
 
     _, (losses, aux), grads = autograd(losses_and_aux, members)
     return losses, aux, grads
+
+
+def _norms(leaves: Sequence[Tensor]) -> Tensor:
+    """The norms of members whose leaves are `[m, *]`, in float32 at least: `[m]`."""
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in leaves]
+    norms = [
+        torch.linalg.vector_norm(x.unsqueeze(-1), dim=tuple(range(1, x.dim() + 1)), dtype=dtype).to(leaves[0].device)
+        for x, dtype in zip(leaves, dtypes, strict=True)
+    ]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return norm
 
 
 def batch_dims(batch: Any, dim: int | None) -> Any:

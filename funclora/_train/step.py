@@ -16,8 +16,8 @@ from funclora._bind.apply import bind
 from funclora._bind.checks import check_rules, unwritten
 from funclora._torch.functions import in_transform
 from funclora.errors import ConfigError, UnusedAdapterWarning
-from funclora.optim import apply_updates, global_norm
-from funclora.optim._members import Optimizer, check_optimizer, is_pure
+from funclora.optim import global_norm
+from funclora.optim._members import Optimizer, check_optimizer, step_of
 from funclora.rules.base import Adapters, Params, Rule
 
 LossFn = Callable[..., Any]
@@ -95,7 +95,8 @@ def train_step(
     Args:
         model: the module that defines the computation; never changed.
         loss_fn: `loss_fn(bound, batch)`, given the bound model. Returns a scalar loss, or `(loss, aux)`.
-        optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`.
+        optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`. If it also has
+            `step(params, grads, state) -> (params, state)`, that is used.
         has_aux: whether `loss_fn` returns anything besides the loss.
         accumulate: number of micro-batches. Every tensor of the batch is split into this many equal parts along
             its first dimension; losses and gradients are averaged over them.
@@ -126,7 +127,7 @@ def train_step(
     check_model(model)
     check_optimizer(optimizer)
     gradient = value_and_grad(checked_loss(loss_fn, has_aux), has_aux=True)
-    pure = is_pure(optimizer)
+    optimized = step_of(optimizer)
 
     def step(
         params: Params, adapters: Adapters, state: Any, batch: Any, *, seed: int | None = None
@@ -140,8 +141,7 @@ def train_step(
         grads = mean([grads for _, grads in parts])
         loss = mean([loss for (loss, _), _ in parts])
         with torch.no_grad():
-            updates, state = optimizer.update(grads, state, params=tree, **pure)
-            tree = apply_updates(tree, updates)
+            tree, state = optimized(tree, grads, state)
         metrics = {"loss": loss, "grad_norm": global_norm(grads)}
         if has_aux:
             aux = [aux for (_, aux), _ in parts]

@@ -2,6 +2,7 @@
 
 An optimizer is a pair `init(params) -> state` and `update(grads, state, params=None) -> (updates, state)`, as
 in TorchOpt and optax. `update` does not change its arguments; the caller adds its updates to the parameters.
+It may also have `step(params, grads, state) -> (params, state)`, which does both.
 All functions run under `torch.func.grad`, `torch.func.vmap` and `torch.compile(fullgraph=True)`, except `adamw_8bit`.
 
 One optimizer can train a stack of adapters, with leaves `[n_adapters, ...]`: `lr`, `weight_decay`, `ratio`
@@ -24,6 +25,7 @@ from funclora.optim._schedules import (
 )
 from funclora.optim._transforms import (
     GradientTransformation,
+    SteppingTransformation,
     apply_updates,
     chain,
     clip_by_global_norm,
@@ -39,6 +41,7 @@ __all__ = [
     "PerMember",
     "PyTree",
     "Schedule",
+    "SteppingTransformation",
     "adafactor",
     "adamw",
     "adamw_8bit",

@@ -6,7 +6,8 @@ if no derivative or trace is needed; in all other cases `adamw` computes its for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 
 from funclora._torch.functions import in_transform, is_differentiated, vmapped_once
+from funclora.optim._trees import tree_map
 
 _KINDS = {(dtype, device) for dtype in (torch.float32, torch.float64) for device in ("cpu", "cuda")}
+# Leaves are copied and updated while they are in the processor's cache: so many elements, or one leaf, at a time.
+_CACHED = 2**17
 
 
 def fits_kernel(*trees: Any) -> bool:
@@ -29,79 +33,87 @@ def fits_kernel(*trees: Any) -> bool:
 
 @dataclass(frozen=True)
 class AdamKernel:
-    """The update of AdamW for whole trees.
+    """A step of AdamW for whole trees.
 
     Attributes:
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the denominator.
-        scaled: `(direction, param, rate, shrink) -> update`.
     """
 
     b1: float
     b2: float
     eps: float
-    scaled: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-    def __call__(
-        self, mu: Any, nu: Any, grads: Any, params: Any, count: Tensor, rate: Tensor, shrink: Tensor
-    ) -> tuple[Any, Any, Any]:
-        """Updates and both new moments.
+    def __call__(self, count: Tensor, rate: Tensor, decay: Tensor, **trees: Any) -> tuple[Any, Any, Any]:
+        """New parameters and moments.
 
         Args:
-            mu: the first moment.
-            nu: the second moment.
-            grads: the gradients.
-            params: the parameters.
-            count: t, including this step: `[]`, or `[n_adapters]` for leaves `[n_adapters, ...]`, like `rate` and
-                `shrink`.
+            count: t, including this step: `[]`, or, like `rate` and `decay`, `[n_adapters]` for leaves
+                `[n_adapters, ...]`.
             rate: the learning rate.
-            shrink: the rate times the weight decay.
+            decay: the weight decay.
+            trees: `params`, `mu`, `nu` and `grads`, in this order.
         """
-        leaves, spec = optree.tree_flatten(mu)
+        tree_map(lambda *leaves: None, **trees)  # for its errors
+        leaves, spec = optree.tree_flatten(trees["params"])
         n = len(leaves)
-        for tree in (nu, grads, params):
+        for tree in (trees["mu"], trees["nu"], trees["grads"]):
             leaves = [*leaves, *spec.flatten_up_to(tree)]
-        out = _Adam.apply(self, count, rate, shrink, *leaves)  # type: ignore[no-untyped-call]
-        updates, mu, nu = (optree.tree_unflatten(spec, out[i : i + n]) for i in (0, n, 2 * n))
-        return updates, mu, nu
+        out = _Adam.apply(self, count, rate, decay, *leaves)  # type: ignore[no-untyped-call]
+        params, mu, nu = (optree.tree_unflatten(spec, out[i : i + n]) for i in (0, n, 2 * n))
+        return params, mu, nu
 
-    def run(self, count: Tensor, rate: Tensor, shrink: Tensor, leaves: Any) -> tuple[Tensor, ...]:
-        """The update of leaves, with one `count` for all of them or one for each member of `[n_adapters, ...]`."""
-        counts = count.unique().tolist()
-        if len(counts) == 1:
-            return self._run(counts[0], rate, shrink, leaves)
+    def run(self, count: Tensor, rate: Tensor, decay: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The step of leaves, with one value of each number for all of them, or one for each of `[n_adapters, ...]`."""
+        numbers = torch.stack([x.double() for x in torch.broadcast_tensors(count, rate, decay)], -1)
+        several = numbers.dim() > 1
+        runs = list(_runs(numbers.reshape(-1, 3).tolist()))
         n = len(leaves) // 4
-        outs = [torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) for leaf in leaves[:n] for _ in range(3)]
-        outs = [*outs[0::3], *outs[1::3], *outs[2::3]]
-        for value in counts:
-            index = (count == value).nonzero().flatten()
-            some = self._run(value, rate[index], shrink[index], [leaf[index] for leaf in leaves])
-            for out, part in zip(outs, some, strict=True):
-                out[index] = part
-        return tuple(outs)
+        outs: list[list[Tensor]] = [[], [], []]
+        for some in _parts([leaf.numel() for leaf in leaves[:n]]):
+            # The kernel reads memory in order and ignores the strides.
+            p, m, v = ([leaves[k * n + i].clone(memory_format=torch.contiguous_format) for i in some] for k in range(3))
+            grads = [leaves[3 * n + i].contiguous() for i in some]
+            for (t, lr, wd), start, end in runs:
+                q, h, m_, v_ = ([x[start:end] for x in each] if several else each for each in (p, grads, m, v))
+                steps = [torch.tensor(t, dtype=torch.float32, device=x.device) for x in p]
+                torch._fused_adamw_(
+                    q, h, m_, v_, [], steps, lr=lr, beta1=self.b1, beta2=self.b2, weight_decay=wd, eps=self.eps,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+            outs = [[*out, *new] for out, new in zip(outs, (p, m, v), strict=True)]
+        return tuple(itertools.chain(*outs))
 
-    def _run(self, count: float, rate: Tensor, shrink: Tensor, leaves: Any) -> tuple[Tensor, ...]:
-        n = len(leaves) // 4
-        # The kernel reads memory in order and ignores the strides.
-        m, v = ([leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves[i : i + n]] for i in (0, n))
-        grads = [leaf.contiguous() for leaf in leaves[2 * n : 3 * n]]
-        directions = [torch.zeros_like(leaf) for leaf in m]  # as parameters that are 0, with the rate 1 and no decay
-        steps = [torch.tensor(float(count), device=leaf.device) for leaf in m]
-        torch._fused_adamw_(
-            directions, grads, m, v, [], steps, lr=1.0, beta1=self.b1, beta2=self.b2, weight_decay=0.0, eps=self.eps,
-            amsgrad=False, maximize=False,
-        )  # fmt: skip
-        params = leaves[3 * n :]
-        return (*(self.scaled(d, p, rate, shrink) for d, p in zip(directions, params, strict=True)), *m, *v)
+
+def _runs(values: list[list[float]]) -> Iterator[tuple[list[float], int, int]]:
+    """Equal values that follow each other, with the first place and the one after the last."""
+    start = 0
+    for value, same in itertools.groupby(values):
+        end = start + len(list(same))
+        yield value, start, end
+        start = end
+
+
+def _parts(sizes: list[int]) -> Iterator[list[int]]:
+    """Leaves that are updated together."""
+    part: list[int] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if part and total + size > _CACHED:
+            yield part
+            part, total = [], 0
+        part.append(i)
+        total += size
+    yield part
 
 
 class _Adam(torch.autograd.Function):
     """The kernel as an operation with a rule for `vmap`: all members at once."""
 
     @staticmethod
-    def forward(kernel: AdamKernel, count: Tensor, rate: Tensor, shrink: Tensor, *leaves: Tensor) -> Any:
-        return kernel.run(count, rate, shrink, leaves)
+    def forward(kernel: AdamKernel, count: Tensor, rate: Tensor, decay: Tensor, *leaves: Tensor) -> Any:
+        return kernel.run(count, rate, decay, leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -110,11 +122,11 @@ class _Adam(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, kernel: AdamKernel, *tensors: Tensor) -> Any:
         size = info.batch_size
-        count, rate, shrink, *leaves = (
+        count, rate, decay, *leaves = (
             x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(tensors, in_dims[1:], strict=True)
         )
         if count.dim() > 1:
             raise NotImplementedError("adamw: vmap over a stack of adapters whose leaves are stacks themselves")
-        outs = kernel.run(count, rate, shrink, leaves)
+        outs = kernel.run(count, rate, decay, leaves)
         return outs, (0,) * len(outs)

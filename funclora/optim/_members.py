@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import optree
 import torch
@@ -14,11 +14,15 @@ from torch import Tensor
 from funclora._api.arguments import check_function, refuse
 from funclora._many.stack import Group, Stack, TreeSpecs, check_stack, stack, unscaled
 from funclora.errors import ConfigError
-from funclora.optim._transforms import GradientTransformation
+from funclora.optim._transforms import SteppingTransformation, apply_updates
 
 
 class Optimizer(Protocol):
-    """The interface of an optimizer for training: the protocol of TorchOpt, optax and `funclora.optim`."""
+    """The interface of an optimizer for training: the protocol of TorchOpt, optax and `funclora.optim`.
+
+    An optimizer may also have a function `step(params, grads, state) -> (params, state)`, which is then used instead of
+    `update`: it need not keep the updates in memory.
+    """
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -44,8 +48,25 @@ def is_pure(optimizer: Optimizer) -> dict[str, bool]:
     return {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
 
 
-class MemberTransformation(GradientTransformation):
-    """A pair of functions over stacks, applied to each member separately."""
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def step_of(optimizer: Optimizer) -> Step:
+    """`(params, grads, state) -> (params, state)`: the optimizer's own `step`, or its `update` and `apply_updates`."""
+    own: Step | None = getattr(optimizer, "step", None)
+    if own is not None:
+        return own
+    pure = is_pure(optimizer)
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params=params, **pure)
+        return apply_updates(params, updates), state
+
+    return step
+
+
+class MemberTransformation(SteppingTransformation):
+    """Functions over stacks, applied to each member separately."""
 
 
 def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tensor) -> MemberTransformation:
@@ -57,8 +78,9 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         **values: for each name, one number for each member, `[n_members]`.
 
     Returns:
-        A pair `init(stack) -> state` and `update(grads, state, params=...) -> (updates, state)`, all of them stacks of
-        the same members. The values are part of the state: `state[kept]` keeps the values of the kept members.
+        `init(stack) -> state`, `update(grads, state, params=...) -> (updates, state)` and
+        `step(params, grads, state) -> (params, state)`, all of them stacks of the same members. The values are part of
+        the state: `state[kept]` keeps the values of the kept members.
 
     Raises:
         ConfigError: in `init`, if there is not one value for each member; in `update`, if the state belongs to other
@@ -96,21 +118,37 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         return Stack(tuple(map(group_of, members.groups)))
 
     def update(grads: Stack[Any], state: Stack[Any], params: Stack[Any] | None = None) -> tuple[Any, Any]:
-        def one(grads: Any, before: Any, params: Any) -> Any:
-            optimizer = build(**before["values"])
-            updates, inner = optimizer.update(grads, before["state"], params=params, **is_pure(optimizer))
-            return updates, {"values": before["values"], "state": inner}
+        def one(optimizer: Optimizer, before: Any, grads: Any, params: Any) -> tuple[Any, Any]:
+            return optimizer.update(grads, before, params=params, **is_pure(optimizer))
 
-        updates, after = [], []
-        for i, (g, s) in enumerate(zip(grads.groups, _like(state, grads), strict=True)):
+        return by_group(one, state, grads, params)
+
+    def step(params: Stack[Any], grads: Stack[Any], state: Stack[Any]) -> tuple[Any, Any]:
+        def one(optimizer: Optimizer, before: Any, params: Any, grads: Any) -> tuple[Any, Any]:
+            return step_of(optimizer)(params, grads, before)
+
+        return by_group(one, state, params, grads)
+
+    def by_group(
+        function: Callable[..., tuple[Any, Any]], state: Stack[Any], *stacks: Stack[Any] | None
+    ) -> tuple[Any, Any]:
+        """`function(optimizer, state, *trees) -> (tree, state)` of each member, in the groups of the first."""
+
+        def one(before: Any, *trees: Any) -> Any:
+            tree, after = function(build(**before["values"]), before["state"], *trees)
+            return tree, {"values": before["values"], "state": after}
+
+        groups: list[tuple[Group[Any], ...]] = list(zip(*(s.groups for s in stacks if s is not None), strict=True))
+        results, after = [], []
+        for some, own in zip(groups, _like(state, cast(Stack[Any], stacks[0])), strict=True):
             # A group's tree has the scaling of its first member, which may be another one than in `init`.
-            given = (unscaled(g.tree()), s.tree(), unscaled(params.groups[i].tree()) if params is not None else None)
-            new, inner = _mapped(one, *given)
-            updates.append(replace(g, values=tuple(optree.tree_leaves(new))))
-            after.append(_group(inner, g.members))
-        return Stack(tuple(updates)), Stack(tuple(after))
+            trees = [unscaled(group.tree()) for group in some]
+            tree, inner = _mapped(one, own.tree(), *trees, *[None] * (len(stacks) - len(trees)))
+            results.append(replace(some[0], values=tuple(optree.tree_leaves(tree))))
+            after.append(_group(inner, some[0].members))
+        return Stack(tuple(results)), Stack(tuple(after))
 
-    return MemberTransformation(init, update)
+    return MemberTransformation(init, update, step)
 
 
 def _numbers(name: str, value: Any) -> Tensor:

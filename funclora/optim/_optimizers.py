@@ -14,7 +14,7 @@ from funclora._api.arguments import check_function, refuse
 from funclora._torch.functions import overwriting
 from funclora.errors import ConfigError
 from funclora.optim._kernels import AdamKernel, fits_kernel
-from funclora.optim._transforms import GradientTransformation
+from funclora.optim._transforms import GradientTransformation, SteppingTransformation, apply_updates
 from funclora.optim._trees import PyTree, by_member, check_leaves, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 from funclora.rules.base import Rule
@@ -41,7 +41,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: PerMember = 0.01,
-) -> GradientTransformation:
+) -> SteppingTransformation:
     """Adam with decoupled weight decay: `torch.optim.AdamW` as a pure function.
 
         m' = b1·m + (1 - b1)·g        v' = b2·v + (1 - b2)·g²        t = steps taken, including this one
@@ -98,15 +98,18 @@ def adamw(
             return update.to(like.dtype)
 
         if fits_kernel(*trees.values()):
-            kernel = AdamKernel(b1, b2, eps, scaled)
-            tree_map(lambda *leaves: None, **trees)  # for its errors
-            updates, mu, nu = kernel(state.mu, state.nu, grads, like, t, rate, shrink)
+            # Of parameters that are 0, with the rate 1 and no decay, only the direction remains.
+            zeros = tree_map(torch.zeros_like, mu=state.mu)
+            trees = {"params": zeros, "mu": state.mu, "nu": state.nu, "grads": grads}
+            one = torch.ones_like(count)
+            directions, mu, nu = AdamKernel(b1, b2, eps)(t, one, 0 * one, **trees)
+            updates = tree_map(lambda d, p: scaled(d, p, rate, shrink), directions=directions, params=like)
             return updates, AdamWState(t, mu, nu)
         correction = _one_minus_power(b2, count).sqrt()
         scale, damping = -correction / _one_minus_power(b1, count), eps * correction
         over = overwriting()
 
-        def step(m: Tensor, v: Tensor, g: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def moved(m: Tensor, v: Tensor, g: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             g = g.to(m.dtype)
             m = torch.lerp(m, g, 1 - b1)
             v = over(torch.addcmul, b2 * v, g, g, value=1 - b2)
@@ -115,10 +118,21 @@ def adamw(
             direction = over(torch.div, by_member(scale, m) * m, over(torch.add, root, by_member(damping, m)))
             return scaled(direction, like, rate, shrink), m, v
 
-        updates, mu, nu = tree_map(step, 3, **trees)
+        updates, mu, nu = tree_map(moved, 3, **trees)
         return updates, AdamWState(t, mu, nu)
 
-    return GradientTransformation(init, update)
+    def step(params: PyTree, grads: PyTree, state: AdamWState) -> tuple[PyTree, AdamWState]:
+        check_state(state, AdamWState)
+        if not fits_kernel(params, state.mu, state.nu, grads):
+            updates, state = update(grads, state, params)
+            return apply_updates(params, updates), state
+        t = state.step + 1
+        count = t.to(widest(state.mu))
+        rate, decay = (rate_at(x, state.step, count) * torch.ones_like(count) for x in (lr, weight_decay))
+        params, mu, nu = AdamKernel(b1, b2, eps)(t, rate, decay, params=params, mu=state.mu, nu=state.nu, grads=grads)
+        return params, AdamWState(t, mu, nu)
+
+    return SteppingTransformation(init, update, step)
 
 
 def sgd(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._torch.functions import CONVS, overwriting
+from funclora.rules.grouped import fits, linear_in_groups
+
+# The factors `[m, *]` of m updates, and their scalings `[m]`, or None for 1.
+Group = tuple[Tensor, Tensor, Tensor | None]
 
 
 class LinearOp(ABC):
@@ -104,6 +108,23 @@ class LinearOp(ABC):
         """
         return y + self.grouped(x, a, b, scalings, 0.0)
 
+    def in_groups(
+        self, weight: Tensor, x: Tensor, sizes: Sequence[int], groups: Sequence[Group], *, bias: bool
+    ) -> Tensor | None:
+        """The operation on all rows of all groups, with the update of each, if it has such a form.
+
+        Args:
+            weight: the base weight.
+            x: `[n, *]`, the input of this operation with the rows first.
+            sizes: the number of rows of each group. The groups follow each other.
+            groups: for each the factors and scalings of `grouped`.
+            bias: with the operation's bias.
+
+        Returns:
+            `[n, *]`, or None: compute `dense` and `add_grouped`.
+        """
+        return None
+
     def by_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operation without bias on an input `[rows, *]` of this one."""
         return self.with_input(x).dense(weight, bias=False)
@@ -195,6 +216,19 @@ class LinearLayerOp(LinearOp):
             return y + (h @ second).view_as(y)
         return overwriting()(torch.baddbmm, y.flatten(1, -2), h, second).view_as(y)
 
+    def in_groups(
+        self, weight: Tensor, x: Tensor, sizes: Sequence[int], groups: Sequence[Group], *, bias: bool
+    ) -> Tensor | None:
+        matrix, added = self._matrix(weight), self.bias if bias else None
+        factors = [(b.mT, a, s) if self.transposed else (a, b.mT, s) for a, b, s in groups]
+        if weight.dim() != 2 or not fits(x, matrix, added, factors):
+            return None
+        return linear_in_groups(x, matrix, added, sizes, factors)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The matrix with which `F.linear` computes this operation."""
+        return weight
+
     def _grouped_down(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs `[groups, rows, r]` and the matrices `[groups, r, *]` of the second product of `grouped`."""
         first, second = (b.mT, a) if self.transposed else (a, b.mT)
@@ -214,6 +248,9 @@ class MatmulOp(LinearLayerOp):
         if bias and self.bias is not None:
             return torch.addmm(self.bias, self.x, weight)
         return self.x @ weight
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
         first, second = (b, a) if self.transposed else (a.mT, b.mT)

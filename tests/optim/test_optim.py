@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 import funclora as fl
 from funclora import optim
+from funclora import stack as members_of
 from funclora.errors import ConfigError
 from funclora.optim import (
     GradientTransformation,
@@ -31,10 +32,12 @@ from funclora.optim import (
     constant,
     global_norm,
     lora_plus,
+    per_member,
     sgd,
     warmup_cosine,
     warmup_linear,
 )
+from funclora.optim._members import step_of
 
 Tree = Any
 optree: Any = _optree  # its annotations know neither our nodes nor tuples of trees
@@ -658,3 +661,79 @@ def test_a_value_for_each_member_is_a_number(value: Any) -> None:
     optimizer = optim.per_member(optim.sgd, lr=value)
     with pytest.raises(ConfigError, match=r"per_member: lr: expected one number for each member, got .* Put every"):
         optimizer.init(fl.stack([{"x": torch.zeros(1)}]))
+
+
+# Steps in one -----------------------------------------------------------------------------------------------
+
+STEPPING = {**OPTIMIZERS, "clip-adamw": lambda lr, wd, c: chain(clip_by_global_norm(c), adamw(lr, weight_decay=wd))}
+
+
+def step_by_step(optimizer: Any, params: Tree, grads: Sequence[Tree]) -> Tree:
+    state = optimizer.init(params)
+    for g in grads:
+        params, state = step_of(optimizer)(params, g, state)
+    return params, state
+
+
+def test_which_optimizers_make_the_step_themselves() -> None:
+    own = {name for name, make in STEPPING.items() if hasattr(make(0.1, 0.2, 0.3), "step")}
+    assert own == {"adamw", "adamw-scheduled", "clip-adamw"}
+
+
+@pytest.mark.parametrize("way", ["alone", "compiled formula", "vmap", "values", "per_member"])
+@pytest.mark.parametrize("name", STEPPING)
+@pytest.mark.usefixtures("in_float64")
+def test_a_step_is_an_update_and_its_sum(name: str, way: str) -> None:
+    values = [[0.1, 0.1, 0.3], [0.2, 0.2, 0.2], [0.3, 0.3, 0.5]]  # two members step alike
+    make: Any = STEPPING[name]
+    params, grads = adapters(0, (3,)), [adapters(i, (3,)) for i in (1, 2, 3)]
+    expected = stack([
+        run(make(*numbers), *optree.tree_map(lambda x, i=i: x[i], (params, grads)))
+        for i, numbers in enumerate(zip(*values, strict=True))
+    ])  # fmt: skip
+    tensors = [torch.tensor(each, dtype=torch.float64) for each in values]
+    before = optree.tree_map(torch.clone, (params, grads))
+    with torch.set_grad_enabled(way == "compiled formula"):
+        if way in ("alone", "compiled formula"):
+            got = stack([
+                step_by_step(make(*numbers), *optree.tree_map(lambda x, i=i: x[i], (params, grads)))[0]
+                for i, numbers in enumerate(zip(*values, strict=True))
+            ])  # fmt: skip
+        elif way == "vmap":
+            got = torch.vmap(lambda v, *trees: step_by_step(make(*v), *trees)[0])(tensors, params, grads)
+        elif way == "values":
+            got = step_by_step(make(*tensors), params, grads)[0]
+        else:
+            optimizer = per_member(make, lr=values[0], wd=values[1], c=values[2])
+            several = [
+                members_of([optree.tree_map(lambda x, i=i: x[i], t) for i in range(3)]) for t in (params, *grads)
+            ]
+            state = optimizer.init(several[0])
+            trained = several[0]
+            for g in several[1:]:
+                trained, state = optimizer.step(trained, g, state)
+            got = stack(list(trained))
+    assert_trees_close(got, expected, rtol=1e-11, atol=1e-12)
+    assert_trees_close((params, grads), before)
+
+
+def test_members_that_took_other_numbers_of_steps_step_together() -> None:
+    optimizer, params, grads = adamw(0.1), [adapters(i) for i in range(3)], [adapters(50 + i) for i in range(3)]
+    states = [optimizer.init(p) for p in params]
+    for i, p in enumerate(params):
+        for k in range(i):
+            _, states[i] = optimizer.update(adapters(10 * i + k), states[i], p)
+    with torch.no_grad():
+        expected = [optimizer.step(*each) for each in zip(params, grads, states, strict=True)]
+        for together in (torch.vmap(optimizer.step), adamw(torch.full((3,), 0.1)).step):
+            got = together(stack(params), stack(grads), stack(states))
+            assert_trees_close(got, stack(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_without_kernel_is_the_formula() -> None:
+    optimizer, params, grads = adamw(0.1), adapters(0, dtype=torch.bfloat16), adapters(1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        after, state = optimizer.step(params, grads, optimizer.init(params))
+        updates, expected = optimizer.update(grads, optimizer.init(params), params)
+    assert_trees_close(after, apply_updates(params, updates))
+    assert_trees_close(state, expected)
