@@ -1,4 +1,4 @@
-from funclora import algebra, analysis, errors, io, optim, rules
+from funclora import algebra, analysis, distributed, errors, io, optim, rules
 from funclora._bind.apply import apply, bind, trace_targets
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
@@ -75,6 +75,7 @@ __all__ = [
     "combine_peft",
     "decompose",
     "dequantize",
+    "distributed",
     "errors",
     "evaluate",
     "extract_adapter",

@@ -21,6 +21,7 @@ ORDER = (
     "_tracking",
     "_lazy",
     "_many",
+    "distributed",
     "_bind",
     "_config",
     "optim",

@@ -164,7 +164,7 @@ class _Rewirer:
     def replaced(self, value: Any, depth: int = _OBJECT_DEPTH) -> Any:
         """The value with every module and tensor of the tree replaced; the value itself if it contains none."""
         kind = type(value)
-        if kind in _ATOMIC:
+        if kind in _ATOMIC or _is_engine(kind):
             return value
         key = id(value)
         for known in (self.own, self.cloner.nodes, self.replacements):
@@ -224,7 +224,7 @@ class _Rewirer:
         return f"the attribute {self.attribute!r} of {self.owner.__name__}"
 
     def _leads_to_the_tree(self, value: Any, depth: int, seen: set[int]) -> bool:
-        if id(value) in seen:
+        if id(value) in seen or _is_engine(type(value)):
             return False
         if id(value) in self.own or id(value) in self.cloner.nodes:
             return True
@@ -317,6 +317,12 @@ class _Rewirer:
             if _is_empty(cell) and not _is_empty(original):
                 cell.cell_contents = self.replaced(original.cell_contents, depth)
         return new
+
+
+@functools.cache
+def _is_engine(kind: type) -> bool:
+    """Whether objects of a class gather and free the weights of the modules that they were made for: FSDP's states."""
+    return kind.__module__.startswith("torch.distributed.fsdp.") and not issubclass(kind, nn.Module)
 
 
 def _is_empty(cell: types.CellType) -> bool:

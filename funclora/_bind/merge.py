@@ -53,7 +53,9 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         weight, tie = params[name], adapters[name]
         if isinstance(tie, Tied) and place_of(weight) == place_of(params[tie.to]) is not None:
             continue
-        if isinstance(weight, Quantized):
+        if isinstance(weight, Quantized) and weight.is_exact:
+            weight = weight.dequantize()
+        elif isinstance(weight, Quantized):
             raise UnsupportedError(
                 f"merge: {name!r} is quantised, and a merged weight is dense. Choose the base to merge into: "
                 "merge(dequantize(params), adapters) keeps the weights that were trained with, "

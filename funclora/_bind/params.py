@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from funclora._api.arguments import check_model
 from funclora._quant.quantize import of_bitsandbytes, refuse_repacked
+from funclora.distributed._live import managed, of_fsdp
 from funclora.errors import ParamsError
 
 
@@ -17,6 +18,8 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
 
     Tied parameters appear under each of their names, as in `state_dict`. Weights that bitsandbytes packed (in a
     transformers model loaded with `load_in_4bit` or `load_in_8bit`) appear as quantised weights, as from `quantize`.
+    Weights that `torch.distributed.fsdp.fully_shard` divided are read from the model when they are used: bound models
+    run its hooks, which gather the weights of one layer at a time.
 
     Args:
         model: any module.
@@ -33,8 +36,13 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
         ['bias', 'weight']
     """
     check_model(model)
-    params = {}
-    for name, tensor, _, transient in named_tensors(model):
+    params: dict[str, Tensor] = {}
+    divided = managed(model)
+    for name, tensor, owner, transient in named_tensors(model):
+        leaf = name.rpartition(".")[2]
+        if divided and name.startswith(divided) and leaf in owner._parameters:
+            params[name] = of_fsdp(tensor, owner, leaf)
+            continue
         if is_lazy(tensor):
             raise ParamsError(f"{name!r} is not initialised yet. Run the model once before asking for its params.")
         refuse_repacked(tensor)

@@ -198,7 +198,7 @@ def _matrix(rule: LowRank, weight: Tensor) -> Tensor:
 
 
 def _check(name: str, rule: LowRank, weight: Tensor) -> None:
-    if isinstance(weight, Quantized):
+    if isinstance(weight, Quantized) and not weight.is_exact:
         raise ParamsError(f"{name!r} is quantised. Decompose the original weights, and quantise the resulting params.")
     if weight.is_meta:
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")

@@ -35,6 +35,11 @@ def library() -> Any:
 class Packing(ABC):
     """A way to store a weight."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether unpacking gives the very weight that was packed, not a rounded one."""
+        return False
+
     @abstractmethod
     def pack(self, weight: Tensor) -> Parts:
         """The parts of a dense weight in float32, float16 or bfloat16, stored row by row; the packed values first."""

@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
     def dense(self, parts: Parts) -> Tensor:
         """The dense weight."""
-        dtype = self.dtype if self.dtype in UNPACKED_DTYPES else torch.float32
+        dtype = self.dtype if self.packing.is_exact or self.dtype in UNPACKED_DTYPES else torch.float32
         return self.viewed(self.packing.unpack(parts, self.stored, dtype).to(self.dtype))
 
     def viewed(self, weight: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ class Quantized(torch.Tensor):
         return self.source.dense(self.parts)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether `dequantize` gives the very weight that was packed: it is divided among processes, not quantised."""
+        return self.source.packing.is_exact
+
+    @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes that the packed weight takes."""
         return sum(part.nbytes for part in self.parts)

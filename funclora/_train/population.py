@@ -19,7 +19,8 @@ from funclora._bind.checks import unwritten
 from funclora._many.stack import Group, Stack, TreeSpecs, check_stack
 from funclora._tracking.tensor import streams
 from funclora._train.members import BatchedModel, MemberModel, Population
-from funclora._train.step import LossFn, autograd, check_bindable, checked_loss, mean, micro_batches
+from funclora._train.step import LossFn, autograd, averaged, check_bindable, checked_loss, micro_batches, micro_seeds
+from funclora.distributed._mean import Mean
 from funclora.errors import ConfigError
 from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation, Optimizer, check_optimizer, step_of
@@ -34,6 +35,7 @@ def population_step(
     has_aux: bool = False,
     accumulate: int = 1,
     shared: bool = False,
+    reduce: Mean | None = None,
 ) -> Callable[..., tuple[Population, Any, dict[str, Any]]]:
     """One step of training for every member of a stack, as a pure function: `train_step` for populations.
 
@@ -50,6 +52,7 @@ def population_step(
         has_aux: whether `loss_fn` returns anything besides the loss.
         accumulate: number of micro-batches, as for `train_step`.
         shared: all members see the same batch, of tensors `[n_rows, *]`.
+        reduce: `distributed.mean()`: the mean over the micro-batches of all processes, as for `train_step`.
 
     Returns:
         `step(params, stack, state, batch, *, seeds=None) -> (stack, state, metrics)`, where `state` starts as
@@ -82,23 +85,24 @@ def population_step(
         params: Params, members: Population, state: Any, batch: Any, *, seeds: Sequence[int] | None = None
     ) -> tuple[Population, Any, dict[str, Any]]:
         check_params(params)
-        check_members("population_step", members, batch, None if shared else 0)
-        generators = _generators(seeds, members)
-        members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
         dim = None if shared else 0
+        check_members("population_step", members, batch, None if batch is None and reduce else dim)
+        every = micro_generators(seeds, members, accumulate, reduce)
+        members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
+        batches = micro_batches(batch, accumulate, dim=0 if shared else 1, reduce=reduce)
         parts = [
             _value_and_grad(loss_fn, model, params, members, part, dim, generators)
-            for part in micro_batches(batch, accumulate, dim=0 if shared else 1)
+            for part, generators in zip(batches, every, strict=False)
         ]
-        grads = mean([grads for *_, grads in parts])
-        loss, aux = mean([loss for loss, *_ in parts]), [aux for _, aux, _ in parts]
+        aux = [aux for _, aux, _ in parts]
+        loss, grads = averaged([(loss, grads) for loss, _, grads in parts], batches, members, reduce)
         del parts
         with torch.no_grad():
             norm = grads.in_order(torch.cat([_norms(group.values) for group in grads.groups]))
             members, state = optimized(members, grads, state)
         metrics = {"loss": loss, "grad_norm": norm, "finite": loss.isfinite() & norm.isfinite()}
         if has_aux:
-            metrics["aux"] = aux if accumulate > 1 else aux[0]
+            metrics["aux"] = aux if accumulate > 1 or not aux else aux[0]
         return members, state, metrics
 
     return step
@@ -208,6 +212,17 @@ def check_members(where: str, members: Any, batch: Any, dim: int | None) -> None
             f"{where}: the batch is for {n} members, but the stack has {len(members)}. Tensors of the batch must be "
             "[n_members, n_rows, *]; with shared=True, [n_rows, *]."
         )
+
+
+def micro_generators(
+    seeds: Sequence[int] | None, members: Stack[Any], n: int, reduce: Mean | None
+) -> list[list[torch.Generator] | None]:
+    """The members' generators for each micro-batch: the same ones for all, unless processes share the step."""
+    generators = _generators(seeds, members)
+    if generators is None or seeds is None or reduce is None:
+        return [generators] * n
+    every = zip(*(micro_seeds(seed, n, reduce) for seed in seeds), strict=True)
+    return [_generators(cast("Sequence[int]", own), members) for own in every]
 
 
 def _generators(seeds: Sequence[int] | None, members: Stack[Any]) -> list[torch.Generator] | None:

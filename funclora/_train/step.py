@@ -15,6 +15,7 @@ from funclora._api.arguments import check_function, check_integer, check_model, 
 from funclora._bind.apply import bind
 from funclora._bind.checks import check_rules, unwritten
 from funclora._torch.functions import in_transform
+from funclora.distributed._mean import Mean, tree_sum
 from funclora.errors import ConfigError, UnusedAdapterWarning
 from funclora.optim import global_norm
 from funclora.optim._members import Optimizer, check_optimizer, step_of
@@ -24,7 +25,9 @@ LossFn = Callable[..., Any]
 """A loss: `loss_fn(bound, batch)` -> a scalar tensor, or `(loss, aux)` with `has_aux=True`."""
 
 
-def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., tuple[Any, dict[str, Rule]]]:
+def value_and_grad(
+    loss_fn: LossFn, *, has_aux: bool = False, reduce: Mean | None = None
+) -> Callable[..., tuple[Any, dict[str, Rule]]]:
     """The loss and its gradient with respect to the adapters.
 
     Forward and backward run while the weights are bound, so activation checkpointing recomputes with the rewritten
@@ -35,6 +38,7 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
         loss_fn: `loss_fn(bound, *args, **kwargs)`, given the bound model. Returns a scalar loss, or
             `(loss, aux)` with `has_aux`.
         has_aux: whether `loss_fn` returns anything besides the loss.
+        reduce: `distributed.mean()` makes loss and gradients those of all processes.
 
     Returns:
         A function `(model, params, adapters, *args, **kwargs) -> (loss, grads)`, or `((loss, aux), grads)` with
@@ -74,6 +78,9 @@ def value_and_grad(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., t
             grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
         else:
             loss, aux, grads = autograd(loss_and_aux, tree)
+        if reduce is not None:
+            reduce.check(tree)
+            loss, grads = reduce([(loss, grads)], [args], tree)
         return ((loss, aux) if has_aux else loss), grads
 
     return run
@@ -86,6 +93,7 @@ def train_step(
     *,
     has_aux: bool = False,
     accumulate: int = 1,
+    reduce: Mean | None = None,
 ) -> Callable[..., tuple[dict[str, Rule], Any, dict[str, Any]]]:
     """One step of training, as a pure function.
 
@@ -100,6 +108,8 @@ def train_step(
         has_aux: whether `loss_fn` returns anything besides the loss.
         accumulate: number of micro-batches. Every tensor of the batch is split into this many equal parts along
             its first dimension; losses and gradients are averaged over them.
+        reduce: `distributed.mean()`: the mean over the micro-batches of all processes, each of which calls the step
+            with its own rows, or with None as its batch if it has none. Each micro-batch then has its own seed.
 
     Returns:
         `step(params, adapters, state, batch, *, seed=None) -> (adapters, state, metrics)`, where `state` starts as
@@ -136,16 +146,20 @@ def train_step(
         if seed is not None:
             check_integer(seed, "seed")
         tree: Any = optree.tree_map(torch.Tensor.detach, cast(Any, dict(adapters)))
-        with seeded(seed, tree):
-            parts = [gradient(model, params, tree, part) for part in micro_batches(batch, accumulate)]
-        grads = mean([grads for _, grads in parts])
-        loss = mean([loss for (loss, _), _ in parts])
+        batches = micro_batches(batch, accumulate, reduce=reduce)
+        with contextlib.nullcontext() if reduce else seeded(seed, tree):
+            parts = []
+            for part, own in zip(batches, micro_seeds(seed, accumulate, reduce), strict=False):
+                with seeded(own, tree):
+                    parts.append(gradient(model, params, tree, part))
+        found = [(loss, grads) for (loss, _), grads in parts]
+        loss, grads = averaged(found, batches, tree, reduce)
         with torch.no_grad():
             tree, state = optimized(tree, grads, state)
         metrics = {"loss": loss, "grad_norm": global_norm(grads)}
         if has_aux:
             aux = [aux for (_, aux), _ in parts]
-            metrics["aux"] = aux if accumulate > 1 else aux[0]
+            metrics["aux"] = aux if accumulate > 1 or not aux else aux[0]
         return tree, state, metrics
 
     return step
@@ -243,8 +257,10 @@ def _detached(tree: Any) -> Any:
     return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
 
 
-def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:
-    """Split every tensor of the batch into n equal parts along a dimension."""
+def micro_batches(batch: Any, n: int, dim: int = 0, reduce: Mean | None = None) -> list[Any]:
+    """Split every tensor of the batch into n equal parts along a dimension; None are no rows, if others have some."""
+    if batch is None and reduce is not None:
+        return []
     if n == 1:
         return [batch]
     leaves, spec = optree.tree_flatten(batch)
@@ -266,11 +282,28 @@ def micro_batches(batch: Any, n: int, dim: int = 0) -> list[Any]:
     return [optree.tree_unflatten(spec, part) for part in zip(*parts, strict=True)]
 
 
-def mean(trees: list[Any]) -> Any:
-    """The mean of trees, leaf by leaf."""
-    if len(trees) == 1:
-        return trees[0]
-    return optree.tree_map(lambda *leaves: torch.stack(leaves).mean(0), *trees)
+def averaged(parts: list[tuple[Tensor, Any]], batches: list[Any], like: Any, reduce: Mean | None) -> tuple[Tensor, Any]:
+    """The mean of losses and gradients over micro-batches, with `reduce` those of all processes."""
+    if reduce is not None:
+        reduce.check(like)
+        return reduce(parts, [(batch,) for batch in batches], like)
+    if len(parts) == 1:
+        return parts[0]
+    mean: Any = optree.tree_map(lambda *leaves: tree_sum(leaves) / len(leaves), *parts)
+    return cast("tuple[Tensor, Any]", mean)
+
+
+def micro_seeds(seed: int | None, n: int, reduce: Mean | None) -> list[int | None]:
+    """The seed of each micro-batch if processes share a step: those that one process would give to the same ones."""
+    if seed is None or reduce is None:
+        return [None] * n
+    rank, _ = reduce.rank_and_size()
+    return [micro_seed(seed, rank * n + i) for i in range(n)]
+
+
+def micro_seed(seed: int, index: int) -> int:
+    """A seed for one of the micro-batches of a step; the first has the step's own."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**63 if index else seed
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def check_value(name: str, value: Tensor, weight: Tensor) -> None:
 
 def refuse_full(name: str, weight: Tensor) -> None:
     """Raise `ParamsError` if a weight is quantised: to train it fully would replace it, not adapt it."""
-    if isinstance(weight, Quantized):
+    if isinstance(weight, Quantized) and not weight.is_exact:
         raise ParamsError(
             f"{name!r} is quantised and cannot be trained fully (modules_to_save, Full). Leave it out of the targets "
             "of quantize, or put its dense value, weight.dequantize(), into params."

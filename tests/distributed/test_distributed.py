@@ -1,0 +1,97 @@
+"""Several processes under torchrun: data parallel steps, and a base that is divided among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worker
+from torch import nn
+
+import funclora as fl
+from funclora.errors import ConfigError
+
+HERE = Path(__file__).parent
+Results = list[dict[str, Any]]
+
+pytestmark = pytest.mark.slow
+
+
+def launched(n: int, folder: Path, *checks: str) -> Results:
+    """The results of the checks in each of n processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    command = [sys.executable, *torchrun, str(HERE / "worker.py"), str(folder), *checks]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return launched(2, tmp_path_factory.mktemp("two"), *worker.CHECKS)
+
+
+@pytest.mark.parametrize("check", ["training", "population"])
+def test_the_bits_do_not_depend_on_the_number_of_processes(two: Results, check: str) -> None:
+    assert two[0][check] == two[1][check] == worker.CHECKS[check]()
+
+
+def test_four_processes_get_the_same_bits(tmp_path: Path) -> None:
+    found = launched(4, tmp_path, "training")
+    assert all(each["training"] == worker.check_training() for each in found)
+
+
+@pytest.mark.parametrize("check", ["weights_of_members", "a_process_without_rows", "gradients"])
+def test_the_mean_is_that_of_all_rows(two: Results, check: str) -> None:
+    assert [each[check] <= 1e-6 for each in two] == [True, True], two
+
+
+def test_processes_with_other_adapters_are_refused(two: Results) -> None:
+    for each in two:
+        assert "the adapters of rank 1 differ from those of rank 0" in each["other_adapters_are_refused"]
+
+
+@pytest.mark.parametrize("check", ["fsdp", "shards"])
+def test_a_divided_base_computes_the_same_bits(two: Results, check: str) -> None:
+    for each in two:
+        wrong = {name: value for name, value in each[check].items() if value and "bytes" not in name}
+        assert each[check]
+        assert not wrong
+        shares = {name: value for name, value in each[check].items() if "bytes" in name}
+        assert shares
+        assert all(value < 0.56 for value in shares.values()), shares
+
+
+def test_a_module_over_a_divided_base_trains_in_ddp(two: Results) -> None:
+    for each in two:
+        assert each["module_over_fsdp"]["gradients"] <= 1e-6
+        assert "Apply fully_shard to the model" in each["module_over_fsdp"]["refused"]
+
+
+def test_processes_that_are_not_connected_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = nn.Linear(2, 1, bias=False)
+    params = {"weight": torch.zeros(1, 2)}
+    tree = {"weight": fl.LoRA(torch.ones(1, 2), torch.ones(1, 1))}
+    sgd = fl.optim.sgd(0.1)
+    step = fl.train_step(model, lambda bound, x: bound(x).mean(), sgd, reduce=fl.distributed.mean())
+    with pytest.raises(ConfigError, match=r"2 processes were started, but they are not connected.*init_process_group"):
+        step(params, tree, sgd.init(tree), torch.ones(1, 2))
+    with pytest.raises(ConfigError, match="not connected"):
+        fl.distributed.shard(params)
+
+
+def test_a_weight_must_be_a_number() -> None:
+    tree = {"weight": fl.LoRA(torch.ones(1, 2), torch.ones(1, 1))}
+    sgd = fl.optim.sgd(0.1)
+    reduce = fl.distributed.mean(weight=lambda batch: batch)
+    step = fl.train_step(nn.Linear(2, 1, bias=False), lambda bound, x: bound(x).mean(), sgd, reduce=reduce)
+    with pytest.raises(ConfigError, match=r"weight: expected a number for a batch, got a tensor of shape \[1, 2\]"):
+        step({"weight": torch.zeros(1, 2)}, tree, sgd.init(tree), torch.ones(1, 2))

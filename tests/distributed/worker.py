@@ -1,0 +1,314 @@
+"""What each process of a launch does: the checks that its command line names. Results are written as JSON.
+
+A check returns numbers or texts, which the tests compare: between processes, and between launches of several sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optree
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import funclora as fl
+
+warnings.simplefilter("ignore", FutureWarning)  # transformers renames checkpointing, torch its collectives
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).train()
+
+
+def ids(rows: int = 8, seed: int = 0) -> Tensor:
+    return torch.randint(0, 96, (rows, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_fn(bound: Any, batch: Tensor) -> Tensor:
+    logits = bound(input_ids=batch).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+def adapters(model: nn.Module, params: Any, seed: int = 1, **options: Any) -> dict[str, Any]:
+    options = {"r": 3, "target_modules": ["q_proj", "down_proj", "embed_tokens"], **options}
+    made: Any = fl.init(model, fl.LoraConfig(**options), params=params, generator=torch.Generator().manual_seed(seed))
+    return optree.tree_map(lambda leaf: leaf + 0.01, made)  # type: ignore[return-value]
+
+
+def digest(tree: Any) -> str:
+    data = b"".join(leaf.detach().contiguous().numpy().tobytes() for leaf in optree.tree_leaves(tree))
+    return hashlib.sha256(data).hexdigest()
+
+
+def difference(first: Any, second: Any) -> float:
+    pairs = zip(optree.tree_leaves(first), optree.tree_leaves(second), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+def clipped(lr: float = 1e-2) -> Any:
+    return fl.optim.chain(fl.optim.clip_by_global_norm(0.5), fl.optim.adamw(lr))
+
+
+# Data parallel: one process's results for every number of processes that divides its micro-batches.
+MICRO_BATCHES = 4
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def training(dora: bool, uneven: bool) -> str:
+    model = llama()
+    params = fl.base_params(model)
+    tree = adapters(model, params, use_dora=dora, lora_dropout=0.1)
+    optimizer = clipped()
+    own = MICRO_BATCHES // world()
+
+    def weighted(bound: Any, batch: Tensor) -> Tensor:  # the batch's last tokens are padding
+        labels = batch[:, 1:].masked_fill(batch[:, 1:] == 0, -100) if uneven else batch[:, 1:]
+        return F.cross_entropy(bound(input_ids=batch).logits[:, :-1].flatten(0, 1), labels.flatten())
+
+    count = (lambda batch: (batch[:, 1:] != 0).sum()) if uneven else None
+    step = fl.train_step(model, weighted, optimizer, accumulate=own, reduce=fl.distributed.mean(weight=count))
+    state, found = optimizer.init(tree), []
+    for seed in range(3):
+        batch = ids(seed=seed)
+        if uneven:
+            batch = batch * (torch.arange(12) < torch.arange(3, 11)[:, None])
+        tree, state, metrics = step(params, tree, state, batch.chunk(world())[rank()], seed=seed)
+        found.append((metrics["loss"].item(), metrics["grad_norm"].item()))
+    return f"{found} {digest(tree)} {digest(state)}"
+
+
+def check_training() -> dict[str, str]:
+    return {
+        f"dora {dora} uneven {uneven}": training(dora, uneven) for dora in (False, True) for uneven in (False, True)
+    }
+
+
+def check_population() -> str:
+    model = llama()
+    params = fl.base_params(model)
+    members = fl.stack([adapters(model, params, seed, r=2 + seed % 2, lora_dropout=0.1) for seed in range(3)])
+    optimizer = fl.optim.per_member(clipped, lr=[1e-2, 3e-3, 1e-3])
+    own = MICRO_BATCHES // world()
+    step = fl.population_step(
+        model, loss_fn, optimizer, accumulate=own, shared=True, reduce=fl.distributed.mean(weight=len)
+    )
+    state: Any = optimizer.init(members)
+    for seed in range(2):
+        batch = ids(seed=seed).chunk(world())[rank()]
+        members, state, metrics = step(params, members, state, batch, seeds=[seed, seed + 10, seed + 20])
+    return f"{metrics['loss'].tolist()} {digest(members)}"
+
+
+def check_weights_of_members() -> float:
+    """Each member counts its own labels."""
+    model = nn.Linear(4, 2, bias=False)
+    params = {"weight": torch.zeros(2, 4)}
+    members = fl.stack([{"weight": fl.LoRA(torch.full((r, 4), 0.1 * r), torch.ones(2, r))} for r in (1, 2)])
+    counts = torch.tensor([[1.0, 3.0], [5.0, 0.0]])  # of each process, for each member
+    batch = torch.arange(32.0).view(2, 2, 2, 4) / 10  # [processes, members, rows, features]
+    optimizer = fl.optim.per_member(lambda: fl.optim.sgd(1.0))
+
+    def square(bound: Any, x: Tensor) -> Tensor:
+        return bound(x).square().mean()
+
+    step = fl.population_step(model, square, optimizer, reduce=fl.distributed.mean(lambda _: counts[rank()]))
+    after, _, metrics = step(params, members, optimizer.init(members), batch[rank()])
+    errors = []
+    for i, member in enumerate(members):
+        found = [fl.value_and_grad(square)(model, params, member, batch[k, i]) for k in range(2)]
+        share = counts[:, i] / counts[:, i].sum()
+        mean = optree.tree_map(lambda a, b, s=share: s[0] * a + s[1] * b, found[0][1], found[1][1])
+        errors.append(difference(after[i], optree.tree_map(lambda x, g: x - g, member, mean)))
+        errors.append(abs(metrics["loss"][i].item() - (share[0] * found[0][0] + share[1] * found[1][0]).item()))
+    return max(errors)
+
+
+def check_a_process_without_rows() -> float:
+    model = llama()
+    params = fl.base_params(model)
+    tree = adapters(model, params)
+    sgd = fl.optim.sgd(0.1)
+    alone, _, _ = fl.train_step(model, loss_fn, sgd)(params, tree, sgd.init(tree), ids(3))
+    step = fl.train_step(model, loss_fn, sgd, reduce=fl.distributed.mean(weight=len))
+    both, _, _ = step(params, tree, sgd.init(tree), ids(3) if rank() == 0 else None)
+    return difference(alone, both)
+
+
+def check_gradients() -> float:
+    model = llama()
+    params = fl.base_params(model)
+    tree = adapters(model, params)
+    found = fl.value_and_grad(loss_fn, reduce=fl.distributed.mean())(model, params, tree, ids().chunk(2)[rank()])
+    return difference(found, fl.value_and_grad(loss_fn)(model, params, tree, ids()))
+
+
+def check_other_adapters_are_refused() -> str:
+    model = llama()
+    params = fl.base_params(model)
+    tree = adapters(model, params, seed=rank())
+    sgd = fl.optim.sgd(0.1)
+    try:
+        fl.train_step(model, loss_fn, sgd, reduce=fl.distributed.mean())(params, tree, sgd.init(tree), ids())
+    except fl.errors.ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+# A divided base: by FSDP2, by `shard`.
+
+
+def compared(whole: nn.Module, params: Any, model: nn.Module, divided: Any) -> Iterator[tuple[str, float]]:
+    """How far results with a divided base are from those with the whole one."""
+    batch = ids(4)
+    for dora in (False, True):
+        kind = "DoRA" if dora else "LoRA"
+        tree = adapters(whole, params, use_dora=dora)
+        yield f"{kind} init", difference(tree, adapters(model, divided, use_dora=dora))
+        with torch.no_grad():
+            first, second = fl.apply(whole, params, tree, batch), fl.apply(model, divided, tree, batch)
+            yield f"{kind} apply", difference(first.logits, second.logits)
+        for checkpointing in (False, True):
+            for each in (whole, model):
+                each.model.gradient_checkpointing = False  # type: ignore[union-attr]
+                if checkpointing:
+                    each.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+                else:
+                    each.gradient_checkpointing_disable()  # type: ignore[operator]
+            wanted = fl.value_and_grad(loss_fn)(whole, params, tree, batch)
+            yield (
+                f"{kind} gradients, checkpointing {checkpointing}",
+                difference(wanted, fl.value_and_grad(loss_fn)(model, divided, tree, batch)),
+            )
+        for each in (whole, model):
+            each.gradient_checkpointing_disable()  # type: ignore[operator]
+        members = fl.stack([tree, adapters(whole, params, 2, use_dora=dora)])
+        rows = fl.route(members, [1, 0, -1, 1])
+        first, second = fl.apply(whole, params, rows, batch), fl.apply(model, divided, rows, batch)
+        yield f"{kind} route", difference(first.logits, second.logits)
+        optimizer = fl.optim.per_member(clipped)
+        stepped = [
+            fl.population_step(m, loss_fn, optimizer, shared=True)(p, members, optimizer.init(members), batch)[0]
+            for m, p in ((whole, params), (model, divided))
+        ]
+        yield f"{kind} population", difference(*stepped)
+        prompt = batch[:, :4]
+        answers = []
+        for m, p in ((whole, params), (model, divided)):
+            m.eval()
+            bound: Any = fl.bind(m, p, tree)
+            answers.append(bound.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0))
+            m.train()
+        yield f"{kind} generate", difference(*answers)
+        merged = [fl.dequantize(fl.merge(p, tree)) for p in (params, divided)] if params_are_dense(params) else [{}, {}]
+        yield f"{kind} merge", difference(*merged) if merged[0] else 0.0
+        yield f"{kind} summary", float(fl.summary(params, tree).trainable != fl.summary(divided, tree).trainable)
+
+
+def params_are_dense(params: Any) -> bool:
+    return not any(isinstance(weight, fl.Quantized) for weight in params.values())
+
+
+def check_fsdp() -> dict[str, float]:
+    whole = llama()
+    model = copy.deepcopy(whole)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    params, divided = fl.base_params(whole), fl.base_params(model)
+    local = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[operator]
+    results = dict(compared(whole, params, model, divided))
+    results["bytes"] = local / sum(p.nbytes for p in whole.parameters())
+    again = fl.base_params(model)  # the root's own weights are whole after a call
+    results["base_params after a call"] = float(list(map(repr, divided.values())) != list(map(repr, again.values())))
+    return results
+
+
+def check_module_over_fsdp() -> dict[str, Any]:
+    whole = llama()
+    model = copy.deepcopy(whole)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    tree = adapters(whole, fl.base_params(whole))
+    alone = fl.as_module(whole, fl.base_params(whole), tree)
+    wrapped = nn.parallel.DistributedDataParallel(fl.as_module(model, fl.base_params(model), tree))
+    for module, batch in ((alone, ids()), (wrapped, ids().chunk(2)[rank()])):
+        loss_fn(module, batch).backward()
+    results: dict[str, Any] = {
+        "gradients": max(
+            (a.grad - b.grad).abs().max().item()  # type: ignore[operator]
+            for a, b in zip(alone.parameters(), wrapped.parameters(), strict=True)
+        )
+    }
+    divided = fl.as_module(llama(), fl.base_params(llama()), tree)
+    fully_shard(divided)
+    try:
+        divided(ids())
+    except fl.errors.UnsupportedError as error:
+        results["refused"] = str(error)
+    return results
+
+
+def check_shards() -> dict[str, float]:
+    model = llama()
+    results = {}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    dense = fl.base_params(model)
+    bases = {
+        "dense": dense,
+        "float64": {name: weight.double() for name, weight in dense.items()},
+        "nf4": fl.quantize(dense, linear, "nf4"),
+        "nf4, double": fl.quantize(dense, linear, "nf4", double_quant=True),
+        "int8": fl.quantize(dense, linear, "int8"),
+    }
+    for kind, params in bases.items():
+        divided = fl.distributed.shard(params)
+        results |= {f"{kind}: {name}": value for name, value in compared(model, params, model, divided)}
+        if kind in ("dense", "nf4"):
+            fresh, tree = llama(), adapters(model, params)  # without the hooks that checkpointing leaves
+            gradients = [
+                torch.func.grad(lambda a, p=p, m=fresh: loss_fn(fl.bind(m, p, a), ids(2)))(tree)
+                for p in (params, divided)
+            ]
+            results[f"{kind}: torch.func.grad"] = difference(*gradients)
+        results[f"{kind}: bytes"] = sum(w.nbytes for w in divided.values()) / sum(w.nbytes for w in params.values())
+    return results
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")
+}
+
+
+def main(out: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        results = {name: CHECKS[name]() for name in names}
+        Path(out, f"{rank()}.json").write_text(json.dumps(results), encoding="utf-8")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
