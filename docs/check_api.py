@@ -14,7 +14,8 @@ from pathlib import Path
 import griffe
 
 DOCS = Path(__file__).parent
-NAMESPACES = ("funclora", "funclora.algebra", "funclora.analysis", "funclora.io", "funclora.optim", "funclora.rules")
+PARTS = ("algebra", "analysis", "distributed", "io", "optim", "rules")
+NAMESPACES = ("funclora", *(f"funclora.{part}" for part in PARTS))
 
 
 def documented() -> dict[str, str]:
