@@ -319,7 +319,6 @@ class _Rewirer:
         return new
 
 
-@functools.cache
 def _is_engine(kind: type) -> bool:
     """Whether objects of a class gather and free the weights of the modules that they were made for: FSDP's states."""
     return kind.__module__.startswith("torch.distributed.fsdp.") and not issubclass(kind, nn.Module)

@@ -102,7 +102,7 @@ def population_step(
             members, state = optimized(members, grads, state)
         metrics = {"loss": loss, "grad_norm": norm, "finite": loss.isfinite() & norm.isfinite()}
         if has_aux:
-            metrics["aux"] = aux if accumulate > 1 or not aux else aux[0]
+            metrics["aux"] = aux[0] if len(aux) == accumulate == 1 else aux
         return members, state, metrics
 
     return step

@@ -156,10 +156,10 @@ def train_step(
         loss, grads = averaged(found, batches, tree, reduce)
         with torch.no_grad():
             tree, state = optimized(tree, grads, state)
-        metrics = {"loss": loss, "grad_norm": global_norm(grads)}
+        metrics: dict[str, Any] = {"loss": loss, "grad_norm": global_norm(grads)}
         if has_aux:
-            aux = [aux for (_, aux), _ in parts]
-            metrics["aux"] = aux if accumulate > 1 or not aux else aux[0]
+            every = [aux for (_, aux), _ in parts]
+            metrics["aux"] = every[0] if len(every) == accumulate == 1 else every
         return tree, state, metrics
 
     return step
@@ -289,7 +289,8 @@ def averaged(parts: list[tuple[Tensor, Any]], batches: list[Any], like: Any, red
         return reduce(parts, [(batch,) for batch in batches], like)
     if len(parts) == 1:
         return parts[0]
-    mean: Any = optree.tree_map(lambda *leaves: tree_sum(leaves) / len(leaves), *parts)
+    trees: list[Any] = list(parts)
+    mean: Any = optree.tree_map(lambda *leaves: tree_sum(leaves) / len(leaves), *trees)
     return cast("tuple[Tensor, Any]", mean)
 
 

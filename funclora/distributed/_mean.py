@@ -160,8 +160,7 @@ def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _by_member(function: Callable[[Tensor, Tensor], Tensor], tree: Any, weight: Tensor) -> Any:
     """The function of each leaf and the weight; in a stack, of each member's leaves and its own weight."""
     if isinstance(tree, Stack):
-        groups = [optree.tree_map(lambda x, w=weight[list(g.members)]: function(x, w), g) for g in tree.groups]
-        return Stack(tuple(groups))
+        return Stack(tuple(_by_member(function, group, weight[list(group.members)]) for group in tree.groups))
     return optree.tree_map(lambda x: function(x, weight), tree)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import worker
+from pages import DOCS, blocks
 from torch import nn
 
 import funclora as fl
@@ -23,13 +24,20 @@ Results = list[dict[str, Any]]
 pytestmark = pytest.mark.slow
 
 
+def run(n: int, folder: Path, script: Path, *arguments: str) -> None:
+    """Run a script in n processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    command = [sys.executable, *torchrun, str(script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def launched(n: int, folder: Path, *checks: str) -> Results:
     """The results of the checks in each of n processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    command = [sys.executable, *torchrun, str(HERE / "worker.py"), str(folder), *checks]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(n, folder, HERE / "worker.py", str(folder), *checks)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n)]
 
 
@@ -73,6 +81,16 @@ def test_a_module_over_a_divided_base_trains_in_ddp(two: Results) -> None:
     for each in two:
         assert each["module_over_fsdp"]["gradients"] <= 1e-6
         assert "Apply fully_shard to the model" in each["module_over_fsdp"]["refused"]
+
+
+def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
+    script = tmp_path / "many.py"
+    code = "\n".join(block.code for block in blocks(DOCS / "many-devices.md") if block.title == "many.py")
+    script.write_text(code, encoding="utf-8")
+    run(2, tmp_path, script)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    adapters, _ = fl.load_peft(tmp_path / "adapter", model)
+    assert all(rule.b.abs().sum() > 0 for rule in adapters.values() if isinstance(rule, fl.LoRA))
 
 
 def test_processes_that_are_not_connected_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

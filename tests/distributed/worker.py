@@ -113,6 +113,7 @@ def check_population() -> str:
         model, loss_fn, optimizer, accumulate=own, shared=True, reduce=fl.distributed.mean(weight=len)
     )
     state: Any = optimizer.init(members)
+    metrics: dict[str, Any] = {}
     for seed in range(2):
         batch = ids(seed=seed).chunk(world())[rank()]
         members, state, metrics = step(params, members, state, batch, seeds=[seed, seed + 10, seed + 20])
@@ -134,11 +135,13 @@ def check_weights_of_members() -> float:
     step = fl.population_step(model, square, optimizer, reduce=fl.distributed.mean(lambda _: counts[rank()]))
     after, _, metrics = step(params, members, optimizer.init(members), batch[rank()])
     errors = []
-    for i, member in enumerate(members):
-        found = [fl.value_and_grad(square)(model, params, member, batch[k, i]) for k in range(2)]
+    for i in range(2):
+        member: Any = members[i]
+        found: Any = [fl.value_and_grad(square)(model, params, member, batch[k, i]) for k in range(2)]
         share = counts[:, i] / counts[:, i].sum()
-        mean = optree.tree_map(lambda a, b, s=share: s[0] * a + s[1] * b, found[0][1], found[1][1])
-        errors.append(difference(after[i], optree.tree_map(lambda x, g: x - g, member, mean)))
+        mean: Any = optree.tree_map(lambda a, b, s=share: s[0] * a + s[1] * b, found[0][1], found[1][1])
+        wanted: Any = optree.tree_map(lambda x, g: x - g, member, mean)
+        errors.append(difference(after[i], wanted))
         errors.append(abs(metrics["loss"][i].item() - (share[0] * found[0][0] + share[1] * found[1][0]).item()))
     return max(errors)
 
@@ -235,7 +238,7 @@ def check_fsdp() -> dict[str, float]:
         fully_shard(layer)
     fully_shard(model)
     params, divided = fl.base_params(whole), fl.base_params(model)
-    local = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[operator]
+    local = sum(p.to_local().nbytes for p in model.parameters())
     results = dict(compared(whole, params, model, divided))
     results["bytes"] = local / sum(p.nbytes for p in whole.parameters())
     again = fl.base_params(model)  # the root's own weights are whole after a call
@@ -271,7 +274,7 @@ def check_module_over_fsdp() -> dict[str, Any]:
 
 def check_shards() -> dict[str, float]:
     model = llama()
-    results = {}
+    results: dict[str, float] = {}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     dense = fl.base_params(model)
     bases = {

@@ -23,7 +23,7 @@ RUN = {"python"}
 CHECKED = {"sh", "console"}  # by test_pages_commands.py
 SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or is printed
 
-SESSIONS = {"session.md", "training.md"}  # run from their first line to their last by tests of their own, in tests/cli
+SESSIONS = {"many-devices.md", "session.md", "training.md"}  # run from first to last line by tests of their own
 
 # What other libraries warn of, which no page can help.
 QUIET = {
