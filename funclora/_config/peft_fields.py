@@ -28,6 +28,7 @@ _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parame
 _WITHOUT_EFFECT = frozenset({
     "auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config",
+    "lora_B_layout", "unsloth_fused_expert_lora",  # of unsloth, see `_grouped_by_expert`
 })  # fmt: skip
 # Fields that change what PEFT computes, or the base weights, in ways that no rule here can express.
 _UNSUPPORTED = frozenset({
@@ -131,6 +132,12 @@ def beyond_us(raw: Mapping[str, Any]) -> str | None:
         if raw[name]:
             hint = " Its options are arguments of decompose and init_eva." if name in OF_INITIALISATION else ""
             return f"{name}={reprlib.repr(raw[name])} is not supported.{hint}"
+    if _grouped_by_expert(raw):
+        return (
+            "target_parameters: unsloth before 2026.9.6 has stored B of the experts by expert, where PEFT stores it by "
+            "rank, so that every expert would get columns of others. Load the folder with a newer unsloth, which knows "
+            "both, and save it again."
+        )
     initialiser = raw.get("init_lora_weights", True)
     if isinstance(initialiser, str) and not is_initialiser(initialiser):
         return (
@@ -139,6 +146,22 @@ def beyond_us(raw: Mapping[str, Any]) -> str | None:
             "path_initial_model_for_weight_conversion=...)) first."
         )
     return None
+
+
+def _grouped_by_expert(raw: Mapping[str, Any]) -> bool:
+    """Whether unsloth has written a folder whose experts are not stored as PEFT stores them; newer releases say it."""
+    if not raw.get("target_parameters"):
+        return False
+    auto = raw.get("auto_mapping")
+    auto = auto if isinstance(auto, Mapping) else {}
+    for source in (raw, auto):
+        detail = source.get("unsloth_fused_expert_lora")
+        parameters = detail.get("parameters") if isinstance(detail, Mapping) else None
+        entries = [e for e in parameters.values() if isinstance(e, Mapping)] if isinstance(parameters, Mapping) else []
+        layouts = [entry.get("lora_B_layout") for entry in entries] or [source.get("lora_B_layout")]
+        if layouts != [None]:
+            return any(layout != "rank_major" for layout in layouts)
+    return bool(auto.get("unsloth_fixed"))
 
 
 def _settled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
