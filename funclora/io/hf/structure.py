@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io.hf.library import check_config, transformers
+from funclora.io.peft.conversions import Conversions
 
 Shape = tuple[int, ...]
 
@@ -185,32 +186,13 @@ class _Placing:
     """transformers' table of conversions, applied to the keys of one checkpoint."""
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, Shape], tensors: Mapping[str, Shape]) -> None:
-        from transformers import core_model_loading as loading
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         self.parts: dict[str, list[Part]] = {}
         self.opaque: dict[str, str] = {}
         self._model, self._shapes, self._tensors = model, shapes, tensors
-        changes = get_model_conversion_mapping(model)
-        renamings = [c for c in changes if isinstance(c, loading.WeightRenaming)]
-        converters = [c for c in changes if isinstance(c, loading.WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        known: dict[str, Any] = dict.fromkeys(shapes, True)
-        prefix = cast(Any, model).base_model_prefix
-        collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-        # Experts are ordered by the numbers in their names, as in transformers.
-        for key in sorted(tensors, key=loading.dot_natural_key):
-            name, pattern = loading.rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, pattern = loading.rename_source_key(key, [], [], prefix, known)
-            if name not in known:
-                continue  # transformers does not load it either
-            if pattern is None:
-                self._whole(name, key)
-            else:
-                _, sources = collected.setdefault(name, (by_pattern[pattern], {}))
-                sources.setdefault(pattern, []).append(key)
-        for name, (converter, sources) in collected.items():
+        found = Conversions(model, shapes, tensors)
+        for key, name in found.plain.items():
+            self._whole(name, key)
+        for name, (converter, sources) in found.joined.items():
             self._converted(name, converter, sources)
 
     def _whole(self, name: str, key: str) -> None:

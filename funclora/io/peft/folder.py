@@ -33,6 +33,7 @@ from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.fold import folded
 from funclora.io.peft.keys import Keys, PeftTarget
 from funclora.io.peft.limits import differences, unsupported_by_peft, unsupported_in_model, unsupported_ties
+from funclora.io.peft.older_names import OlderNames
 from funclora.io.peft.rules import Reader, tensors_of
 from funclora.io.peft.tensors import StoredTensors
 from funclora.io.peft.ties import output_layer, tied_as_in_peft
@@ -178,6 +179,10 @@ class PeftFolder:
         self.folder, self._model = files.folder, model
         folder, file = files.folder, files.config_file
         config, self._by_peft = read_config(files, model)
+        self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+        self._stored = StoredTensors(files, components={part for name in self.weights for part in name.split(".")})
+        older = OlderNames(model, self.weights, self._stored, config)
+        config, self._of_names = older.config, older.notes
         unmatched: list[Unmatched] = []
         try:
             self.targets = targets = select(model, config, unmatched=unmatched)
@@ -185,7 +190,6 @@ class PeftFolder:
             raise TargetError(f"{file}: {error} {_advice(config, model)}") from error
         self._unmatched = [each.message for each in unmatched]
         self.config = config = without(config, unmatched)
-        self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         wrapped = {
             name: PeftTarget(
                 name, t.module, t.layout, tuple(self.weights[name].shape), config.names("target_parameters", name)
@@ -206,12 +210,9 @@ class PeftFolder:
             raise UnsupportedError(f"{folder}: the adapter of {name!r} cannot be read: {why}")
         self._keys = Keys(self._wrapped)
         table = self.weights.get(f"{TiedEmbeddings.of(model).input}.weight")
-        self._stored = StoredTensors(
-            files,
-            components={part for name in self.weights for part in name.split(".")},
-            advice=" ".join([*self._unmatched, _advice(config, model)]),
-            vocabulary=0 if table is None else table.shape[0],
-        )
+        older.join(self._keys, wrapped)
+        self._stored.advice = " ".join([*self._unmatched, _advice(config, model)])
+        self._stored.vocabulary = 0 if table is None else table.shape[0]
         self._reader = Reader(self._stored, self._keys, config, wrapped)
 
     def rule(self, name: str) -> Rule:
@@ -233,6 +234,7 @@ class PeftFolder:
     def differences(self) -> Iterator[str]:
         """Notes for the reader of the folder."""
         yield from self._stored.notes
+        yield from self._of_names
         for message in self._unmatched:
             yield f"{message} Every tensor of the file has its place: the entry is left out."
         yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)

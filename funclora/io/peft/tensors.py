@@ -37,10 +37,11 @@ class StoredTensors:
     Args:
         files: the folder. A tensor is read when it is asked for.
         components: the components of the names of the model's modules and parameters; empty if they are not known.
-        advice: what to do if the tensors do not match the model.
-        vocabulary: the number of rows of the model's input embeddings; 0 if it has none.
 
     Attributes:
+        file: the path of the file, for messages.
+        advice: what to do if the tensors do not match the model.
+        vocabulary: the number of rows of the model's input embeddings; 0 if it has none.
         notes: what PEFT would not have read.
 
     Raises:
@@ -48,10 +49,8 @@ class StoredTensors:
         UnsupportedError: there is a pickle instead.
     """
 
-    def __init__(
-        self, files: AdapterFiles, *, components: Set[str] = frozenset(), advice: str = "", vocabulary: int = 0
-    ) -> None:
-        self.file, self._advice, self._vocabulary = files.weights_file, f" {advice}".rstrip(), vocabulary
+    def __init__(self, files: AdapterFiles, *, components: Set[str] = frozenset()) -> None:
+        self.file, self.advice, self.vocabulary = files.weights_file, "", 0
         self._opened, file = files.weights, self.file
         self._tensors: dict[str, Stored] = {}
         self._taken: set[str] = set()
@@ -83,9 +82,31 @@ class StoredTensors:
                 f"keys of a wrapped or compiled model are read without {names}; PEFT would not load them."
             )
 
+    @property
+    def _advice(self) -> str:
+        return f" {self.advice}".rstrip()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that were not taken yet, by key."""
         return {key: tensor.shape for key, tensor in self._rest().items()}
+
+    def rename(self, key: str, new: str) -> None:
+        """Give a tensor another key."""
+        if new in self._tensors:
+            raise FormatError(
+                f"{self.file}: {key!r} is the older name of {new!r}, which is also there. Remove one of them."
+            )
+        self._tensors[new] = self._tensors.pop(key)
+
+    def pop(self, key: str, why: str) -> Stored:
+        """Take a tensor that must be there out of the file, for `why`."""
+        found = self._get(key, why)
+        del self._tensors[key]
+        return found
+
+    def put(self, tensor: Stored) -> None:
+        """Add a tensor that is made of others."""
+        self._tensors[tensor.key] = tensor
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype in which the file holds a tensor that is there."""
@@ -131,7 +152,7 @@ class StoredTensors:
     def _of_tokens(self, got: Sequence[int], expected: Sequence[int]) -> str:
         """The hint if only the number of tokens differs, otherwise ""."""
         differ = [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]]
-        if len(got) != len(expected) or len(differ) != 1 or differ[0][1] != self._vocabulary:
+        if len(got) != len(expected) or len(differ) != 1 or differ[0][1] != self.vocabulary:
             return ""
         return (
             f" The model has {differ[0][1]} tokens, and the one that the adapter was trained on had {differ[0][0]}: "

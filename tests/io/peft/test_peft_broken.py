@@ -519,6 +519,7 @@ def test_what_no_rule_equals_is_not_read(name: str, tmp_path: Path) -> None:
     make, config, message = OTHER_MODELS[name]
     raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["0"]} | config
     (tmp_path / CONFIG).write_text(json.dumps(raw))
+    save_file({}, tmp_path / WEIGHTS)
     with pytest.raises(UnsupportedError, match=rf"cannot be read: .*{message}"):
         load_peft(tmp_path, nn.Sequential(make()))
 
@@ -526,6 +527,7 @@ def test_what_no_rule_equals_is_not_read(name: str, tmp_path: Path) -> None:
 def test_the_model_itself_is_not_read(tmp_path: Path) -> None:
     raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
     (tmp_path / CONFIG).write_text(json.dumps(raw))
+    save_file({}, tmp_path / WEIGHTS)
     with pytest.raises(UnsupportedError, match="parameters of the model itself"):
         load_peft(tmp_path, nn.Linear(3, 3))
 
