@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+Device = Annotated[str, typer.Option(help="Device to compute on: auto (CUDA, MPS or the CPU), cpu, cuda, cuda:1.")]
 
 
 class Dtype(str, Enum):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import funclora as fl
+from funclora._apps.train.adapters import check_head
 from funclora._apps.train.base import Base
 from funclora.cli._adapters import for_base
-from funclora.errors import ConfigError
 from funclora.io.hf.origin import check_origin
 from funclora.io.peft.files import WEIGHTS_FILE
 
@@ -53,13 +53,3 @@ class Loader:
         self._new -= used
         check_origin([self._folders[name] for name in sorted(used)], self._model)
         return adapters
-
-
-def check_head(base: Base, adapters: Mapping[str, fl.Rule], name: str) -> None:
-    """Raise `ConfigError` if an adapter does not bring the head that its base does not have."""
-    for module in base.new:
-        if not any(parameter.startswith(f"{module}.") for parameter in adapters):
-            raise ConfigError(
-                f"{name}: contains no weights of {module!r}, and {base.name} neither, so its classes would be random. "
-                "Save the head with the adapter (modules_to_save)."
-            )

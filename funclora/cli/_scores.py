@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 import funclora as fl
+from funclora._apps.train.adapters import check_head
 from funclora._apps.train.base import context_limit, known_classes, load_base, load_tokenizer
 from funclora._apps.train.examples import Example, read_examples
 from funclora._apps.train.folder import load_config
@@ -20,7 +21,6 @@ from funclora._apps.train.setup import check_vocabulary
 from funclora._apps.train.tasks import trained_classes
 from funclora._files.atomic import replace_files
 from funclora.cli._adapters import for_base
-from funclora.cli._loader import check_head
 from funclora.cli._output import json_text
 from funclora.io.hf.origin import check_origin
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._base import Dtype, Quantize
+from funclora.cli._base import Device, Dtype, Quantize
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evaluate(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
     quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
-    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "auto",
     json: AsJson = False,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and pictures.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing eval.json in --out.")] = False,

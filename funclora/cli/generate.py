@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from funclora.cli._base import Dtype, Quantize
+from funclora.cli._base import Device, Dtype, Quantize
 from funclora.cli._converse import BASE, converse, refuse_bytes, spoken
 from funclora.cli._output import AsJson
 
@@ -57,7 +57,7 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Number of prompts that run together.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
     quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
-    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the answers to --file.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file --out.")] = False,
     json: AsJson = False,

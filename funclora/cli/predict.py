@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._base import Dtype, Quantize
+from funclora.cli._base import Device, Dtype, Quantize
 from funclora.cli._output import AsJson, print_json, say_text
 from funclora.cli._report import Plot, check_plot
 
@@ -44,7 +44,7 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, help="Number of records that run together.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
     quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
-    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the predictions.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file --out.")] = False,
     plot: Plot = None,

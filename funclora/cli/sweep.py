@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from funclora.cli._base import Device
 from funclora.cli._output import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def sweep(
     data: Annotated[
         Path | None, typer.Option(help="JSONL file with a text in every line, for --model.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "auto",
     json: AsJson = False,
 ) -> None:
     """Search for learning rate, rank, alpha, targets, method and seed, training all candidates together.
@@ -97,12 +98,13 @@ def sweep(
     from funclora._apps.sweep.settings import SearchSettings
     from funclora._apps.sweep.store import claimed
     from funclora._apps.sweep.task import demo_task, folder_task
+    from funclora._apps.train.device import device_of
 
     settings = SearchSettings(
         steps, batch, every, halving, rungs, warmup, clip, weight_decay, parse_size(memory) if memory else None,
         population,
     )  # fmt: skip
-    sizes: dict[str, Any] = {"context": context, "windows": windows, "device": device}
+    sizes: dict[str, Any] = {"context": context, "windows": windows, "device": str(device_of(device))}
     with claimed(out):
         if model is not None and data is not None:
             task = folder_task(model, data, **sizes)

@@ -121,6 +121,7 @@ def _facts(settings: Settings, result: Result) -> dict[str, Any]:
         "out": str(settings.out),
         **{folder.name: str(folder) for folder in result.folders},
         "step": outcome.step,
+        "steps": outcome.taken,
         "stopped": outcome.stopped,
         "best": None if outcome.best is None else {"step": outcome.best[0], "validation_loss": outcome.best[1]},
         "losses": {
@@ -143,6 +144,10 @@ def _print(settings: Settings, result: Result) -> None:
         lines.append(f"training loss {before:.4f} at step {first}, {after:.4f} at step {last}")
     if validation:
         lines.append(f"validation loss {validation[-1][1]:.4f} at step {validation[-1][0]}")
+    if outcome.best is not None and outcome.best[0] != validation[-1][0]:
+        lines.append(f"best validation loss {outcome.best[1]:.4f} at step {outcome.best[0]}")
+    if outcome.step != outcome.taken:
+        lines.append(f"the adapter is that {outcome.chosen()}")
     lines += [f"wrote {folder}" for folder in result.folders]
     console.print("\n".join(map(escape, lines)), highlight=False, soft_wrap=True)
 

@@ -79,7 +79,7 @@ class Task:
         return {"data": data.hexdigest(), "base": base.hexdigest()}
 
 
-def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -> Task:
+def demo_task(domain: str, *, context: int, windows: int, device: str = "auto") -> Task:
     """The demo's model, and one of the packages of Python's standard library.
 
     Raises:
@@ -98,14 +98,14 @@ def demo_task(domain: str, *, context: int, windows: int, device: str = "cpu") -
         model=base.model,
         params=base.params,
         train=train,
-        heldout=_spread(heldout, windows, context).to(device),
+        heldout=_spread(heldout, windows, context).to(base.device),
         context=context,
         keywords={},
         lora={},
     )
 
 
-def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "cpu") -> Task:
+def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "auto") -> Task:
     """A causal language model from a transformers folder, and a text or records with a `text` in each.
 
     Every eighth text is held out; with fewer than eight texts, the last eighth of all tokens.
@@ -133,7 +133,7 @@ def folder_task(model: Path, data: Path, *, context: int, windows: int, device: 
         model=base.model,
         params=base.params,
         train=train,
-        heldout=_spread(heldout, windows, context).to(device),
+        heldout=_spread(heldout, windows, context).to(base.device),
         context=context,
         keywords={"use_cache": False},
         lora={"task_type": "CAUSAL_LM", "base_model_name_or_path": str(model)},

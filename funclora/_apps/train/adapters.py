@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import optree
 import torch
 
 from funclora._apps.train.base import Base, Batch
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
 from funclora._apps.train.settings import Settings
+from funclora._apps.train.tasks import trained_classes, trained_task
 from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
 from funclora._init.eva import init_eva
 from funclora._init.fresh import init
 from funclora._init.relative import relative_to_original
 from funclora.errors import ConfigError
+from funclora.io.hf.origin import check_origin
+from funclora.io.peft.files import AdapterFiles
+from funclora.io.peft.folder import load_peft
 from funclora.rules.base import Adapters, Rule
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Fresh adapters and the base that they belong to.
+    """The adapters at the start of a run, and the base that they belong to.
 
     Attributes:
         base: the base model of the run; where `init` splits the weights, with the remaining part.
-        adapters: full parameter name -> rule.
+        adapters: full parameter name -> rule: fresh, or those of `settings.adapter`.
         config: theirs.
     """
 
@@ -69,7 +76,7 @@ def configuration(base: Base, settings: Settings) -> LoraConfig:
 
 
 def begin(base: Base, settings: Settings, batches: Iterable[Batch] = ()) -> Start:
-    """Fresh adapters, a function of base, settings and seed (and of the batches, for "eva").
+    """Fresh adapters, a function of base, settings and seed (and of the batches, for "eva"); or those of a folder.
 
     Where `init` splits the weights ("pissa", "olora", "loftq") this is done in full precision, before they are
     quantised.
@@ -91,6 +98,8 @@ def begin(base: Base, settings: Settings, batches: Iterable[Batch] = ()) -> Star
         >>> len(start.adapters), start.config.r
         (4, 4)
     """
+    if settings.adapter is not None:
+        return _loaded(base, settings, settings.adapter)
     config = configuration(base, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.targets != ("all-linear",) and "all-linear" in settings.targets:
@@ -125,6 +134,74 @@ def begin(base: Base, settings: Settings, batches: Iterable[Batch] = ()) -> Star
         params = params | pack(params, rest, settings, base.device)
         forget(base.model, [name for name in params if is_packed(params[name])])
     return Start(replace(base, params=params), adapters, config)
+
+
+def as_adapter(settings: Settings) -> Settings:
+    """The settings with what the folder of the starting adapter says: its method, rank, targets, ...
+
+    Raises:
+        ConfigError: the adapter was trained for another task.
+        FormatError: there is no adapter, or its configuration cannot be read.
+    """
+    if settings.adapter is None:
+        return settings
+    config = LoraConfig.from_peft(AdapterFiles(settings.adapter).config)
+    task = trained_task({str(settings.adapter): settings.adapter}, settings.model)
+    if task != settings.task:
+        raise ConfigError(
+            f"task: the adapter in {settings.adapter} was trained for {task}, and the task is {settings.task}. "
+            f"Set task to {task}."
+        )
+    targets = config.target_modules
+    return replace(
+        settings,
+        method="dora" if config.use_dora else "lora",
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+        targets=(targets,) if isinstance(targets, str) else tuple(targets or ()),
+        modules_to_save=tuple(config.modules_to_save or ()),
+    )
+
+
+def adapter_classes(settings: Settings) -> tuple[str, ...]:
+    """The classes of the starting adapter, in the order of its head's outputs; empty if there are none."""
+    if settings.adapter is None:
+        return ()
+    return trained_classes({str(settings.adapter): settings.adapter}, settings.task)
+
+
+def _loaded(base: Base, settings: Settings, folder: Path) -> Start:
+    """The adapters of a folder.
+
+    Raises:
+        ConfigError: they lack the head that the model lacks too.
+        FuncloraError: they cannot be read, or do not fit the model.
+    """
+    tree: Any
+    tree, config = load_peft(folder, base.model)
+    check_origin([folder], settings.model)
+    check_head(base, tree, str(folder))
+    adapters = optree.tree_map(lambda leaf: leaf.to(base.device), tree)
+    own = configuration(base, settings)
+    return Start(
+        base,
+        dict(adapters),
+        config.replace(
+            base_model_name_or_path=own.base_model_name_or_path, task_type=config.task_type or own.task_type
+        ),
+    )
+
+
+def check_head(base: Base, adapters: Mapping[str, Rule], name: str) -> None:
+    """Raise `ConfigError` if an adapter does not bring the head that its base does not have."""
+    for module in base.new:
+        if not any(parameter.startswith(f"{module}.") for parameter in adapters):
+            raise ConfigError(
+                f"{name}: contains no weights of {module!r}, and {base.name} neither, so its classes would be random. "
+                "Save the head with the adapter (modules_to_save)."
+            )
 
 
 def is_packed(weight: torch.Tensor) -> bool:

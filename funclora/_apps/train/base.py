@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funclora._apps.train.device import device_of
 from funclora._apps.train.folder import CLASSES, empty_model, load_config, load_model, longest_context
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights
 from funclora._apps.train.rows import IGNORED
@@ -23,7 +24,7 @@ from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
 from funclora._bind.apply import bind
 from funclora._bind.params import base_params
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.io.hf.library import first_line, reading
+from funclora.io.hf.library import reading
 from funclora.rules.base import Params
 
 DEMO = "the demo's base"
@@ -236,8 +237,8 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
     `adapters.begin` quantises them.
 
     Args:
-        settings: `model`, `task`, `dtype`, `quantize`, `double_quant`, `device`, `init`, `modules_to_save` and `seed`
-            are used.
+        settings: `model`, `task`, `dtype`, `attention`, `quantize`, `double_quant`, `device`, `init`, `modules_to_save`
+            and `seed` are used.
         tokenizer: from `load_tokenizer`.
         classes: for classification; those of the folder's configuration if empty.
 
@@ -251,7 +252,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         >>> load_base(Settings(), ByteTokenizer()).limit
         256
     """
-    device = _device(settings.device)
+    device = device_of(settings.device)
     model: nn.Module
     new: tuple[str, ...] = ()
     limit: int | None
@@ -264,7 +265,12 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         model, name, limit = demo, DEMO, demo.config.context
     else:
         model, new = load_model(
-            settings.model, settings.task, dtype=settings.dtype, classes=classes, seed=settings.seed
+            settings.model,
+            settings.task,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            classes=classes,
+            seed=settings.seed,
         )
         name, limit = str(settings.model), longest_context(model)
         _set_padding(model, tokenizer, name)
@@ -316,17 +322,6 @@ def _refuse_demo(settings: Settings) -> None:
         raise ConfigError(
             f"task: {DEMO} is a causal language model, not for {settings.task}. Give another with --model."
         )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ConfigError(
-            f"device: {name!r} cannot be used here: {first_line(error)}. cpu is always available."
-        ) from error
-    return device
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

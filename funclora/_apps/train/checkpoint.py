@@ -12,12 +12,13 @@ import json
 import reprlib
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funclora._apps.train.settings import Settings
+from funclora._apps.train.reading import as_toml
+from funclora._apps.train.settings import RUN_FILE, Settings
 from funclora._files.atomic import read_json, replace_files
 from funclora._files.locks import claimed_folder
 from funclora._files.seal import BLANK, is_intact, sealed
@@ -32,12 +33,15 @@ RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 # Settings that may differ when a run is resumed. Paths are not compared; the contents of the files are.
 _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == "Output"} | {
     "model",
+    "adapter",
+    "final",
     "data",
     "validation",
     "chat_template",
     "sample",
     "sample_tokens",
 }
+LENGTH = ("steps", "epochs")  # may differ too: the run then goes on to another end
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Run:
         folder: where it is.
         id: a unique name.
         last: the step of the last checkpoint; None before the first.
+        before: with `begin`, the settings of the run so far if it had another length; otherwise None.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -86,13 +91,15 @@ class Run:
         self.id = uuid.uuid4().hex
         steps = self.steps()
         self.last = steps[-1] if steps else None
+        self.before: Settings | None = None
+        self._content = ""
 
     def file(self, step: int) -> Path:
         """The checkpoint after a step."""
         return self.folder / CHECKPOINTS / f"{step:08d}.safetensors"
 
     def begin(self, digests: Mapping[str, str]) -> None:
-        """Write the run's settings and digests, or check that they are the same as before.
+        """Check that the run's settings and digests are the same as before, except for its length.
 
         Args:
             digests: name -> digest of everything else that determines the outcome.
@@ -104,7 +111,7 @@ class Run:
         given = {"settings": {k: v for k, v in plain(self.settings).items() if k not in _FREE}, "digests": {**digests}}
         file = self.folder / RUN
         if not file.exists():
-            replace_files(self.folder, {RUN: _writer(json.dumps({"id": self.id, **given}, indent=1) + "\n")})
+            self._content = json.dumps({"id": self.id, **given}, indent=1) + "\n"
             return
         stored = read_json(file)
         self.id = as_type(str, stored.get("id"), f"{file}: id")
@@ -113,13 +120,24 @@ class Run:
         differ = [
             f"{key} = {reprlib.repr(settings.get(key))} there and {given['settings'].get(key)!r} here"
             for key in {**settings, **given["settings"]}
-            if settings.get(key) != given["settings"].get(key)
+            if key not in LENGTH and settings.get(key) != given["settings"].get(key)
         ] + [f"other {key} than there" for key in {**known, **digests} if known.get(key) != digests.get(key)]
         if differ:
             raise ConfigError(
                 f"resume: the run in {self.folder} differs: {'; '.join(differ)}. Give its original settings "
                 "and files, or another --out."
             )
+        steps = as_type(int | None, settings.get("steps"), f"{file}: steps")
+        epochs = as_type(float, settings.get("epochs"), f"{file}: epochs")
+        if (steps, epochs) != (self.settings.steps, self.settings.epochs):
+            self.before = replace(self.settings, steps=steps, epochs=epochs)
+            self._content = json.dumps({"id": self.id, **given}, indent=1) + "\n"
+
+    def describe(self) -> None:
+        """Write the run's settings and digests, if it is new or has another length than before."""
+        if self._content:
+            toml = as_toml(self.settings)
+            replace_files(self.folder, {RUN_FILE: _writer(toml), RUN: _writer(self._content)})
 
     def save(self, progress: RunProgress, tree: Any) -> None:
         """Write a checkpoint atomically, and remove old checkpoints.

@@ -63,7 +63,7 @@ def evaluate(
         labels += base.count(batch)
         with autocast(settings, base.device):
             scores = base.score(bound, moved(batch, base.device))
-        sums = {key: sums.get(key, 0) + value.double() for key, value in scores.items()}
+        sums = {key: sums.get(key, 0) + value.cpu().double() for key, value in scores.items()}
     if examples and not labels:
         raise ConfigError("validation: no position of the validation data has a label. Give other data.")
     samples = []

@@ -130,7 +130,9 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         else "none",
         **({"classes": ", ".join(base.classes)} if base.classes else {}),
         "trained": f"{trained.trainable:,} of {trained.total:,} values ({trained.percent:.2f} %)",
-        "steps": f"{outcome.step:,} ({outcome.stopped})",
+        **({"started from": str(settings.adapter)} if settings.adapter is not None else {}),
+        "steps": f"{outcome.taken:,} ({outcome.stopped})",
+        "adapter": outcome.chosen(),
         **_losses(outcome),
     }
     sections = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
 from funclora._apps.train.tokenizer import load_config as load_config
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
-from funclora.io.hf.library import OPTIONS, reading, transformers
+from funclora.io.hf.library import OPTIONS, first_line, quiet, reading, transformers
 from funclora.io.hf.structure import at_most, named_class, without_weights
 
 _PARAMETERS = 200_000  # more than any model has
@@ -29,7 +30,13 @@ CLASSES = {
 
 
 def load_model(
-    folder: Path, task: str | None, *, dtype: str = "auto", classes: Sequence[str] = (), seed: int = 0
+    folder: Path,
+    task: str | None,
+    *,
+    dtype: str = "auto",
+    attention: str = "auto",
+    classes: Sequence[str] = (),
+    seed: int = 0,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model on the CPU, in evaluation mode, frozen.
 
@@ -40,6 +47,7 @@ def load_model(
         folder: of a transformers model.
         task: one of `settings.TASKS`; None for the model class in the folder's configuration.
         dtype: "auto" for the folder's, or a name.
+        attention: transformers' `attn_implementation`; "auto" for its choice.
         classes: names of the classes; those of the folder's configuration if empty.
         seed: of new weights.
 
@@ -58,6 +66,9 @@ def load_model(
     cls = _class(folder, config, task)
     _check_size(folder, _empty(folder, config, cls, task))
     remedy = " Give a folder with config.json and complete .safetensors files."
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    if chosen:
+        _check_attention(folder, config, cls, attention)
     with torch.random.fork_rng(devices=[]), reading(folder, f"model: transformers cannot load {folder}", remedy):
         torch.default_generator.manual_seed(seed)
         model, report = cls.from_pretrained(
@@ -67,6 +78,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=task in (SEQUENCE, TOKEN),
+            **chosen,
             **OPTIONS,
         )
     missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
@@ -133,6 +145,17 @@ def _empty(folder: Path, config: Any, cls: Any, task: str | None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = cls.from_config(config, trust_remote_code=False)
     return model
+
+
+def _check_attention(folder: Path, config: Any, cls: Any, attention: str) -> None:
+    """Raise `ConfigError` if a model does not have this implementation of attention, or a package for it is missing."""
+    try:
+        with quiet(transformers()), torch.device("meta"):
+            cls.from_config(copy.deepcopy(config), attn_implementation=attention, trust_remote_code=False)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"attention: {attention} cannot be used for {folder}: {first_line(error)}. auto is always possible."
+        ) from error
 
 
 def _check_size(folder: Path, model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from funclora._apps.train.checkpoint import DamagedError, Run, RunProgress, fingerprint, opened
 from funclora._apps.train.evaluate import evaluate
+from funclora._apps.train.optimizer import schedule, total_steps
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import Steps
 from funclora.errors import ConfigError, NonFiniteError
@@ -43,8 +44,9 @@ class Outcome:
     """The result of training.
 
     Attributes:
-        adapters: the trained adapters: of the last step, or with `patience` of the best evaluation.
+        adapters: the trained adapters: of the best evaluation, or of the last step (`final`).
         step: their step.
+        taken: the number of steps taken.
         losses: `{"train": [(step, loss)], "validation": [(step, loss)]}`, nats per label, as in metrics.jsonl.
         best: step and loss of the best evaluation; None without validation data.
         stopped: `FINISHED` or `PATIENCE`.
@@ -52,9 +54,21 @@ class Outcome:
 
     adapters: dict[str, Rule]
     step: int
+    taken: int
     losses: dict[str, list[tuple[int, float]]]
     best: tuple[int, float] | None
     stopped: str
+
+    def chosen(self) -> str:
+        """Which adapter it is, for messages.
+
+        Examples:
+            >>> Outcome({}, 30, 90, {}, (30, 1.5), FINISHED).chosen()
+            'of step 30, the best evaluation; the last step is 90'
+        """
+        best = ", the best evaluation" if self.best is not None and self.best[0] == self.step else ""
+        last = f"; the last step is {self.taken:,}" if self.taken != self.step else ""
+        return f"of step {self.step:,}{best}{last}"
 
 
 def train(
@@ -118,10 +132,16 @@ class _Training:
         self.state = self.steps.init(self.values)
         self.unseen: list[Tensor] = []  # numbers of steps that were not fetched yet
         self.progress = RunProgress()
-        run.begin({"data": data.digest(), "base model": fingerprint(base.params)})
+        digests = {"data": data.digest(), "base model": fingerprint(base.params)}
+        if settings.adapter is not None:
+            tree: Any = dict(adapters)
+            digests["starting adapter"] = fingerprint({str(i): leaf for i, leaf in enumerate(optree.tree_leaves(tree))})
+        run.begin(digests)
         if run.last is not None:
             self.progress = self._restore_last()
+            self._check_length()
             run.prune(self.progress)  # what a killed process did not finish
+        run.describe()
         self.saved = (run.last, self.progress.evaluated)
         self.before = (self.progress.tokens, self.progress.seconds)
         journal.begin(self.progress.step, self.total, run.id, self.progress.metrics)
@@ -145,13 +165,14 @@ class _Training:
                 break
             self._step()
         best = progress.best
-        step = best[0] if progress.stopped == PATIENCE and best is not None else progress.step
-        if step != progress.step:
+        taken = progress.step
+        step = best[0] if self.settings.final == "best" and best is not None else taken
+        if step != taken:
             self._restore(step)
         # Copies: views of one vector cannot be saved.
         tree: Any = self.steps.vectors.tree(self.values)
         adapters: Any = optree.tree_map(torch.Tensor.clone, tree)
-        return Outcome(adapters, step, self.journal.losses, best, progress.stopped)
+        return Outcome(adapters, step, taken, self.journal.losses, best, progress.stopped)
 
     # Steps
 
@@ -272,6 +293,33 @@ class _Training:
         progress.metrics = self.journal.mark()
         self.run.save(progress, self._tree())
         self.saved = (progress.step, progress.evaluated)
+
+    def _check_length(self) -> None:
+        """Go on to another end than before, if that is what the settings say.
+
+        Raises:
+            ConfigError: the run is longer already, or early stopping ended it.
+        """
+        progress, before, where = self.progress, self.run.before, self.run.folder
+        if progress.step > self.total:
+            raise ConfigError(
+                f"steps: the run in {where} has taken {progress.step} steps already, expected at most {self.total}. "
+                "Give more --steps."
+            )
+        if before is None:
+            return
+        if progress.stopped == PATIENCE:
+            raise ConfigError(
+                f"resume: early stopping ended the run in {where} after step {progress.step}, so it gets no longer. "
+                "Start another run from its adapter with --adapter."
+            )
+        progress.stopped = ""
+        total, taken = total_steps(before, self.steps.per_epoch), torch.arange(progress.step)
+        if not torch.equal(schedule(before, total)(taken), self.steps.rate(taken)):
+            self.journal.note(
+                f"The first {progress.step} steps had the learning rates of a run of {total} steps, so the result "
+                f"is not that of a run of {self.total} steps. With a constant schedule and warm-up steps it would be."
+            )
 
     def _restore_last(self) -> RunProgress:
         """Go on from the last checkpoint that is intact."""

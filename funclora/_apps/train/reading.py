@@ -27,6 +27,17 @@ ONLY = {
     "text_field": (CAUSAL, SEQUENCE),
     "label_field": (SEQUENCE, TOKEN),
 }
+# Keys that have an effect only with some values of another key.
+NEEDS = {
+    **dict.fromkeys(("beta1", "beta2", "epsilon"), ("optimizer", ("adamw", "adamw-8bit"))),
+    "momentum": ("optimizer", ("sgd",)),
+    "cycles": ("schedule", ("cosine-restarts",)),
+    "power": ("schedule", ("polynomial",)),
+    "decay": ("schedule", ("wsd",)),
+    "lr_end": ("schedule", ("cosine", "cosine-restarts", "linear", "polynomial", "wsd")),
+}
+# What an adapter in a folder brings.
+ADAPTER_KEYS = {f.name for f in fields(Settings) if f.metadata["group"] == "Adapter"} - {"adapter"}
 
 
 def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
@@ -81,6 +92,13 @@ def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
         raise ConfigError(
             f"{called('double_quant')}: only nf4 and fp4 have scales to quantise. Set quantize to one of them."
         )
+    if given.get("adapter") is not None:
+        for key in given:
+            if key in ADAPTER_KEYS:
+                raise ConfigError(
+                    f"{called(key)}: with {called('adapter')}, it is that of the folder. Leave it out, or start a new "
+                    "adapter."
+                )
     settings = Settings(**given)
     _check_together(settings, called)
     return settings
@@ -146,7 +164,7 @@ def _hints() -> dict[str, Any]:
 def _value(where: str, f: Field[Any], value: object, *, from_text: bool) -> Any:
     """A value of the key's type, within its limits."""
     kind, optional = kind_of(f.name)
-    if value is None and optional:
+    if optional and (value is None or (value == "auto" and "auto" in f.metadata)):
         return None
     if f.name == "init" and isinstance(value, bool):  # true and false are two of its names
         value = str(value).lower()
@@ -243,6 +261,14 @@ def _check_together(settings: Settings, called: Any) -> None:
         raise ConfigError(f"{called('turns')}: with train_on all, every turn has loss. Leave one of them out.")
     if settings.chat_template is not None and settings.model is None:
         raise ConfigError(f"{called('chat_template')}: the demo's base reads no chats. Give a model, or leave it out.")
+    for key, (other, values) in NEEDS.items():
+        if getattr(settings, other) not in values and getattr(settings, key) != getattr(Settings, key):
+            raise ConfigError(
+                f"{called(key)}: has an effect only if {other} is {' or '.join(values)}, and it is "
+                f"{getattr(settings, other)}. Leave it out, or set {called(other)}."
+            )
+    if settings.attention != "auto" and settings.model is None:
+        raise ConfigError(f"{called('attention')}: the demo's base has only one implementation. Leave it out.")
     if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
         raise ConfigError(f"{called('sample_tokens')}: there is no prompt to continue. Give {called('sample')} too.")
     if settings.sample and settings.task == TOKEN:
@@ -259,6 +285,8 @@ def _implied(settings: Settings, key: str) -> bool:
         (key == "epochs" and settings.steps is not None)
         or (key == "validation_split" and settings.validation is not None)
         or (key == "double_quant" and settings.quantize not in ("nf4", "fp4"))
+        or (key in ADAPTER_KEYS and settings.adapter is not None)
+        or (key in NEEDS and getattr(settings, NEEDS[key][0]) not in NEEDS[key][1])
     )
 
 

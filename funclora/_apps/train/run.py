@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from funclora._apps.train.checkpoint import opened
+from funclora._apps.train.device import resolved
 from funclora._apps.train.finish import check_results, finish, rehearse
 from funclora._apps.train.journal import Journal
 from funclora._apps.train.loop import Outcome, train
-from funclora._apps.train.reading import write
-from funclora._apps.train.settings import RUN_FILE, Settings
+from funclora._apps.train.settings import Settings
 from funclora._apps.train.setup import ready
 
 
@@ -44,6 +44,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Result:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint is written.
         OSError: something cannot be written.
     """
+    settings = resolved(settings)
     with opened(settings) as folder:
         check_results(settings)
         with Journal(settings, quiet=quiet) as journal:
@@ -52,7 +53,5 @@ def run(settings: Settings, *, quiet: bool = False) -> Result:
             rehearse(start, settings)
             for note in data.notes:
                 journal.note(note)
-            if not settings.resume:
-                write(settings, settings.out / RUN_FILE)
             outcome = train(start.base, start.adapters, data, settings, journal, folder)
         return Result(outcome, finish(start, outcome, data, settings), journal.notes)

@@ -21,7 +21,7 @@ def _key(default: Any, group: str, text: str, **limits: Any) -> Any:
         group: what it is listed under.
         text: one line of help.
         **limits: `choices`; `least` and `most`, inclusive; `above` and `below`, exclusive; `whole`, for a list whose
-            texts may contain commas.
+            texts may contain commas; `auto`, if the text auto means None.
     """
     return field(default=default, metadata={"group": group, "help": text, **limits})
 
@@ -40,7 +40,13 @@ class Settings:
     )
     quantize: str = _key("none", "Model", "Quantise the base weights (QLoRA).", choices=("none", "nf4", "fp4", "int8"))
     double_quant: bool = _key(True, "Model", "Quantise the scales of the quantised weights too.")
-    device: str = _key("cpu", "Model", "Device to compute on: cpu, cuda, cuda:1.")
+    device: str = _key("auto", "Model", "Device to compute on: auto (CUDA, MPS or the CPU), cpu, cuda, cuda:1.")
+    attention: str = _key(
+        "auto",
+        "Model",
+        "Implementation of attention in transformers; auto is its own choice.",
+        choices=("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    )
 
     data: Path | None = _key(None, "Data", "JSONL, JSON, CSV or Parquet file, text file, or folder of texts.")
     validation: Path | None = _key(None, "Data", "Data for evaluation. Without it, a part of --data is held out.")
@@ -60,6 +66,9 @@ class Settings:
     context: int = _key(512, "Data", "Maximum length of an example in tokens; longer plain texts are split.", least=1)
     packing: bool = _key(False, "Data", "Put several examples into one row; each attends only to itself.")
 
+    adapter: Path | None = _key(
+        None, "Adapter", "PEFT folder to start from; its method, rank, targets and all else of this group are used."
+    )
     method: str = _key("lora", "Adapter", "Method of the adapter.", choices=("lora", "dora"))
     rank: int = _key(16, "Adapter", "Rank of the adapter.", least=1)
     alpha: float = _key(32.0, "Adapter", "The update is scaled by alpha / rank.", above=0.0)
@@ -69,21 +78,41 @@ class Settings:
     modules_to_save: tuple[str, ...] = _key((), "Adapter", "Modules that are fully fine-tuned, such as a new head.")
     init: str = _key("true", "Adapter", "PEFT's init_lora_weights: true, gaussian, orthogonal, pissa, olora, ...")
 
+    optimizer: str = _key("adamw", "Training", "Optimizer.", choices=("adamw", "adamw-8bit", "sgd", "adafactor"))
+    beta1: float = _key(0.9, "Training", "Decay of AdamW's first moment.", least=0.0, below=1.0)
+    beta2: float = _key(0.999, "Training", "Decay of AdamW's second moment.", least=0.0, below=1.0)
+    epsilon: float = _key(1e-8, "Training", "Added to AdamW's denominator.", least=0.0)
+    momentum: float = _key(0.0, "Training", "Momentum of SGD.", least=0.0, below=1.0)
     lr: float = _key(2e-4, "Training", "Peak learning rate.", above=0.0)
     schedule: str = _key(
-        "cosine", "Training", "Learning rate schedule after the warm-up.", choices=("cosine", "linear", "constant")
+        "cosine",
+        "Training",
+        "Learning rate schedule after the warm-up; wsd is constant until its decay.",
+        choices=("cosine", "cosine-restarts", "linear", "polynomial", "wsd", "constant"),
+    )
+    lr_end: float = _key(0.0, "Training", "Rate at the end of the schedule, as a share of --lr.", least=0.0, most=1.0)
+    cycles: int = _key(3, "Training", "Number of cosines of cosine-restarts.", least=1)
+    power: float = _key(2.0, "Training", "Exponent of polynomial; 1 is linear.", above=0.0)
+    decay: float = _key(
+        0.1, "Training", "Decay of wsd: a share of all steps if below 1, otherwise a number of steps.", above=0.0
     )
     warmup: float = _key(
         0.03, "Training", "Warm-up: a share of all steps if below 1, otherwise a number of steps.", least=0.0
     )
     lora_plus: float = _key(1.0, "Training", "Learning rate of B divided by the learning rate of A (LoRA+).", above=0.0)
-    weight_decay: float = _key(0.0, "Training", "Weight decay of AdamW.", least=0.0)
+    weight_decay: float = _key(0.0, "Training", "Weight decay of the optimizer.", least=0.0)
     clip: float = _key(1.0, "Training", "Maximum global norm of the gradient; 0 disables clipping.", least=0.0)
     epochs: float = _key(1.0, "Training", "Passes over the data.", above=0.0)
     steps: int | None = _key(None, "Training", "Number of optimizer steps, instead of --epochs.", least=1)
     batch: int = _key(8, "Training", "Number of rows in a forward pass.", least=1)
     accumulation: int = _key(1, "Training", "Number of forward passes in a step.", least=1)
-    bf16: bool = _key(False, "Training", "Compute in bfloat16 (autocast).")
+    bf16: bool | None = _key(
+        None,
+        "Training",
+        "Compute in bfloat16 (autocast). By default on GPUs that can.",
+        auto=True,
+    )
+    neftune: float = _key(0.0, "Training", "Noise on the input embeddings (NEFTune); 5 is usual, 0 is none.", least=0.0)
     checkpointing: bool = _key(False, "Training", "Recompute activations in backward to save memory.")
     compile: bool = _key(False, "Training", "Compile the loss and its gradient with torch.compile.")
     seed: int = _key(
@@ -92,6 +121,12 @@ class Settings:
 
     eval_every: int = _key(0, "Evaluation", "Steps between evaluations; 0: only at the end.", least=0)
     patience: int = _key(0, "Evaluation", "Stop after this many evaluations without improvement; 0: never.", least=0)
+    final: str = _key(
+        "best",
+        "Evaluation",
+        "Adapter that is written: of the evaluation with the lowest loss, or of the last step.",
+        choices=("best", "last"),
+    )
     sample: tuple[str, ...] = _key((), "Evaluation", "Prompts to continue at each evaluation.", whole=True)
     sample_tokens: int = _key(48, "Evaluation", "Maximum number of tokens of a continuation.", least=1)
 

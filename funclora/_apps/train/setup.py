@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from funclora._apps.train.adapters import Start, begin
+from funclora._apps.train.adapters import Start, adapter_classes, as_adapter, begin
 from funclora._apps.train.base import Base, Batch, context_limit, known_classes, load_base, load_tokenizer, vocabulary
 from funclora._apps.train.batches import Batches
+from funclora._apps.train.device import resolved
 from funclora._apps.train.examples import Data, prepare
 from funclora._apps.train.packing import check_packing
 from funclora._apps.train.rows import Example
@@ -29,7 +30,8 @@ class Ready:
     """A run that is ready to start.
 
     Attributes:
-        settings: with the default data if none was given.
+        settings: with the default data if none was given, with what this machine decides, and with what the starting
+            adapter says.
         data: tokenised.
         start: the base and its fresh adapters.
     """
@@ -49,10 +51,12 @@ def ready(settings: Settings, folder: Path) -> Ready:
     Raises:
         FuncloraError: something is missing, broken, or does not fit the rest.
     """
+    settings = as_adapter(resolved(settings))
     if settings.data is None:
         settings = replace(settings, data=demo_data(folder))
     tokenizer = load_tokenizer(settings)
-    data = prepare(settings, tokenizer, context_limit(settings), known_classes(settings))
+    classes = adapter_classes(settings) or known_classes(settings)
+    data = prepare(settings, tokenizer, context_limit(settings), classes)
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data.train, data.validation)
     if settings.packing:

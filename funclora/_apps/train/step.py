@@ -70,7 +70,7 @@ class Steps:
         self.per_epoch = self.batches.steps_per_epoch
         self.total = total_steps(settings, self.per_epoch)
         self.rate = schedule(settings, self.total)
-        self.vectors = Vectors(adapters)
+        self.vectors = Vectors(adapters, joined=settings.optimizer in ("adamw", "sgd"))
         self.init, self._update = optimizer(settings, self.total)
         self._gradient = _gradient(base, settings)
 
@@ -115,6 +115,9 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
         )
     # A copy of the module tree with the same weights, but its own flags.
     model: Any = bind(base.model, base.params, {}).train()
+    if settings.neftune:
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.embed
+        embeddings.register_forward_hook(noise(settings.neftune))
     if settings.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise UnsupportedError(
@@ -145,6 +148,19 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
         return value, grads
 
     return gradient
+
+
+def noise(alpha: float) -> Callable[..., Tensor]:
+    """A forward hook that adds uniform noise to embeddings `[batch, seq, dim]` (NEFTune, arXiv 2310.05914).
+
+    noise = alpha / √(seq·dim)·U(-1, 1)
+    """
+
+    def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        size = alpha / (output.size(1) * output.size(2)) ** 0.5
+        return output + torch.zeros_like(output).uniform_(-size, size)
+
+    return add
 
 
 def autocast(settings: Settings, device: torch.device) -> contextlib.AbstractContextManager[Any]:

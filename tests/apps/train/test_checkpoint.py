@@ -151,7 +151,10 @@ def test_there_must_be_something_to_go_on_with(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"lr": 2e-2}, r"lr = 0.01 there and 0.02 here\. Give"),
-        ({"steps": 9, "method": "dora"}, r"method = 'lora' there and 'dora' here; steps = 8 there and 9 here\. Give"),
+        (
+            {"clip": 2.0, "method": "dora"},
+            r"method = 'lora' there and 'dora' here; clip = 1.0 there and 2.0 here\. Give",
+        ),
         ({"targets": ("q_proj",)}, r"targets = \['all-linear'\] there and \['q_proj'\] here\. Give"),
     ],
 )

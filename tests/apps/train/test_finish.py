@@ -49,7 +49,7 @@ def trained(start: Start) -> Outcome:
     """As after some steps: every leaf has moved, B is not zero."""
     tree: Any = start.adapters
     adapters: Any = optree.tree_map(lambda x: x + 0.05 * torch.randn_like(x), tree)
-    return Outcome(adapters, 7, {"train": [(1, 2.5), (7, 1.5)], "validation": [(7, 1.75)]}, (7, 1.75), "finished")
+    return Outcome(adapters, 7, 7, {"train": [(1, 2.5), (7, 1.5)], "validation": [(7, 1.75)]}, (7, 1.75), "finished")
 
 
 def batch(task: str) -> dict[str, Tensor]:

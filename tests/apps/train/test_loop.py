@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import funclora as fl
 from funclora._apps.train.base import Base
 from funclora._apps.train.batches import Batches, collate
 from funclora._apps.train.checkpoint import CHECKPOINTS
-from funclora._apps.train.loop import FINISHED, PATIENCE
+from funclora._apps.train.loop import PATIENCE
 from funclora._apps.train.optimizer import Vectors, schedule, total_steps, warmup_steps
 from funclora._apps.train.settings import CAUSAL, Settings
 from funclora.errors import ConfigError, NonFiniteError, UnsupportedError
@@ -66,7 +66,9 @@ class OurOrder(torch.utils.data.Sampler[int]):
             yield from (int(source.split(":")[1]) - 1 for source in self.batches.sources(k))
 
 
-def trainers_run(base: Base, settings: Settings, rows: Rows, folder: Path, **options: Any) -> tuple[Any, Any]:
+def trainers_run(
+    base: Base, settings: Settings, rows: Rows, folder: Path, arguments: Mapping[str, Any] = {}, **options: Any
+) -> tuple[Any, Any]:
     """History and adapters of PEFT's model in transformers' Trainer, from where the loop starts."""
     adapters = fresh(base, settings, **options)
     fl.save_peft(folder / "begin", adapters, lora_config(settings, **options))
@@ -74,10 +76,10 @@ def trainers_run(base: Base, settings: Settings, rows: Rows, folder: Path, **opt
     model = peft.PeftModel.from_pretrained(model, str(folder / "begin"), is_trainable=True)
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=settings.batch, max_steps=settings.steps,
-        gradient_accumulation_steps=settings.accumulation, learning_rate=settings.lr, lr_scheduler_type="cosine",
+        gradient_accumulation_steps=settings.accumulation, learning_rate=settings.lr,
         warmup_steps=settings.warmup, weight_decay=settings.weight_decay, max_grad_norm=settings.clip, logging_steps=1,
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        remove_unused_columns=False,
+        remove_unused_columns=False, **{"lr_scheduler_type": "cosine"} | {**arguments},
     )  # fmt: skip
     trainer = InOurOrder(
         model=model, args=args, train_dataset=rows.train,
@@ -89,6 +91,52 @@ def trainers_run(base: Base, settings: Settings, rows: Rows, folder: Path, **opt
     trainer.train()
     model.save_pretrained(str(folder / "end"))
     return trainer.state.log_history, fl.load_peft(folder / "end", base.model)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (
+            {"optimizer": "adafactor", "schedule": "cosine-restarts", "cycles": 3},
+            {
+                "optim": "adafactor",
+                "lr_scheduler_type": "cosine_with_restarts",
+                "lr_scheduler_kwargs": {"num_cycles": 3},
+            },
+        ),
+        (
+            {"optimizer": "sgd", "momentum": 0.9, "schedule": "polynomial", "power": 1.5, "lr_end": 0.1},
+            {
+                "optim": "sgd",
+                "optim_args": "momentum=0.9",
+                "lr_scheduler_type": "polynomial",
+                "lr_scheduler_kwargs": {"power": 1.5, "lr_end": 5e-4},
+            },
+        ),
+        (
+            {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-6, "schedule": "wsd", "decay": 4},
+            {
+                "adam_beta1": 0.8,
+                "adam_beta2": 0.95,
+                "adam_epsilon": 1e-6,
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 4},
+            },
+        ),
+    ],
+    ids=["adafactor, restarts", "sgd, polynomial", "adamw, wsd"],
+)
+def test_other_optimizers_and_schedules_are_the_trainers(options: Any, arguments: Any, tmp_path: Path) -> None:
+    base, whole = llama_base(torch.float64), data(17)
+    given = settings(tmp_path / "run", steps=20, lr=5e-3, warmup=3, weight_decay=0.2, dropout=0.0, **options)
+    history, want = trainers_run(base, given, whole, tmp_path, arguments, init_lora_weights=False)
+    outcome, _ = run(given, base, whole, fresh(base, given, init_lora_weights=False))
+    lines = [line for line in metrics(given.out) if "loss" in line]
+    logged = [entry for entry in history if "loss" in entry]
+    for ours, theirs in (("loss", "loss"), ("lr", "learning_rate")):
+        got, expected = torch.tensor([x[ours] for x in lines]), torch.tensor([x[theirs] for x in logged])
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    close(outcome.adapters, want, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -326,14 +374,6 @@ def test_patience_ends_with_the_best_adapter(tmp_path: Path) -> None:
     again, _ = run(replace(given, resume=True), base, whole)
     same(again.adapters, outcome.adapters)
     assert (again.step, again.stopped, again.losses) == (outcome.step, PATIENCE, outcome.losses)
-
-
-def test_without_patience_the_last_adapter_is_the_result(tmp_path: Path) -> None:
-    given = settings(tmp_path, steps=60, lr=5e-2, eval_every=5, dropout=0.0)
-    outcome, _ = run(given, rows=data(n=4))
-    assert (outcome.step, outcome.stopped) == (60, FINISHED)
-    assert outcome.best is not None
-    assert outcome.best[0] < 60
 
 
 def test_patience_without_evaluations_is_refused(tmp_path: Path) -> None:
