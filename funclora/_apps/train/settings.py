@@ -66,9 +66,7 @@ class Settings:
     context: int = _key(512, "Data", "Maximum length of an example in tokens; longer plain texts are split.", least=1)
     packing: bool = _key(False, "Data", "Put several examples into one row; each attends only to itself.")
 
-    adapter: Path | None = _key(
-        None, "Adapter", "PEFT folder to start from; its method, rank, targets and all else of this group are used."
-    )
+    adapter: Path | None = _key(None, "Adapter", "PEFT folder to start from; it decides the rest of this group.")
     method: str = _key("lora", "Adapter", "Method of the adapter.", choices=("lora", "dora"))
     rank: int = _key(16, "Adapter", "Rank of the adapter.", least=1)
     alpha: float = _key(32.0, "Adapter", "The update is scaled by alpha / rank.", above=0.0)
