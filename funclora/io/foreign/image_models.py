@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from funclora.io.peft.rules import tensors_of
 from funclora.rules.base import Adapters, Rule
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_[0-9])?")
 # Parts of keys that are no LoRA, and what diffusers would make of them.
 _OTHERS = {
     ".dora_scale": "a magnitude of DoRA, which diffusers leaves out without an error",
@@ -231,6 +233,11 @@ def _factors(file: Path, component: str, arrived: Arrived) -> dict[str, Factors]
                 f"{file}: expected both factors of {component}.{module!s}, got {', '.join(sorted(leaves))} "
                 "(in PEFT's names)."
             )
+        if config.use_dora != ("magnitude_vector" in leaves):
+            raise FormatError(
+                f"{file}: use_dora={config.use_dora} for {component}, but {module} has "
+                f"{'no' if config.use_dora else 'a'} magnitude."
+            )
         r = leaves["A"].shape[0] if leaves["A"].dim() else 0
         known, scaling = config.rank_of(module) == r, config.scaling(max(r, 1), config.alpha_of(module))
         if module in arrived.alphas:
@@ -271,6 +278,11 @@ def _config(file: Path, component: str, arrived: Arrived) -> LoraConfig:
 
 
 def _written(component: str, adapters: Adapters, config: LoraConfig) -> dict[str, Tensor]:
+    if not isinstance(component, str) or not _COMPONENT.fullmatch(component):
+        raise ConfigError(
+            f"components: expected a name such as 'unet', 'transformer' or 'text_encoder_2', got {component!r}. A "
+            "pipeline would leave out the adapters of another name."
+        )
     if not adapters:
         raise ConfigError(f"components: there is no adapter for {component!r}. Leave it out.")
     wrapped = check_against_config(adapters, config)

@@ -212,7 +212,7 @@ def _parameters(file: Path, config: Mapping[str, Any]) -> tuple[str, float, floa
             f"{file}: fine_tune_type='full': the folder holds whole weights. Fuse them into a model with mlx_lm.fuse, "
             "and compare that with its base (extract_adapter)."
         )
-    if kind not in _KINDS or not isinstance(given, Mapping):
+    if not isinstance(kind, str) or kind not in _KINDS or not isinstance(given, Mapping):
         raise FormatError(
             f"{file}: expected fine_tune_type 'lora' or 'dora' and a dict lora_parameters, got {kind!r} and "
             f"{given!r:.80}."
@@ -283,7 +283,5 @@ def _places(names: list[str], model: nn.Module) -> tuple[int, list[str]]:
             f"mlx-lm knows one list of layers, the adapters have {', '.join(map(repr, first))}. {_MERGE}"
         )
     for place, index in first.items():
-        layers = model.get_submodule(place)
-        assert isinstance(layers, nn.ModuleList)
-        return len(layers) - index, list(keys)
+        return len([*model.get_submodule(place).children()]) - index, list(keys)
     return 0, list(keys)

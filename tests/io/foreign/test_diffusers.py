@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.training_utils import _collate_lora_metadata
 from image_pipelines import components, inputs, kohya, layers, outputs, pipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -252,6 +253,7 @@ def full() -> dict[str, Any]:
     ("made", "kind", "words"),
     [
         (dict, ConfigError, "with at least one entry"),
+        (lambda: {"denoiser": full()["unet"]}, ConfigError, "expected a name such as 'unet'.*got 'denoiser'"),
         (lambda: {"unet": ({}, fl.LoraConfig(target_modules=["to_q"]))}, ConfigError, "no adapter for 'unet'"),
         (full, UnsupportedError, "unet: diffusers has no place for 'conv_out.weight'"),
     ],
@@ -367,15 +369,17 @@ def test_paths_and_components(tmp_path: Path) -> None:
         load_diffusers(tmp_path, {"vae": nn.Linear(2, 2)})
 
 
-def test_a_decomposition_in_the_metadata_is_refused(tmp_path: Path) -> None:
+FIELDS = [("init_lora_weights", "pissa", "init_lora_weights='pissa'"), ("use_dora", True, "has no magnitude")]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), FIELDS)
+def test_metadata_that_does_not_fit(field: str, value: Any, words: str, tmp_path: Path) -> None:
     made_by_diffusers("sd", tmp_path, ["unet"])
     file = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = load_file(file)
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         fields = json.loads(opened.metadata()["lora_adapter_metadata"])
-    fields["unet.init_lora_weights"] = "pissa"
+    fields[f"unet.{field}"] = value
     save_file(tensors, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(fields)})
-    with pytest.raises(FuncloraError, match="init_lora_weights='pissa'"):
+    with pytest.raises(FuncloraError, match=words):
         load_diffusers(file, pipeline("sd", components("sd")))
