@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funclora._tracking.calls import Owner
-from funclora._tracking.owners import Lost, Place, settled
+from funclora._tracking.owners import Lost, Owners, Place, in_order, settled
 from funclora.errors import UnsupportedError
 
 RowsOf = Mapping[str, "int | Sequence[int] | Tensor | None"]
@@ -80,6 +80,15 @@ class Batch:
             index = owners.to(torch.int32).reshape(*owners.shape, *[1] * (dims - owners.dim()))
             self.known[key] = settled(index, self.n, True)
         return self.known[key]  # type: ignore[no-any-return]
+
+    def other_owner(self, x: Tensor, owners: Owners) -> tuple[int, int] | None:
+        """A row of an output whose first dimension counts the rows, and another row to which a part of it belongs."""
+        if self.tokens is not None or x.shape[0] not in (self.n, self.n * self.repeats):
+            return None
+        index = owners.index.expand(x.shape[0], *owners.index.shape[1:])
+        rows = in_order(self.n, x.shape[0] // self.n, index.device).view(-1, *[1] * (index.dim() - 1))
+        wrong = ((index != rows) & (index >= 0)).nonzero()
+        return (int(wrong[0, 0]), int(index[tuple(wrong[0])])) if len(wrong) else None
 
     def describe(self) -> str:
         """What the inputs must look like, for messages."""

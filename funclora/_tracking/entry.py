@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from funclora._tracking.batch import Batch
 from funclora._tracking.calls import Owner
-from funclora._tracking.owners import Lost, Place
+from funclora._tracking.owners import Lost, Owners, Place
 from funclora._tracking.tensor import ForwardCall, RowTensor, rows_of
 from funclora.errors import UnsupportedError
 
@@ -122,6 +122,12 @@ def with_rows(
             raise UnsupportedError(
                 f"the model returns a tensor of shape {list(x.shape)} whose rows {place}{where} may have mixed or "
                 "reordered. Call the model once for each member, or use funclora.vmap over the stack."
+            )
+        if isinstance(place, Owners) and (other := batch.other_owner(x, place)) is not None:
+            raise UnsupportedError(
+                f"the model returns a tensor of shape {list(x.shape)} whose row {other[0]} holds values of row "
+                f"{other[1]}: the model takes the rows of some inputs in another order than those of others. Call the "
+                "model once for each member, or use funclora.vmap over the stack."
             )
         if alone and place != Place(0, 1):
             raise UnsupportedError(

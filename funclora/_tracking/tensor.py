@@ -137,6 +137,9 @@ class RowTensor(torch.Tensor):
     scope: ForwardCall
     place: Owner | str
 
+    def __format__(self, spec: str) -> str:
+        return format(_plain(self), spec)  # names made of numbers: f"expert_{index}"
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

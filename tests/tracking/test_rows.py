@@ -412,3 +412,20 @@ def test_a_result_with_lost_rows_does_not_leave_the_model() -> None:
     with pytest.raises(UnsupportedError, match="cumsum"):
         with_rows(lambda x: x.cumsum(0), (X.value,), {}, Batch(N), {})
     assert with_rows(torch.mean, (X.value,), {}, Batch(N), {}).dim() == 0  # what is reduced is the model's own affair
+
+
+def test_a_row_that_holds_another_row_does_not_leave_the_model() -> None:
+    def first_frames(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 0)[: len(x)]
+
+    with pytest.raises(UnsupportedError, match="row 1 holds values of row 0"):
+        with_rows(first_frames, (X.value,), {}, Batch(N), {})
+    with pytest.raises(UnsupportedError, match="row 0 holds values of row 2"):
+        with_rows(lambda x: x.flip(0), (X.value,), {}, Batch(N), {})
+    kept = with_rows(lambda x: x.flip(0).flip(0), (X.value,), {}, Batch(N), {})
+    assert torch.equal(kept, X.value)
+
+
+def test_names_made_of_numbers() -> None:
+    names = with_rows(lambda x: [f"expert_{i}" for i in x.flatten()[:2].long()], (X.value,), {}, Batch(N), {})
+    assert names == [f"expert_{int(i)}" for i in X.value.flatten()[:2].long()]
