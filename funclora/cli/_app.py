@@ -24,7 +24,8 @@ from typing import Annotated
 
 import typer
 
-from funclora.cli._command import Commands, add
+from funclora import __version__
+from funclora.cli._command import Commands, Debug, Quiet, add
 from funclora.cli.combine import combine
 from funclora.cli.convert import convert
 from funclora.cli.demo import demo
@@ -57,8 +58,18 @@ for name, function, stopped in (
     add(app, name, function, stopped)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"funclora {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _funclora(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
+    quiet: Quiet = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
     """LoRA and DoRA as pure functions: adapters are values."""

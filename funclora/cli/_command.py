@@ -16,10 +16,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from funclora._apps.train.aliases import known_as
+from funclora._apps.train.quiet import QUIET
 from funclora.cli._options import VALUES, prepared
 from funclora.errors import FuncloraError, FuncloraWarning, printable
 
 FAILED, STOPPED = 2, 130
+
+# Options of every command, and of the application.
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; results, warnings and errors are shown.")]
 
 # The class has no public name that all versions of Typer share.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -86,6 +92,11 @@ class Commands(TyperGroup):
             context = getattr(error, "ctx", None)
             names = ["funclora", *(context.command_path.split()[1:] if context is not None else ())]
             message = error.format_message().replace("Value error, ", "")  # words that some versions of Typer add
+            option = str(getattr(error, "option_name", ""))
+            known = known_as(option) if names[1:] == ["train"] else None
+            if known is not None:
+                here = " or ".join(f"--{key.replace('_', '-')}" for key in known.split(", "))
+                message = f"No such option: {option}. Here it is {here}."
             say(*names[1:], f"{_sentence(message)} Type: {' '.join(names)} --help")
             sys.exit(FAILED)
         if not standalone_mode:
@@ -105,6 +116,43 @@ class Command(TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What stands behind the command's name."""
         return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
+
+    def make_parser(self, ctx: Any) -> Any:
+        """A parser that refuses an option with one value that is given twice."""
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_args(args: list[str]) -> Any:
+            found = parse(args=self._spelled(args))
+            seen: set[str] = set()
+            for parameter in found[2]:
+                if parameter.param_type_name == "option" and not parameter.multiple:
+                    if parameter.name in seen:
+                        raise UsageError(f"{parameter.opts[0]}: given twice, and it has only one value. Give one.", ctx)
+                    seen.add(parameter.name)
+            return found
+
+        parser.parse_args = parse_args
+        return parser
+
+    def _spelled(self, args: list[str]) -> list[str]:
+        """Arguments with flags in the two forms that there are: `--bf16 true` is --bf16, `--bf16 auto` neither."""
+        flags = {option.opts[0]: option for option in self.params if getattr(option, "secondary_opts", None)}
+        spelled: list[str] = []
+        rest = iter(args)
+        for argument in rest:
+            if argument == "--":
+                return [*spelled, argument, *rest]
+            word = argument.lower()
+            if not (spelled and spelled[-1] in flags and word in ("true", "false", "auto")):
+                spelled.append(argument)
+            elif word == "false":
+                spelled[-1] = flags[spelled[-1]].secondary_opts[0]
+            elif word == "auto" and flags[spelled[-1]].default is None:
+                spelled.pop()
+            elif word == "auto":
+                spelled.append(argument)
+        return spelled
 
     def get_help_option(self, ctx: Any) -> Any:
         """--help, a flag like the others."""
@@ -126,8 +174,10 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
     text, examples = _examples(inspect.getdoc(function) or "")
 
     @functools.wraps(function)
-    def run(_context: typer.Context, debug: bool, **values: Any) -> None:
-        debug = debug or bool(_context.find_root().params.get("debug"))
+    def run(_context: typer.Context, debug: bool, quiet: bool, **values: Any) -> None:
+        everywhere = _context.find_root().params
+        debug = debug or bool(everywhere.get("debug"))
+        QUIET.set(quiet or bool(everywhere.get("quiet")))
         said: set[str] = set()
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -157,11 +207,11 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
                 raise typer.Exit(FAILED) from error
 
     own = inspect.signature(function, eval_str=True)
-    option = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
     parameters = [
         inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.parameters.values()),
-        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option),
+        inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug),
     ]
     readers = {}
     for i, parameter in enumerate(parameters[1:], start=1):

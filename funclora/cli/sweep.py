@@ -130,6 +130,7 @@ def _run(
     from funclora._apps.sweep.search import Search
     from funclora._apps.sweep.store import NOT_FINITE, Store
     from funclora._apps.train.console import Console
+    from funclora._apps.train.quiet import QUIET
 
     trained = {k: v for k, v in asdict(settings).items() if k not in ("budget", "population")}
     config = {**source, **trained, "members": [asdict(member) for member in members], **task.digests()}
@@ -142,7 +143,7 @@ def _run(
     def observe(status: Status) -> None:
         nonlocal drawn
         # Drawing the table takes longer than a small step, and in a log nobody looks at it.
-        if console.is_terminal and time.monotonic() > drawn + 0.25:
+        if console.is_terminal and not QUIET.get() and time.monotonic() > drawn + 0.25:
             live.update(_table(status, search), refresh=True)
             drawn = time.monotonic()
 

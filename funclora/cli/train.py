@@ -16,6 +16,7 @@ from funclora._apps.train.settings import RUN_FILE, Settings
 from funclora.cli._options import VALUES, Whole, choices
 from funclora.cli._output import AsJson, print_json
 from funclora.cli._report import short, size, weights
+from funclora.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,6 +31,14 @@ def train(
     config: Annotated[
         Path | None,
         typer.Argument(help="TOML or YAML file of settings; options take precedence.", show_default=False),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="YAML file of axolotl, LLaMA-Factory or transformers' Trainer; with --dry-run it is only translated.",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -50,10 +59,16 @@ def train(
         funclora train run.toml --lr 1e-4 --dry-run
         funclora train --model llama --data chat.jsonl --quantize nf4 --method dora --merge
         funclora train --model bert --task sequence-classification --data reviews.csv --eval-every 50 --patience 3
+        funclora train --from axolotl.yml --dry-run
         funclora train --out tuned --resume
     """
     given = {key: value for key, value in options.items() if value is not None and value != []}
-    settings = read(_file(config, given), given)
+    if from_ is not None:
+        settings = _translated(from_, config, given, dry_run=dry_run, as_json=json)
+        if settings is None:
+            return
+    else:
+        settings = read(_file(config, given), given)
     if dry_run:
         _plan(settings, as_json=json)
         return
@@ -113,6 +128,39 @@ def _file(config: Path | None, given: dict[str, Any]) -> Path | None:
         own = Path(given.setdefault("out", Settings.out)) / RUN_FILE  # and not where the file says: it may have moved
         return own if own.is_file() else None
     return config
+
+
+def _translated(
+    file: Path, config: Path | None, given: dict[str, Any], *, dry_run: bool, as_json: bool
+) -> Settings | None:
+    """The settings in a file of another trainer; with `dry_run` they are printed instead.
+
+    Raises:
+        ConfigError: a key has no counterpart, and this is not a dry run.
+    """
+    from funclora._apps.train.reading import combined
+    from funclora._apps.train.translation import translate
+    from funclora.errors import ConfigError
+
+    if config is not None:
+        raise ConfigError(f"--from: {config} is given too, and a run has one file of settings. Give one of them.")
+    made = translate(file)
+    if dry_run and given:
+        raise ConfigError(
+            f"{option(next(iter(given)))}: --from with --dry-run only translates. Give it with the translated file."
+        )
+    if dry_run:
+        if as_json:
+            print_json(asdict(made))
+        else:
+            typer.echo(printable(made.as_toml()), nl=False)
+        return None
+    if made.left:
+        raise ConfigError(
+            f"--from: {file} has keys without a counterpart: {', '.join(made.left)}. Type: funclora train --from "
+            f"{file} --dry-run > run.toml, which says why, and train with that file."
+        )
+    return combined(made.given, f"{file}: ", given)
 
 
 def _facts(settings: Settings, result: Result) -> dict[str, Any]:

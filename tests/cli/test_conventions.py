@@ -276,7 +276,8 @@ def test_lists_take_commas_and_repetitions(tmp_path: Path) -> None:
     result = listed(*given, "--check")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == [[1.0, -2.5, 3.0], ["x", "y", str(tmp_path / "b,c")], ["a, b"], True]
-    assert json.loads(listed("--check", "--no-check").stdout) == [None, ["a"], None, False]
+    assert json.loads(listed("--no-check").stdout) == [None, ["a"], None, False]
+    assert "--check: given twice" in listed("--check", "--no-check").stderr
     for words, message in [("1,x", "expected numbers with commas"), ("1,,2", "expected values with commas")]:
         result = listed("--weights", words)
         assert (result.exit_code, result.stdout) == (2, "")

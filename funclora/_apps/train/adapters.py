@@ -183,7 +183,7 @@ def _loaded(base: Base, settings: Settings, folder: Path) -> Start:
     tree, config = load_peft(folder, base.model)
     check_origin([folder], settings.model)
     check_head(base, tree, str(folder))
-    adapters = optree.tree_map(lambda leaf: leaf.to(base.device), tree)
+    adapters: Any = optree.tree_map(lambda leaf: leaf.to(base.device), tree)
     own = configuration(base, settings)
     return Start(
         base,

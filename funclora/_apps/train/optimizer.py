@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -111,12 +111,13 @@ def optimizer(settings: Settings, total: int) -> GradientTransformation:
     """Clipping, then the optimizer of the settings (LoRA+), on the vectors of `Vectors`."""
     rate = schedule(settings, total)
     moments = {"b1": settings.beta1, "b2": settings.beta2, "eps": settings.epsilon}
-    build, options = {
+    kinds: dict[str, tuple[Callable[..., GradientTransformation], dict[str, float]]] = {
         "adamw": (adamw, moments),
         "adamw-8bit": (adamw_8bit, moments),
         "sgd": (sgd, {"momentum": settings.momentum}),
         "adafactor": (adafactor, {}),
-    }[settings.optimizer]
+    }
+    build, options = kinds[settings.optimizer]
 
     def one(decay: float, plus: bool) -> GradientTransformation:
         given: dict[str, Any] = {**options, "weight_decay": decay}

@@ -8,11 +8,12 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from funclora._apps.train.aliases import ALIASES, VALUES, known_as
 from funclora._apps.train.config_file import table
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._config.peft_fields import INITIALISERS, is_initialiser
@@ -64,16 +65,55 @@ def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
         Traceback (most recent call last):
         funclora.errors.ConfigError: --rnak: there is no such option. Near names: --rank.
     """
-    keys = {f.name: f for f in fields(Settings)}
     given: dict[str, Any] = {}
-    for key, value in (table(file) if file is not None else {}).items():
-        if key not in keys:
-            raise ConfigError(f"{file}: {key!r} is not a key of a run.{near(key, keys, 1)}")
-        given[key] = _value(f"{file}: {key}", keys[key], value, from_text=False)
-    where = dict.fromkeys(given, f"{file}: ")
+    sources: dict[str, str] = {}
+    for name, value in (table(file) if file is not None else {}).items():
+        take(given, sources, name, value, f"{file}: ")
+    return combined(given, f"{file}: ", overrides)
+
+
+def take(given: dict[str, Any], sources: dict[str, str], name: str, value: object, where: str) -> None:
+    """Add a key of a file, which may be a key of another trainer, to what is given.
+
+    Args:
+        given: key -> value, which grows.
+        sources: key -> the key in the file that set it, which grows.
+        name: the key in the file.
+        value: its value.
+        where: the beginning of messages.
+
+    Raises:
+        ConfigError: the key is unknown, its value has no counterpart here or is invalid, or another key of the file has
+            set the same one.
+    """
+    keys = {f.name: f for f in fields(Settings)}
+    for key, raw in _here(name, value, where).items():
+        made = _value(f"{where}{name}", keys[key], raw, from_text=False)
+        if key in sources and given[key] != made:
+            raise ConfigError(f"{where}{sources[key]} and {name} both mean {key}. Give one of them.")
+        given[key] = made
+        sources.setdefault(key, name)
+
+
+def combined(given: Mapping[str, Any], file: str, overrides: Mapping[str, object]) -> Settings:
+    """The settings that keys of a file and options of the command line give together.
+
+    Args:
+        given: from `take`.
+        file: the beginning of messages about these.
+        overrides: as for `read`.
+
+    Raises:
+        ConfigError: as for `read`.
+    """
+    keys = {f.name: f for f in fields(Settings)}
+    given = dict(given)
+    where = dict.fromkeys(given, file)
     for key, value in overrides.items():
         if key not in keys:
-            raise ConfigError(f"{option(key)}: there is no such option.{near(option(key), map(option, keys), 1)}")
+            known = known_as(key)
+            hint = f" Here it is {option(known)}." if known else near(option(key), map(option, keys), 1)
+            raise ConfigError(f"{option(key)}: there is no such option.{hint}")
         given[key] = _value(option(key), keys[key], value, from_text=True)
         where[key] = ""
 
@@ -104,6 +144,21 @@ def read(file: Path | None, overrides: Mapping[str, object]) -> Settings:
     return settings
 
 
+def _here(name: str, value: object, where: str) -> dict[str, Any]:
+    """What a key of a file means: itself, or what a key of another trainer is here."""
+    keys = [f.name for f in fields(Settings)]
+    if name in keys:
+        return {name: value}
+    if name not in ALIASES:
+        raise ConfigError(f"{where}{name!r} is not a key of a run.{near(name, keys, 1)}")
+    if value is None:
+        return {}
+    try:
+        return ALIASES[name].convert(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{name}: {error}.") from error
+
+
 def write(settings: Settings, file: Path) -> None:
     """Write all keys as TOML, from which `read` makes the same settings. The file is replaced atomically.
 
@@ -118,8 +173,8 @@ def write(settings: Settings, file: Path) -> None:
     replace_files(file.parent, {file.name: fill})
 
 
-def as_toml(settings: Settings) -> str:
-    """All keys that have a value, by group.
+def as_toml(settings: Settings, keys: Collection[str] | None = None) -> str:
+    """All keys that have a value, or only some, by group.
 
     Examples:
         >>> print(as_toml(Settings(rank=4)).splitlines()[0])
@@ -128,6 +183,8 @@ def as_toml(settings: Settings) -> str:
     lines: list[str] = []
     group = None
     for f in fields(settings):
+        if keys is not None and f.name not in keys:
+            continue
         if f.metadata["group"] != group:
             group = f.metadata["group"]
             lines += ["", f"# {group}"] if lines else [f"# {group}"]
@@ -168,7 +225,9 @@ def _value(where: str, f: Field[Any], value: object, *, from_text: bool) -> Any:
         return None
     if f.name == "init" and isinstance(value, bool):  # true and false are two of its names
         value = str(value).lower()
-    made = _typed(where, kind, value, from_text)
+    if isinstance(value, str):
+        value = VALUES.get(f.name, {}).get(value, value)
+    made = _typed(where, kind, value, from_text, whole="whole" in f.metadata)
     limits = f.metadata
     if "choices" in limits and made not in limits["choices"]:
         raise ConfigError(
@@ -197,7 +256,7 @@ _WORDS: dict[type, str] = {
 }
 
 
-def _typed(where: str, kind: type, value: object, from_text: bool) -> Any:
+def _typed(where: str, kind: type, value: object, from_text: bool, *, whole: bool = False) -> Any:
     wrong = ConfigError(f"{where}: expected {_WORDS[kind]}, got {reprlib.repr(value)}.")
     if kind in (int, float):
         number = _number(kind, value) if from_text and isinstance(value, str) else value
@@ -214,6 +273,8 @@ def _typed(where: str, kind: type, value: object, from_text: bool) -> Any:
             raise wrong
         return value
     if kind is tuple:
+        if isinstance(value, str) and not whole:  # as on a command line
+            value = [part.strip() for part in value.split(",")]
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise wrong
         return tuple(_text(where, part) for part in value)

@@ -114,7 +114,7 @@ def test_a_value_of_any_kind_is_taken_or_refused_by_the_name_of_its_option(key: 
         (".toml", "lr = 0", "lr: expected more than 0.0, got 0"),
         (".toml", "dropout = 1.0", "dropout: expected less than 1.0"),
         (".toml", "method = 'lroa'", "method: expected one of lora, dora, got 'lroa'. Near names: lora"),
-        (".toml", "targets = 'q_proj'", "targets: expected a list of texts, got 'q_proj'"),
+        (".toml", "sample = 'x, y'", "sample: expected a list of texts, got 'x, y'"),
         (".toml", "targets = [1]", "targets: expected a text, got 1"),
         (".toml", "data = ''", "data: expected a text, got an empty one"),
         (".toml", "packing = 1", "packing: expected true or false, got 1"),
