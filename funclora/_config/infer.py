@@ -14,12 +14,13 @@ from torch import nn
 
 from funclora._config.config import LoraConfig
 from funclora._config.covers import covers
+from funclora._config.layers import weights_of
 from funclora._config.names import named_among, unnamed
 from funclora._config.targets import select
 from funclora.errors import ConfigError, PeftFormatWarning, TargetError
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.dora import DoRA
-from funclora.rules.layouts import Conv1D, Linear, Parameter
+from funclora.rules.layouts import Conv1D, Layout, Linear, Parameter
 from funclora.rules.low_rank import LowRank
 
 # The fields that select modules.
@@ -75,6 +76,14 @@ def configured(adapters: Adapters, sources: Sequence[LoraConfig]) -> tuple[dict[
         name: replace(rule, dropout=dropout) if isinstance(rule, LowRank) else rule for name, rule in adapters.items()
     }
     return found, config
+
+
+def layouts_of(model: nn.Module, names: Sequence[str]) -> dict[str, Layout | None]:
+    """The layouts of weights, in that order: of modules, or of parameters of other modules, such as experts."""
+    found = {name: (weights_of(model.get_submodule(name.rpartition(".")[0])) or {}).get("weight") for name in names}
+    parameters = [name for name, layout in found.items() if not name.endswith(".weight") or layout is None]
+    targets = select(model, LoraConfig(target_parameters=parameters)) if parameters else {}
+    return {name: targets[name].layout if name in targets else layout for name, layout in found.items()}
 
 
 def targeting(model: nn.Module, adapters: Adapters) -> LoraConfig:

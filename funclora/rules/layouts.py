@@ -16,10 +16,11 @@ Layouts are static: they are compared and hashed, never differentiated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,6 +98,25 @@ def padded(factor: Tensor, dim: int, size: int) -> Tensor:
         return factor
     behind = factor.dim() - 1 - dim % factor.dim()
     return F.pad(factor, (0, 0) * behind + (0, size - factor.shape[dim]))
+
+
+def stacked(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of a weight that is several ones with the same inputs, one after the other along the outputs.
+
+    Args:
+        parts: `a: [*lead, r, in]` and `b: [*lead, out, r]` of each.
+
+    Returns:
+        Factors of the same rank if all parts have the same `a`, otherwise of the sum of their ranks.
+    """
+    a, _ = parts[0]
+    if all(torch.equal(a, other) for other, _ in parts):
+        return a, torch.cat([part for _, part in parts], dim=-2)
+    ranks = [part.shape[-1] for _, part in parts]
+    rows = [
+        F.pad(part, (sum(ranks[:i]), sum(ranks[i + 1 :]))) for i, (_, part) in enumerate(parts)
+    ]  # a block-diagonal matrix
+    return torch.cat([part for part, _ in parts], dim=-2), torch.cat(rows, dim=-2)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
-from funclora._config.infer import configured, targeting
-from funclora._config.layers import weights_of
+from funclora._config.infer import configured, layouts_of, targeting
 from funclora.errors import FormatError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.peft.keys import PeftTarget
 from funclora.io.peft.limits import unsupported_by_peft
 from funclora.rules.base import Rule
 from funclora.rules.dense import Delta
 from funclora.rules.dora import DoRA
-from funclora.rules.layouts import Layout
+from funclora.rules.layouts import Layout, Parameter
 from funclora.rules.low_rank import LoRA
 
 
@@ -27,8 +27,8 @@ class Factors:
     """The update of one module, as the formula has it: s·B·A.
 
     Attributes:
-        a: `[r, in, *kernel]`.
-        b: `[out, r, 1, ..]`.
+        a: `[r, in, *kernel]`, with a leading dimension for experts.
+        b: `[out, r, 1, ..]`, likewise.
         scaling: s.
         magnitude: DoRA's m, of `out` numbers.
         bias: added to the bias of the module, s times.
@@ -50,7 +50,7 @@ def rules_of(file: Path, factors: Mapping[str, Factors], model: nn.Module) -> tu
 
     Args:
         file: where the factors come from, for messages.
-        factors: full name of a module -> its update.
+        factors: full name of a module, or of a parameter such as experts -> its update.
         model: the model.
 
     Raises:
@@ -58,18 +58,27 @@ def rules_of(file: Path, factors: Mapping[str, Factors], model: nn.Module) -> tu
         UnsupportedError: a module is of a kind that has no such update.
         NonFiniteError: a tensor contains NaN or infinity.
     """
-    modules = dict(model.named_modules())
-    for name in factors:
-        if name not in modules:
+    tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
+    given: dict[str, Factors] = {}
+    for name, update in factors.items():
+        weight = name if name in tensors else f"{name}.weight"
+        if weight not in tensors:
             raise FormatError(
-                f"{file}: {type(model).__name__} has no module {name!r}.{near(name, modules, n=3)} Load the model that "
-                "the adapter was trained on."
+                f"{file}: {type(model).__name__} has no module {name!r} with a weight.{_near(name, model)} Load the "
+                "model that the adapter was trained on."
             )
+        given[weight] = update
+    layouts = layouts_of(model, [name for name in tensors if name in given])
+    _refuse_unlike_peft(file, layouts, tensors)
     adapters: dict[str, Rule] = {}
-    for name in modules:
-        if name in factors:
-            adapters |= _rules(file, name, modules[name], factors[name])
+    for name, layout in layouts.items():
+        refuse_infinite(file, name, given[name])
+        adapters |= _rules(file, name, tensors, layout, given[name])
     return configured(adapters, [targeting(model, adapters)])
+
+
+def _near(name: str, model: nn.Module) -> str:
+    return near(name, [module for module, _ in model.named_modules()], n=3)
 
 
 def refuse_infinite(file: Path, name: str, given: Factors) -> None:
@@ -79,9 +88,11 @@ def refuse_infinite(file: Path, name: str, given: Factors) -> None:
             raise NonFiniteError(f"{file}: {what} of {name!r} contains NaN or infinity.")
 
 
-def _rules(file: Path, name: str, module: nn.Module, given: Factors) -> dict[str, Rule]:
-    layout, weight = _weight(file, name, module)
-    refuse_infinite(file, name, given)
+def _rules(
+    file: Path, name: str, tensors: Mapping[str, Tensor], layout: Layout | None, given: Factors
+) -> dict[str, Rule]:
+    assert layout is not None  # `_refuse_unlike_peft`
+    weight = tensors[name]
 
     def put(tensor: Tensor) -> Tensor:
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -92,27 +103,27 @@ def _rules(file: Path, name: str, module: nn.Module, given: Factors) -> dict[str
     if given.magnitude is not None:
         magnitude = put(given.magnitude.flatten())
         rule = DoRA(a, b, magnitude, scaling=given.scaling, dropout=given.dropout, layout=layout)
-    found: dict[str, Rule] = {f"{name}.weight": rule}
+    found: dict[str, Rule] = {name: rule}
     if given.bias is not None:
-        found[f"{name}.bias"] = Delta(put(given.bias), scaling=given.scaling)
+        found[f"{name.removesuffix('.weight')}.bias"] = Delta(put(given.bias), scaling=given.scaling)
     for full, each in found.items():
-        parameter = getattr(module, full.rpartition(".")[2], None)
-        if not isinstance(parameter, Tensor):
-            raise UnsupportedError(f"{file}: {full!r} would be changed, but {name!r} has no bias.")
+        if full not in tensors:
+            raise UnsupportedError(f"{file}: {full!r} would be changed, but the model has no such bias.")
         try:
-            each.check(full, parameter)
+            each.check(full, tensors[full])
         except ParamsError as error:
             raise FormatError(f"{file}: {error} Load the model that the adapter was trained on.") from error
     return found
 
 
-def _weight(file: Path, name: str, module: nn.Module) -> tuple[Layout, Tensor]:
-    """The layout and the weight of a module that PEFT, whose forward pass the trainers use, treats by the formula."""
-    layout = (weights_of(module) or {}).get("weight")
-    if layout is None:
-        raise UnsupportedError(f"{file}: {name!r} is a {type(module).__name__}, which has no low-rank update.")
-    weight: Tensor = module.get_parameter("weight")
-    target = PeftTarget(f"{name}.weight", name, layout, tuple(weight.shape), by_parameter=False)
-    for _, why in unsupported_by_peft([target], [], LoraConfig(target_modules=[name])):
+def _refuse_unlike_peft(file: Path, layouts: Mapping[str, Layout | None], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UnsupportedError` for what PEFT, whose forward pass the trainers use, does not treat by the formula."""
+    targets = []
+    for name, layout in layouts.items():
+        if layout is None:
+            raise UnsupportedError(f"{file}: {name!r} has no low-rank update.")
+        by_parameter = isinstance(layout, Parameter)
+        module = name.rpartition(".")[0]
+        targets.append(PeftTarget(name, module, layout, tuple(tensors[name].shape), by_parameter=by_parameter))
+    for name, why in unsupported_by_peft(targets, [], LoraConfig(target_modules="all-linear")):
         raise UnsupportedError(f"{file}: the adapter of {name!r} cannot be read: {why}")
-    return layout, weight

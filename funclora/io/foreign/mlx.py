@@ -7,6 +7,7 @@ A folder has `adapter_config.json` (`fine_tune_type`, `num_layers`, `lora_parame
     linear layer    q_proj.lora_a, .lora_b     [in, r], [r, out]     W + scale · (lora_a · lora_b)ᵀ
     embedding       embed_tokens.lora_a, ...   [N, r], [r, D]        W + scale · lora_a · lora_b
     DoRA            q_proj.m                   [out]
+    experts         switch_mlp.up_proj.lora_a  [E, r, in], [E, out, r]
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -35,13 +37,14 @@ from funclora.io.foreign.factors import Factors, rules_of
 from funclora.io.peft.fold import alike
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.dora import DoRA
-from funclora.rules.layouts import Embedding, Linear
+from funclora.rules.layouts import Embedding, Linear, stacked
 from funclora.rules.low_rank import LoRA, LowRank
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 _KINDS = {"lora": LoRA, "dora": DoRA}
 _LEAF = re.compile(r"^(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)$")
 _LAYER = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inside>.+)$")
+_EXPERTS = re.compile(r"^(?P<block>.+)\.switch_mlp\.(?P<part>gate_proj|up_proj|down_proj)$")
 _MERGE = "Merge the adapter (funclora.merge), save the model, and convert it with mlx_lm.convert."
 _TIED = "mlx-lm uses the update of a tied embedding in the output layer too."
 
@@ -81,7 +84,7 @@ def load_mlx(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, 
         with contextlib.suppress(*(() if last else (ChangedError,))):
             file, factors = read_mlx(Path(path))
             _refuse_embeddings(file, factors, model)
-            return rules_of(file, factors, model)
+            return rules_of(file, _with_experts(file, factors, model), model)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -190,8 +193,9 @@ def read_mlx(folder: Path) -> tuple[Path, dict[str, Factors]]:
                 f"fine_tune_type={kind!r}."
             )
         a, b = found["lora_a"], found["lora_b"]
-        if a.dim() == 3:
-            raise UnsupportedError(f"{file}: {module!r} are experts of mlx-lm, which transformers stores otherwise.")
+        if kind == "lora" and a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]:
+            factors[module] = Factors(a, b, scale, dropout=dropout)
+            continue
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or not b.shape[0]:
             raise FormatError(
                 f"{file}: {module!r}: lora_a has shape {list(a.shape)} and lora_b {list(b.shape)}, expected [in, r] "
@@ -233,6 +237,39 @@ def _parameters(file: Path, config: Mapping[str, Any]) -> tuple[str, float, floa
     except ConfigError as error:
         raise FormatError(f"{file}: lora_parameters: {error} (scale is lora_alpha / r.)") from error
     return kind, float(scale), float(dropout)
+
+
+def _with_experts(file: Path, factors: Mapping[str, Factors], model: nn.Module) -> dict[str, Factors]:
+    """The factors by transformers' names of experts: two parameters, of which one holds the gates above the ups."""
+    modules = {name for name, _ in model.named_modules()}
+    found: dict[str, Factors] = {}
+    experts: dict[str, dict[str, Factors]] = {}
+    for name, given in factors.items():
+        match = _EXPERTS.match(name)
+        if match is None or given.a.dim() != 3:
+            found[_today(name, modules)] = given
+            continue
+        block = f"{_today(match['block'], modules)}.experts"
+        if match["part"] == "down_proj":
+            found[f"{block}.down_proj"] = given
+        else:
+            experts.setdefault(f"{block}.gate_up_proj", {})[match["part"]] = given
+    for name, parts in experts.items():
+        some = next(iter(parts.values()))
+        pairs = [
+            (part.a, part.b) if part else (some.a, torch.zeros_like(some.b))
+            for part in (parts.get("gate_proj"), parts.get("up_proj"))
+        ]
+        if len({pair[1].shape[0] for pair in pairs}) > 1 or len({pair[0].shape[-1] for pair in pairs}) > 1:
+            raise FormatError(f"{file}: the experts of {name!r} have factors of several shapes.")
+        a, b = stacked(pairs)
+        found[name] = Factors(a, b, some.scaling, dropout=some.dropout)
+    return found
+
+
+def _today(name: str, modules: Set[str]) -> str:
+    """The name of a module in transformers, which has renamed Mixtral's block of experts."""
+    return name if name in modules else re.sub(r"\.block_sparse_moe\b", ".mlp", name)
 
 
 def _refuse_embeddings(file: Path, factors: Mapping[str, Factors], model: nn.Module) -> None:

@@ -19,9 +19,7 @@ from funclora._api.arguments import check_model, check_path
 from funclora._bind.checks import check_adapters, check_rules
 from funclora._bind.params import base_params
 from funclora._config.config import LoraConfig
-from funclora._config.infer import configured, targeting
-from funclora._config.layers import weights_of
-from funclora._config.targets import select
+from funclora._config.infer import configured, layouts_of, targeting
 from funclora.errors import ConfigError, FormatError, NonFiniteError, ParamsError, UnsupportedError, near
 from funclora.io.gguf.file import GGUF_DTYPES, AdapterFile, package, read_adapter, write_adapter
 from funclora.io.gguf.names import MERGE, Pair, Slot, by_tensor, family_of, slots_of
@@ -251,12 +249,8 @@ def _check_pair(file: Path, tensor: str, pair: Pair, slot: Slot, layout: _Layout
 
 def _layouts(model: nn.Module, names: Sequence[str]) -> dict[str, _Layout]:
     """The layouts of weights, in that order: of modules, or of parameters such as experts."""
-    found = {name: (weights_of(model.get_submodule(name.rpartition(".")[0])) or {}).get("weight") for name in names}
-    parameters = [name for name, layout in found.items() if not name.endswith(".weight") or layout is None]
-    targets = select(model, LoraConfig(target_parameters=parameters)) if parameters else {}
     layouts: dict[str, _Layout] = {}
-    for name, of_module in found.items():
-        layout = targets[name].layout if name in targets else of_module
+    for name, layout in layouts_of(model, names).items():
         if not isinstance(layout, _KNOWN):
             raise UnsupportedError(
                 f"{name!r} is not the weight of a linear layer, an embedding or experts of the model."

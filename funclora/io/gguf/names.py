@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from funclora._bind.params import named_tensors
 from funclora.errors import UnsupportedError
+from funclora.rules.layouts import stacked
 
 MERGE = (
     "Merge the adapter into the base (funclora.merge), save the model, and convert that with llama.cpp's "
@@ -98,27 +98,10 @@ class Slot:
 
     def unpack(self, pairs: Sequence[Pair]) -> Pair:
         """The inverse of `pack`, of one pair for each name. Parts with different `lora_a` add up their ranks."""
-        a, b = pairs[0]
-        if len(pairs) > 1 and all(torch.equal(a, other) for other, _ in pairs):
-            b = torch.cat([part for _, part in pairs], dim=-2)
-        elif len(pairs) > 1:
-            a = torch.cat([part for part, _ in pairs], dim=-2)
-            b = _diagonal([part for _, part in pairs])
+        a, b = stacked(pairs)
         if self.heads:
             b = b.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return (a.mT, b) if self.table else (a, b)
-
-
-def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """Matrices `[*lead, out, r]` along the diagonal of a larger one."""
-    width = sum(block.shape[-1] for block in blocks)
-    rows, start = [], 0
-    for block in blocks:
-        row = block.new_zeros(*block.shape[:-1], width)
-        row[..., start : start + block.shape[-1]] = block
-        rows.append(row)
-        start += block.shape[-1]
-    return torch.cat(rows, dim=-2)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_models import EXPERTS, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -197,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[Path, nn.Module], None], type[FuncloraError],
         r"q_proj.weight'.* shape \[9, 4\], expected \[16, 4\]",
     ),
     "ranks": (changed(put(lora_b=torch.ones(3, 16))), FormatError, r"expected \[in, r\] and \[r, out\]"),
-    "experts": (changed(put(lora_a=torch.ones(2, 4, 16))), UnsupportedError, "are experts of mlx-lm"),
+    "experts": (changed(put(lora_a=torch.ones(2, 4, 16))), FormatError, r"expected \[in, r\] and \[r, out\]"),
     "infinite": (
         changed(put(lora_b=torch.full((4, 16), torch.inf))),
         NonFiniteError,
@@ -281,4 +282,85 @@ def test_logits_of_mlx_lm(fields: dict[str, Any], tied: bool, tmp_path: Path) ->
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, base, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours(ids).logits, have, rtol=1e-5, atol=1e-5)
+    assert (have - base).abs().max() > 1e-3
+
+
+# Experts: three matrices there, two parameters in transformers.
+
+
+def expert_folder(path: Path, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """A folder with adapters of these modules of mlx-lm, and the change of each."""
+    draw, tensors, changes = torch.Generator().manual_seed(1), dict[str, Tensor](), {}
+    width = 12 if type(model).__name__.startswith("Mixtral") else 8
+    shapes = {"gate_proj": (width, 16), "up_proj": (width, 16), "down_proj": (16, width), "gate": (4, 16)}
+    shapes["q_proj"] = (24, 16)
+    for name in names:
+        out, inner = shapes[name.rpartition(".")[2]]
+        if "switch_mlp" in name:
+            a, b = torch.randn(4, 3, inner, generator=draw) / 4, torch.randn(4, out, 3, generator=draw) / 4
+            changes[name] = 2.5 * b @ a
+        else:
+            a, b = torch.randn(inner, 3, generator=draw) / 4, torch.randn(3, out, generator=draw) / 4
+            changes[name] = 2.5 * (a @ b).T
+        tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    path.mkdir()
+    save_file(tensors, path / "adapters.safetensors", metadata={"format": "mlx"})
+    parameters = {"rank": 3, "scale": 2.5, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return changes
+
+
+BLOCK = "model.layers.1.mlp"
+MODULES = {
+    "all": ["switch_mlp.gate_proj", "switch_mlp.up_proj", "switch_mlp.down_proj", "gate"],
+    "up": ["switch_mlp.up_proj"],
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("which", MODULES)
+def test_experts(kind: str, which: str, tmp_path: Path) -> None:
+    model = build(kind)
+    block = f"{BLOCK[:-3]}block_sparse_moe" if kind == "Mixtral" else BLOCK
+    made = expert_folder(tmp_path / "mlx", model, [f"{block}.{name}" for name in MODULES[which]])
+    changes = {name.removeprefix(f"{block}."): change for name, change in made.items()}
+    adapters, config = load_mlx(tmp_path / "mlx", model)
+    zeros = torch.zeros(4, 8 if kind == "Qwen3Moe" else 12, 16)
+    parts = [changes.get(f"switch_mlp.{part}", zeros) for part in ("gate_proj", "up_proj")]
+    want = {f"{BLOCK}.experts.gate_up_proj": torch.cat(parts, dim=1)}
+    if which == "all":
+        want |= {f"{BLOCK}.experts.down_proj": changes["switch_mlp.down_proj"], f"{BLOCK}.gate.weight": changes["gate"]}
+    assert adapters.keys() == want.keys()
+    for name, change in want.items():
+        dense = adapters[name].dense(torch.zeros_like(model.get_parameter(name)))
+        torch.testing.assert_close(dense, change, rtol=1e-5, atol=1e-6)
+    fl.save_peft(tmp_path / "peft", adapters, config)
+    again, _ = fl.load_peft(tmp_path / "peft", model)
+    assert again.keys() == adapters.keys()
+
+
+@pytest.mark.mlx
+def test_logits_of_mlx_lm_with_experts(tmp_path: Path) -> None:
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import load_adapters
+
+    model = build("Qwen3Moe").eval()
+    expert_folder(
+        tmp_path / "mlx", model, [f"{BLOCK}.{n}" for n in (*MODULES["all"],)] + ["model.layers.0.self_attn.q_proj"]
+    )
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"  # with fields that transformers calls otherwise today
+    known = {"num_experts": 4, "rope_theta": model.config.rope_parameters["rope_theta"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | known))
+    theirs, _ = utils.load_model(tmp_path / "base")
+    ids = torch.arange(12).reshape(2, 6)
+    base = torch.tensor(theirs(mx.array(ids.tolist())).tolist())
+    have = torch.tensor(load_adapters(theirs, str(tmp_path / "mlx")).eval()(mx.array(ids.tolist())).tolist())
+    adapters, _ = load_mlx(tmp_path / "mlx", model)
+    with torch.no_grad():
+        torch.testing.assert_close(fl.apply(model, fl.base_params(model), {}, ids).logits, base, rtol=1e-5, atol=1e-5)
+        found = fl.apply(model, fl.base_params(model), adapters, ids).logits
+    torch.testing.assert_close(found, have, rtol=1e-5, atol=1e-5)
     assert (have - base).abs().max() > 1e-3
