@@ -163,7 +163,7 @@ def _steps(times: list[float]) -> list[float]:
 
 def compare(method: str, options: argparse.Namespace, folder: Path) -> Result:
     settings = Settings(
-        model=folder / "model", data=folder / "data.jsonl", validation_split=0.0, context=options.context,
+        model=folder / "model", data=(folder / "data.jsonl",), validation_split=0.0, context=options.context,
         method=method, rank=16, alpha=32, lr=1e-3, warmup=2, weight_decay=0.01, batch=options.batch,
         steps=options.steps,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from funclora._apps.train.chat import opened
+from funclora._apps.train.formats import Format
 from funclora._apps.train.records import Record, read
 from funclora._apps.train.tokenizer import begun
 from funclora.errors import ConfigError, FormatError, near
@@ -108,7 +109,7 @@ class Reader:
 def read_prompts(
     file: Path, reader: Reader, names: Sequence[str], defaults: Sequence[str | None], *, go_on: bool = False
 ) -> list[Prompt]:
-    """The prompts of a file, as `records.read` reads it.
+    """The prompts of a file, as `records.read` reads it, also with ShareGPT's or Alpaca's fields.
 
     Each record has a `prompt` or `messages`, and may name an `adapter`; null (in a CSV file, an empty text) is the base
     model. Its own answer, a `completion` or the assistant's last message, becomes its `reference`.
@@ -125,7 +126,9 @@ def read_prompts(
         ConfigError: a record names an unknown adapter, or its prompt does not fit the model.
     """
     prompts = []
-    for record in read(file, "prompt"):
+    form = Format.of((), (), reader.tokenizer)
+    for raw in read(file, "prompt"):
+        record, _ = form.standard(raw)
         fields, where = record.fields, record.where
         refuse_taken(record, RESULTS)
         if ("prompt" in fields) == ("messages" in fields):

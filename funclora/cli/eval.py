@@ -106,7 +106,7 @@ def evaluate(
         folders = adapter_folders(adapters)
         given = {
             "model": model, "task": trained_task(folders, model, task), "context": context, "dtype": dtype.value,
-            "quantize": quantize.value, "device": device, "data": data[0],
+            "quantize": quantize.value, "device": device, "data": list(data[:1]),
         }  # fmt: skip
         fields = {"text_field": text_field, "label_field": label_field, "train_on": train_on}
         given |= {key: value for key, value in fields.items() if value is not None}

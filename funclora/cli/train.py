@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora._apps.train.reading import kind_of, option, read
+from funclora._apps.train.reading import element_of, kind_of, option, read
 from funclora._apps.train.settings import RUN_FILE, Settings
 from funclora.cli._options import VALUES, Whole, choices
 from funclora.cli._output import AsJson, print_json
@@ -97,7 +97,7 @@ def _option(key: str, default: Any, metadata: Any) -> inspect.Parameter:
     if kind is bool:
         annotation = Annotated[bool | None, typer.Option(name, **common)]
     elif kind is tuple:
-        element = Whole if metadata.get("whole") else str
+        element = Whole if metadata.get("whole") else element_of(key)
         annotation = Annotated[Sequence[element] | None, typer.Option(name, **common)]  # type: ignore[valid-type]
     else:
         annotation = Annotated[str | None, typer.Option(name, metavar=metavar, **common)]

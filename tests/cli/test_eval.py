@@ -163,7 +163,7 @@ def test_scores_are_those_of_the_training(kind: str, tmp_path: Path) -> None:
         out = tmp_path / name
         train(
             Settings(
-                model=model, task=task, data=data, validation=data, out=out, steps=6, batch=4, rank=2, lr=0.05,
+                model=model, task=task, data=(data,), validation=data, out=out, steps=6, batch=4, rank=2, lr=0.05,
                 method=method, init="gaussian",
             ),
             quiet=True,

@@ -402,6 +402,19 @@ def test_messages_go_through_the_template(folders: Path, tmp_path: Path) -> None
     assert "p.jsonl:1: the chat template refuses these messages: no system role" in complaint(*common, "-f", file)
 
 
+def test_records_of_other_trainers_are_prompts_too(folders: Path, tmp_path: Path) -> None:
+    file = jsonl(
+        tmp_path / "p.jsonl",
+        {"conversations": [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]},
+        {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
+        {"instruction": "w1", "input": "", "output": "w2"},
+    )
+    common = (folders / "adapters" / "ad-1", "--model", folders / "model", "--max-tokens", 8, "-f", file)
+    rows = printed(*common)["results"]
+    assert [row["reference"] for row in rows] == ["w2"] * 3
+    assert len({row["completion"] for row in rows}) == 1
+
+
 def test_a_records_own_answer_is_its_reference(folders: Path, tmp_path: Path) -> None:
     """It is neither shown to the model nor lost."""
     talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w7 w8"}]

@@ -60,7 +60,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     data = task_models.data(path / "data.jsonl", task) if task == SEQUENCE else jsonl(path / "data.jsonl", *TAGS)
     for name, method in (("one", "lora"), ("two", "dora")):
         settings = Settings(
-            model=path / "model", task=task, data=data, out=path / name, steps=12, batch=4, rank=2, lr=0.1,
+            model=path / "model", task=task, data=(data,), out=path / name, steps=12, batch=4, rank=2, lr=0.1,
             method=method, init="gaussian", validation_split=0.0,
         )  # fmt: skip
         train(settings, quiet=True)

@@ -22,7 +22,7 @@ from funclora.errors import FormatError, FuncloraError
 
 hostile = settings(max_examples=150)
 SOUND = {
-    ".toml": as_toml(Settings(data=Path("d.jsonl"), targets=("q_proj", "v_proj"), sample=("a\nb", "é"))),
+    ".toml": as_toml(Settings(data=(Path("d.jsonl"),), targets=("q_proj", "v_proj"), sample=("a\nb", "é"))),
     ".yaml": "lr: 2e-4\nrank: 8\ntargets: [q_proj, v_proj]\nsample:\n- |\n  a\n  b\n- 'x'\ninit: true\n"
     "data: &d x\nout: *d\n",
 }

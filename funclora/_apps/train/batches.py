@@ -57,6 +57,10 @@ def _padded(rows: list[list[int]], fill: int) -> Tensor:
     return torch.tensor(list(itertools.zip_longest(*rows, fillvalue=fill)), dtype=torch.int64).T.contiguous()
 
 
+# Of each part of the examples, in order: how many they are, and how often each is in an epoch.
+Shares = Sequence[tuple[int, float]]
+
+
 class Batches:
     """The batches of each optimizer step: a pure function of data, seed and step.
 
@@ -67,9 +71,11 @@ class Batches:
         seed: of the order; each epoch has its own permutation.
         pad: id of the padding token.
         task: one of `settings.TASKS`.
+        shares: parts with weights; without, each row is in each epoch once. Of a part with weight 0.5, an epoch has
+            one half and the next the other.
 
     Attributes:
-        steps_per_epoch: `ceil(len(examples) / (batch * accumulation))`; the last step of an epoch may be smaller.
+        steps_per_epoch: `ceil(rows of an epoch / (batch * accumulation))`; the last step of an epoch may be smaller.
 
     Raises:
         ConfigError: there are no rows, or `batch` or `accumulation` is not positive.
@@ -82,20 +88,30 @@ class Batches:
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, batch: int, accumulation: int, seed: int, pad: int, task: str
+        self,
+        examples: Sequence[Example],
+        *,
+        batch: int,
+        accumulation: int,
+        seed: int,
+        pad: int,
+        task: str,
+        shares: Shares = (),
     ) -> None:
         for name, value in (("batch", batch), ("accumulation", accumulation)):
             if value < 1:
                 raise ConfigError(f"{name}: expected 1 or more, got {value}.")
         if not examples:
             raise ConfigError("examples: there are no examples to train on.")
-        self.steps_per_epoch = math.ceil(len(examples) / (batch * accumulation))
+        shares = shares or [(len(examples), 1)]
+        self._taken = [(n, max(1, round(n * weight)) if n else 0) for n, weight in shares]
+        self.steps_per_epoch = math.ceil(sum(taken for _, taken in self._taken) / (batch * accumulation))
         self._examples, self._batch, self._rows = examples, batch, batch * accumulation
         self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples)
-        self._order: tuple[int, list[int]] = (-1, [])  # of the most recently used epoch
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the most recently used epoch
 
     @classmethod
-    def of(cls, settings: Settings, examples: Sequence[Example], pad: int) -> Batches:
+    def of(cls, settings: Settings, examples: Sequence[Example], pad: int, shares: Shares = ()) -> Batches:
         """The batches of a run."""
         return cls(
             examples,
@@ -104,6 +120,7 @@ class Batches:
             seed=settings.seed,
             pad=pad,
             task=settings.task,
+            shares=shares,
         )
 
     def step(self, k: int) -> list[dict[str, Tensor]]:
@@ -125,9 +142,27 @@ class Batches:
         epoch, i = divmod(k, self.steps_per_epoch)
         order = self._order  # read once: another thread may use another epoch
         if order[0] != epoch:
-            generator = generator_of(self._seed, f"order of epoch {epoch}")
-            self._order = order = epoch, torch.randperm(len(self._examples), generator=generator).tolist()
-        return [self._examples[j] for j in order[1][i * self._rows : (i + 1) * self._rows]]
+            self._order = order = epoch, self._shuffled(epoch)
+        return [self._examples[j] for j in order[1][i * self._rows : (i + 1) * self._rows].tolist()]
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        """The rows of an epoch, in order."""
+        first, parts = 0, []
+        for part, (n, taken) in enumerate(self._taken):
+            parts.append(first + self._stretch(part, n, epoch * taken, (epoch + 1) * taken))
+            first += n
+        rows = torch.cat(parts)
+        return rows[torch.randperm(len(rows), generator=generator_of(self._seed, f"order of epoch {epoch}"))]
+
+    def _stretch(self, part: int, n: int, start: int, end: int) -> Tensor:
+        """A stretch of an endless sequence of a part's rows: all of them in one order, then in another, and so on."""
+        if end - start == n:
+            return torch.arange(n)
+        rounds = [
+            torch.randperm(n, generator=generator_of(self._seed, f"round {k} of part {part}"))
+            for k in range(start // n, -(-end // n))
+        ]
+        return torch.cat(rounds)[start - start // n * n :][: end - start] if rounds else torch.arange(0)
 
 
 def evaluation(examples: Sequence[Example], *, batch: int, pad: int, task: str) -> Iterator[dict[str, Tensor]]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from funclora._apps.train.batches import Shares
+from funclora._apps.train.formats import Format
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.packing import pack
-from funclora._apps.train.records import Record, read
+from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED as IGNORED
 from funclora._apps.train.rows import Example as Example
 from funclora._apps.train.settings import CAUSAL, SEQUENCE, TOKEN, Settings
-from funclora._apps.train.tokens import class_name, reader, schema, word_classes
+from funclora._apps.train.survey import Survey
+from funclora._apps.train.tokens import reader
 from funclora._init.fresh import generator_of
-from funclora.errors import ConfigError, FormatError
+from funclora.errors import ConfigError, FormatError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,21 @@ class Data:
         validation: the validation examples; may be empty.
         classes: names of the classes, by number; empty for tasks without.
         notes: what was cut off, skipped or held out, with numbers.
+        shares: for files with weights, the number of training examples of each, and how often each is in an epoch.
     """
 
     train: list[Example]
     validation: list[Example]
     classes: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    shares: Shares = ()
 
     def digest(self) -> str:
         """SHA-256 of the examples and classes, in hexadecimal: equal if and only if a run sees the same data.
 
         The paths of the files do not matter, so the files may move.
         """
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        digest = hashlib.sha256(json.dumps([self.classes, self.shares]).encode())
         for part in (self.train, self.validation):
             digest.update(struct.pack("<q", len(part)))
             for example in part:
@@ -73,31 +79,49 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "pairs.jsonl")
         ...     _ = file.write_text('{"prompt": "1+1=", "completion": "2"}')
-        ...     prepare(Settings(data=file), ByteTokenizer(), 256).train
+        ...     prepare(Settings(data=(file,)), ByteTokenizer(), 256).train
         [Example(ids=[49, 43, 49, 61, 50], labels=[-100, -100, -100, -100, 50], lengths=(5,), source='pairs.jsonl:1')]
     """
     notes = Notes()
     context = _context(settings, limit, notes)
-    if settings.data is None:
+    if not settings.data:
         raise ConfigError("data: no training data is given. Give a file, or a folder of files.")
-    records = list(read(settings.data, settings.text_field))
-    held = None if settings.validation is None else list(read(settings.validation, settings.text_field))
-    together = records + (held or [])
-    _one_schema(together, settings, notes)
-    classes = _classes(together, settings, known, notes)
-    if held is None:
-        records, held = _held_out(records, settings)
+    survey = Survey(settings, Format.of(settings.fields, settings.roles, tokenizer), notes)
+    n = sum(survey.count(settings.data))
+    if settings.validation is not None:
+        kinds = dict(survey.kinds)
+        survey.count([settings.validation])
+        if other := next((kind for kind in survey.kinds if kind not in kinds), None):
+            (trained, where), *_ = kinds.items()
+            raise FormatError(
+                f"{survey.kinds[other]}: has {other[0]!r}, but {where} has {trained[0]!r}. Validation data must be of "
+                "a kind that is trained on."
+            )
+    classes = _classes(survey.names, settings, known, notes)
     read_one = reader(settings, tokenizer, context, classes, notes)
-    train, validation = ([example for record in part for example in read_one(record)] for part in (records, held))
-    for part, file in ((train, settings.data), (validation, settings.validation)):
-        if file is not None and not part:
-            raise FormatError(f"{file}: no token is left to compute a loss on. {' '.join(notes.lines())}".rstrip())
-    if settings.validation is None and settings.validation_split and not held:
+    held_out = _held_out(n, settings) if settings.validation is None else set()
+    train, validation = list[Example](), list[Example]()
+    ends, i = [0], 0
+    for file in (*settings.data, *([] if settings.validation is None else [settings.validation])):
+        before = len(train) + len(validation)
+        for record in survey.records(file):
+            held = len(ends) > len(settings.data) or i in held_out
+            (validation if held else train).extend(_usable(read_one, record, survey))
+            i += 1
+        if len(train) + len(validation) == before:
+            told = " ".join([*notes.lines(), *survey.lines()])
+            raise FormatError(f"{file}: no token is left to compute a loss on. {told}".rstrip())
+        ends.append(len(train))
+    if not train:
+        raise ConfigError(f"validation_split: {settings.validation_split} leaves nothing to train on.")
+    if settings.validation is None and settings.validation_split and not held_out:
         # With few long texts, the end of the last ones.
         n = round(len(train) * settings.validation_split)
         train, validation = train[: len(train) - n], train[len(train) - n :]
         if not train:
             raise ConfigError(f"validation_split: {settings.validation_split} of {n} leaves nothing to train on.")
+    for line in survey.lines():
+        notes.say(line)
     if settings.validation is None and settings.validation_split:
         of = len(train) + len(validation)
         notes.say(
@@ -109,11 +133,17 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
     learned = {label for example in train for label in example.labels} if classes else set()
     if missing := [name for i, name in enumerate(classes) if i not in learned]:
         notes.say(f"No training example is of class {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}.")
+    parts = [
+        train[start:end]
+        for start, end in itertools.pairwise(min(end, len(train)) for end in ends[: len(settings.data) + 1])
+    ]
     if settings.packing:
-        train, validation = (
-            _packed(part, context, notes, name) for part, name in ((train, ""), (validation, "held-out "))
-        )
-    return Data(train, validation, classes, notes.lines())
+        # Files with weights of their own do not share rows.
+        parts = [train] if not settings.weights else parts
+        parts = [_packed(part, context, notes, "") for part in parts]
+        train, validation = [row for part in parts for row in part], _packed(validation, context, notes, "held-out ")
+    shares = tuple(zip(map(len, parts), settings.weights, strict=True)) if settings.weights else ()
+    return Data(train, validation, classes, notes.lines(), shares)
 
 
 def read_examples(
@@ -139,10 +169,12 @@ def read_examples(
     if limit is not None:
         settings = replace(settings, context=min(settings.context, limit))
     context = _context(settings, limit, notes)
-    records = list(read(file, settings.text_field))
-    _one_schema(records, settings, notes)
+    survey = Survey(settings, Format.of(settings.fields, settings.roles, tokenizer), notes)
+    survey.count([file])
     read_one = reader(settings, tokenizer, context, classes, notes)
-    examples = [example for record in records for example in read_one(record)]
+    examples = [example for record in survey.records(file) for example in _usable(read_one, record, survey)]
+    for line in survey.lines():
+        notes.say(line)
     if not examples:
         raise FormatError(f"{file}: no token is left to compute a loss on. {' '.join(notes.lines())}".rstrip())
     return examples, notes.lines()
@@ -161,45 +193,25 @@ def _context(settings: Settings, limit: int | None, notes: Notes) -> int:
     return context
 
 
-def _one_schema(records: list[Record], settings: Settings, notes: Notes) -> None:
-    """Refuse records of different kinds, and report fields that are not read."""
-    fields = schema(records[0], settings)
-    unused: dict[str, str] = {}
-    for record in records:
-        if (other := schema(record, settings)) != fields:
-            raise FormatError(
-                f"{record.where}: has {other[0]!r}, but {records[0].where} has {fields[0]!r}. All records must be of "
-                "one kind."
-            )
-        unused.update((name, "") for name in record.fields if name not in fields)
-    if unused:
-        notes.say(f"Fields that are not read: {', '.join(unused)}.")
+def _usable(read_one: Callable[[Record], list[Example]], record: Record, survey: Survey) -> list[Example]:
+    """The examples of a record; none if it is left out."""
+    try:
+        return read_one(record)
+    except (FormatError, UnsupportedError) as error:
+        survey.left_out(error)
+        return []
 
 
-def _classes(records: list[Record], settings: Settings, known: Sequence[str], notes: Notes) -> tuple[str, ...]:
+def _classes(names: Collection[str], settings: Settings, known: Sequence[str], notes: Notes) -> tuple[str, ...]:
     """The names of all classes: the model's, if it has all of them; else sorted, numerically if they are numbers."""
     if settings.task not in (SEQUENCE, TOKEN):
         return ()
-    names: dict[str, None] = {}
-    kinds: dict[type, Record] = {}
-    for record in records:
-        value = record.fields[settings.label_field]
-        if settings.task == SEQUENCE:
-            names[class_name(value, record, settings.label_field)] = None
-        else:
-            names.update(dict.fromkeys(word_classes(record, settings.label_field)[1]))
-        kinds.update((type(label), record) for label in (value if settings.task == TOKEN else [value]))
-    if len(kinds) > 1:
-        (one, first), (other, second) = list(kinds.items())[:2]
-        raise FormatError(
-            f"{second.where}: {settings.label_field}: classes are of type {other.__name__} here, but "
-            f"{one.__name__} in {first.where}. Give all as texts, or all as whole numbers."
-        )
     if len(names) < 2:
         raise FormatError(
-            f"{settings.data}: {settings.label_field}: expected at least two classes, got {', '.join(names) or 'none'}."
+            f"{settings.data[0]}: {settings.label_field}: expected at least two classes, got "
+            f"{', '.join(names) or 'none'}."
         )
-    if names.keys() <= {*known}:
+    if {*names} <= {*known}:
         classes = tuple(known)
     else:
         if known:
@@ -212,21 +224,14 @@ def _classes(records: list[Record], settings: Settings, known: Sequence[str], no
     return classes
 
 
-def _held_out(records: list[Record], settings: Settings) -> tuple[list[Record], list[Record]]:
-    """The records in two parts, each in order; the seed determines which ones are held out."""
+def _held_out(n: int, settings: Settings) -> set[int]:
+    """Which of n records are held out; the seed determines it."""
     import torch
 
-    n = round(len(records) * settings.validation_split)
-    if n == len(records) and settings.validation_split:
-        raise ConfigError(
-            f"validation_split: {settings.validation_split} of {len(records)} leaves nothing to train on."
-        )
-    order = torch.randperm(len(records), generator=generator_of(settings.seed, "held-out part")).tolist()
-    chosen = set(order[:n])
-    return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
-    )
+    many = round(n * settings.validation_split)
+    if many == n and settings.validation_split:
+        raise ConfigError(f"validation_split: {settings.validation_split} of {n} leaves nothing to train on.")
+    return {*torch.randperm(n, generator=generator_of(settings.seed, "held-out part"))[:many].tolist()}
 
 
 def _packed(examples: list[Example], context: int, notes: Notes, name: str) -> list[Example]:

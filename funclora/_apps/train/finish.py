@@ -48,7 +48,7 @@ def check_results(settings: Settings) -> None:
     """
     if settings.resume:
         return
-    read = [path for path in (settings.model, settings.data, settings.validation) if path is not None]
+    read = [path for path in (settings.model, *settings.data, settings.validation) if path is not None]
     for path in read:
         if path.is_dir() and path.resolve() in (settings.out.resolve(), *settings.out.resolve().parents):
             raise ConfigError(f"out: {settings.out} is inside {path}, which is read. Give another folder with --out.")
@@ -124,7 +124,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
     facts = {
         "base": base.name + (f", quantised to {settings.quantize}" if settings.quantize != "none" else ""),
         "task": settings.task,
-        "data": f"{settings.data}: {_examples(data.train)}",
+        "data": f"{', '.join(map(str, settings.data))}: {_examples(data.train)}",
         "validation": f"{settings.validation or 'held out'}: {_examples(data.validation)}"
         if data.validation
         else "none",

@@ -214,6 +214,13 @@ def kind_of(key: str) -> tuple[type, bool]:
 
 
 @functools.cache
+def element_of(key: str) -> type:
+    """The type of the values in a list: `str`, `float` or `Path`."""
+    element: type = typing.get_args(_hints()[key])[0]
+    return element
+
+
+@functools.cache
 def _hints() -> dict[str, Any]:
     return typing.get_type_hints(Settings)
 
@@ -227,7 +234,10 @@ def _value(where: str, f: Field[Any], value: object, *, from_text: bool) -> Any:
         value = str(value).lower()
     if isinstance(value, str):
         value = VALUES.get(f.name, {}).get(value, value)
-    made = _typed(where, kind, value, from_text, whole="whole" in f.metadata)
+    if kind is tuple:
+        made: Any = _listed(where, element_of(f.name), value, from_text, whole="whole" in f.metadata)
+    else:
+        made = _typed(where, kind, value, from_text)
     limits = f.metadata
     if "choices" in limits and made not in limits["choices"]:
         raise ConfigError(
@@ -252,11 +262,23 @@ _WORDS: dict[type, str] = {
     float: "a number",
     str: "a text",
     Path: "a path",
-    tuple: "a list of texts",
 }
+_LISTS: dict[type, str] = {str: "texts", float: "numbers", Path: "paths"}
 
 
-def _typed(where: str, kind: type, value: object, from_text: bool, *, whole: bool = False) -> Any:
+def _listed(where: str, element: type, value: object, from_text: bool, *, whole: bool) -> tuple[Any, ...]:
+    """The values of a list; a text with commas is one too, as on a command line."""
+    if isinstance(value, Path):
+        value = [value]
+    elif isinstance(value, str) and not whole:
+        is_path = element is Path and Path(value).exists()
+        value = [value] if is_path else [part.strip() for part in value.split(",")]
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise ConfigError(f"{where}: expected a list of {_LISTS[element]}, got {reprlib.repr(value)}.")
+    return tuple(_typed(where, element, part, from_text) for part in value)
+
+
+def _typed(where: str, kind: type, value: object, from_text: bool) -> Any:
     wrong = ConfigError(f"{where}: expected {_WORDS[kind]}, got {reprlib.repr(value)}.")
     if kind in (int, float):
         number = _number(kind, value) if from_text and isinstance(value, str) else value
@@ -272,12 +294,6 @@ def _typed(where: str, kind: type, value: object, from_text: bool, *, whole: boo
         if not isinstance(value, bool):
             raise wrong
         return value
-    if kind is tuple:
-        if isinstance(value, str) and not whole:  # as on a command line
-            value = [part.strip() for part in value.split(",")]
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise wrong
-        return tuple(_text(where, part) for part in value)
     if kind is Path:
         return Path(_text(where, str(value) if isinstance(value, Path) else value))
     return _text(where, value)
@@ -336,7 +352,14 @@ def _check_together(settings: Settings, called: Any) -> None:
         raise ConfigError(f"{called('sample')}: {TOKEN} cannot continue prompts. Leave it out.")
     if settings.patience and not settings.eval_every:
         raise ConfigError(f"{called('patience')}: needs evaluations. Set {called('eval_every')} too.")
-    if settings.model is not None and settings.data is None:
+    if settings.weights and len(settings.weights) != len(settings.data):
+        raise ConfigError(
+            f"{called('weights')}: expected a number for each of {len(settings.data)} --data, got "
+            f"{len(settings.weights)}."
+        )
+    if any(weight <= 0 for weight in settings.weights):
+        raise ConfigError(f"{called('weights')}: expected numbers above 0, got {list(settings.weights)}.")
+    if settings.model is not None and not settings.data:
         raise ConfigError(f"{called('data')}: there is no data to train {settings.model} on. Give a file or a folder.")
 
 

@@ -1,7 +1,7 @@
 """Data files: JSONL, JSON, CSV, Parquet and texts as records, each with its source.
 
-The contents of a file are used as they are, or refused with file and line. Nothing is guessed, repaired or skipped,
-except blank lines and, in folders, hidden files.
+The contents of a file are used as they are, or refused with file and line. Nothing is guessed or repaired; skipped are
+only blank lines, in folders hidden files, and the broken records that a caller takes note of.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from funclora.errors import FormatError
 TEXT = "text"  # the kind of every file whose suffix is not in READERS
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
+Item = tuple[dict[str, Any] | FormatError, str]  # a record or what is wrong with it, and its place in the file
+
 
 @dataclass(frozen=True)
 class Record:
@@ -39,7 +41,15 @@ class Record:
     where: str
 
 
-def read(path: Path, text_field: str = "text") -> Iterator[Record]:
+OnBad = Callable[[FormatError], None]
+
+
+def refuse(error: FormatError) -> None:
+    """Stop at a broken record."""
+    raise error
+
+
+def read(path: Path, text_field: str = "text", on_bad: OnBad = refuse) -> Iterator[Record]:
     r"""The records of a file, or of all files of a folder.
 
     The suffix says what a file is: `.jsonl` (or `.ndjson`) has an object in each line, `.json` is an array of
@@ -49,6 +59,7 @@ def read(path: Path, text_field: str = "text") -> Iterator[Record]:
     Args:
         path: the file or folder.
         text_field: the field name for a text.
+        on_bad: called with the error for a record that is broken; if it returns, the record is skipped.
 
     Raises:
         FormatError: there is nothing at `path`, it cannot be read, or it is empty, broken or of another format.
@@ -72,7 +83,10 @@ def read(path: Path, text_field: str = "text") -> Iterator[Record]:
         found = False
         for fields, place in _open(file, text_field):
             found = True
-            yield Record(fields, name + place, f"{file}{place}")
+            if isinstance(fields, FormatError):
+                on_bad(fields)
+            else:
+                yield Record(fields, name + place, f"{file}{place}")
         if not found:
             raise FormatError(f"{file}: contains no records.")
 
@@ -133,7 +147,7 @@ def _kind(file: Path) -> str:
     return suffix if suffix in READERS else TEXT
 
 
-def _open(file: Path, text_field: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _open(file: Path, text_field: str) -> Iterator[Item]:
     if not file.exists():
         raise FormatError(f"{file}: there is no such file.")
     if not file.is_file():
@@ -147,17 +161,32 @@ def _open(file: Path, text_field: str) -> Iterator[tuple[dict[str, Any], str]]:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}.") from error
 
 
-def _jsonl(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in utf8.lines(file):
-        if line.strip(" \t\r\n"):
-            where = f"{file}:{number}"
-            try:
-                value = parse(line, where, "JSON in each line")
-            except FormatError as error:
-                if not line.endswith("\n") and isinstance(error.__cause__, ValueError) and _cut_off(error.__cause__):
-                    raise FormatError(f"{error} The file ends in this line: is it cut off?") from error.__cause__
-                raise
-            yield _object(value, where), f":{number}"
+def _jsonl(file: Path) -> Iterator[Item]:
+    for number, start, content in utf8.raw_lines(file):
+        where = f"{file}:{number}"
+        try:
+            line = utf8.decode(content, file, number, start)
+            if line.strip(" \t\r\n"):
+                yield _line(line, where), f":{number}"
+        except FormatError as error:
+            yield error, f":{number}"
+
+
+def _line(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = parse(line, where, "JSON in each line")
+    except FormatError as error:
+        if not line.endswith("\n") and isinstance(error.__cause__, ValueError) and _cut_off(error.__cause__):
+            raise FormatError(f"{error} The file ends in this line: is it cut off?") from error.__cause__
+        if line.strip() == "[":
+            raise FormatError(f"{error} A file that is one array of objects is named .json.") from error.__cause__
+        raise
+    if isinstance(value, list):
+        raise FormatError(
+            f"{where}: expected an object in each line, got {_short(value)}. A file that is one array of objects is "
+            "named .json."
+        )
+    return _object(value, where)
 
 
 def _cut_off(error: ValueError) -> bool:
@@ -166,7 +195,7 @@ def _cut_off(error: ValueError) -> bool:
     )
 
 
-def _json(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _json(file: Path) -> Iterator[Item]:
     value = parse(utf8.whole(file), str(file))
     if not isinstance(value, list):
         raise FormatError(
@@ -174,7 +203,10 @@ def _json(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             ".jsonl."
         )
     for i, item in enumerate(value):
-        yield _object(item, f"{file}[{i}]"), f"[{i}]"
+        try:
+            yield _object(item, f"{file}[{i}]"), f"[{i}]"
+        except FormatError as error:  # noqa: PERF203 -- each is a record
+            yield error, f"[{i}]"
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -183,7 +215,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _csv(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _csv(file: Path) -> Iterator[Item]:
     # Every value is its text: something that looks like a number or a missing value may be meant as text.
     at = 0
 
@@ -200,19 +232,29 @@ def _csv(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for row in rows:
         if row and not names:
             names = row
+            if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+                raise FormatError(
+                    f"{file}:{begin}: expected names with {SEPARATORS[file.suffix.lower()]!r} between them, got "
+                    f"{_short(names[0])}. Are the values separated by {other!r}? Write them with commas as .csv, or "
+                    "with tabs as .tsv."
+                )
             first = {name: i for i, name in reversed([*enumerate(names)])}
             for i, name in enumerate(names):
                 if not name.strip() or first[name] < i:
                     problem = "appears twice" if name.strip() else "is blank"
                     raise FormatError(f"{file}:{begin}: column {i + 1}: the name {_short(name)} {problem}.")
         elif row:
-            if len(row) != len(names):
-                raise FormatError(
-                    f"{file}:{begin}: expected {len(names)} values, one for each name in the first row, got "
-                    f"{len(row)}. Put values with separators or line ends into double quotes."
-                )
-            yield dict(zip(names, row, strict=True)), f":{begin}"
+            yield _values(names, row, f"{file}:{begin}"), f":{begin}"
         begin = at + 1
+
+
+def _values(names: list[str], row: list[str], where: str) -> dict[str, Any] | FormatError:
+    if len(row) == len(names):
+        return dict(zip(names, row, strict=True))
+    return FormatError(
+        f"{where}: expected {len(names)} values, one for each name in the first row, got {len(row)}. Put values with "
+        "separators or line ends into double quotes."
+    )
 
 
 def _rows(lines: Iterable[str], separator: str, where: Callable[[], str]) -> Iterator[list[str]]:
@@ -231,7 +273,7 @@ def _rows(lines: Iterable[str], separator: str, where: Callable[[], str]) -> Ite
         yield row
 
 
-def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _parquet(file: Path) -> Iterator[Item]:
     try:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
@@ -255,7 +297,7 @@ def _short(value: Any) -> str:
     return reprlib.repr(value)
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[dict[str, Any], str]]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

@@ -48,11 +48,19 @@ class Settings:
         choices=("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
     )
 
-    data: Path | None = _key(None, "Data", "JSONL, JSON, CSV or Parquet file, text file, or folder of texts.")
+    data: tuple[Path, ...] = _key((), "Data", "JSONL, JSON, CSV or Parquet files, text files, or folders of texts.")
+    weights: tuple[float, ...] = _key(
+        (), "Data", "How often each --data is in an epoch: 2 is twice, 0.5 half of it, another half in the next."
+    )
     validation: Path | None = _key(None, "Data", "Data for evaluation. Without it, a part of --data is held out.")
     validation_split: float = _key(
         0.05, "Data", "Share of --data that is held out if there is no --validation.", least=0.0, below=1.0
     )
+    fields: tuple[str, ...] = _key(
+        (), "Data", "Fields that have other names in the data: prompt=question, messages=dialog, role=speaker."
+    )
+    roles: tuple[str, ...] = _key((), "Data", "Roles that have other names in the chats: human=user, gpt=assistant.")
+    skip_bad: bool = _key(False, "Data", "Leave out records that cannot be used, and count them, instead of stopping.")
     text_field: str = _key("text", "Data", "Name of the field with plain text, or with the text to classify.")
     label_field: str = _key("label", "Data", "Name of the field with the class (sequence) or the classes (token).")
     train_on: str = _key(

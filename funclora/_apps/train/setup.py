@@ -52,8 +52,8 @@ def ready(settings: Settings, folder: Path) -> Ready:
         FuncloraError: something is missing, broken, or does not fit the rest.
     """
     settings = as_adapter(resolved(settings))
-    if settings.data is None:
-        settings = replace(settings, data=demo_data(folder))
+    if not settings.data:
+        settings = replace(settings, data=(demo_data(folder),))
     tokenizer = load_tokenizer(settings)
     classes = adapter_classes(settings) or known_classes(settings)
     data = prepare(settings, tokenizer, context_limit(settings), classes)
@@ -111,6 +111,6 @@ def _token(tokenizer: Any, i: int) -> str:
 
 def _first_batches(base: Base, data: Data, settings: Settings) -> Iterator[Batch]:
     """The batches of the first steps, made on demand."""
-    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
+    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id, data.shares)
     for k in range(min(EVA_STEPS, batches.steps_per_epoch)):
         yield from batches.step(k)

@@ -66,7 +66,7 @@ class Steps:
         if not data.train:
             raise ConfigError("data: there are no examples to train on.")
         self.base, self.seed = base, settings.seed
-        self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
+        self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id, data.shares)
         self.per_epoch = self.batches.steps_per_epoch
         self.total = total_steps(settings, self.per_epoch)
         self.rate = schedule(settings, self.total)

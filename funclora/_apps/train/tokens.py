@@ -34,6 +34,11 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
         return _all(record, WORDS, settings.label_field)
     if settings.task == SEQ2SEQ:
         return _all(record, *PAIR)
+    if {"chosen", "rejected"} <= there:
+        raise FormatError(
+            f"{record.where}: has chosen and rejected answers, of which this command learns one. Say which has it: "
+            "--fields completion=chosen, or messages=chosen if it has whole chats."
+        )
     name = settings.text_field
     kinds = {CHAT: "messages" in there, PAIR: bool({*PAIR} & there), (name,): name in there}
     if name in (CHAT[0], *PAIR):
@@ -52,6 +57,10 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
 
 def _all(record: Record, *names: str) -> tuple[str, ...]:
     for name in names:
+        if name in record.fields and record.fields[name] is None:
+            raise FormatError(
+                f"{record.where}: {name}: is null. Give it a value, or remove the record. --skip-bad leaves it out."
+            )
         if record.fields.get(name) is None:
             remedy = "" if name in (*PAIR, WORDS) else " Give other fields with text_field and label_field."
             raise FormatError(

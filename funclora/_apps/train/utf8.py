@@ -18,6 +18,12 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 def lines(file: Path) -> Iterator[tuple[int, str]]:
     """The lines with their numbers, from 1, including line ends."""
+    for number, start, line in raw_lines(file):
+        yield number, decode(line, file, number, start)
+
+
+def raw_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """The lines, not decoded, with their numbers and the byte at which each begins."""
     start = 0
     with file.open("rb") as stream:
         # Bytes, not text: only \n ends a line. U+2028 and similar characters may be part of a string.
@@ -30,7 +36,7 @@ def lines(file: Path) -> Iterator[tuple[int, str]]:
                     f"{file}:{number}: this line is longer than {LONGEST_LINE >> 20} MiB. Are the records separated by "
                     "line ends?"
                 )
-            yield number, decode(line, file, number, start)
+            yield number, start, line
             start += len(line)
 
 

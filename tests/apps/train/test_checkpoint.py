@@ -185,8 +185,8 @@ def test_what_does_not_decide_the_outcome_may_change(tmp_path: Path) -> None:
     given.out.rename(tmp_path / "there")
     again, _ = run(
         replace(
-            given, out=tmp_path / "there", resume=True, keep=7, save_every=1, log_every=2, data=Path("elsewhere.jsonl"),
-            model=Path("elsewhere"), merge=True, sample=("hello",), sample_tokens=2,
+            given, out=tmp_path / "there", resume=True, keep=7, save_every=1, log_every=2, model=Path("elsewhere"),
+            data=(Path("elsewhere.jsonl"),), merge=True, sample=("hello",), sample_tokens=2,
         )
     )  # fmt: skip
     same(again.adapters, whole.adapters)

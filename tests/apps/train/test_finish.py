@@ -37,9 +37,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def begun(folder: Path | None, task: str, out: Path, **changes: Any) -> tuple[Settings, Start, Data]:
     out.mkdir(exist_ok=True)
-    data = None
+    data: tuple[Path, ...] = ()
     if folder is not None:
-        data = task_models.data(out / "train.jsonl", "prompt" if task == CAUSAL else task)
+        data = (task_models.data(out / "train.jsonl", "prompt" if task == CAUSAL else task),)
     settings = Settings(model=folder, task=task, data=data, out=out / "run", **{"validation_split": 0.0} | changes)
     made = ready(settings, out)
     return made.settings, made.start, made.data
@@ -261,9 +261,10 @@ def test_results_are_replaced_as_a_whole_and_only_by_their_run(folders: dict[str
 def test_a_run_in_a_folder_that_it_reads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for key in ("model", "data", "validation"):
-        given: Any = {"model": tmp_path / "m", "data": tmp_path / "d", "out": tmp_path / "texts" / "run"}
+        read = tmp_path / "texts"
+        given: Any = {"model": tmp_path / "m", "data": (tmp_path / "d",), "out": read / "run"}
         with pytest.raises(ConfigError, match=r"^out: .*run is inside .*texts, which is read. Give another"):
-            check_results(Settings(**given | {key: tmp_path / "texts"}))
+            check_results(Settings(**given | {key: (tmp_path / "d", read) if key == "data" else read}))
 
 
 def test_what_could_not_be_written_is_not_trained(

@@ -227,7 +227,9 @@ def test_a_run_has_the_same_loss_packed_and_not(name: str, tmp_path: Path) -> No
             file.write(json.dumps({"prompt": "p" * (i % 4), "completion": "completion"[: 2 + i % 7]}) + "\n")
     found = []
     for packing in (False, True):
-        settings = Settings(model=tmp_path / "model", data=tmp_path / "data.jsonl", packing=packing, validation_split=0)
+        settings = Settings(
+            model=tmp_path / "model", data=(tmp_path / "data.jsonl",), packing=packing, validation_split=0
+        )
         base = load_base(settings, load_tokenizer(settings))
         data = prepare(settings, base.tokenizer, base.limit)
         adapters = fl.init(
@@ -253,7 +255,7 @@ def test_a_run_tries_its_model_out(name: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     file.write_text('{"text": "one two"}\n' * 8, encoding="utf-8")
-    given = Settings(model=folder, data=file, context=20)
+    given = Settings(model=folder, data=(file,), context=20)
     assert len(ready(given, tmp_path).data.train) == 8
     packed = replace(given, packing=True)
     if name == "Llama":

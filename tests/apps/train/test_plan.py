@@ -32,7 +32,7 @@ def settings_of(folders: dict[str, Path], task: str, folder: Path, data: str | N
     return Settings(
         model=folders[task_models.KIND[task]],
         task=task,
-        data=task_models.data(folder / "train.jsonl", data or task),
+        data=(task_models.data(folder / "train.jsonl", data or task),),
         out=folder / "run",
         **{"validation_split": 0.0} | changes,
     )
@@ -53,7 +53,8 @@ def test_the_estimate_is_near_what_steps_take(tmp_path: Path, rows: int, context
     text = "import os\n" * 40
     (tmp_path / "train.txt").write_text(text * rows)
     settings = Settings(
-        data=tmp_path / "train.txt", context=context, batch=rows, steps=1, validation_split=0.0, out=tmp_path / "run",
+        data=(tmp_path / "train.txt",), context=context, batch=rows, steps=1, validation_split=0.0,
+        out=tmp_path / "run",
         **changes,
     )  # fmt: skip
     made = ready(settings, tmp_path)
@@ -118,7 +119,7 @@ def test_examples_show_their_loss(folders: dict[str, Path], tmp_path: Path) -> N
 
 def test_long_examples_are_cut_for_people(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("abc " * 2000)
-    settings = Settings(data=tmp_path / "long.txt", validation_split=0.0)
+    settings = Settings(data=(tmp_path / "long.txt",), validation_split=0.0)
     made = ready(settings, tmp_path)
     assert len(shown(made.start.base, made.data.train[0]).parts[1][0]) <= 256
     # A base that reads more.

@@ -21,7 +21,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
     "quantize": st.sampled_from(["none", "nf4", "fp4", "int8"]),
     "device": TEXT,
-    "data": TEXT.map(Path),
+    "data": st.lists(TEXT.map(Path)).map(tuple),
     "task": st.sampled_from(TASKS),
     "validation_split": st.floats(0, 1, exclude_max=True),
     "text_field": TEXT,
@@ -63,7 +63,9 @@ def test_written_and_read_again_is_the_same(values: dict[str, Any]) -> None:
 @given(overrides())
 def test_yaml_says_the_same_as_toml(values: dict[str, Any]) -> None:
     settings = read(None, values)
-    plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    plain = {
+        k: str(v) if isinstance(v, Path) else [*map(str, v)] if isinstance(v, tuple) else v for k, v in values.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "run.yaml")
         file.write_text(yaml.safe_dump(plain, allow_unicode=True), encoding="utf-8")

@@ -51,7 +51,7 @@ def jsonl(file: Path, rows: Rows) -> Path:
 
 def examples(folder: Path, rows: Rows, tokens: Any, **settings: Any) -> Data:
     file = jsonl(folder / "data.jsonl", rows)
-    return prepare(Settings(**{"data": file, "model": MODEL, "validation_split": 0.0, **settings}), tokens, None)
+    return prepare(Settings(**{"data": (file,), "model": MODEL, "validation_split": 0.0, **settings}), tokens, None)
 
 
 def trl(folder: Path, rows: Rows, tokens: Any, **options: Any) -> Rows:
@@ -251,7 +251,7 @@ def test_every_token_of_a_text_is_predicted_once(
     file = tmp_path_factory.getbasetemp() / "long.txt"
     text = "".join(chr(48 + i) for i in range(n))
     file.write_text(text)
-    data = prepare(Settings(data=file, context=context, validation_split=0.0), ByteTokenizer(), None)
+    data = prepare(Settings(data=(file,), context=context, validation_split=0.0), ByteTokenizer(), None)
     assert all(len(example.ids) <= context and example.labels == example.ids for example in data.train)
     assert "".join(chr(i) for example in data.train for i in example.labels[1:]) == text[1:]
     assert data.train[0].ids[0] == 48
@@ -275,7 +275,7 @@ def test_what_is_too_long_is_cut_off_or_left_out_and_counted(tmp_path: Path) -> 
 
 def test_the_context_is_the_models_at_most(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"text": "x" * 100}])
-    data = prepare(Settings(data=file, validation_split=0.0), ByteTokenizer(), 32)
+    data = prepare(Settings(data=(file,), validation_split=0.0), ByteTokenizer(), 32)
     assert max(len(example.ids) for example in data.train) == 32
     assert data.notes[0] == "The context is 32 tokens, the model's maximum, instead of 512."
     assert data.notes[-1].startswith("1 example of more than 32 tokens split into several")
@@ -338,7 +338,7 @@ def test_records_that_do_not_fit(tmp_path: Path, rows: Rows, settings: dict[str,
 
 def test_settings_that_contradict_themselves(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"data": None}, "data: no training data is given. Give a file"),
+        ({"data": ()}, "data: no training data is given. Give a file"),
         ({"context": 1}, "context: expected at least 2 tokens"),
         ({"packing": True, "model": None}, "packing: the demo's base cannot"),
         ({"validation_split": 0.9}, "validation_split: 0.9 of 4 leaves nothing"),
@@ -402,7 +402,7 @@ def test_classes_that_the_model_knows_have_its_order(
     tmp_path: Path, known: tuple[str, ...], classes: tuple[str, ...]
 ) -> None:
     file = jsonl(tmp_path / "data.jsonl", [{"text": "x", "label": label} for label in "ab"])
-    settings = Settings(data=file, model=MODEL, task=SEQUENCE, validation_split=0.0)
+    settings = Settings(data=(file,), model=MODEL, task=SEQUENCE, validation_split=0.0)
     data = prepare(settings, tokenizer(), None, known)
     assert data.classes == classes
     assert [classes[example.labels[0]] for example in data.train] == ["a", "b"]
@@ -480,11 +480,11 @@ def test_the_held_out_part_is_a_function_of_the_seed(tmp_path: Path) -> None:
 
 def test_of_one_long_text_the_end_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(chr(33 + i % 90) for i in range(400)))
-    data = prepare(Settings(data=tmp_path / "a.txt", context=11, validation_split=0.1), ByteTokenizer(), None)
-    whole = prepare(Settings(data=tmp_path / "a.txt", context=11, validation_split=0.0), ByteTokenizer(), None)
+    data = prepare(Settings(data=(tmp_path / "a.txt",), context=11, validation_split=0.1), ByteTokenizer(), None)
+    whole = prepare(Settings(data=(tmp_path / "a.txt",), context=11, validation_split=0.0), ByteTokenizer(), None)
     assert [*data.train, *data.validation] == whole.train
     assert len(data.validation) == 4
-    few = prepare(Settings(data=tmp_path / "a.txt", context=300), ByteTokenizer(), None)
+    few = prepare(Settings(data=(tmp_path / "a.txt",), context=300), ByteTokenizer(), None)
     assert (len(few.train), few.validation) == (2, [])
     assert any(note.startswith("No example is held out for evaluation: 2 are too few for") for note in few.notes)
 
