@@ -71,6 +71,12 @@ class StoredTensors:
                 raise FormatError(f"{file}: {given!r} is there twice, under another name for the same thing.")
             if not tensor.is_floating:
                 raise FormatError(f"{file}: {given!r} has dtype {tensor.dtype}, expected {', '.join(DTYPES)}.")
+            if tensor.shape == (0,) and ".lora_" in key:
+                raise FormatError(
+                    f"{file}: {given!r} is empty. DeepSpeed's ZeRO-3 leaves such tensors in place of those that are "
+                    "divided among processes. Gather them when saving (stage3_gather_16bit_weights_on_model_save), or "
+                    "convert the checkpoint (zero_to_fp32.py)."
+                )
             self._tensors[key] = tensor
         self.notes: list[str] = []
         if bare:

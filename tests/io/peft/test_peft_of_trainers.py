@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from gguf_models import build
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import funclora as fl
@@ -153,6 +153,14 @@ def test_dora_of_torchtune_is_refused(tmp_path: Path) -> None:
     """It forgets `use_dora`, and leaves the magnitudes of q and k in its own order: PEFT would drop them."""
     torchtune_folder(tmp_path, dora=True)
     with pytest.raises(FormatError, match=r"lora_magnitude_vector.*belongs to a DoRA adapter, but use_dora is false"):
+        fl.load_peft(tmp_path, build("Llama"))
+
+
+def test_weights_that_zero_3_has_not_gathered(tmp_path: Path) -> None:
+    saved(tmp_path, {"target_modules": ["q_proj"]}, {})
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: torch.empty(0) for key in tensors}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match=r"lora_A\.weight' is empty\. DeepSpeed's ZeRO-3 .* Gather them when saving"):
         fl.load_peft(tmp_path, build("Llama"))
 
 
