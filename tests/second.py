@@ -32,8 +32,8 @@ def commands(root: Path) -> dict[str, list[str]]:
     return {
         "train": ["train", *text, *SMALL],
         "sweep": [
-            "sweep", *text, *SMALL, "--lr", "1e-3,1e-2", "--method", "lora", "--every", "1", "--context", "8",
-            "--windows", "2", "--halving", "0", "--memory", "1TiB", "--save", "1",
+            "sweep", *text, *SMALL, "--lr", "1e-3,1e-2", "--method", "lora", "--eval-every", "1", "--context", "8",
+            "--validation-split", "0.3", "--rows", "2", "--halving", "0", "--memory", "1TiB", "--save", "1",
         ],
         "merge": ["merge", f"{given / 'base'}", f"{given / 'adapter'}", "-o", f"{out / 'merged'}"],
         "extract": [

@@ -78,7 +78,7 @@ def predict(
     if default is None and len(folders) == 1:
         (default,) = folders
     given: dict[str, Any] = {
-        "model": model, "data": data, "task": task_of(folders, model, task), "context": context, "dtype": dtype.value,
+        "model": model, "data": [data], "task": task_of(folders, model, task), "context": context, "dtype": dtype.value,
         "quantize": quantize.value, "device": device,
     }  # fmt: skip
     given |= {k: v for k, v in {"text_field": text_field, "label_field": label_field}.items() if v is not None}

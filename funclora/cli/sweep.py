@@ -9,54 +9,73 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._base import Device
 from funclora.cli._output import AsJson, print_json
+from funclora.cli._settings import with_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from funclora._apps.sweep.search import Search, Status
     from funclora._apps.sweep.settings import SearchSettings
-    from funclora._apps.sweep.space import Member
+    from funclora._apps.sweep.space import Member, Space
     from funclora._apps.sweep.task import Task
+    from funclora._apps.train.settings import Settings
 
 SHOWN = 10
-OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
+OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
+# Keys of a run that are searched, and those that a search does not use.
+SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
+UNUSED = (
+    "adapter", "compile", "sample", "sample_tokens", "out", "resume", "save_every", "keep", "merge", "log_every",
+    "tensorboard", "wandb", "mlflow",
+)  # fmt: skip
+NO_EFFECT = ("adapter", "compile", "sample", "merge", "tensorboard", "wandb", "mlflow", "resume")
+DEMO_DOMAIN = "asyncio"
+# A search of the demo's base and data, which takes a minute or two.
+DEMO: dict[str, Any] = {"steps": 81, "batch": 2, "context": 32, "warmup": 4.0, "eval_every": 9}
+DEMO_ROWS = 32
+EVALUATIONS = 9  # unless set otherwise
+
+Lists = Sequence[str] | None
 
 
 def sweep(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="TOML or YAML file of settings; options take precedence.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the search; the same command continues it.")] = Path(
         "funclora-sweep"
     ),
-    lr: Annotated[Sequence[str], typer.Option(help="Peak learning rates, or a range 1e-4:1e-2.")] = (
-        "1e-3",
-        "3e-3",
-        "1e-2",
-        "3e-2",
-    ),
-    rank: Annotated[Sequence[str], typer.Option(help="Ranks, or a range.")] = ("4", "16"),
+    lr: Annotated[
+        Lists, typer.Option(help="Peak learning rates, or a range 1e-4:1e-2.", show_default="1e-3,3e-3,1e-2,3e-2")
+    ] = None,
+    rank: Annotated[Lists, typer.Option(help="Ranks, or a range.", show_default="4,16")] = None,
     alpha: Annotated[
-        Sequence[str], typer.Option(help="Alphas: numbers, multiples of the rank such as 2r, or a range.")
-    ] = ("2r",),
-    targets: Annotated[Sequence[str], typer.Option(help="Target modules: names joined by +, or all-linear.")] = (
-        "all-linear",
-        "q_proj+v_proj",
-    ),
-    method: Annotated[Sequence[str], typer.Option(help="Methods: lora, dora.")] = ("lora", "dora"),
-    init: Annotated[Sequence[str], typer.Option(help="Initialisers: true, false, gaussian, orthogonal.")] = ("true",),
-    seeds: Annotated[Sequence[str], typer.Option(help="Seeds of initial values and data order.")] = ("0",),
+        Lists,
+        typer.Option(help="Alphas: numbers, multiples of the rank such as 2r, or a range.", show_default="2r"),
+    ] = None,
+    targets: Annotated[
+        Lists,
+        typer.Option(help="Target modules: names joined by +, or all-linear.", show_default="all-linear,q_proj+v_proj"),
+    ] = None,
+    method: Annotated[Lists, typer.Option(help="Methods: lora, dora.", show_default="lora,dora")] = None,
+    init: Annotated[
+        Lists, typer.Option(help="Initialisers: true, false, gaussian, orthogonal.", show_default="true")
+    ] = None,
+    dropout: Annotated[
+        Lists, typer.Option(help="Dropout probabilities on the inputs of the adapters.", show_default="0")
+    ] = None,
+    seeds: Annotated[
+        Lists, typer.Option(help="Seeds of initial values, dropout and data order.", show_default="0")
+    ] = None,
     random: Annotated[int, typer.Option(min=0, help="Number of random members, instead of the whole grid.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of --random.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of a member that is never dropped.")] = 81,
-    batch: Annotated[int, typer.Option(min=1, help="Windows in each step of a member.")] = 2,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 32,
-    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations; each is a checkpoint.")] = 9,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows in an evaluation.")] = 32,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of held-out rows in an evaluation.", show_default="all")
+    ] = None,
     halving: Annotated[int, typer.Option(min=0, help="Keep the best 1/N at each rung; 0 keeps all.")] = 3,
     rungs: Annotated[int, typer.Option(min=1, help="Number of rungs, including the end.")] = 3,
-    warmup: Annotated[int, typer.Option(min=0, help="Warm-up steps of the cosine schedule.")] = 4,
-    clip: Annotated[float, typer.Option(min=1e-9, help="Maximum norm of a member's gradient.")] = 1.0,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.0,
     memory: Annotated[
         str | None, typer.Option(help="Memory budget, such as 2GiB.", show_default="most of the free memory")
     ] = None,
@@ -65,52 +84,95 @@ def sweep(
         typer.Option(min=1, help="Maximum number of members trained together.", show_default="as many as fit"),
     ] = None,
     save: Annotated[int, typer.Option(min=0, help="Number of the best members to write as PEFT folders.")] = 3,
-    domain: Annotated[str, typer.Option(help="The demo's domain to train on, without --model.")] = "asyncio",
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a transformers causal language model.", show_default="the demo's model"),
+    domain: Annotated[
+        str | None, typer.Option(help="The demo's domain to train on, without --data.", show_default=DEMO_DOMAIN)
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="JSONL file with a text in every line, for --model.", show_default=False)
+    compare: Annotated[
+        Sequence[Path] | None,
+        typer.Option(help="Two folders of finished searches to compare; nothing is trained.", show_default=False),
     ] = None,
-    device: Device = "auto",
     json: AsJson = False,
+    **options: Any,
 ) -> None:
-    """Search for learning rate, rank, alpha, targets, method and seed, training all candidates together.
+    """Search for learning rate, rank, alpha, targets, method, dropout and seed, training all candidates together.
 
-    Without options, 32 members are trained on a part of the demo's texts. This takes a minute or two on two cores, and
-    nothing is downloaded. If the search is killed, the same command continues it and ends with the same result.
+    A member is what funclora train would train with its options, on any task and data. Without a model and data, 32
+    members are trained on a part of the demo's texts. This takes a minute or two on two cores, and nothing is
+    downloaded. If the search is killed, the same command continues it and ends with the same result.
 
     Examples:
         funclora sweep --out search
-        funclora sweep --model model --data texts.jsonl --lr 1e-4:1e-2 --rank 4,16 --random 32 --steps 300
+        funclora sweep --model model --data chats.jsonl --lr 1e-4:1e-2 --rank 4,16 --random 32 --steps 300
+        funclora sweep run.toml --lr 1e-4,3e-4,1e-3 --dropout 0,0.1 --eval-every 50 --patience 3
+        funclora sweep --compare search,other
     """
-    from funclora.errors import ConfigError
-
-    if (model is None) != (data is None):
-        raise ConfigError("--model and --data must be given together. Give both, or neither for the demo's model.")
-    from funclora._apps.sweep.space import Space
-
-    lists = {"lr": lr, "rank": rank, "alpha": alpha, "targets": targets, "method": method, "init": init, "seeds": seeds}
-    space = Space(**{name: ",".join(values) for name, values in lists.items()})
+    if compare is not None:
+        _compare(compare, as_json=json)
+        return
+    lists = {
+        "lr": lr, "rank": rank, "alpha": alpha, "targets": targets, "method": method, "init": init, "dropout": dropout,
+        "seeds": seeds,
+    }  # fmt: skip
+    settings, space = _read(config, {k: v for k, v in options.items() if v is not None and v != []}, lists, domain)
     members = space.draws(random, seed) if random else space.grid()
+    from dataclasses import replace
+
     from funclora._apps.sweep.memory import parse_size
     from funclora._apps.sweep.settings import SearchSettings
     from funclora._apps.sweep.store import claimed
-    from funclora._apps.sweep.task import demo_task, folder_task
-    from funclora._apps.train.device import device_of
+    from funclora._apps.sweep.task import load_task
+    from funclora._apps.train.setup import demo_data
 
-    settings = SearchSettings(
-        steps, batch, every, halving, rungs, warmup, clip, weight_decay, parse_size(memory) if memory else None,
-        population,
-    )  # fmt: skip
-    sizes: dict[str, Any] = {"context": context, "windows": windows, "device": str(device_of(device))}
+    budget = parse_size(memory) if memory else None
     with claimed(out):
-        if model is not None and data is not None:
-            task = folder_task(model, data, **sizes)
-        else:
-            task = demo_task(domain, **sizes)
-        _run(out, task, members, settings, {"source": task.name, **sizes}, save, json)
+        if not settings.data:
+            settings = replace(settings, data=(demo_data(out, domain or DEMO_DOMAIN),))
+            rows = rows or DEMO_ROWS
+        task = load_task(replace(settings, seed=members[0].seed), out, rows)
+        every = settings.eval_every or -(-task.steps // EVALUATIONS)
+        searched = SearchSettings(
+            task.steps, every, halving, rungs, settings.patience, settings.final == "best", budget, population
+        )
+        _run(out, task, members, searched, rows, save, as_json=json)
+
+
+sweep.__signature__ = with_options(sweep, (*SEARCHED, *UNUSED))  # type: ignore[attr-defined]
+
+
+def _read(
+    config: Path | None, given: dict[str, Any], lists: dict[str, Lists], domain: str | None
+) -> tuple[Settings, Space]:
+    """The settings of all members, and the space of those that differ."""
+    from dataclasses import fields
+
+    from funclora._apps.sweep.space import Space
+    from funclora._apps.train.reading import read
+    from funclora.errors import ConfigError, near
+
+    settings = read(config, given)
+    demo = not settings.data
+    if domain is not None:
+        from funclora.demo.corpus import DOMAINS
+
+        if not demo:
+            raise ConfigError("--domain: names a part of the demo's data, but --data is given. Give one of them.")
+        if domain not in DOMAINS:
+            known = ", ".join(DOMAINS)
+            raise ConfigError(f"--domain: expected one of {known}, got {domain!r}.{near(domain, DOMAINS, 1)}")
+    for f in fields(settings):
+        if f.name in NO_EFFECT and f.default != getattr(settings, f.name):
+            raise ConfigError(f"{config}: {f.name} has no effect in a search. Leave it out.")
+    if settings.optimizer == "adamw-8bit":
+        raise ConfigError("optimizer: adamw-8bit cannot update several members at once. Set another one.")
+    own: dict[str, str] = {}
+    if config is not None:  # what is not searched is as in the file
+        alone = {name: getattr(settings, name) for name in SEARCHED}
+        own = {name: str(value) for name, value in alone.items() if name not in ("targets", "seed")}
+        own |= {"targets": "+".join(settings.targets), "seeds": str(settings.seed)}
+    elif demo:
+        settings = read(None, {**DEMO, **given})
+    space = Space(**own | {name: ",".join(values) for name, values in lists.items() if values is not None})
+    return settings, space
 
 
 def _run(
@@ -118,8 +180,9 @@ def _run(
     task: Task,
     members: list[Member],
     settings: SearchSettings,
-    source: dict[str, Any],
+    rows: int | None,
     save: int,
+    *,
     as_json: bool,
 ) -> None:
     from dataclasses import asdict
@@ -129,12 +192,15 @@ def _run(
     from funclora._apps.sweep.report import write
     from funclora._apps.sweep.search import Search
     from funclora._apps.sweep.store import NOT_FINITE, Store
+    from funclora._apps.train.checkpoint import plain
     from funclora._apps.train.console import Console
     from funclora._apps.train.quiet import QUIET
 
-    trained = {k: v for k, v in asdict(settings).items() if k not in ("budget", "population")}
-    config = {**source, **trained, "members": [asdict(member) for member in members], **task.digests()}
-    store = Store(out, config, len(members))
+    trained = {key: value for key, value in plain(task.settings).items() if key not in (*SEARCHED, *UNUSED)}
+    searched = {k: v for k, v in asdict(settings).items() if k not in ("budget", "population")}
+    data = trained.pop("data")  # the files may move, but not change
+    given = {**trained, **searched, "rows": rows, "members": [asdict(member) for member in members]}
+    store = Store(out, {**given, **task.digests(), "source": data}, len(members))
     console = Console(stderr=as_json, quiet=as_json)
     live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -150,6 +216,8 @@ def _run(
     search = Search(task, members, settings, store, observe)
     resumed = sum(p.step for p in search.progress.values())
     if not store.state.done:
+        for note in task.data.notes:
+            console.print(note, style="dim", markup=False, highlight=False)
         with live:
             search.run()
             search.status.doing = "writing"
@@ -181,8 +249,9 @@ def _ranking(board: list[dict[str, Any]], shown: int) -> RenderableType:
     table = Table(title=f"The best {min(shown, len(board))} of {len(board)}" if board else None)
     # Options that are equal for all members would make the table too wide.
     varied = [name for name in OPTIONS if len({row[name] for row in board}) > 1]
-    columns = {"member": "member", "heldout_loss": "held-out", "step": "step"} | {name: name for name in varied}
-    for name, title in (columns | {"status": "status"}).items():
+    metrics = [name for name in ("accuracy", "macro_f1", "span_f1") if any(name in row for row in board)]
+    columns = {"member": "member", "heldout_loss": "held-out"} | {name: name.replace("_", " ") for name in metrics}
+    for name, title in (columns | {"step": "step"} | {name: name for name in varied} | {"status": "status"}).items():
         words = name in ("method", "targets", "init", "status")
         table.add_column(title, justify="left" if words else "right", overflow="fold")
     for row in board[:shown]:
@@ -191,6 +260,7 @@ def _ranking(board: list[dict[str, Any]], shown: int) -> RenderableType:
         table.add_row(
             str(row["member"]),
             "" if loss is None else f"{loss:.4f}",
+            *(f"{row[name]:.1%}" if name in row else "" for name in metrics),
             str(row["step"]),
             *(cell if isinstance(cell, str) else f"{cell:g}" for cell in cells),
             row["status"],
@@ -217,9 +287,32 @@ def _report(search: Search, resumed: int, console: Any, as_json: bool) -> None:
     if status.fresh:
         console.print(f"{status.fresh} member-steps in {_clock(status.seconds)}.", highlight=False)
     console.print(
-        f"Everything is in [bold]{out}[/]: results.jsonl, leaderboard.json, learning_curves.png, "
-        f"parallel_coordinates.png, and {len(adapters)} PEFT folders under adapters/."
+        f"Everything is in [bold]{out}[/]: results.jsonl, leaderboard.json, learning_curves.png, learning_rates.png, "
+        f"parallel_coordinates.png, and {len(adapters)} PEFT folders under adapters/, each with its run.toml."
     )
+
+
+def _compare(folders: Sequence[Path], *, as_json: bool) -> None:
+    from rich.table import Table
+
+    from funclora._apps.sweep.compare import compared
+    from funclora._apps.train.console import Console
+
+    found = compared(folders)
+    if as_json:
+        print_json(found.tree())
+        return
+    console = Console()
+    table = Table()
+    for title in ("", "members", "best member", "held-out", "options of the best"):
+        table.add_column(title, justify="left" if title in ("", "options of the best") else "right", overflow="fold")
+    for side in found.sides:
+        said = ", ".join(f"{name} {value}" for name, value in side.best_options.items())
+        loss = "" if side.best_loss is None else f"{side.best_loss:.4f}"
+        table.add_row(side.folder, str(side.members), str(side.best_member), loss, said)
+    console.print(table)
+    for line in found.words():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

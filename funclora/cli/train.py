@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora._apps.train.reading import element_of, kind_of, option, read
+from funclora._apps.train.reading import option, read
 from funclora._apps.train.settings import RUN_FILE, Settings
-from funclora.cli._options import VALUES, Whole, choices
 from funclora.cli._output import AsJson, print_json
 from funclora.cli._report import short, size, weights
+from funclora.cli._settings import with_options
 from funclora.errors import printable
 
 if TYPE_CHECKING:
@@ -81,45 +79,7 @@ def train(
         _print(settings, result)
 
 
-def _option(key: str, default: Any, metadata: Any) -> inspect.Parameter:
-    """The option of a key. Its text is read by `reading.read`, for messages like those about a file."""
-    kind, _ = kind_of(key)
-    name = option(key)
-    metavar, words = choices(metadata["choices"]) if "choices" in metadata else (VALUES.get(kind), "")
-    # Typer would put parentheses around a default that is a text, and all options are read as texts.
-    shown = rf"\[default: {_words(default)}]" if default is not None and default != () else ""
-    common: dict[str, Any] = {
-        "help": f"{metadata['help']}{words} {shown}".rstrip(),
-        "rich_help_panel": metadata["group"],
-        "show_default": False,
-    }
-    annotation: Any
-    if kind is bool:
-        annotation = Annotated[bool | None, typer.Option(name, **common)]
-    elif kind is tuple:
-        element = Whole if metadata.get("whole") else element_of(key)
-        annotation = Annotated[Sequence[element] | None, typer.Option(name, **common)]  # type: ignore[valid-type]
-    else:
-        annotation = Annotated[str | None, typer.Option(name, metavar=metavar, **common)]
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _with_options() -> inspect.Signature:
-    """The command's signature, with an option for each key of the settings before those that say how to answer."""
-    own = inspect.signature(train, eval_str=True)
-    config, *rest = (p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD)
-    keys = [_option(f.name, f.default, f.metadata) for f in fields(Settings)]
-    rest = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in rest]
-    return own.replace(parameters=[config, *keys, *rest])
-
-
-train.__signature__ = _with_options()  # type: ignore[attr-defined]
+train.__signature__ = with_options(train)  # type: ignore[attr-defined]
 
 
 def _file(config: Path | None, given: dict[str, Any]) -> Path | None:

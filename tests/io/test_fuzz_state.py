@@ -24,11 +24,13 @@ from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Space
 from funclora._apps.sweep.store import Store
 from funclora._apps.sweep.task import Task
+from funclora._apps.train.base import Base, ByteTokenizer
 from funclora._apps.train.checkpoint import opened
+from funclora._apps.train.examples import Data, Example
 from funclora._apps.train.journal import Journal
 from funclora._apps.train.loop import train
+from funclora._apps.train.settings import CAUSAL, Settings
 from funclora._files.seal import BLANK, CHECKSUM, sealed
-from funclora.demo.corpus import encode, windows
 from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.errors import FuncloraError
 
@@ -46,8 +48,9 @@ class StoppedError(Exception):
 def task() -> Task:
     torch.manual_seed(0)
     model = ByteLM(ByteLMConfig(dim=16, layers=1, heads=2, hidden=24, context=12)).eval().requires_grad_(False)
-    heldout = windows(TEXT, count=5, context=12)
-    return Task("toy", model, fl.base_params(model), encode(TEXT), heldout, 12, {}, {})
+    rows = [Example([*TEXT[i : i + 12]], [*TEXT[i : i + 12]], (12,), f"t:{i}") for i in range(0, len(TEXT) - 12, 12)]
+    base = Base("toy", model, fl.base_params(model), ByteTokenizer(), CAUSAL, 12)
+    return Task(base, Data(rows, rows[:5]), Settings(steps=4, batch=2, warmup=1.0), rows[:5])
 
 
 def go_on(folder: Path) -> None:
@@ -60,7 +63,7 @@ def go_on(folder: Path) -> None:
 
 def search_on(folder: Path, task: Task, stop: bool = False) -> None:
     members = Space(lr="1e-3,1e-2", rank="2", targets="q_proj").grid()
-    given = SearchSettings(steps=4, batch=2, every=2, halving=0, warmup=1, budget=2**40)
+    given = SearchSettings(steps=4, every=2, halving=0, budget=2**40)
     store = Store(folder, {"members": [member.values for member in members]}, 2)
 
     def observe(status: Any) -> None:

@@ -1,10 +1,11 @@
-"""The results of a search: the leaderboard, two plots, and the best adapters as PEFT folders."""
+"""The results of a search: the leaderboard, three plots, and the best adapters with their settings."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,24 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 
 from funclora._apps.sweep.search import Search
+from funclora._apps.sweep.space import Member
+from funclora._apps.sweep.store import LIVE, STOPPED
+from funclora._apps.train.finish import write_adapter
+from funclora._apps.train.loop import FINISHED, PATIENCE, Outcome
+from funclora._apps.train.reading import write as write_settings
+from funclora._apps.train.settings import RUN_FILE
 from funclora._files.atomic import replace_files
-from funclora.io.hf.origin import write_origin
-from funclora.io.peft.folder import save_peft
+from funclora._files.staging import staged_folder
+from funclora.analysis._figure import colors_of
 
 COLORS = mpl.colormaps["viridis"]  # the darker, the lower the loss
 SPREAD = 0.05
-AXES = ("lr", "rank", "alpha", "targets", "method", "init", "seed")
+AXES = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
+NAMED = 6  # members with a colour
+MOST_LINES = 20  # in a legend
 
 
 def write(search: Search, save: int) -> None:
@@ -33,28 +43,52 @@ def write(search: Search, save: int) -> None:
 
     Args:
         search: a finished search.
-        save: number of the best adapters to write.
+        save: number of the best adapters to write, each with the settings of a run that trains it alone.
     """
     store = search.store
     board = search.leaderboard()
     for row in board[:save]:
-        member = search.members[row["member"]]
-        if search.progress[member.id].file is not None:
-            folder = store.folder / "adapters" / f"{row['place']:02d}-member-{member.id:03d}"
-            save_peft(folder, search.adapters(member.id), member.config(**search.task.lora))
-            base = search.task.lora.get("base_model_name_or_path")
-            if base is not None:
-                write_origin(folder, Path(base))
+        member, progress = search.members[row["member"]], search.progress[row["member"]]
+        if progress.files:
+            name = f"{row['place']:02d}-member-{member.id:03d}"
+            _write_member(search, member, store.folder / "adapters" / name)
     writers = {
         "learning_curves.png": partial(learning_curves, store.state.records),
+        "learning_rates.png": partial(learning_rates, board),
         "parallel_coordinates.png": partial(parallel_coordinates, board),
         "leaderboard.json": partial(_write_json, board),
     }
     replace_files(store.folder, writers)
     for progress in search.progress.values():
-        progress.file = None
+        progress.file = progress.best_file = None
     store.state.done = True
     store.commit()
+
+
+def _write_member(search: Search, member: Member, folder: Path) -> None:
+    task, progress, records = search.task, search.progress[member.id], search.store.state.records
+    settings = replace(
+        task.member_settings(member),
+        steps=search.settings.steps,
+        eval_every=search.settings.every,
+        out=search.store.folder / f"member-{member.id:03d}",
+    )
+    own = [record for record in records if record["member"] == member.id and record["heldout_loss"] is not None]
+    best = None if progress.best_step is None else (progress.best_step, float(progress.best_loss or 0.0))
+    outcome = Outcome(
+        search.adapters(member.id),
+        progress.best_step if search.settings.keeps_best and progress.best_step else progress.step,
+        progress.step,
+        {
+            "train": [(record["step"], record["train_loss"]) for record in own],
+            "validation": [(record["step"], record["heldout_loss"]) for record in own],
+        },
+        best,
+        PATIENCE if progress.status == STOPPED else FINISHED if progress.status == LIVE else progress.status,
+    )
+    with staged_folder(folder, replace=True) as draft:
+        write_adapter(draft, task.start(member), outcome, task.data, settings)
+        write_settings(settings, draft / RUN_FILE)
 
 
 def _write_json(value: Any, file: Path) -> None:
@@ -62,30 +96,78 @@ def _write_json(value: Any, file: Path) -> None:
 
 
 def learning_curves(records: list[dict[str, Any]], file: Path) -> None:
-    """Draw held-out loss by step, one line for each member, the best ones with names."""
+    """Draw held-out loss by step, one line for each member, the best ones in colours and with their options."""
     curves: dict[int, list[tuple[int, float]]] = {}
+    options: dict[int, dict[str, Any]] = {}
     for record in records:
+        options[record["member"]] = record
         if record["heldout_loss"] is not None:
             curves.setdefault(record["member"], []).append((record["step"], record["heldout_loss"]))
     order = sorted(curves, key=lambda i: (-curves[i][-1][0], curves[i][-1][1]))
-    norm = _norm([curve[-1][1] for curve in curves.values()])
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    varied = _varied([*options.values()])
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for place, i in reversed([*enumerate(order)]):
         steps, losses = zip(*curves[i], strict=True)
-        label = f"member {i}: {losses[-1]:.3f}" if place < 5 else None
-        axes.plot(
-            steps, losses, marker="o", markersize=3, linewidth=1.8 if label else 0.8, alpha=1 if label else 0.55,
-            color=COLORS(norm(losses[-1])), label=label,
-        )  # fmt: skip
+        if place < NAMED:
+            said = ", ".join(f"{name} {_short(options[i][name])}" for name in varied)
+            look: dict[str, Any] = {"color": f"C{place}", "linewidth": 1.8, "label": f"{i}: {losses[-1]:.4g}; {said}"}
+        else:
+            look = {"color": "0.7", "linewidth": 0.8}
+        axes.plot(steps, losses, marker="o", markersize=3, **look)
     if curves:
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], title="best", fontsize=8)
-        figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label="last held-out loss")
+        axes.legend(
+            handles[::-1], labels[::-1], title="member: last loss; options", fontsize=8, loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+        )  # fmt: skip
         axes.set_ylim(*_sensible([loss for curve in curves.values() for _, loss in curve]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
-    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_ylabel("held-out loss, nats per label")
     figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
+
+
+def learning_rates(board: list[dict[str, Any]], file: Path) -> None:
+    """Draw held-out loss by learning rate, one line for each combination of the other options.
+
+    Only members that were trained for equally many steps are compared: the longest-trained ones of each line. Seeds are
+    averaged.
+    """
+    last = max((row["step"] for row in board if row["heldout_loss"] is not None), default=0)
+    rows = [row for row in board if row["heldout_loss"] is not None and row["step"] == last]
+    varied = [name for name in _varied(rows) if name not in ("lr", "seed")]
+    lines: dict[tuple[Any, ...], dict[float, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: [str(row[name]).zfill(12) for name in varied]):
+        line = lines.setdefault(tuple(row[name] for name in varied), {})
+        line.setdefault(row["lr"], []).append(row["heldout_loss"])
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = colors_of(len(lines))
+    for color, (values, line) in zip(colors, lines.items(), strict=True):
+        rates = sorted(line)
+        means = [math.fsum(line[rate]) / len(line[rate]) for rate in rates]
+        said = ", ".join(f"{name} {_short(value)}" for name, value in zip(varied, values, strict=True))
+        axes.plot(rates, means, marker="o", markersize=4, color=color, label=said)
+        axes.plot(rates[means.index(min(means))], min(means), marker="o", markersize=9, color=color, fillstyle="none")
+    if rows:
+        axes.set_ylim(*_sensible([loss for line in lines.values() for losses in line.values() for loss in losses]))
+        axes.set_xscale("log")
+    if varied and len(lines) <= MOST_LINES:
+        axes.legend(fontsize=8)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("held-out loss, nats per label")
+    axes.set_title(f"Members that were trained for {last} steps; a ring is the best rate of a line")
+    figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _varied(rows: list[dict[str, Any]]) -> list[str]:
+    """The options that differ between rows."""
+    return [name for name in AXES if len({row[name] for row in rows}) > 1]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sensible(losses: list[float]) -> tuple[float, float]:
@@ -99,7 +181,7 @@ def _sensible(losses: list[float]) -> tuple[float, float]:
 def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
     """Draw one vertical axis for each option that was varied and one for the loss, and a line for each member."""
     rows = [row for row in board if row["heldout_loss"] is not None]
-    varied = [name for name in AXES if len({row[name] for row in board}) > 1]
+    varied = _varied(board)
     names = [*varied, "heldout_loss"]
     places = {name: _places([row[name] for row in rows], name) for name in names}
     norm = _norm([row["heldout_loss"] for row in rows])
@@ -124,7 +206,7 @@ def parallel_coordinates(board: list[dict[str, Any]], file: Path) -> None:
         spine.set_visible(False)
     axes.set_title("Thick lines: trained to the end; thin lines: dropped on the way")
     if rows:
-        figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label="held-out loss, nats per token")
+        figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label="held-out loss, nats per label")
     figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 

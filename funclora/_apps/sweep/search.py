@@ -14,17 +14,18 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor
 
 import funclora as fl
 from funclora._apps.sweep import memory
 from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Member
-from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, MemberProgress, Store
+from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, STOPPED, MemberProgress, Store
 from funclora._apps.sweep.task import Task
+from funclora._apps.train.scores import Score
 from funclora._many.stack import Stack
 from funclora._torch.pytree import keyed_copies, leaf_keys
 from funclora._train.members import Population
+from funclora._train.step import seeded
 from funclora.errors import ConfigError, FormatError
 from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation
@@ -79,8 +80,10 @@ class Search:
         self.store = store
         self.observe = observe
         self.status = Status()
-        self.step = fl.population_step(task.model, task.loss, per_member(settings.optimizer(), lr=[]))
+        self.step = fl.population_step(task.model, task.loss, per_member(task.optimizer(), lr=[]))
         self._specs: dict[int, Any] = {}
+        # Rows of other seeds are of other lengths, and what is drawn for dropout depends on the length.
+        self._by_seed = any(member.dropout for member in members)
 
     @property
     def progress(self) -> dict[int, MemberProgress]:
@@ -95,7 +98,7 @@ class Search:
 
     def _kind(self, i: int) -> tuple[Any, ...]:
         member = self.members[i]
-        return member.method, member.targets, member.rank
+        return member.seed if self._by_seed else 0, member.method, member.targets, member.rank
 
     def run(self) -> None:
         """Train, evaluate and cut until the end."""
@@ -109,6 +112,7 @@ class Search:
                 size = state.size or 1
                 parts = math.ceil(len(pending) / size)
                 group = pending[: math.ceil(len(pending) / parts)]
+                group = [i for i in group if self._kind(i)[0] == self._kind(group[0])[0]]
                 try:
                     self._advance(group, point)
                 except Exception as error:
@@ -120,13 +124,22 @@ class Search:
         self._tell("done")
 
     def ranking(self) -> list[int]:
-        """All members, best first: by number of steps, then by held-out loss."""
+        """All members, best first: by number of steps, then by held-out loss. Those that stopped have no more to go."""
 
         def key(i: int) -> tuple[Any, ...]:
-            p = self.progress[i]
-            return p.status == NOT_FINITE, -p.step, math.inf if p.loss is None else p.loss, i
+            p, loss = self.progress[i], self.loss(i)
+            steps = self._reached() if p.status == STOPPED else p.step
+            return p.status == NOT_FINITE, -steps, math.inf if loss is None else loss, i
 
         return sorted(self.progress, key=key)
+
+    def _reached(self) -> int:
+        return max((p.step for p in self.progress.values()), default=0)
+
+    def loss(self, i: int) -> float | None:
+        """The held-out loss that counts for a member."""
+        p = self.progress[i]
+        return p.best_loss if self.settings.keeps_best and p.status != NOT_FINITE else p.loss
 
     def leaderboard(self) -> list[dict[str, Any]]:
         """The ranking with what is known of each member."""
@@ -134,17 +147,22 @@ class Search:
             {
                 "place": place,
                 "member": i,
-                "heldout_loss": self.progress[i].loss,
+                "heldout_loss": self.loss(i),
                 "step": self.progress[i].step,
+                "best_step": self.progress[i].best_step,
                 "status": self.progress[i].status,
                 **self.members[i].values,
+                **self.progress[i].metrics,
             }
             for place, i in enumerate(self.ranking(), start=1)
         ]
 
     def adapters(self, i: int) -> dict[str, fl.Rule]:
         """The adapters of a member whose tensors were kept."""
-        adapters: dict[str, fl.Rule] = self._loaded(i)["adapters"]
+        p = self.progress[i]
+        file = p.best_file if self.settings.keeps_best else p.file
+        assert file is not None
+        adapters: dict[str, fl.Rule] = self._loaded(i, file)["adapters"]
         return adapters
 
     # Populations
@@ -170,7 +188,7 @@ class Search:
         device = self.task.device
         memory.reset_peak(device)
         members, state = self._begun([self._fresh(i) for i in largest], largest)
-        self.step(self.task.params, members, state, self._batch(largest, 0))
+        self._stepped(members, state, largest, 0)
         return memory.peak(device)
 
     def _weight(self, i: int) -> float:
@@ -203,7 +221,7 @@ class Search:
             if not group:
                 break
             before = time.perf_counter()
-            members, state, metrics = self.step(self.task.params, members, state, self._batch(group, step))
+            members, state, metrics = self._stepped(members, state, group, step)
             losses, finite = metrics["loss"].tolist(), metrics["finite"].tolist()
             if not all(finite):
                 kept = [k for k, fine in enumerate(finite) if fine]
@@ -213,59 +231,62 @@ class Search:
             for i, loss in zip(group, losses, strict=True):
                 sums[i] += loss
             self._tick(len(finite), step + 1, time.perf_counter() - before)
-        heldout = dict(zip(group, self._heldout(members), strict=True)) if group else {}
-        lost |= {i: point for i, loss in heldout.items() if not math.isfinite(loss)}
+        heldout = dict(zip(group, self.task.scores([*members]), strict=True)) if group else {}
+        lost |= {i: point for i, score in heldout.items() if not math.isfinite(score.values["loss"])}
         seconds = time.perf_counter() - started
         trees = {i: {"adapters": m, "state": s} for i, m, s in zip(group, members, state, strict=True)} if group else {}
         for i, step in lost.items():
             self._record(i, step, None, None, seconds)
-        for i in group:
-            if i not in lost:
-                self._record(i, point, sums[i] / (point - start), heldout[i], seconds)
-        self.store.commit({i: keyed_copies(tree) for i, tree in trees.items() if i not in lost})
+        kept_best = {
+            i: self._record(i, point, sums[i] / (point - start), heldout[i], seconds) for i in group if i not in lost
+        }
+        self.store.commit({i: keyed_copies(trees[i]) for i in kept_best}, {i for i, best in kept_best.items() if best})
         self._tell("training")
 
-    def _record(self, i: int, step: int, train: float | None, heldout: float | None, seconds: float) -> None:
-        p = self.progress[i]
-        p.step, p.loss = step, heldout
-        if heldout is None:
-            p.status, p.file = NOT_FINITE, None
+    def _stepped(self, members: Population, state: Any, group: list[int], step: int) -> tuple[Population, Any, Any]:
+        """A step of some members, each with its own rows and dropout."""
+        own = [self.members[i] for i in group]
+        batch = self.task.batch([member.seed for member in own], step)
+        seeds = self.task.seeds(own, step)
+        with seeded(seeds[0], members[0]):  # the model's own dropout, which is drawn for all members at once
+            return self.step(self.task.base.params, members, state, batch, seeds=seeds)
+
+    def _record(self, i: int, step: int, train: float | None, heldout: Score | None, seconds: float) -> bool:
+        """Take up an evaluation; whether it is the member's best one and its tensors are to be kept."""
+        p, patience = self.progress[i], self.settings.patience
+        p.step, p.loss = step, None if heldout is None else heldout.values["loss"]
+        is_best = False
+        if heldout is None or p.loss is None:
+            p.status, p.file, p.best_file = NOT_FINITE, None, None
             self._note(f"member {i} dropped at step {step}: its loss is not finite")
+        else:
+            p.metrics = {name: value for name, value in heldout.values.items() if name not in ("loss", "perplexity")}
+            is_best = p.best_loss is None or p.loss < p.best_loss
+            p.waited = 0 if is_best else p.waited + 1
+            if is_best:
+                p.best_step, p.best_loss = step, p.loss
+            if patience and p.waited >= patience and step < self.settings.steps:
+                p.status = STOPPED
+                self._note(f"member {i} stopped at step {step}: no improvement since step {p.best_step}")
         self.store.state.records.append({
             "member": i,
             "step": step,
-            "heldout_loss": heldout,
+            "heldout_loss": p.loss,
             "train_loss": train,
             "status": p.status,
             **self.members[i].values,
+            **p.metrics,
             "seconds": round(seconds, 3),
         })  # fmt: skip
-
-    def _batch(self, group: list[int], step: int) -> Tensor:
-        by_seed = {s: self.task.batch(s, step, self.settings.batch) for s in {self.members[i].seed for i in group}}
-        return torch.stack([by_seed[self.members[i].seed] for i in group])
-
-    @torch.no_grad()
-    def _heldout(self, members: Population) -> list[float]:
-        """Held-out loss of each member."""
-        n, windows = len(members), self.task.heldout
-        sums = torch.zeros(n, device=windows.device)
-        bound: dict[int, Any] = {}
-        for part in windows.split(max(self.settings.batch, 1)):
-            if len(part) not in bound:
-                ids = [k for k in range(n) for _ in part]
-                bound[len(part)] = fl.bind(self.task.model, self.task.params, fl.route(members, ids))
-            losses = self.task.row_losses(bound[len(part)], part.repeat(n, 1))
-            sums += losses.unflatten(0, (n, len(part))).sum(1)
-        found: list[float] = (sums / len(windows)).tolist()
-        return found
+        return is_best and self.settings.keeps_best
 
     def _cut(self, rung: int) -> None:
         """Keep the best members at a rung. The others' tensors are kept too, since they may be saved at the end."""
-        field_ = [i for i in self.ranking() if self.progress[i].status == LIVE]
+        field_ = [i for i in self.ranking() if self.progress[i].status in (LIVE, STOPPED)]
         keep = math.ceil(len(field_) / self.settings.halving)
         for i in field_[keep:]:
-            self.progress[i].status = HALVED
+            if self.progress[i].status == LIVE:
+                self.progress[i].status = HALVED
         self.store.state.rung = rung + 1
         self._note(f"rung {rung + 1}: the best {keep} of {len(field_)} continue")
         self.store.commit()
@@ -274,35 +295,33 @@ class Search:
     # Values
 
     def _fresh(self, i: int) -> dict[str, fl.Rule]:
-        member = self.members[i]
-        generator = torch.Generator().manual_seed(member.seed)
-        return fl.init(self.task.model, member.config(**self.task.lora), generator=generator, params=self.task.params)
+        return self.task.start(self.members[i]).adapters
 
     def _begun(self, adapters: list[dict[str, fl.Rule]], ids: list[int]) -> tuple[Population, Stack[Any]]:
         members = fl.stack(adapters)
         return members, self._optimizer(ids).init(members)
 
     def _optimizer(self, ids: list[int]) -> MemberTransformation:
-        return per_member(self.settings.optimizer(), lr=[self.members[i].lr for i in ids])
+        return per_member(self.task.optimizer(), lr=[self.members[i].lr for i in ids])
 
     def _restored(self, group: list[int]) -> tuple[Population, Stack[Any]]:
-        if self.progress[group[0]].file is None:
+        files = [self.progress[i].file for i in group]
+        if files[0] is None:
             return self._begun([self._fresh(i) for i in group], group)
-        trees = [self._loaded(i) for i in group]
+        trees = [self._loaded(i, str(file)) for i, file in zip(group, files, strict=True)]
         return fl.stack([tree["adapters"] for tree in trees]), fl.stack([tree["state"] for tree in trees])
 
-    def _loaded(self, i: int) -> dict[str, Any]:
+    def _loaded(self, i: int, file: str) -> dict[str, Any]:
         if i not in self._specs:
             members, state = self._begun([self._fresh(i)], [i])
             like: Any = {"adapters": members[0], "state": state[0]}
             leaves, spec = optree.tree_flatten(like)
             self._specs[i] = spec, [(leaf.shape, leaf.dtype) for leaf in leaves]
-        (spec, kinds), stored = self._specs[i], self.store.load(i)
+        (spec, kinds), stored = self._specs[i], self.store.load(i, file)
         keys = leaf_keys(spec)
         if {*keys} != {*stored} or [(stored[key].shape, stored[key].dtype) for key in keys] != kinds:
             raise FormatError(
-                f"{self.store.tensors / str(self.progress[i].file)}: it does not hold the tensors of member {i}. Use "
-                "another --out."
+                f"{self.store.tensors / file}: it does not hold the tensors of member {i}. Use another --out."
             )
         tree: dict[str, Any] = spec.unflatten([stored[key].to(self.task.device) for key in keys])
         return tree

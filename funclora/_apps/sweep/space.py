@@ -33,7 +33,8 @@ class Member:
         targets: "all-linear", or names of modules joined by "+".
         method: "lora" or "dora".
         init: PEFT's `init_lora_weights`, in lower case.
-        seed: determines the adapter's initial values and the order of its data.
+        seed: determines the adapter's initial values, its dropout and the order of its data.
+        dropout: probability on the inputs of the adapter.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Member:
     method: str
     init: str
     seed: int
+    dropout: float = 0.0
 
     def config(self, **more: Any) -> LoraConfig:
         """The adapter's configuration, with further fields."""
@@ -54,6 +56,7 @@ class Member:
             target_modules=targets,
             use_dora=self.method == "dora",
             init_lora_weights=INITS[self.init],
+            lora_dropout=self.dropout,
             **more,
         )
 
@@ -97,6 +100,7 @@ class Space:
         method: of `METHODS`.
         init: of `INITS`.
         seeds: integers.
+        dropout: numbers from 0, below 1.
     """
 
     lr: str = "1e-3,3e-3,1e-2,3e-2"
@@ -106,6 +110,7 @@ class Space:
     method: str = "lora,dora"
     init: str = "true"
     seeds: str = "0"
+    dropout: str = "0"
 
     def dimensions(self) -> tuple[Dimension[Any], ...]:
         """The options, parsed.
@@ -121,6 +126,7 @@ class Space:
             _names("method", self.method, METHODS),
             _names("init", self.init, INITS),
             Dimension("seeds", [_number("seeds", text, int) for text in _listed("seeds", self.seeds)]),
+            Dimension("dropout", [_number("dropout", text, float) for text in _listed("dropout", self.dropout)]),
         )
 
     def grid(self) -> list[Member]:
@@ -159,9 +165,9 @@ def _draw(dimension: Dimension[Any], rng: random.Random) -> Any:
 
 
 def _member(i: int, chosen: Sequence[Any]) -> Member:
-    lr, rank, alpha, targets, method, init, seed = chosen
+    lr, rank, alpha, targets, method, init, seed, dropout = chosen
     alpha = alpha(rank) if callable(alpha) else alpha
-    member = Member(i, lr, rank, float(alpha), targets, method, init, seed)
+    member = Member(i, lr, rank, float(alpha), targets, method, init, seed, dropout)
     member.config()  # for its errors, before anything was trained
     return member
 
@@ -198,9 +204,18 @@ def _number(name: str, text: str, kind: Callable[[str], T]) -> T:
         value = kind(text)
     except ValueError:
         value = None
-    positive = name == "seeds" or not isinstance(value, int | float) or 0 < value < math.inf
-    if value is None or not positive:
-        what = {"rank": "a positive integer", "seeds": "an integer", "alpha": "a positive number or 2r"}
+    within = (
+        not isinstance(value, int | float)
+        or {
+            "seeds": lambda: 0 <= value < 2**63,
+            "dropout": lambda: 0 <= value < 1,
+        }.get(name, lambda: 0 < value < math.inf)()
+    )
+    if value is None or not within:
+        what = {
+            "rank": "a positive integer", "seeds": "an integer from 0", "alpha": "a positive number or 2r",
+            "dropout": "a number from 0, below 1",
+        }  # fmt: skip
         raise ConfigError(f"--{name}: expected {what.get(name, 'a positive number')}, got {text!r}.") from None
     return value
 

@@ -13,7 +13,7 @@ import contextlib
 import json
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from funclora._files.typed import as_type
 from funclora.errors import ConfigError, FormatError, FuncloraWarning
 
 CONFIG, STATE, BEFORE, RESULTS = "sweep.json", "state.json", "before.json", "results.jsonl"
-LIVE, HALVED, NOT_FINITE = "live", "halved", "not finite"
+LIVE, HALVED, NOT_FINITE, STOPPED = STATUSES = ("live", "halved", "not finite", "stopped")
 
 
 @dataclass
@@ -40,15 +40,30 @@ class MemberProgress:
 
     Attributes:
         step: steps taken.
-        status: of `LIVE`, `HALVED` (dropped at a rung) and `NOT_FINITE`.
+        status: of `LIVE`, `HALVED` (dropped at a rung), `NOT_FINITE` and `STOPPED` (no improvement any more).
         loss: held-out loss at the last evaluation.
         file: the file with its tensors, if they are still needed.
+        best_step: the evaluation with the lowest loss.
+        best_loss: this loss.
+        best_file: the file with the tensors of then, if they are kept.
+        waited: evaluations since then.
+        metrics: other held-out scores at the last evaluation, such as "accuracy".
     """
 
     step: int = 0
     status: str = LIVE
     loss: float | None = None
     file: str | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    best_file: str | None = None
+    waited: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def files(self) -> set[str]:
+        """The files with its tensors."""
+        return {name for name in (self.file, self.best_file) if name is not None}
 
 
 @dataclass
@@ -141,7 +156,7 @@ class Store:
             raise FormatError(f"{file} is broken: {error} Use another --out.") from error
         if len(state.records) != state.lines:
             raise FormatError(f"{self.folder / RESULTS} has lost lines. Use another --out.")
-        for name in {member.file for member in state.members.values()} - {None}:
+        for name in {name for member in state.members.values() for name in member.files}:
             tensors = file_inside(self.tensors, name, f"{file}: file")
             if not tensors.is_file() or not is_intact(tensors.read_bytes()):
                 raise FormatError(f"{tensors} is missing or damaged: its checksum does not match. Use another --out.")
@@ -151,11 +166,13 @@ class Store:
         """Raise `ValueError` for a state that no search has."""
         if {*state.members} != {*range(self._n)}:
             raise ValueError(f"members: expected those from 0 to {self._n - 1}.")
-        numbers = [state.rung, state.files, state.lines, *(member.step for member in state.members.values())]
+        members = state.members.values()
+        counts = [count for member in members for count in (member.step, member.waited, member.best_step or 0)]
+        numbers = [state.rung, state.files, state.lines, *counts]
         if min(numbers) < 0 or (state.size is not None and state.size < 1):
             raise ValueError("a number is negative.")
         for i, member in state.members.items():
-            if member.status not in (LIVE, HALVED, NOT_FINITE):
+            if member.status not in STATUSES:
                 raise ValueError(f"members[{i}]: {reprlib.repr(member.status)} is no status.")
             if member.status == LIVE and member.step and member.file is None and not state.done:
                 raise ValueError(f"members[{i}]: its tensors are in no file.")
@@ -171,8 +188,13 @@ class Store:
             as_type(float | None, record.get(name), f"{where}: {name}")
         return record
 
-    def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
-        """Commit the state and new tensors of some members, from which a later run continues."""
+    def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None, best: Set[int] = frozenset()) -> None:
+        """Commit the state and new tensors of some members, from which a later run continues.
+
+        Args:
+            tensors: by member.
+            best: members whose new tensors are kept as their best ones.
+        """
         state = self.state
         if tensors:
             name = f"{state.files:06d}.safetensors"
@@ -180,6 +202,8 @@ class Store:
             replace_files(self.tensors, {name: _writer(sealed(save(flat, dict(BLANK))))})
             for i in tensors:
                 state.members[i].file = name
+                if i in best:
+                    state.members[i].best_file = name
             state.files += 1
         state.lines = len(state.records)
         lines = "".join(json.dumps(record) + "\n" for record in state.records)
@@ -195,10 +219,8 @@ class Store:
         self._last = content
         self._sweep_up()
 
-    def load(self, i: int) -> dict[str, Tensor]:
-        """The tensors of a member."""
-        name = self.state.members[i].file
-        assert name is not None
+    def load(self, i: int, name: str) -> dict[str, Tensor]:
+        """The tensors of a member in a file."""
         prefix = f"{i}/"
         try:
             with safe_open(str(self.tensors / name), framework="pt") as file:
@@ -210,7 +232,7 @@ class Store:
 
     def _sweep_up(self) -> None:
         """Remove files that no commit refers to: old tensors, and drafts of killed processes."""
-        used = {member.file for member in self.state.members.values()} | self._before
+        used = {name for member in self.state.members.values() for name in member.files} | self._before
         for file in [*self.tensors.glob("*.safetensors"), *self.tensors.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
             if file.name not in used:
                 file.unlink(missing_ok=True)
@@ -229,7 +251,8 @@ def _named(state: bytes) -> set[str]:
     """The files with tensors that a state names."""
     try:
         members = json.loads(state)["members"].values()
-        return {str(member["file"]) for member in members if member["file"] is not None}
+        files = [member[key] for member in members for key in ("file", "best_file")]
+        return {str(file) for file in files if file is not None}
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()  # it is damaged, and will not be gone on from
 

@@ -1,183 +1,194 @@
-"""The task of a search: a frozen causal language model, and text for training and for evaluation."""
+"""The task of a search: a run of `funclora train` whose options differ by member."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funclora._apps.train import records
-from funclora._apps.train.base import Base, ByteTokenizer, load_base, load_tokenizer
-from funclora._apps.train.settings import Settings
-from funclora._init.fresh import generator_of
-from funclora.errors import ConfigError, FormatError, near
-from funclora.rules.base import Params
-
-EVERY = 8  # of eight texts the last is held out
+from funclora._apps.sweep.space import Member
+from funclora._apps.train.adapters import Start, begin
+from funclora._apps.train.base import Base
+from funclora._apps.train.batches import Batches, collate
+from funclora._apps.train.checkpoint import fingerprint
+from funclora._apps.train.examples import Data
+from funclora._apps.train.folder import load_model
+from funclora._apps.train.optimizer import Vectors, joins, optimizer, total_steps
+from funclora._apps.train.packing import is_packed
+from funclora._apps.train.rows import Example
+from funclora._apps.train.scores import Score, scores
+from funclora._apps.train.settings import SEQ2SEQ, Settings
+from funclora._apps.train.setup import load
+from funclora._apps.train.step import autocast, moved, step_seed, training_model
+from funclora._bind.params import base_params
+from funclora.errors import ConfigError
+from funclora.optim import GradientTransformation
+from funclora.rules.base import Adapters, Rule
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model and its data.
+    """What all members train on, and with.
 
     Attributes:
-        name: for messages.
-        model: never changed.
-        params: its weights, on the device of the search.
-        train: `[n_tokens]`, the training text.
-        heldout: `[n_windows, context + 1]` int64.
-        context: number of tokens that the model sees.
-        keywords: further arguments of the model's call.
-        lora: further fields of the adapters' configurations.
+        base: the frozen model, never changed.
+        data: the training and validation data.
+        settings: of the run; `member_settings` has them with a member's options.
+        heldout: the examples of an evaluation.
     """
 
-    name: str
-    model: nn.Module
-    params: Params
-    train: Tensor
-    heldout: Tensor
-    context: int
-    keywords: dict[str, Any]
-    lora: dict[str, Any]
+    base: Base
+    data: Data
+    settings: Settings
+    heldout: Sequence[Example]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return ", ".join([*(file.name for file in self.settings.data), self.base.name])
 
     @property
     def device(self) -> torch.device:
         """The device."""
-        return self.heldout.device
+        return self.base.device
 
-    def row_losses(self, bound: Any, windows: Tensor) -> Tensor:
-        """Mean loss of each row, nats per token: `[rows, context + 1]` -> `[rows]`."""
-        out = bound(windows[:, :-1], **self.keywords)
-        logits = (out if isinstance(out, Tensor) else out.logits).float()
-        return F.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(1)
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The model in training mode."""
+        return training_model(self.base, self.settings)
 
-    def loss(self, bound: Any, windows: Tensor) -> Tensor:
-        """The training loss of one member."""
-        return self.row_losses(bound, windows).mean()
+    @functools.cached_property
+    def steps(self) -> int:
+        """The steps of a member that is never dropped."""
+        return total_steps(self.settings, self._batches(self.settings.seed).steps_per_epoch)
 
-    def batch(self, seed: int, step: int, rows: int) -> Tensor:
-        """The training windows of a step, `[rows, context + 1]`: a function of these numbers only."""
-        starts = torch.randint(len(self.train) - self.context, (rows, 1), generator=generator_of(seed, str(step)))
-        return self.train[starts + torch.arange(self.context + 1)].long().to(self.device)
+    @functools.cached_property
+    def _by_seed(self) -> dict[int, Batches]:
+        return {}
+
+    def _batches(self, seed: int) -> Batches:
+        if seed not in self._by_seed:
+            settings = self.settings
+            rows = settings.batch * settings.accumulation  # of a step; how much fits is the population's question
+            own = replace(settings, seed=seed, batch=rows, accumulation=1)
+            self._by_seed[seed] = Batches.of(own, self.data.train, self.base.tokenizer.pad_token_id, self.data.shares)
+        return self._by_seed[seed]
+
+    def batch(self, seeds: Sequence[int], step: int) -> dict[str, Tensor]:
+        """The rows of a step for members with these seeds: those that training has.
+
+        Returns:
+            As from `collate`, `[n_members, n_rows, *]`, and `scale`, 1 / the number of the member's labels.
+        """
+        rows = [row for seed in seeds for row in self._batches(seed).rows(step)]
+        pad, task = self.base.tokenizer.pad_token_id, self.base.task
+        batch = collate(rows, pad=pad, task=task, packed=is_packed(self.data.train))
+        if task == SEQ2SEQ:
+            batch["decoder_input_ids"] = self.base.decoder_ids(batch["labels"])
+        batch = {key: x.unflatten(0, (len(seeds), -1)) for key, x in batch.items()}
+        labels = [self.base.count({key: x[i] for key, x in batch.items()}) for i in range(len(seeds))]
+        if not all(labels):
+            sources = ", ".join(self._batches(seeds[labels.index(0)]).sources(step)[:8])
+            raise ConfigError(f"data: no position of step {step + 1} has a label. Its examples: {sources}.")
+        n_rows = batch["input_ids"].shape[1]
+        batch["scale"] = (1 / torch.tensor(labels, dtype=torch.float32))[:, None].expand(-1, n_rows).contiguous()
+        return dict(moved(batch, self.device))
+
+    def loss(self, bound: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The training loss of one member, in nats for each label."""
+        rest = {key: x for key, x in batch.items() if key != "scale"}
+        with autocast(self.settings, self.device):
+            return self.base.loss(bound, rest) * batch["scale"][0]
+
+    def seeds(self, members: Sequence[Member], step: int) -> list[int]:
+        """The seeds of the members' dropout in a step."""
+        return [step_seed(member.seed, step) for member in members]
+
+    def optimizer(self) -> Callable[..., GradientTransformation]:
+        """`lr -> optimizer` of one member."""
+        joined = joins(self.settings)
+        return lambda lr: _on_vectors(optimizer(replace(self.settings, lr=lr), self.steps), joined=joined)
+
+    def scores(self, members: Sequence[Adapters]) -> list[Score]:
+        """The members' scores on the held-out examples."""
+        return scores(self.base, members, self.heldout)
+
+    def start(self, member: Member) -> Start:
+        """What a member starts from."""
+        return begin(self._base_of(member.seed), self.member_settings(member))
+
+    def member_settings(self, member: Member) -> Settings:
+        """The settings of a run that trains a member alone."""
+        return replace(
+            self.settings,
+            lr=member.lr,
+            rank=member.rank,
+            alpha=member.alpha,
+            targets=tuple(member.targets.split("+")),
+            method=member.method,
+            init=member.init,
+            dropout=member.dropout,
+            seed=member.seed,
+        )
+
+    @functools.cached_property
+    def _heads(self) -> dict[int, dict[str, Tensor]]:
+        return {}
+
+    def _base_of(self, seed: int) -> Base:
+        """The base with the new head of a seed, which is where its training starts."""
+        base, settings = self.base, self.settings
+        if seed == settings.seed or not base.new or settings.model is None:
+            return base
+        if seed not in self._heads:
+            model, _ = load_model(settings.model, settings.task, dtype=settings.dtype, classes=base.classes, seed=seed)
+            inside = tuple(f"{module}." for module in base.new)
+            params = base_params(model)
+            self._heads[seed] = {name: x.to(base.device) for name, x in params.items() if name.startswith(inside)}
+        return replace(base, params={**base.params, **self._heads[seed]})
 
     def digests(self) -> dict[str, str]:
-        """Short digests of the data and the base, to detect that one was exchanged."""
-        data = hashlib.blake2b(digest_size=8)
-        for tensor in (self.train, self.heldout):
-            data.update(tensor.cpu().contiguous().numpy().tobytes())
-        base = hashlib.blake2b(digest_size=8)
-        for name, tensor in self.params.items():
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]  # all of a large base would take minutes
-            base.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            base.update(some.double().cpu().numpy().tobytes() if some.is_floating_point() else b"")
-        return {"data": data.hexdigest(), "base": base.hexdigest()}
+        """Digests of the data and the base, to detect that one was exchanged."""
+        return {"data": self.data.digest(), "base": fingerprint(self.base.params)}
 
 
-def demo_task(domain: str, *, context: int, windows: int, device: str = "auto") -> Task:
-    """The demo's model, and one of the packages of Python's standard library.
+def load_task(settings: Settings, folder: Path, rows: int | None = None) -> Task:
+    """Load the data and the base of a search.
+
+    Args:
+        settings: of the run, with the seed that decides which part of the data is held out.
+        folder: where the demo's data is written, for a search without data.
+        rows: maximum number of examples of an evaluation, spread over the held-out ones; None for all.
 
     Raises:
-        ConfigError: there is no such domain, or the context is longer than the model's.
+        FuncloraError: as for a run; or nothing is held out.
     """
-    from funclora.demo import corpus
-
-    if domain not in corpus.DOMAINS:
-        known = ", ".join(corpus.DOMAINS)
-        raise ConfigError(f"--domain: expected one of {known}, got {domain!r}.{near(domain, corpus.DOMAINS, 1)}")
-    base = load_base(Settings(device=device), ByteTokenizer())
-    _check_context(context, base)
-    train, heldout = map(corpus.encode, corpus.split(domain))
-    return Task(
-        name=f"{domain}, the demo's model",
-        model=base.model,
-        params=base.params,
-        train=train,
-        heldout=_spread(heldout, windows, context).to(base.device),
-        context=context,
-        keywords={},
-        lora={},
-    )
+    settings, data, base = load(settings, folder)
+    heldout = data.validation
+    if not heldout:
+        raise ConfigError(
+            "validation: nothing is held out, so members cannot be compared. Give --validation, or a larger "
+            "--validation-split."
+        )
+    if rows is not None and len(heldout) > rows:
+        heldout = [heldout[i] for i in torch.linspace(0, len(heldout) - 1, rows).round().long().tolist()]
+    return Task(base, data, settings, heldout)
 
 
-def folder_task(model: Path, data: Path, *, context: int, windows: int, device: str = "auto") -> Task:
-    """A causal language model from a transformers folder, and a text or records with a `text` in each.
+def _on_vectors(inner: GradientTransformation, *, joined: bool) -> GradientTransformation:
+    """A run's optimizer, on adapters instead of on `Vectors`."""
 
-    Every eighth text is held out; with fewer than eight texts, the last eighth of all tokens.
+    def init(params: dict[str, Rule]) -> Any:
+        return inner.init(Vectors(params, joined=joined).of(params))
 
-    Raises:
-        UnsupportedError: transformers is missing.
-        FormatError: the data or the model cannot be read.
-        ConfigError: there is too little text.
-    """
-    texts = read_texts(data)
-    settings = Settings(model=model, device=device)
-    tokenizer = load_tokenizer(settings)
-    base = load_base(settings, tokenizer)
-    _check_context(context, base)
-    ids = [_tokens(tokenizer, text) for text in texts]
-    train, heldout = _split(ids)
-    for name, part in (("training", train), ("held-out", heldout)):
-        if len(part) <= context:
-            raise ConfigError(
-                f"--data: {data} has {len(part)} {name} tokens, but a window needs {context + 1}. Give more text, or "
-                "a shorter --context."
-            )
-    return Task(
-        name=f"{data.name}, {model.name}",
-        model=base.model,
-        params=base.params,
-        train=train,
-        heldout=_spread(heldout, windows, context).to(base.device),
-        context=context,
-        keywords={"use_cache": False},
-        lora={"task_type": "CAUSAL_LM", "base_model_name_or_path": str(model)},
-    )
+    def update(grads: dict[str, Rule], state: Any, params: Any = None) -> tuple[Any, Any]:
+        vectors = Vectors(grads, joined=joined)
+        updates, state = inner.update(vectors.of(grads), state, params=None if params is None else vectors.of(params))
+        return vectors.tree(updates), state
 
-
-def read_texts(file: Path) -> list[str]:
-    """The `text` fields of a file of records, or a file that is one text.
-
-    Raises:
-        FormatError: a record has none, or there are none at all.
-    """
-    try:
-        return records.texts(file, "text")
-    except FormatError as error:
-        raise FormatError(f"--data: {error}") from error
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text)["input_ids"]
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _split(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    if len(texts) >= EVERY:
-        held = [ids for i, ids in enumerate(texts) if i % EVERY == EVERY - 1]
-        train = [ids for i, ids in enumerate(texts) if i % EVERY != EVERY - 1]
-        return _joined(train), _joined(held)
-    everything = _joined(texts)
-    cut = len(everything) - len(everything) // EVERY
-    return everything[:cut], everything[cut:]
-
-
-def _joined(texts: list[list[int]]) -> Tensor:
-    return torch.tensor(list(itertools.chain.from_iterable(texts)))
-
-
-def _spread(ids: Tensor, count: int, context: int) -> Tensor:
-    """Evenly spaced windows, `[count, context + 1]`."""
-    starts = torch.linspace(0, len(ids) - context - 1, count).long()
-    return ids[starts[:, None] + torch.arange(context + 1)].long()
-
-
-def _check_context(context: int, base: Base) -> None:
-    if base.limit is not None and context > base.limit:
-        raise ConfigError(f"--context: expected at most {base.limit} for {base.name}, got {context}.")
+    return GradientTransformation(init, update)

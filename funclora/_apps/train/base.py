@@ -162,8 +162,8 @@ class Base:
             if "position_ids" in given:
                 raise UnsupportedError(f"packing: {DEMO} cannot separate the examples of a row. Leave it out.")
             return bound(given["input_ids"])  # type: ignore[no-any-return]
-        if self.task == SEQ2SEQ:
-            given["decoder_input_ids"] = self._shifted(batch["labels"].to(self.device))
+        if self.task == SEQ2SEQ and "decoder_input_ids" not in given:
+            given["decoder_input_ids"] = self.decoder_ids(batch["labels"].to(self.device))
         if takes(type(self.model).forward, "use_cache"):
             return bound(**given, use_cache=False).logits  # type: ignore[no-any-return]
         return bound(**given).logits  # type: ignore[no-any-return]
@@ -178,8 +178,8 @@ class Base:
         flat = logits.float().flatten(0, -2)
         return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def _shifted(self, labels: Tensor) -> Tensor:
-        """The decoder's input: the labels, shifted by one."""
+    def decoder_ids(self, labels: Tensor) -> Tensor:
+        """The decoder's input for labels: the same, shifted by one."""
         model: Any = self.model
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
             return model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[no-any-return]

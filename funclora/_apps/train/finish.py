@@ -90,22 +90,40 @@ def finish(start: Start, outcome: Outcome, data: Data, settings: Settings) -> li
         NonFiniteError: an adapter or a merged weight is not finite.
         OSError: something cannot be written.
     """
-    adapters, config = start.exported(outcome.adapters)
     folders = [settings.out / ADAPTER]
     # What an earlier process of the same run has written may go: its checkpoints hold all that it was made of.
     with staged_folder(folders[0], replace=True) as draft:
-        save_peft(draft, adapters, config)
-        if settings.model is not None:
-            write_origin(draft, settings.model)
-        if hasattr(start.base.tokenizer, "save_pretrained"):
-            start.base.tokenizer.save_pretrained(str(draft))
-        if start.base.classes:
-            _write(draft / CLASSES_FILE, json.dumps(start.base.classes, ensure_ascii=False) + "\n")
-        _write(draft / CARD, card(start, outcome, data, settings))
+        write_adapter(draft, start, outcome, data, settings)
     if settings.merge:
         folders.append(settings.out / MERGED)
-        _merge(start, adapters, settings, folders[1])
+        _merge(start, start.exported(outcome.adapters)[0], settings, folders[1])
     return folders
+
+
+def write_adapter(folder: Path, start: Start, outcome: Outcome, data: Data, settings: Settings) -> None:
+    """Write an adapter with all that belongs to it: model card, tokenizer, names of classes, sample of the base.
+
+    Args:
+        folder: a new folder, as from `staged_folder`.
+        start: as for `finish`.
+        outcome: as for `finish`.
+        data: as for `finish`.
+        settings: as for `finish`.
+
+    Raises:
+        UnsupportedError: PEFT does not support the adapter.
+        NonFiniteError: it is not finite.
+        OSError: something cannot be written.
+    """
+    adapters, config = start.exported(outcome.adapters)
+    save_peft(folder, adapters, config)
+    if settings.model is not None:
+        write_origin(folder, settings.model)
+    if hasattr(start.base.tokenizer, "save_pretrained"):
+        start.base.tokenizer.save_pretrained(str(folder))
+    if start.base.classes:
+        _write(folder / CLASSES_FILE, json.dumps(start.base.classes, ensure_ascii=False) + "\n")
+    _write(folder / CARD, card(start, outcome, data, settings))
 
 
 def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:

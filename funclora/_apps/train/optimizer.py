@@ -128,6 +128,11 @@ def optimizer(settings: Settings, total: int) -> GradientTransformation:
     return chain(clip_by_global_norm(settings.clip), by_key) if settings.clip else by_key
 
 
+def joins(settings: Settings) -> bool:
+    """Whether leaves may become one vector: the optimizer changes each number by its own gradient only."""
+    return settings.optimizer in ("adamw", "sgd")
+
+
 def _by_key(parts: Mapping[str, GradientTransformation]) -> GradientTransformation:
     """Another transformation for each key of a dict."""
 

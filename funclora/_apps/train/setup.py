@@ -51,6 +51,20 @@ def ready(settings: Settings, folder: Path) -> Ready:
     Raises:
         FuncloraError: something is missing, broken, or does not fit the rest.
     """
+    settings, data, base = load(settings, folder)
+    return Ready(settings, data, begin(base, settings, _first_batches(base, data, settings)))
+
+
+def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
+    """The data and the base of a run, and its settings with what was left open: as in `Ready`.
+
+    Args:
+        settings: the run's.
+        folder: where the demo's data is written, for a run without data.
+
+    Raises:
+        FuncloraError: something is missing, broken, or does not fit the rest.
+    """
     settings = as_adapter(resolved(settings))
     if not settings.data:
         settings = replace(settings, data=(demo_data(folder),))
@@ -62,10 +76,10 @@ def ready(settings: Settings, folder: Path) -> Ready:
     if settings.packing:
         bound = bind(base.model, base.params, {})
         check_packing(lambda batch: base.logits(bound, batch), vocabulary(base.model), base.name)
-    return Ready(settings, data, begin(base, settings, _first_batches(base, data, settings)))
+    return settings, data, base
 
 
-def demo_data(folder: Path) -> Path:
+def demo_data(folder: Path, domain: str = DOMAIN) -> Path:
     """The source of a package of Python's standard library as JSONL, one text for each file; new to the demo's base.
 
     Raises:
@@ -75,7 +89,7 @@ def demo_data(folder: Path) -> Path:
     from funclora.demo.corpus import domain_files
 
     try:
-        texts = [file.read_text(encoding="utf-8") for file in domain_files(DOMAIN)]
+        texts = [file.read_text(encoding="utf-8") for file in domain_files(domain)]
     except FileNotFoundError as error:
         raise ConfigError(f"data: no data is given, and {error}. Give --data.") from error
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts if text.strip())
@@ -83,8 +97,10 @@ def demo_data(folder: Path) -> Path:
     def fill(draft: Path) -> None:
         draft.write_text(lines, encoding="utf-8")
 
-    replace_files(folder, {DATA_FILE: fill})
-    return folder / DATA_FILE
+    file = folder / DATA_FILE
+    if not file.is_file() or file.read_bytes() != lines.encode():
+        replace_files(folder, {DATA_FILE: fill})
+    return file
 
 
 def check_vocabulary(base: Base, *parts: Sequence[Example]) -> None:

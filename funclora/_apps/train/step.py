@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from funclora._apps.train.batches import Batches
-from funclora._apps.train.optimizer import Vectors, optimizer, schedule, total_steps
+from funclora._apps.train.optimizer import Vectors, joins, optimizer, schedule, total_steps
 from funclora._apps.train.settings import Settings
 from funclora._bind.apply import bind
 from funclora._train.step import autograd, seeded, value_and_grad
@@ -70,7 +70,7 @@ class Steps:
         self.per_epoch = self.batches.steps_per_epoch
         self.total = total_steps(settings, self.per_epoch)
         self.rate = schedule(settings, self.total)
-        self.vectors = Vectors(adapters, joined=settings.optimizer in ("adamw", "sgd"))
+        self.vectors = Vectors(adapters, joined=joins(settings))
         self.init, self._update = optimizer(settings, self.total)
         self._gradient = _gradient(base, settings)
 
@@ -87,7 +87,7 @@ class Steps:
         adapters = self.vectors.tree(values)
         losses: list[Tensor] = []
         sums: Any = None
-        with seeded(_seed(self.seed, k), adapters):
+        with seeded(step_seed(self.seed, k), adapters):
             for batch in batches:
                 loss, grads = self._gradient(adapters, moved(batch, self.base.device))
                 losses.append(loss)
@@ -107,13 +107,12 @@ class Steps:
         return ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
 
 
-def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
-    """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
-    if settings.checkpointing and settings.compile:
-        raise ConfigError(
-            "checkpointing and compile exclude each other: torch.compile decides what to recompute. Give one."
-        )
-    # A copy of the module tree with the same weights, but its own flags.
+def training_model(base: Base, settings: Settings) -> nn.Module:
+    """The model in training mode: a copy of the module tree with the same weights, but its own flags.
+
+    Raises:
+        UnsupportedError: it cannot recompute its activations.
+    """
     model: Any = bind(base.model, base.params, {}).train()
     if settings.neftune:
         embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.embed
@@ -126,6 +125,16 @@ def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dic
         # The second name is the old one; newer versions of transformers warn about it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    return model  # type: ignore[no-any-return]
+
+
+def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
+    """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
+    if settings.checkpointing and settings.compile:
+        raise ConfigError(
+            "checkpointing and compile exclude each other: torch.compile decides what to recompute. Give one."
+        )
+    model = training_model(base, settings)
 
     def loss(bound: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with autocast(settings, base.device):
@@ -181,6 +190,6 @@ def _tokens(batch: Mapping[str, Tensor]) -> int:
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
-def _seed(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     """The seed of a step's randomness."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little")
