@@ -95,7 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Glm46VForConditionalGeneration": TEXT,
     "Glm4vForConditionalGeneration": TEXT,
     "Glm4vMoeForConditionalGeneration": HALF,
-    "GlmOcrForConditionalGeneration": HALF,
+    "GlmOcrForConditionalGeneration": TEXT,
     "GraniteMoeHybridForCausalLM": HYBRID | {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
     "HunYuanDenseV1ForCausalLM": HEADS,
     "HunYuanMoEV1ForCausalLM": HEADS,

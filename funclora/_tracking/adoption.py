@@ -19,13 +19,15 @@ class Adopted:
 
     Attributes:
         storage: the memory, held so that its address is not used again.
-        shape: the shape of the tensor that all its views show parts of, in order and without gaps.
+        shape: the shape of the tensor that all its views show parts of, without gaps.
+        strides: its strides, in any order of the dimensions.
         offset: where it begins.
         owner: its owners.
     """
 
     storage: Any
     shape: torch.Size
+    strides: tuple[int, ...]
     offset: int
     owner: Owner
 
@@ -33,29 +35,38 @@ class Adopted:
     def of(cls, x: Tensor, owner: Owner, before: Adopted | None) -> Adopted | None:
         """The memory of x after values of those owners were written to it; None if other owners were there."""
         base = x if x._base is None else x._base
-        if not base.is_contiguous():
+        if not _is_dense(base):
             return None
         if x._base is not None:
             at = _dim_in(base, x, owner.dim) if isinstance(owner, Place) else None
             if at is None:
                 return None
             owner = Place(at, owner.inner)  # type: ignore[union-attr]
-        adopted = cls(base.untyped_storage(), base.shape, int(base.storage_offset()), owner)
-        if before is not None and (before.shape, before.offset) != (adopted.shape, adopted.offset):
+        adopted = cls(base.untyped_storage(), base.shape, base.stride(), int(base.storage_offset()), owner)
+        if before is not None and before.layout() != adopted.layout():
             return None
         grows = before is None or before.owner == owner or (x._base is None and not isinstance(before.owner, Place))
         return adopted if grows else None
 
+    def layout(self) -> tuple[Any, ...]:
+        return self.shape, self.strides, self.offset
+
     def owner_of(self, x: Tensor, n: int) -> Owner | None:
         """The owners of a view of this memory; None if they cannot be found."""
-        if x.shape == self.shape and x.is_contiguous() and x.storage_offset() == self.offset:
+        if (x.shape, x.stride(), x.storage_offset()) == self.layout():
             return self.owner
         if x.dtype.itemsize * math.prod(self.shape) > self.storage.nbytes():
             return None
-        index = index_of(self.owner, n, len(self.shape)).expand(self.shape).contiguous()
+        index = torch.empty_strided(self.shape, self.strides, dtype=torch.int32)
+        index.copy_(index_of(self.owner, n, len(self.shape)).expand(self.shape))
         if x.storage_offset() < self.offset:
             return None
         return settled(index.as_strided(x.shape, x.stride(), x.storage_offset() - self.offset), n, False)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory, in any order of the dimensions."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
 
 
 def _dim_in(base: Tensor, x: Tensor, dim: int) -> int | None:

@@ -429,3 +429,16 @@ def test_a_row_that_holds_another_row_does_not_leave_the_model() -> None:
 def test_names_made_of_numbers() -> None:
     names = with_rows(lambda x: [f"expert_{i}" for i in x.flatten()[:2].long()], (X.value,), {}, Batch(N), {})
     assert names == [f"expert_{int(i)}" for i in X.value.flatten()[:2].long()]
+
+
+def test_writes_to_fresh_memory_in_another_order_of_dimensions() -> None:
+    def scan(x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1)
+        fresh = torch.zeros_like(turned)  # in the order of its argument in memory
+        assert not fresh.is_contiguous()
+        for i in range(len(turned)):
+            fresh[i] = 2 * turned[i]
+        return fresh.transpose(0, 1)
+
+    assert torch.equal(with_rows(scan, (X.value,), {}, Batch(N), {}), 2 * X.value)
+    assert torch.equal(with_rows(scan, (torch.ones(N, 2, 3, 4),), {}, Batch(N), {}), torch.full((N, 2, 3, 4), 2.0))
