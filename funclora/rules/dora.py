@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from funclora._quant.tensor import plain_weight
-from funclora._torch.functions import no_autocast, no_gradients
+from funclora._torch.functions import in_transform, no_autocast, no_gradients
 from funclora._torch.pytree import pytree_node
-from funclora.rules.layouts import ConvTranspose, Layout
+from funclora.rules.layouts import ConvTranspose, Layout, Matrices
 from funclora.rules.low_rank import LowRank, compute_dtype, updated
 
 # The number of members whose norms are computed together.
@@ -24,6 +24,12 @@ NORM_SHARE = 8
 SMALL_BLOCK = 2**16
 # The squared norm of a difference of two vectors, relative to their squares, if it is only rounding of float32.
 CANCELLED = 2.0**-46
+# A rank at most this part of the inputs is low: for others, blocks of the adapted weight are faster.
+LOW_RANK = 16
+# In float32 a sum of squares has all digits if it is at least this share of its terms, ...
+KEPT_SHARE = 0.25
+# ... and is not so small that terms are outside of the normal range.
+SMALLEST_SQUARE = 1e-30
 
 
 @pytree_node
@@ -60,7 +66,7 @@ class DoRA(LowRank):
         if self.exact_norm_grad:
             return self._scale(weight_norms(self.layout, weight, self.a, self.b, self.scaling), weight.dtype)
         with no_gradients():
-            norms = weight_norms(self.layout, weight, self.a, self.b, self.scaling).detach()
+            norms = constant_norms(self.layout, weight, self.a, self.b, self.scaling)
         return self._scale(norms, weight.dtype)
 
     def output_scale_of_members(self, weight: Tensor, scalings: Tensor) -> Tensor:
@@ -70,8 +76,11 @@ class DoRA(LowRank):
             scale: Tensor = of_each(self, scalings)
             return scale
         with no_gradients():
-            a, b = torch.func.vmap(self.layout.factors)(self.a, self.b)
-            norms = output_norms_of_many(self.layout.to_matrix(plain_weight(weight)), a, b, scalings).detach()
+            as_they_are = isinstance(self.layout, Matrices)
+            a, b = (self.a, self.b) if as_they_are else torch.func.vmap(self.layout.factors)(self.a, self.b)
+            matrix = self.layout.to_matrix(plain_weight(weight))
+            of_many = factored_norms if _can_repair(matrix, a, b) else output_norms_of_many
+            norms = of_many(matrix, a, b, scalings).detach()
         return self._scale(norms, weight.dtype)
 
     def _scale(self, norms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,6 +88,17 @@ class DoRA(LowRank):
         zero = norms == 0
         quotient = torch.where(zero, 0.0, self.magnitude / torch.where(zero, 1.0, norms))
         return quotient.to(compute_dtype(dtype, self.a.dtype))
+
+
+def constant_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+    """`weight_norms` for a gradient that ignores them."""
+    if not isinstance(layout, ConvTranspose):  # of which the matrix is a copy
+        matrix, (a_matrix, b_matrix) = layout.to_matrix(plain_weight(weight)), layout.factors(a, b)
+        low = a_matrix.shape[-2] * LOW_RANK <= a_matrix.shape[-1]
+        if low and _can_repair(matrix, a_matrix, b_matrix):
+            scalings = torch.as_tensor(scaling, dtype=torch.float64, device=matrix.device).reshape(1)
+            return factored_norms(matrix, a_matrix.unsqueeze(0), b_matrix.unsqueeze(0), scalings)[0]
+    return weight_norms(layout, weight, a, b, scaling).detach()
 
 
 def weight_norms(layout: Layout, weight: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
@@ -150,6 +170,65 @@ def output_norms_of_many(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor)
         squares = own + 2 * s * (inner.view_as(b.mT) * b.mT).sum(1) + update
     squares = torch.where(squares > CANCELLED * (own + update), squares, 0.0)
     return squares.sqrt()
+
+
+def factored_norms(matrix: Tensor, a: Tensor, b: Tensor, scalings: Tensor) -> Tensor:
+    """`output_norms_of_many` in float32, which is faster; rows with too few digits in it by `output_norms`.
+
+    Digits are lost where s·B·A cancels M, or parts of it cancel each other: where the sum is small compared with its
+    terms. ‖M‖² is not kept from one call to the next: to compute it takes a tenth of the time of M·Aᵀ.
+
+    Args:
+        matrix: M, `[out, in]`, with `_can_repair`.
+        a: A, `[m, r, in]`.
+        b: B, `[m, out, r]`.
+        scalings: s, `[m]`.
+
+    Returns:
+        `[m, out]`, in float64.
+    """
+    n_members, r, _ = a.shape
+    with no_autocast(matrix.device):
+        # Rows of A of norm 1: otherwise A·Aᵀ leaves the range of float32 where A is small and B is large.
+        size = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).float()
+        size = torch.where(size == 0, 1.0, size)
+        a_, b_ = a / size[..., None], b * (scalings.float()[:, None] * size)[:, None]
+        own, inner = _own_and_inner(matrix, a_.flatten(0, 1))
+        terms = torch.baddbmm(inner.unflatten(-1, (n_members, r)).transpose(0, 1), b_, a_ @ a_.mT, beta=2)
+        squares = own + (terms * b_).sum(-1)
+        energy = own + torch.linalg.vector_norm(b_, dim=-1).square()
+    norms = squares.clamp_min(0).sqrt().double()
+    exact = (squares >= KEPT_SHARE * energy) & (squares >= SMALLEST_SQUARE) & squares.isfinite()
+    if exact.all():
+        return norms
+    for j in (~exact).any(-1).nonzero().flatten().tolist():
+        rows = (~exact[j]).nonzero().flatten()
+        norms[j, rows] = output_norms(matrix[rows], a[j], b[j, rows], float(scalings[j])).double()
+    return norms
+
+
+def _own_and_inner(matrix: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """‖M‖² by rows, `[out]`, and M·Aᵀ, `[out, r]`, in float32, block by block in the order of M in memory."""
+    n_out, n_in = matrix.shape
+    if matrix.stride(-1) == 1:
+        parts = [part.float() for part in matrix.split(max(1, NORM_BLOCK // n_in))]
+        own = [torch.linalg.vector_norm(part, dim=-1).square() for part in parts]
+        return torch.cat(own), torch.cat([part @ a.mT for part in parts])
+    size = max(1, SMALL_BLOCK // n_out)
+    squares, inner = a.new_zeros(n_out), a.new_zeros(len(a), n_out)
+    for part, columns in zip(matrix.split(size, -1), a.split(size, -1), strict=True):
+        block = part.float()
+        squares += block.square().sum(-1)
+        inner.addmm_(columns, block.mT)
+    return squares, inner.mT
+
+
+def _can_repair(matrix: Tensor, *factors: Tensor) -> bool:
+    """Whether `factored_norms` can look for rows without digits: their number depends on values."""
+    if torch.compiler.is_compiling() or in_transform() or matrix.dim() != 2 or matrix.device.type != "cpu":
+        return False
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.dtype in narrow for x in (matrix, *factors))
 
 
 def _block(length: int, numel: int) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from funclora import DoRA, apply, base_params, bind, merge, optim, population_step, route, stack, vmap
 from funclora.errors import NonFiniteError
+from funclora.rules import dora
 from funclora.rules.base import Adapters
-from funclora.rules.dora import output_norms_of_many, weight_norms
+from funclora.rules.dora import factored_norms, output_norms_of_many, weight_norms
 from funclora.rules.layouts import Conv, Conv1D, ConvTranspose, Embedding, Layout, Linear, Parameter
 
 F64 = torch.float64
@@ -75,14 +76,64 @@ def test_norms_equal_those_of_float64(
     assert ((found - expected).abs() <= 4e-7 * r**0.5 * largest).all()
     if isinstance(layout, (Linear, Conv1D, Conv)):  # what `route` computes for many members at once
         a_matrix, b_matrix = layout.factors(a, b)
-        many = output_norms_of_many(
-            layout.to_matrix(weight),
-            torch.stack([a_matrix, -a_matrix]),
-            torch.stack([b_matrix, -b_matrix]),
-            torch.ones(2),
-        )
-        for each in many.double():
-            assert ((each - expected).abs() <= 4e-7 * largest).all()
+        several = (layout.to_matrix(weight), torch.stack([a_matrix, -a_matrix]), torch.stack([b_matrix, -b_matrix]))
+        for of_many, tolerance in ((output_norms_of_many, 4e-7), (factored_norms, 1e-6)):
+            for each in of_many(*several, torch.ones(2)).double():
+                assert ((each - expected).abs() <= tolerance * largest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["random", "rows cancel", "parts of B·A cancel", "zeros"])
+@pytest.mark.parametrize("r", [1, 16, 512])
+def test_factored_norms_have_the_digits_of_float32(r: int, kind: str, transposed: bool, dtype: torch.dtype) -> None:
+    """Relative to the norm itself, except where rounding of the weight or of B·A to float32 is all that is left."""
+    g = gen(r)
+    weight, a, b = (torch.randn(*shape, generator=g, dtype=F64) for shape in ((40, 96), (r, 96), (40, r)))
+    b /= r**0.5
+    if kind == "parts of B·A cancel" and r > 1:
+        a[1:] = a[:1] + 1e-4 * a[1:]
+        b[:, 0] = -b[:, 1:].sum(1)
+    if kind == "zeros":
+        weight[::3], b[::2], a[-1] = 0, 0, 0
+    a, b = a.to(dtype), b.to(dtype)
+    if kind == "rows cancel":
+        weight[::5] = -2 * b[::5].double() @ a.double()
+    weight = weight.to(dtype)
+    update = 2 * b.double() @ a.double()
+    expected = torch.linalg.vector_norm(weight.double() + update, dim=-1)
+    matrix = weight.mT.contiguous().mT if transposed else weight
+    found = factored_norms(matrix, a[None], b[None], torch.tensor([2.0]))[0]
+    rounding = torch.linalg.vector_norm(update, dim=-1) * 5e-7
+    assert ((found - expected).abs() <= 2e-6 * expected + rounding).all()
+
+
+@pytest.mark.parametrize("how", ["plain", "grad", "vmap", "high rank", "float64"])
+def test_where_norms_are_factored(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def noted(*args: Any) -> Tensor:
+        used.append(how)
+        return factored_norms(*args)
+
+    monkeypatch.setattr(dora, "factored_norms", noted)
+    r = 3 if how == "high rank" else 1
+    dtype = F64 if how == "float64" else torch.float32
+    weight, a, b, m = (torch.randn(*s, generator=gen(1), dtype=dtype) for s in ((5, 32), (r, 32), (5, r), (5,)))
+    rule, expected = DoRA(a, b, m, scaling=2.0), (m / torch.linalg.vector_norm(weight + 2 * b @ a, dim=-1))
+
+    def scale(a: Tensor) -> Tensor:
+        return replace(rule, a=a).output_scale(weight)
+
+    if how == "grad":
+        found = torch.func.grad_and_value(lambda a: scale(a).sum(), has_aux=False)(a)[1]
+        expected = expected.sum()
+    elif how == "vmap":
+        found = torch.func.vmap(scale)(a[None])[0]
+    else:
+        found = scale(a)
+    torch.testing.assert_close(found, expected)
+    assert bool(used) == (how == "plain")
 
 
 class Layer(nn.Module):

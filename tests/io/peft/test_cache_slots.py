@@ -108,7 +108,7 @@ def test_norms_are_computed_when_an_adapter_is_loaded(
     ids: list[str | None] = [NAMES[2], NAMES[5], NAMES[2]]
     cache.route(ids)
     expected = alone.rows(ids)
-    for name in ("weight_norms", "output_norms", "output_norms_of_many"):
+    for name in ("weight_norms", "constant_norms", "output_norms_of_many"):
         monkeypatch.delattr(dora, name)
     torch.testing.assert_close(fl.apply(model, alone.params, cache.route(ids), X[:3]), expected)
     torch.testing.assert_close(fl.apply(model, alone.params, cache.route(ids[:1]), X[:1]), expected[:1])
