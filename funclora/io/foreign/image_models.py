@@ -29,7 +29,7 @@ from funclora.io.peft.rules import tensors_of
 from funclora.rules.base import Adapters, Rule
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_[0-9])?")
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder|text_conditioner|connectors)(_[0-9]|_ref)?")
 # Parts of keys that are no LoRA, and what diffusers would make of them.
 _OTHERS = {
     ".dora_scale": "a magnitude of DoRA, which diffusers leaves out without an error",

@@ -11,6 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin, lora_pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from image_pipelines import components, inputs, kohya, layers, outputs, pipeline
 from safetensors import safe_open
@@ -220,6 +223,40 @@ def test_old_names_of_diffusers(tmp_path: Path) -> None:
     found = load_diffusers(tmp_path, pipeline("sd", components("sd")))
     assert len(found["unet"][0]) == len(layers(components("sd")["unet"], ATTENTION))
     check_equal("sd", tmp_path, found)
+
+
+# Every loader that diffusers has, for a denoiser that stands for its own.
+
+
+class Denoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    @register_to_config
+    def __init__(self, image_dim: int | None = None) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+
+    def fuse_qkv_projections(self) -> None:
+        """Flux 2 asks for it."""
+
+
+# aMUSEd's loader asks its pipeline for a UNet, which it does not have.
+LOADERS = sorted(
+    name for name in vars(lora_pipeline) if name.endswith("LoraLoaderMixin") and name[:4] not in ("Lora", "Amus")
+)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_of_diffusers(name: str, tmp_path: Path) -> None:
+    loader = getattr(lora_pipeline, name)
+    parts = [part for part in loader._lora_loadable_modules if not part.startswith("text_encoder")]
+    models = {part: Denoiser() for part in parts}
+    config = fl.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q"], init_lora_weights=False)
+    made = {parts[0]: (fl.init(models[parts[0]], config), config)}
+    save_diffusers(tmp_path, made)
+    pipe = type("Pipeline", (loader,), {"components": models})()
+    ((part, (adapters, _)),) = load_diffusers(tmp_path, pipe).items()
+    weight = torch.zeros(4, 4)
+    want = made[part][0]["block.to_q.weight"].dense(weight)
+    torch.testing.assert_close(adapters["block.to_q.weight"].dense(weight), want)
 
 
 # Writing.
