@@ -59,7 +59,7 @@ def _replaced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
     def operation(weight: Any, rows: Tensor | None = None) -> Any:
         def given(x: Any) -> Any:
-            return weight if x is lazy else x if rows is None else _only(x, rows, rule.n)
+            return weight if x is lazy else x if rows is None else only_rows(x, rows, rule.n)
 
         return func(*map(given, args), **{name: given(x) for name, x in kwargs.items()})
 
@@ -118,7 +118,7 @@ def _positions(owners: Owners) -> Tensor:
     return owners.index.flatten().long()
 
 
-def _only(x: Any, chosen: Tensor, n: int) -> Any:
+def only_rows(x: Any, chosen: Tensor, n: int) -> Any:
     """Some rows of an argument, as a plain tensor."""
     if not isinstance(x, RowTensor):
         return x

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from funclora._lazy.by_member import by_member
 from funclora._lazy.dispatch import linear_ops
 from funclora._lazy.parameters import differs_by_row, operate_by_row
 from funclora._lazy.views import inlined, views
@@ -185,6 +186,8 @@ def _with_own_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 f"{x.target!r}: the model calls {_operation(func)}, which would write to a rewritten weight. "
                 "Compute the new value out of place, or leave this parameter out of the adapter's targets."
             )
+        if differs_by_row(x):
+            _refuse_by_row(x, _operation(func))
         _note_dense(x, _operation(func))
         values[id(x)] = x.dense()
         x.rule = Full(values[id(x)])
@@ -200,19 +203,24 @@ def _operation(func: Callable[..., Any]) -> str:
 
 def _dense_fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dense weights, with one warning per parameter and operation."""
-    for x in pytree.tree_leaves((args, kwargs)):
-        if isinstance(x, LazyWeight):
-            _note_dense(x, _operation(func))
-    return func(*_dense(args), **_dense(kwargs))
+    lazy = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyWeight)]
+    out = by_member(func, args, kwargs) if any(map(differs_by_row, lazy)) else NotImplemented
+    for x in lazy:
+        if out is NotImplemented and differs_by_row(x):
+            _refuse_by_row(x, _operation(func))
+        _note_dense(x, _operation(func))
+    return func(*_dense(args), **_dense(kwargs)) if out is NotImplemented else out
+
+
+def _refuse_by_row(x: LazyWeight, operation: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{x.target!r} is a different weight for every row of the batch, and {operation} cannot use a weight per row. "
+        "Leave the target out, use funclora.vmap over the stack, or call the model once for each member."
+    )
 
 
 def _note_dense(x: LazyWeight, operation: str) -> None:
     """Warn that an operation computes the dense weight, or refuse that."""
-    if differs_by_row(x):
-        raise UnsupportedError(
-            f"{x.target!r} is a different weight for every row of the batch, and {operation} cannot use a weight per "
-            "row. Leave the target out, use funclora.vmap over the stack, or call the model once for each member."
-        )
     x.used("fast" if x.rule.bind_dense else "dense")
     if x.rule.dropout_p and x.training():
         raise UnsupportedError(

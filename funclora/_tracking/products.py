@@ -103,9 +103,23 @@ def within(dims: int) -> Propagation:
 
 
 def new_last(call: OpCall) -> Places:
-    """embedding, one_hot: a new last dimension."""
+    """embedding, one_hot, view_as_real: a new last dimension."""
     owner = call.only()
     return owner if isinstance(owner, Place) else call.settled(owner.index.unsqueeze(-1))
+
+
+def without_last(call: OpCall) -> Places:
+    """view_as_complex: pairs in the last dimension become numbers."""
+    owner = within(1)(call)
+    return call.settled(owner.index.squeeze(-1)) if isinstance(owner, Owners) else owner
+
+
+def matrices(call: OpCall) -> Places:
+    """Functions of matrices in the last two dimensions, each of one owner."""
+    owned = call.owned()
+    if any(_varies(owner, x, 2) for x, owner in owned):
+        raise LostError
+    return broadcast(call, owned)
 
 
 def product(first: int) -> Propagation:
@@ -266,6 +280,28 @@ def embedding_bag(call: OpCall) -> Places:
     if call.arg(2, "offsets") is not None or ids.dim() != 2 or _varies(owner, ids, 1):
         raise LostError
     return owner
+
+
+def cosine(call: OpCall) -> Places:
+    """cosine_similarity: an elementwise product, summed along one dimension."""
+    owned, dim = call.owned(), call.arg(2, "dim", default=1) % (call.out.dim() + 1)
+    if len({x.dim() for x in call.tensors}) > 1:
+        raise LostError
+    indices = [call.index(x) for x, _ in owned]
+    if any(index.shape[dim] > 1 for index in indices):
+        raise LostError
+    places = {owner for _, owner in owned}
+    if len(places) == 1 and isinstance(owner := places.pop(), Place):
+        return Place(owner.dim - (dim < owner.dim), owner.inner)
+    return call.settled(merged([index.squeeze(dim) for index in indices], call.out.dim()))
+
+
+def cell(call: OpCall) -> Places:
+    """lstm_cell, gru_cell: one step of a recurrence, for rows that are first."""
+    places = {owner for _, owner in call.owned()}
+    if places != {Place(0, 1)} or call.args[0].dim() != 2:
+        raise LostError
+    return Place(0, 1)
 
 
 def recurrent(states: int) -> Propagation:

@@ -67,14 +67,14 @@ propagations |= dict.fromkeys(QUESTIONS | STRIDES | IDENTITY, question)
 propagations |= dict.fromkeys(NEW, constant)
 _know(products.aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dropout and angle asin asinh atan atan2
     atanh bernoulli bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool ceil celu clamp clamp_max clamp_min
-    clip clone contiguous copy copysign cos cosh deg2rad detach div divide double dropout elu eq erf erfc erfinv exp
-    exp2 expm1 fill float floor floor_divide floordiv fmod frac ge gelu greater greater_equal gt half hardshrink
-    hardsigmoid hardswish hardtanh heaviside hypot int invert isfinite isinf isnan isneginf isposinf ldexp le
+    clip clone conj contiguous copy copysign cos cosh deg2rad detach div divide double dropout elu eq erf erfc erfinv
+    exp exp2 expm1 fill float floor floor_divide floordiv fmod frac ge gelu greater greater_equal gt half hardshrink
+    hardsigmoid hardswish hardtanh heaviside hypot imag int invert isfinite isinf isnan isneginf isposinf ldexp le
     leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or
     logical_xor logit logsigmoid long lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative
-    not_equal or positive pow pos rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid sign
-    silu sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv
-    trunc xlogy xor zero""")  # fmt: skip
+    not_equal or positive pow pos rad2deg real reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid
+    sign silu sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide
+    truediv trunc xlogy xor zero""")  # fmt: skip
 _know(products.own, "to type type_as tril triu")
 _know(products.within(0), "prelu bucketize")
 _know(_where, "where")
@@ -83,6 +83,7 @@ propagations |= {view: structure.view(view) for view in VIEWS}
 propagations |= {view: structure.view(view) for view in (Tensor.unfold, torch.broadcast_to, Tensor.broadcast_to)}
 _know(structure.view(torch.diagonal), "diagonal", torch, Tensor)
 propagations[INDEX] = structure.indexed
+_know(structure.strided, "as_strided", torch, Tensor)
 for _reordering in (torch.flip, Tensor.flip, torch.roll, Tensor.roll):
     propagations[_reordering] = structure.reorder(_reordering)
 _know(structure.repeat, "repeat tile")
@@ -118,6 +119,10 @@ _know(products.bilinear, "bilinear", F)
 _know(products.attention, "scaled_dot_product_attention", F)
 _know(products.sorted_product, "grouped_mm _grouped_mm", F, torch)
 _know(products.new_last, "embedding one_hot", F)
+_know(products.new_last, "view_as_real", torch)
+_know(products.without_last, "view_as_complex", torch)
+_know(products.matrices, "inv solve_triangular cholesky matrix_exp pinv", torch.linalg)
+_know(products.along(2), "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn", torch.fft)
 _know(products.embedding_bag, "embedding_bag", F)
 for _n in (1, 2, 3):
     _know(products.batched(_n), f"conv{_n}d conv_transpose{_n}d max_pool{_n}d avg_pool{_n}d adaptive_avg_pool{_n}d "
@@ -126,6 +131,8 @@ _know(products.batched(0), "group_norm interpolate grid_sample", F)
 _know(products.within(3), "pixel_shuffle pixel_unshuffle unfold", F)
 _know(products.batch_norm, "batch_norm", F)
 _know(products.instance_norm, "instance_norm", F)
+_know(products.cosine, "cosine_similarity", F, torch)
+_know(products.cell, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", torch)
 _know(products.recurrent(2), "lstm", torch)
 _know(products.recurrent(1), "gru rnn_tanh rnn_relu", torch)
 _numbers = """item tolist is_nonzero equal allclose __bool__ __int__ __float__ __complex__ __index__ __contains__"""

@@ -25,7 +25,7 @@ from funclora._tracking.calls import Owner
 from funclora._tracking.experts import by_expert
 from funclora._tracking.groups import FEW, RoutedGroup, RoutedGroups, in_succession, members_of
 from funclora._tracking.owners import Owners, Place
-from funclora._tracking.tensor import dropped, rows_back, rows_first, rows_of
+from funclora._tracking.tensor import dropped, refuse_seeds, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Rule, of_members
 from funclora.rules.layouts import Layout, Matrices
@@ -226,6 +226,8 @@ class PreparedRouted(Rule):
         if isinstance(place, str):
             raise LostRowsError("is read", place)
         given = op.with_input(x)
+        if dropout and op.takes_dropout and (isinstance(place, Owners) or isinstance(given, GroupedMatmulOp)):
+            refuse_seeds()
         if isinstance(given, GroupedMatmulOp):
             out = by_expert(self.pairs(), given, place, weight, self.n, dropout)
         else:

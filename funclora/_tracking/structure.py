@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funclora._torch.functions import named
 from funclora._tracking.calls import OpCall, Owner, Places
 from funclora._tracking.owners import ANYONE, LostError, Place, merged, reshaped
 
@@ -23,6 +24,8 @@ _WHOLE = slice(None)
 
 def reshape(call: OpCall) -> Places:
     """view, reshape, flatten: the elements keep their order."""
+    if not call.is_tracked(call.x):
+        return None  # view_as and reshape_as read only the shape of the other
     owner, old, new = call.owner_of(call.x), call.x.shape, call.out.shape
     if math.prod(old) != math.prod(new):
         raise LostError  # a view of another dtype
@@ -40,6 +43,8 @@ def view(func: Callable[..., Any]) -> Propagation:
     """Views that move, cut or add dimensions: applied to the owners, which have stride 0 where they do not vary."""
 
     def propagation(call: OpCall) -> Places:
+        if not call.is_tracked(call.x) and func in _LIKE_ANOTHER:
+            return None  # only the shape of the other is read
         owner = call.owner_of(call.x)
         if isinstance(owner, Place):
             places = _of_whole(func, call, owner)
@@ -50,6 +55,9 @@ def view(func: Callable[..., Any]) -> Propagation:
         return call.settled(out) if isinstance(out, Tensor) else tuple(map(call.settled, out))
 
     return propagation
+
+
+_LIKE_ANOTHER = named("expand_as")
 
 
 def _of_whole(func: Callable[..., Any], call: OpCall, place: Place) -> Places:
@@ -79,6 +87,15 @@ def _eager() -> None:
 
 
 _sliced = view(Tensor.__getitem__)
+
+
+def strided(call: OpCall) -> Places:
+    """as_strided: overlapping parts of a tensor in memory."""
+    index = call.index(call.x).expand(call.x.shape)
+    _eager()
+    if not call.x.is_contiguous() or call.arg(3, "storage_offset") is not None:
+        raise LostError
+    return call.settled(index.contiguous().as_strided(call.out.shape, call.out.stride()))
 
 
 def indexed(call: OpCall) -> Places:

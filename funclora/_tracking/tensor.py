@@ -276,6 +276,19 @@ def rows_back(x: Tensor, place: Owner) -> Tensor:
     return x.contiguous() if place.dim else x
 
 
+def refuse_seeds() -> None:
+    """Raise `UnsupportedError` if each member draws dropout by its own generator, where rows are not in order."""
+    if _streams.get() is not None:
+        raise seeds_error()
+
+
+def seeds_error() -> UnsupportedError:
+    return UnsupportedError(
+        "dropout with a seed for each member needs the rows of the members one after the other, and the model "
+        "sorts or mixes them here, as experts do. Leave out the seeds, or set the dropout to 0."
+    )
+
+
 def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`F.dropout` with separate draws for each member of a population."""
     generators, x = _streams.get(), input
@@ -283,10 +296,7 @@ def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: b
         return input
     plain, place = rows_of(x)
     if not isinstance(place, Place):
-        raise UnsupportedError(
-            "dropout with a seed for each member needs the rows of the members one after the other. "
-            + (f"{place} lost them." if isinstance(place, str) else "The model sorts them, as experts do.")
-        )
+        raise seeds_error()
     n = input.scope.n
     rows = rows_first(plain, place, n).unflatten(0, (len(generators), -1))
     out = dropped(rows, p, range(0, n, n // len(generators)), n).flatten(0, 1)

@@ -260,6 +260,21 @@ class MatmulOp(LinearLayerOp):
         plain = LinearOp if a.dim() > 2 else LinearLayerOp
         return plain.add_low_rank(self, y, a, b, scaling, dropout)
 
+    def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
+        lead = (
+            a.dim() - 3
+        )  # of experts: `[groups, rows, *lead, *, in]`, and the kernel needs `[groups, *lead, rows, in]`
+        if not lead:
+            return super().grouped(x, a, b, scalings, dropout)
+        x = x.movedim(1, 1 + lead)
+        y = LinearOp.grouped(self, x.flatten(1 + lead, -2), a, b, scalings, dropout)
+        tokens: Tensor = y.unflatten(1 + lead, x.shape[1 + lead : -1])
+        return tokens.movedim(1 + lead, 1)
+
+    def add_grouped(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> Tensor:
+        plain = LinearOp if a.dim() > 3 else LinearLayerOp
+        return plain.add_grouped(self, y, x, a, b, scalings)
+
     def per_output(self, vector: Tensor) -> Tensor:
         return vector.unsqueeze(-2) if vector.dim() > 1 else vector
 
