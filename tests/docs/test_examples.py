@@ -274,3 +274,12 @@ def test_the_page_of_lora_vs_dora_has_the_numbers_of_its_file() -> None:
     page = (docs / "lora-vs-dora.md").read_text(encoding="utf-8")
     for table in load("lora_vs_dora").tables(found).split("\n\n"):
         assert table in page
+
+
+def test_full_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = run("full_rates", "--steps=6", "--batch=2", "--context=32", "--rows=8", "--rates", "1e-6", "1e-3", "1")
+    printed = capsys.readouterr().out
+    base = float(printed.split("held-out loss of ")[1].split()[0])
+    assert losses[1e-6] == pytest.approx(base, abs=1e-3)  # which is nearly the base
+    assert losses[1e-3] < base < losses[1.0]
+    assert f"1e-03  {losses[1e-3]:.4f}  best" in printed

@@ -167,6 +167,48 @@ class WeightsAndBiases:
             self._run.finish()
 
 
+class MLflow:
+    """A run of an experiment, on the server or in the folder that MLflow is set to (MLFLOW_TRACKING_URI)."""
+
+    TAG = "funclora.run"  # by which a resumed run finds itself
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._open = False
+        try:
+            import mlflow
+        except ImportError as error:
+            raise ConfigError(
+                "mlflow: it is requested, but not installed. Install it (pip install mlflow), or leave --mlflow out."
+            ) from error
+        self._mlflow: Any = mlflow
+
+    def begin(self, step: int, total: int, id: str) -> None:
+        from funclora._apps.train.checkpoint import plain
+
+        experiment = self._mlflow.set_experiment(self.settings.mlflow).experiment_id
+        before = self._mlflow.search_runs(
+            [experiment], filter_string=f"tags.`{self.TAG}` = '{id}'", output_format="list", max_results=1
+        )
+        if before:
+            self._mlflow.start_run(run_id=before[0].info.run_id)
+        else:
+            self._mlflow.start_run(run_name=self.settings.out.name, tags={self.TAG: id})
+            self._mlflow.log_params(plain(self.settings))
+        self._open = True
+
+    def line(self, line: Line) -> None:
+        self._mlflow.log_metrics(_numbers(line), step=line["step"])
+
+    def samples(self, step: int, samples: Samples) -> None:
+        text = "\n\n".join(f"{prompt}{continuation}" for prompt, continuation in samples)
+        self._mlflow.log_text(text, f"samples/{step:08d}.txt")
+
+    def close(self) -> None:
+        if self._open:
+            self._mlflow.end_run()
+
+
 def _numbers(line: Line) -> dict[str, float]:
     """The values that are drawn as curves, grouped as in TensorBoard."""
     return {

@@ -91,7 +91,7 @@ def _reports(given: Any) -> dict[str, Any]:
     if "wandb" in names:
         raise ConfigError("Weights & Biases needs the name of a project. Give it as wandb")
     if {*map(str, names)} - {"none", "tensorboard"}:
-        raise ConfigError(f"{reprlib.repr(given)} has no counterpart. Give tensorboard or wandb")
+        raise ConfigError(f"{reprlib.repr(given)} has no counterpart. Give tensorboard, wandb or mlflow")
     return {"tensorboard": True} if "tensorboard" in names else {}
 
 

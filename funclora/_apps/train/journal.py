@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from funclora._apps.train._sinks import Line, Metrics, Samples, Sink, TensorBoard, Terminal, WeightsAndBiases
+from funclora._apps.train._sinks import Line, Metrics, MLflow, Samples, Sink, TensorBoard, Terminal, WeightsAndBiases
 from funclora._apps.train.checkpoint import METRICS
 from funclora._apps.train.settings import Settings
 
@@ -27,7 +27,7 @@ class Journal:
         losses: `{"train": [(step, loss)], "validation": [(step, loss)]}`, of the steps before a resume too.
 
     Raises, when made:
-        ConfigError: `tensorboard` or `wandb` is requested and not installed.
+        ConfigError: `tensorboard`, `wandb` or `mlflow` is requested and not installed.
     """
 
     def __init__(self, settings: Settings, *, quiet: bool = False, console: Console | None = None) -> None:
@@ -40,6 +40,8 @@ class Journal:
             self._sinks.append(TensorBoard(settings.out / EVENTS))
         if settings.wandb is not None:
             self._sinks.append(WeightsAndBiases(settings))
+        if settings.mlflow is not None:
+            self._sinks.append(MLflow(settings))
         if self._terminal:
             self._sinks.append(self._terminal)
 

@@ -144,3 +144,4 @@ class Settings:
     log_every: int = _key(1, "Output", "Steps between lines of metrics.jsonl.", least=1)
     tensorboard: bool = _key(False, "Output", "Write TensorBoard event files.")
     wandb: str | None = _key(None, "Output", "Weights & Biases project to log to.")
+    mlflow: str | None = _key(None, "Output", "MLflow experiment to log to.")

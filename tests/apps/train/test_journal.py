@@ -81,7 +81,7 @@ def hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
 
 
-@pytest.mark.parametrize(("name", "value"), [("tensorboard", True), ("wandb", "project")])
+@pytest.mark.parametrize(("name", "value"), [("tensorboard", True), ("wandb", "project"), ("mlflow", "experiment")])
 def test_what_is_asked_for_and_not_installed_is_named(
     name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +128,64 @@ def test_weights_and_biases_goes_on_with_its_run(tmp_path: Path, monkeypatch: py
     (table,) = (values["samples"] for step, values in first.logged if "samples" in values and step == 4)
     assert table[0] == ["step", "prompt", "continuation"]
     assert table[1][0][:2] == [4, "ab"]
+
+
+class FakeMLflow:
+    """The functions of MLflow that are documented for runs, with a run in memory for each tag."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.active: dict[str, Any] | None = None
+
+    def set_experiment(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id=f"experiment {name}")
+
+    def search_runs(
+        self, experiments: list[str], filter_string: str, output_format: str, max_results: int
+    ) -> list[Any]:
+        assert (experiments, output_format, max_results) == (["experiment bytes"], "list", 1)
+        tag = filter_string.removeprefix("tags.`funclora.run` = '").removesuffix("'")
+        return [SimpleNamespace(info=SimpleNamespace(run_id=tag))] if tag in self.runs else []
+
+    def start_run(self, run_id: str = "", run_name: str = "", tags: Any = None) -> None:
+        assert self.active is None
+        fresh: dict[str, Any] = {"name": run_name, "params": {}, "metrics": [], "texts": {}, "started": 0}
+        self.active = self.runs[run_id] if run_id else self.runs.setdefault(tags["funclora.run"], fresh)
+        self.active["started"] += 1
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        assert self.active is not None
+        self.active["params"] |= params
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        assert self.active is not None
+        self.active["metrics"].append((step, metrics))
+
+    def log_text(self, text: str, file: str) -> None:
+        assert self.active is not None
+        self.active["texts"][file] = text
+
+    def end_run(self) -> None:
+        self.active = None
+
+
+def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    given = settings(tmp_path, eval_every=4, mlflow="bytes", sample=("ab",), sample_tokens=2)
+    outcome, _ = run(given)
+    (tmp_path / CHECKPOINTS / "00000008.safetensors").unlink()
+    run(replace(given, resume=True))
+    ((tag, made),) = fake.runs.items()
+    assert tag == json.loads((tmp_path / RUN).read_text())["id"]
+    assert (made["started"], made["name"], fake.active) == (2, tmp_path.name, None)
+    assert made["params"]["lr"] == given.lr
+    steps = [step for step, values in made["metrics"] if "train/loss" in values]
+    assert steps == [*range(1, 9), 5, 6, 7, 8]
+    losses = {step: values["validation/loss"] for step, values in made["metrics"] if "validation/loss" in values}
+    assert [*losses.items()] == outcome.losses["validation"]
+    assert [*made["texts"]] == ["samples/00000004.txt", "samples/00000008.txt"]
+    assert all(text.startswith("ab") for text in made["texts"].values())
 
 
 def test_a_log_has_few_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

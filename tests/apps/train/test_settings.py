@@ -35,6 +35,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "out": TEXT.map(Path),
     "wandb": st.none() | TEXT,
+    "mlflow": st.none() | TEXT,
 }
 
 
