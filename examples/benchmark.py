@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import torch.nn.functional as F
-from benchmark_plot import HEADLINE, METHODS, Result, Row, write
+from benchmark_plot import HEADLINE, METHODS, SHORT, Result, Row, write
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -374,6 +374,15 @@ def compare(bench: Bench, subject: Subject, r: int, works: Sequence[Work], resul
         result.rows.append(Row(subject.name, r, work.name, seconds))
 
 
+def compare_short(bench: Bench, subject: Subject, tokens: int, result: Result, tick: Tick) -> None:
+    """Train steps of one short row."""
+    rivals = Rivals(subject, HEADLINE, bench.device)
+    x, y = subject.batch("train", bench.device)
+    runs = rivals.contenders("train", (x[:1, :tokens], y[:1, :tokens]))
+    seconds = measure(bench, runs, bench.rounds, 1, tick)
+    result.rows.append(Row(subject.name, HEADLINE, f"train on {tokens} tokens", seconds))
+
+
 def compare_compiled(bench: Bench, work: str, result: Result, tick: Tick) -> None:
     """Eager against compiled, on two layers: compiling takes time for each."""
     full = subjects(bench.quick)[0]
@@ -552,6 +561,10 @@ def plan(bench: Bench, result: Result) -> Iterator[Job]:
                 run = functools.partial(compare, bench, subject, r, works, result)
                 names = [f"{subject.name} r={r} {work.name}" for work in works]
                 yield Job(names, sum(bench.rounds_of(r, work) for work in works), run)
+        for tokens in SHORT if subject.unit == "token" else ():
+            name = f"{subject.name} r={HEADLINE} train on {tokens} tokens"
+            if bench.wants(name):
+                yield Job([name], bench.rounds, functools.partial(compare_short, bench, subject, tokens, result))
     for work in ("forward", "train"):
         if bench.wants(f"compiled {work}"):
             run = functools.partial(compare_compiled, bench, work, result)

@@ -2,7 +2,7 @@
 
     python examples/benchmark_many.py                 everything; writes docs/benchmarks-many.md, .png and .json
     python examples/benchmark_many.py --quick         tiny sizes and two rounds: shows that it runs, measures nothing
-    python examples/benchmark_many.py --only train    forward, train, memory or ranks
+    python examples/benchmark_many.py --only train    forward, change, train, memory or ranks; or a size: "(16, 1, 1)"
 
 The contenders take turns as in benchmark.py. Before anything is timed, the routed batch must agree with PEFT's.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import shlex
 import sys
@@ -35,6 +36,7 @@ RANK = 8
 LR = 1e-3
 FORWARDS = [(n, 1, t) for t in (1, 16, 64) for n in (1, 4, 16, 64, 256) if n * t <= 4096]
 TRAINS = [(1, 1, 16), (4, 1, 16), (16, 1, 16), (32, 1, 16), (64, 1, 16), (64, 1, 1), (8, 2, 64)]
+CHANGES = [(16, 1, 1), (64, 1, 1)]
 MEMORY = (1, 8, 32)
 LOOPS = 16  # merged models and vmap are run up to that many members: each merged model is a copy of the weights
 
@@ -141,12 +143,44 @@ def forward(setup: Setup, bench: Bench, size: tuple[int, int, int], rounds: int,
     return Cell("forward", size, seconds)
 
 
+def change(setup: Setup, bench: Bench, size: tuple[int, int, int], rounds: int, tick: Tick) -> Cell:
+    """A decode batch in which one row gets another adapter: `route` and `bind`, with a cache that knows the weights."""
+    n = size[0]
+    x, runs = setup.ids(n, 1), {}  # type: tuple[Tensor, dict[str, Run]]
+    runs["base"] = lambda: setup.model(x)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for method in ("LoRA", "DoRA"):
+            config = fl.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", use_dora=method == "DoRA")
+            for i in range(n + n // 2):
+                fl.save_peft(f"{folder}/{method}-{i}", setup.member(i, method=method), config)
+            runs[f"change, {method}"] = changing(setup, folder, [f"{method}-{i}" for i in range(n + n // 2)], n)
+        return Cell("change", size, measure(bench, runs, rounds, 3, tick))
+
+
+def changing(setup: Setup, folder: str, names: list[str], n: int) -> Run:
+    cache = fl.AdapterCache(setup.model, folder, 2**32, device=setup.device, params=setup.params)
+    for name in names:
+        cache[name]  # loaded before
+    rows, waiting = names[:n], names[n:]
+    turns = itertools.cycle(range(n))
+    bound: Any = None
+
+    def run() -> None:
+        nonlocal bound
+        row = next(turns)
+        waiting.append(rows[row])
+        rows[row] = waiting.pop(0)
+        bound = fl.bind(setup.model, setup.params, cache.route(rows))
+
+    return run
+
+
 def train(setup: Setup, bench: Bench, size: tuple[int, int, int], rounds: int, tick: Tick) -> Cell:
     n, per, tokens = size
     tokens = max(tokens, 2) if tokens == 1 else tokens  # a next token to predict
     x, y = setup.ids(n, per, tokens), setup.ids(n, per, tokens).flip(0)
     setup.model.train()
-    runs: dict[str, Run] = {}
+    runs: dict[str, Run] = {"base, forward and backward": both_passes(setup, x.flatten(0, 1), y.flatten(0, 1))}
     for name, method in (("rows", "LoRA"), ("rows, DoRA", "DoRA")):
         runs[name] = population(setup, setup.members(n, method), (x, y))
     single = fl.train_step(setup.model, loss, fl.optim.adamw(LR))
@@ -173,6 +207,17 @@ def train(setup: Setup, bench: Bench, size: tuple[int, int, int], rounds: int, t
     seconds = measure(bench, runs, rounds, 1, tick)
     setup.model.eval()
     return Cell("train", size, seconds)
+
+
+def both_passes(setup: Setup, x: Tensor, y: Tensor) -> Run:
+    """The base model's own forward pass, and its backward pass to the inputs of the first layer."""
+    embedded = setup.model.get_input_embeddings()(x).detach()  # type: ignore[operator]
+
+    def run() -> None:
+        given = embedded.requires_grad_()
+        torch.autograd.grad(loss(lambda e: setup.model(inputs_embeds=e), (given, y)), given)
+
+    return run
 
 
 def population(setup: Setup, members: fl.Stack[Any], batch: tuple[Tensor, Tensor]) -> Run:
@@ -255,8 +300,8 @@ def jobs(bench: Bench, setup: Setup, cells: list[Cell], peaks: dict[int, int]) -
     def add(work: Callable[..., Cell], *args: Any) -> Callable[[Tick], None]:
         return lambda tick: cells.append(work(setup, bench, *args, rounds, tick))
 
-    for work, sizes in ((forward, FORWARDS), (train, TRAINS)):
-        for size in sizes[:2] if bench.quick else sizes:
+    for work, sizes in ((forward, FORWARDS), (change, CHANGES), (train, TRAINS)):
+        for size in sizes[: 1 if work is change else 2] if bench.quick else sizes:
             yield Job(f"{work.__name__} {size}", rounds, add(work, size))
     yield Job("ranks", rounds, add(ranks))
 
@@ -274,19 +319,27 @@ def jobs(bench: Bench, setup: Setup, cells: list[Cell], peaks: dict[int, int]) -
 # --- the page --------------------------------------------------------------------------------------------------
 
 
-def targets(cells: Sequence[Cell]) -> Iterator[str]:
+def targets(cells: Sequence[Cell], peaks: dict[int, int]) -> Iterator[str]:
     """The numbers to reach, by size."""
     wanted = [
-        ("forward, 64 adapters × 1 token", "forward", (64, 1, 1), "rows", "base", 1.4),
+        *((f"forward, {n} adapters × 1 token{dora}", "forward", (n, 1, 1), f"rows{dora}", "base", reach)
+          for n in (16, 64) for dora, reach in (("", 1.25), (", DoRA", 1.3))),
         ("forward, 64 adapters × 1 token", "forward", (64, 1, 1), "rows", "PEFT mixed", 0.1),
-        ("train step, 32 adapters × 16 tokens", "train", (32, 1, 16), "rows", "PEFT, one by one", 0.07),
-        ("train step, 8 adapters × 2 × 64 tokens", "train", (8, 2, 64), "rows", "PEFT, one by one", 0.45),
-    ]
+        *((f"another adapter in a batch of {n}, {method}", "change", (n, 1, 1), f"change, {method}", "base", 0.3)
+          for n in (16, 64) for method in ("LoRA", "DoRA")),
+        ("train step, 32 adapters × 16 tokens", "train", (32, 1, 16), "rows", "base, forward and backward", 1.25),
+        ("train step, 64 adapters × 2 tokens", "train", (64, 1, 1), "rows", "base, forward and backward", 1.5),
+    ]  # fmt: skip
     yield from head("work", "against", "reach", "measured", "reached")
     for what, work, size, name, to, reach in wanted:
         found = next((c.ratio(name, to) for c in cells if (c.work, c.size) == (work, size)), None)
         reached = "–" if found is None else "yes" if found.median <= reach else "**no**"
         yield table_row(what, to, f"≤ {reach}", found or "not measured", reached)
+    if len(peaks) > 2:
+        first, *_, last = sorted(set(peaks) - {0})
+        ratio = peaks[last] / (peaks[first] + (last - first) * peaks[0])
+        reached = "yes" if ratio <= 1.15 else "**no**"
+        yield table_row(f"memory of a train step of {last}", "one and own needs", "≤ 1.15", f"{ratio:.2f}", reached)
 
 
 def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) -> Iterator[str]:
@@ -300,9 +353,14 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
     yield f"- torch {torch.__version__}, peft {peft.__version__}, {about['date']}, {about['minutes']:.0f} minutes"
     yield f"- `{about['command']}`\n"
     yield "## Numbers to reach\n"
-    yield from targets(cells)
+    yield from targets(cells, peaks)
     yield "\n![Time by number of adapters](benchmarks-many.png)\n"
-    titles = {"forward": "Forward (ms)", "train": "Train step of all members (ms)", "ranks": "Ranks in one stack (ms)"}
+    titles = {
+        "forward": "Forward (ms)",
+        "change": "Another adapter in one row (ms)",
+        "train": "Train step of all members (ms)",
+        "ranks": "Ranks in one stack (ms)",
+    }
     for work, title in titles.items():
         some = [cell for cell in cells if cell.work == work]
         if not some:
@@ -310,10 +368,12 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
         yield f"\n## {title}\n"
         names = list(dict.fromkeys(name for cell in some for name in cell.seconds))
         to = "base" if "base" in names else "PEFT, one by one"
-        yield from head("size", *names, f"rows / {to}" if work != "ranks" else "")
+        yield from head(
+            "size", *names, f"{'change, LoRA' if work == 'change' else 'rows'} / {to}" if work != "ranks" else ""
+        )
         for cell in some:
             times = [ms(t) if (t := cell.median(name)) is not None else "" for name in names]
-            ratio = cell.ratio("rows", to)
+            ratio = cell.ratio("change, LoRA" if work == "change" else "rows", to)
             yield table_row(" × ".join(map(str, cell.size)), *times, f"{ratio.median:.2f}" if ratio else "")
     if peaks:
         own = peaks[0]
