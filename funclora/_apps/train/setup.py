@@ -17,6 +17,7 @@ from funclora._apps.train.packing import check_packing
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import SEQ2SEQ, Settings
 from funclora._bind.apply import bind
+from funclora._bind.summary import summary
 from funclora._files.atomic import replace_files
 from funclora.errors import ConfigError
 
@@ -52,7 +53,9 @@ def ready(settings: Settings, folder: Path) -> Ready:
         FuncloraError: something is missing, broken, or does not fit the rest.
     """
     settings, data, base = load(settings, folder)
-    return Ready(settings, data, begin(base, settings, _first_batches(base, data, settings)))
+    start = begin(base, settings, _first_batches(base, data, settings))
+    data.notes.extend(_ranks_beyond_use(start))
+    return Ready(settings, data, start)
 
 
 def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
@@ -115,6 +118,19 @@ def check_vocabulary(base: Base, *parts: Sequence[Example]) -> None:
                         f"of {base.name} has {rows} rows. Use the tokenizer that the model was trained "
                         "with, or a model whose embedding was resized to the tokenizer."
                     )
+
+
+def _ranks_beyond_use(start: Start) -> Iterator[str]:
+    """A note if a factor has a higher rank than its weight can have."""
+    rows = [row for row in summary(start.base.params, start.adapters).rows if row.r and len(row.shape) == 2]
+    wide = [row for row in rows if row.r is not None and row.r > min(row.shape)]
+    if wide:
+        first, size = wide[0], min(wide[0].shape)
+        more = f" and {len(wide) - 1} more weights" if len(wide) > 1 else ""
+        yield (
+            f"The rank {first.r} is more than {first.name} ({first.shape[0]}×{first.shape[1]}){more} can use: every "
+            f"change of it has at most rank {size}. A lower --rank saves memory and time."
+        )
 
 
 def _ids(example: Example, task: str) -> Iterable[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from funclora._apps.train.examples import Data
 from funclora._apps.train.journal import Journal
 from funclora._apps.train.loop import train
 from funclora._apps.train.plan import memory, plan, shown
+from funclora._apps.train.reading import read
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN, Settings
 from funclora._apps.train.setup import ready
 from funclora._torch.memory import Peak
@@ -127,3 +129,12 @@ def test_long_examples_are_cut_for_people(tmp_path: Path) -> None:
     _, part = shown(made.start.base, example).parts
     assert part[0].endswith("aaa ...")
     assert len(part[0]) == 1204
+
+
+def test_a_rank_beyond_use_is_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = task_models.save(tmp_path / "model", "llama")
+    given = {"model": model, "data": task_models.data(tmp_path / "prompt.jsonl", "prompt"), "targets": ["q_proj"]}
+    notes = {rank: ready(read(None, given | {"rank": rank}), tmp_path).data.notes for rank in (16, 17)}
+    assert not any("can use" in note for note in notes[16])
+    assert any(re.match(r"The rank 17 is more than .*q_proj.weight \(16×16\).* at most rank 16", n) for n in notes[17])
