@@ -178,9 +178,7 @@ def _datasets(made: Translation, value: Any, keys: Mapping[str, Any]) -> None:
             if key == "ds_type" or known:
                 continue
             made.left[f"datasets[{i}].{key}"] = f"{reprlib.repr(given)}: records are recognised by their fields here"
-    if len(entries) != 1:
-        raise ConfigError(f"there are {len(entries)}, and a run reads one file. Join them, and give it as data.")
-    _set(made, "data", entries[0]["path"], "datasets")
+    _set(made, "data", [entry["path"] for entry in entries], "datasets")
 
 
 def _named_data(made: Translation, value: Any, keys: Mapping[str, Any]) -> None:
@@ -188,15 +186,18 @@ def _named_data(made: Translation, value: Any, keys: Mapping[str, Any]) -> None:
     folder = Path(str(keys.get("dataset_dir") or "data"))
     names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     info = folder / "dataset_info.json"
-    if not isinstance(names, list) or len(names) != 1 or not info.is_file():
+    if not isinstance(names, list) or not info.is_file():
         raise ConfigError(f"{reprlib.repr(value)}: names of dataset_info.json are not known here. Give a file as data.")
-    entry = read_json(info).get(names[0])
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise ConfigError(f"{info} names no file for {names[0]!r}. Give a file as data.")
-    for key, given in entry.items():
-        if key not in ("file_name", "formatting"):
-            made.left[f"dataset.{key}"] = f"{reprlib.repr(given)}: records are recognised by their fields here"
-    _set(made, "data", str(folder / entry["file_name"]), "dataset")
+    known, files = read_json(info), []
+    for name in names:
+        entry = known.get(str(name))
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+            raise ConfigError(f"{info} names no file for {reprlib.repr(name)}. Give a file as data.")
+        for key, given in entry.items():
+            if key not in ("file_name", "formatting"):
+                made.left[f"dataset.{key}"] = f"{reprlib.repr(given)}: records are recognised by their fields here"
+        files.append(str(folder / entry["file_name"]))
+    _set(made, "data", files, "dataset")
 
 
 def _folder_of_data(made: Translation, value: Any, keys: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ strict: false
 datasets:
   - path: train.jsonl
     type: alpaca
+  - path: more.jsonl
+    type: chat_template
 dataset_prepared_path: last_run_prepared
 val_set_size: 0.1
 output_dir: ./outputs/lora-out
@@ -154,7 +156,8 @@ def test_axolotl(tmp_path: Path) -> None:
     made = translate(written(tmp_path, AXOLOTL))
     assert made.project == "axolotl"
     assert made.given == {
-        "model": Path("NousResearch/Llama-3.2-1B"), "quantize": "nf4", "data": Path("train.jsonl"),
+        "model": Path("NousResearch/Llama-3.2-1B"), "quantize": "nf4",
+        "data": (Path("train.jsonl"), Path("more.jsonl")),
         "validation_split": 0.1, "out": Path("outputs/lora-out"), "context": 2048, "packing": True, "rank": 16,
         "alpha": 32.0, "dropout": 0.05, "targets": ("gate_proj", "q_proj"), "accumulation": 2, "batch": 3,
         "modules_to_save": ("embed_tokens", "lm_head"), "epochs": 1.0, "optimizer": "adamw-8bit",
@@ -174,7 +177,7 @@ def test_llama_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.project == "LLaMA-Factory"
     assert {*made.left} == {"trust_remote_code", "template", "dataset.columns"}
     want: dict[str, Any] = {
-        "data": Path("there/mine.json"), "rank": 8, "alpha": 16.0, "targets": ("all-linear",), "method": "dora",
+        "data": (Path("there/mine.json"),), "rank": 8, "alpha": 16.0, "targets": ("all-linear",), "method": "dora",
         "context": 1024, "batch": 1, "accumulation": 8, "lr": 1e-4, "epochs": 3.0, "warmup": 0.1, "eval_every": 500,
         "save_every": 500, "validation_split": 0.1, "bf16": True,
     }  # fmt: skip
