@@ -143,8 +143,13 @@ def _unordered(value: Any) -> Any:
 def _most_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The most common value, and exact patterns for the others."""
     common, _ = Counter(values.values()).most_common(1)[0]
+    return common, {exactly(key): value for key, value in values.items() if value != common}
+
+
+def exactly(name: str) -> str:
+    """The key of `rank_pattern` and `alpha_pattern` that matches only this name."""
     # PEFT puts "anything and a dot" before a pattern; "^" keeps it from matching the end of a longer name.
-    return common, {f"^{re.escape(key)}": value for key, value in values.items() if value != common}
+    return f"^{re.escape(name)}"
 
 
 def _number(alpha: float) -> float:

@@ -57,6 +57,11 @@ def select(model: nn.Module, config: LoraConfig, *, unmatched: list[Unmatched] |
     return _Selection(model, config, unmatched).targets()
 
 
+def all_linear(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The full names of the modules that "all-linear" stands for in a configuration."""
+    return [*_Selection(model, config, [])._target_modules()]
+
+
 def without(config: LoraConfig, unmatched: Sequence[Unmatched]) -> LoraConfig:
     """The configuration without entries that match nothing."""
     changes: dict[str, Any] = {}
@@ -78,7 +83,14 @@ class _Selection:
         self.config = config
         self.unmatched = unmatched
         self.model = model
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        # As in PEFT, a module that the model holds under several names has the first one.
+        self.modules = dict(model.named_modules())
+        first = {id(module): name for name, module in self.modules.items()}
+        self.aliases = {
+            name: first[id(module)]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if first[id(module)] != name
+        }
         self.tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         self.parameters = {name for name in self.tensors if self._is_parameter(name)}
         self.tables = TiedEmbeddings.of(model)
@@ -96,7 +108,7 @@ class _Selection:
 
     def _is_parameter(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
-        return leaf in self.modules[path]._parameters
+        return path in self.modules and leaf in self.modules[path]._parameters
 
     def targets(self) -> dict[str, Target]:
         config = self.config
@@ -144,7 +156,19 @@ class _Selection:
                 f"ensure_weight_tying: the adapter has nothing to tie. Name {tables.input!r} in target_modules, "
                 "modules_to_save or trainable_token_indices, or leave the field at False."
             )
+        found |= self._further_names(found)
         return {name: found[name] for name in self.tensors if name in found}
+
+    def _further_names(self, found: Mapping[str, Target]) -> dict[str, Target]:
+        """The further names of the parameters that were found: they have no rules of their own."""
+        targets: dict[str, Target] = {}
+        for alias, module in self.aliases.items():
+            for leaf in self.model.get_submodule(module)._parameters:
+                name = f"{module}.{leaf}" if module else leaf
+                if (target := found.get(name)) is not None:
+                    to = target.tied_to or name
+                    targets[f"{alias}.{leaf}"] = Target(alias, None, rule=Tied, tied_to=to)
+        return targets
 
     # Matching as in PEFT, but an entry that matches nothing raises.
 
@@ -193,7 +217,11 @@ class _Selection:
                 self._matches_nothing(where, wanted, message)
             return matched
         for entry in unnamed(wanted, self.modules):
-            message = f"{where}: {entry!r} matches no module.{near(entry, suffixes(self.modules))}"
+            hint = near(entry, suffixes(self.modules))
+            for name, first in self.aliases.items():
+                if named(name, entry):
+                    hint = f" {name!r} is a further name of {first!r}: give that one."
+            message = f"{where}: {entry!r} matches no module.{hint}"
             self._matches_nothing(where, entry, message)
         return {n: m for n, m in self.modules.items() if self.config.names(where, n)}
 

@@ -12,6 +12,7 @@ from funclora._api.arguments import check_dtype, check_generator, check_model, c
 from funclora._bind.params import base_params
 from funclora._config.checks import check_config
 from funclora._config.config import LoraConfig
+from funclora._config.experts import as_in_peft
 from funclora._config.target import Target
 from funclora._config.targets import select
 from funclora.errors import ConfigError, ParamsError, near
@@ -66,7 +67,7 @@ def init(
         params = base_params(model)
     root = draw_root(generator)
     adapters = {}
-    for name, target in select(model, config).items():
+    for name, target in select(model, as_in_peft(model, config)).items():
         if name not in params:
             raise ParamsError(f"params lack {name!r}, which the configuration targets.{near(name, params)}")
         adapters[name] = _fresh(name, target, params[name].detach(), config, generator_of(root, name), dtype)

@@ -36,6 +36,7 @@ from funclora.distributed._live import is_divided
 from funclora.errors import ConfigError, FuncloraWarning, ParamsError, UnsupportedError, near
 from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.folder import save_peft
+from funclora.io.peft.in_model import in_model, refuse_in_model
 from funclora.rules.base import Adapters, Params, Rule
 
 # The names of the leaves of these rules among the parameters are PEFT's. A value that replaces a parameter has the name
@@ -96,7 +97,9 @@ def as_module(model: nn.Module, params: Params, adapters: Adapters, config: Lora
         raise ConfigError("as_module: there is nothing to train: adapters has no rule.")
     if config is not None:
         check_config(config)
-        check_against_config(adapters, config)  # an adapter that cannot be saved is refused before training
+        saved, config = in_model(model, adapters, config)
+        # An adapter that cannot be saved is refused before training.
+        refuse_in_model(model, check_against_config(saved, config), ())
     kind: Any = type(model)
     return _class_for(kind)(model, params, adapters, config)
 

@@ -64,24 +64,27 @@ def to_diffusers(folder: Path, out: Path, base: Path, *, overwrite: bool) -> Fac
 def from_gguf(file: Path, out: Path, base: Path, *, overwrite: bool) -> Facts:
     """Read llama.cpp's file."""
     with adapter_out(out, overwrite=overwrite):
-        return _write(out, base, *load_gguf(file, base_model(base, weights=False)))
+        model = base_model(base, weights=False)
+        return _write(out, base, model, *load_gguf(file, model))
 
 
 def from_mlx(folder: Path, out: Path, base: Path, *, overwrite: bool) -> Facts:
     """Read mlx-lm's folder."""
     with adapter_out(out, overwrite=overwrite):
-        return _write(out, base, *load_mlx(folder, base_model(base, weights=False)))
+        model = base_model(base, weights=False)
+        return _write(out, base, model, *load_mlx(folder, model))
 
 
 def from_diffusers(path: Path, out: Path, base: Path, *, overwrite: bool) -> Facts:
     """Read a file for a pipeline, into a folder for each component."""
-    found, updates = load_parts(path, *_pipeline(base)), 0
+    models, loader = _pipeline(base)
+    found, updates = load_parts(path, models, loader), 0
     for name in found:
         if (out / name / CONFIG_FILE).exists() and not overwrite:
             raise ConfigError(f"--out: {out / name} already contains an adapter. Give another folder, or --overwrite.")
     for name, (adapters, config) in found.items():
         with adapter_out(out / name, overwrite=overwrite):
-            updates += _write(out / name, base / name, adapters, config)["updates"]
+            updates += _write(out / name, base / name, models[name], adapters, config)["updates"]
     return {"out": out, "updates": updates, "components": [*found]}
 
 
@@ -95,8 +98,8 @@ def _read(folder: Path, base: Path) -> tuple[dict[str, Rule], nn.Module]:
     return adapters, model
 
 
-def _write(out: Path, base: Path, adapters: dict[str, Rule], config: LoraConfig) -> Facts:
-    save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)))
+def _write(out: Path, base: Path, model: nn.Module, adapters: dict[str, Rule], config: LoraConfig) -> Facts:
+    save_peft(out, adapters, config.replace(base_model_name_or_path=str(base)), model=model)
     return {"out": out, "updates": len(adapters), "r": config.r, "lora_alpha": config.lora_alpha}
 
 

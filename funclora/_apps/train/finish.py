@@ -68,7 +68,7 @@ def rehearse(start: Start, settings: Settings) -> None:
         moved: Any = optree.tree_map(
             lambda x: x + 1e-3, tree
         )  # B is still zero, and merging such an update changes nothing
-        save_peft(Path(folder, ADAPTER), *start.exported(moved))
+        save_peft(Path(folder, ADAPTER), *start.exported(moved), model=start.base.model)
         if settings.merge and settings.model is not None and _fits_folder(start):
             merge_checkpoint(settings.model, Path(folder, ADAPTER), Path(folder, MERGED), dry_run=True)
 
@@ -116,7 +116,7 @@ def write_adapter(folder: Path, start: Start, outcome: Outcome, data: Data, sett
         OSError: something cannot be written.
     """
     adapters, config = start.exported(outcome.adapters)
-    save_peft(folder, adapters, config)
+    save_peft(folder, adapters, config, model=start.base.model)
     if settings.model is not None:
         write_origin(folder, settings.model)
     if hasattr(start.base.tokenizer, "save_pretrained"):

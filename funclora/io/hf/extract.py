@@ -155,7 +155,7 @@ def extract_adapter(
         config, saved = found.saved(config) if rest == "save" else (found.exact(config), {})
         base.check()
         tuned.check()
-        save_peft(draft, {**found.adapters, **saved}, config)
+        save_peft(draft, {**found.adapters, **saved}, config, model=structure.model)
     return ExtractReport(
         weights=tuple(found.weights),
         same=tuple(found.same),

@@ -127,7 +127,7 @@ def combine_peft(
     if model is not None:
         adapters = _placed(model, adapters, config)
     adapters = {name: _cast(rule, dtype) for name, rule in adapters.items()}
-    save_peft(out, adapters, config)
+    save_peft(out, adapters, config, model=model)
     return CombinedFolders(tuple(sources), adapters, config)
 
 

@@ -28,6 +28,9 @@ from funclora.rules.tokens import Tied, TrainableTokens
 _INSTEAD = "Merge the adapter (funclora.merge) and save the weights instead."
 
 
+_OF_EXPERTS = "If the configuration names experts as PEFT does, save_peft needs the model: save_peft(..., model=model)."
+
+
 def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, PeftTarget]:
     """The low-rank rules as PEFT sees them, after checking that PEFT would compute the same from them.
 
@@ -53,7 +56,9 @@ def check_against_config(adapters: Adapters, config: LoraConfig) -> dict[str, Pe
     full = [name for name, rule in adapters.items() if isinstance(rule, Full)]
     saved = list(dict.fromkeys(module for name in full for module in saved_above(name, config)))
     for name, why in unsupported_by_peft([*wrapped.values()], saved, config):
-        raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {_INSTEAD}")
+        w = wrapped.get(name)
+        advice = _OF_EXPERTS if w is not None and isinstance(w.layout, Parameter) and not w.by_parameter else _INSTEAD
+        raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why} {advice}")
     for w in wrapped.values():
         if isinstance(w.layout, Attention):  # readable, but PEFT never computes our outputs from it
             raise UnsupportedError(

@@ -31,6 +31,7 @@ from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.decomposed import on_the_original
 from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.fold import folded
+from funclora.io.peft.in_model import in_model, refuse_in_model
 from funclora.io.peft.keys import Keys, PeftTarget
 from funclora.io.peft.limits import differences, unsupported_by_peft, unsupported_in_model, unsupported_ties
 from funclora.io.peft.older_names import OlderNames
@@ -42,7 +43,12 @@ from funclora.rules.tokens import Tied
 
 
 def save_peft(
-    path: str | os.PathLike[str], adapters: Adapters, config: LoraConfig, *, fold_scaling: bool = False
+    path: str | os.PathLike[str],
+    adapters: Adapters,
+    config: LoraConfig,
+    *,
+    fold_scaling: bool = False,
+    model: nn.Module | None = None,
 ) -> None:
     """Write adapters as a folder that PEFT loads: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -50,9 +56,10 @@ def save_peft(
     any time, also where this process is killed between the two files: for other programs the folder then has no
     configuration. What is in the folder besides stays.
 
-    The model is not asked for, so a target of the configuration that the adapters lack as a whole goes unnoticed,
-    and so does a module that the model holds under two names. `load_peft` notices both. Zero rows of a weight stay
-    zero with DoRA in funclora, and become NaN in PEFT.
+    With `model`, PEFT computes from the folder what `apply` computes, or an error says what PEFT would do. Without it
+    these go unnoticed: a target of the configuration that the adapters lack as a whole, names that PEFT takes for
+    experts, a layer that the model never calls or holds in two places, and names that PEFT changes. `load_peft` notices
+    the first. Zero rows of a weight stay zero with DoRA in funclora, and become NaN in PEFT.
 
     Args:
         path: the folder; made if it does not exist.
@@ -60,6 +67,8 @@ def save_peft(
         config: the configuration that the adapters were made with.
         fold_scaling: write s·B in place of B, and α = r, for programs without rsLoRA and patterns (vLLM, llama.cpp).
             Smaller ranks are padded with zeros to the largest one. PEFT computes the same result.
+        model: the model that the adapters are for. Only its structure is read. In a mixture of experts `init` gives
+            the experts adapters as PEFT does, and the model is needed to write them.
 
     Raises:
         ConfigError: adapters and configuration do not agree.
@@ -81,11 +90,16 @@ def save_peft(
     check_path(path, order="path, adapters, config")
     check_rules(adapters)
     check_config(config)
+    if model is not None:
+        check_model(model)
+        adapters, config = in_model(model, adapters, config)
     config = tied_as_in_peft(config, adapters)
     wrapped = check_against_config(adapters, config)
     if fold_scaling:
         adapters, config = folded(adapters, config)
     tensors = tensors_of(adapters, wrapped)
+    if model is not None:
+        refuse_in_model(model, wrapped, tensors)
     # Copies, because a safetensors file cannot hold two views of one tensor.
     written = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
     by_module = [w for w in wrapped.values() if not w.by_parameter]
@@ -197,7 +211,9 @@ class PeftFolder:
             for name, t in targets.items()
             if t.layout is not None
         }
-        self._ties = {name: target.tied_to for name, target in targets.items() if target.rule is Tied}
+        first = dict(model.named_modules())
+        self._further = {n: t.tied_to for n, t in targets.items() if t.rule is Tied and t.module not in first}
+        self._ties = {n: t.tied_to for n, t in targets.items() if t.rule is Tied and t.module in first}
         wrapped |= {name: output_layer(name, wrapped[to]) for name, to in self._ties.items() if to in wrapped}
         self._wrapped = [*wrapped.values()]
         saved = [n for n, _ in model.named_modules() if config.names("modules_to_save", n)]
@@ -218,6 +234,8 @@ class PeftFolder:
     def rule(self, name: str) -> Rule:
         """The rule of one of the targets, read from the file at every call."""
         target, weight = self.targets[name], self.weights[name]
+        if name in self._further:
+            return Tied(self._further[name])
         if name in self._ties:
             return self._reader.tied(name, target, self.rule(self._ties[name]), weight)
         return self._reader.rule(name, target, weight)

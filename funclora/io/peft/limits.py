@@ -146,15 +146,33 @@ def unsupported_ties(followed: Mapping[str, type[Rule]], ties: Mapping[str, str]
 
 def unsupported_in_model(model: nn.Module, wrapped: Iterable[PeftTarget]) -> Reasons:
     """`(name, why)` for obstacles that depend on the model."""
-    seen = {name for name, _ in model.named_modules()}  # as PEFT lists them: each module once
+    elsewhere = _held_elsewhere(model)
     for w in wrapped:
-        if w.module not in seen:
-            yield w.name, "the model holds its module under two names; PEFT would adapt the first one only."
+        if w.module in elsewhere:
+            yield (
+                w.name,
+                (
+                    f"the model holds its module as {elsewhere[w.module]!r} too. PEFT would adapt only the calls of "
+                    f"{w.module!r}."
+                ),
+            )
         if isinstance(w.layout, Attention):
             if w.name.endswith(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
                 yield w.name, "PEFT adapts nn.MultiheadAttention only where kdim and vdim are embed_dim."
             if w.name == f"{w.module}.weight":
                 yield w.name, _OUT_PROJ
+
+
+def _held_elsewhere(model: nn.Module) -> dict[str, str]:
+    """First name of a module -> a further name, if it is not by the same attribute of the same module."""
+    names: dict[int, tuple[str, int]] = {}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        first, place = names.setdefault(id(module), (name, hash((id(model.get_submodule(path)), leaf))))
+        if first != name and place != hash((id(model.get_submodule(path)), leaf)):
+            found.setdefault(first, name)
+    return found
 
 
 def differences(model: nn.Module, wrapped: Sequence[PeftTarget], config: LoraConfig, *, by_peft: bool) -> Iterator[str]:
@@ -167,7 +185,7 @@ def differences(model: nn.Module, wrapped: Sequence[PeftTarget], config: LoraCon
         )
     for name in dict.fromkeys(w.module for w in wrapped if not w.by_parameter):
         module = model.get_submodule(name)
-        if _own_forward(module):
+        if own_forward(module):
             yield (
                 f"{name!r} is a {type(module).__name__} with a forward of its own. PEFT adds its update to what the "
                 "module returns, funclora to its weight: compare the outputs."
@@ -189,7 +207,8 @@ def counts_twice(w: PeftTarget) -> bool:
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-def _own_forward(module: nn.Module) -> bool:
+def own_forward(module: nn.Module) -> bool:
+    """Whether a layer computes something else than the plain one of its kind."""
     base = next((cls for cls in _PLAIN if isinstance(module, cls)), None)
     # TiedEmbeddings that scale what they return (embed_scale) are known to PEFT, and so are the layers of bitsandbytes.
     return (

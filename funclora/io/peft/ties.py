@@ -44,7 +44,10 @@ def tied_as_in_peft(config: LoraConfig, adapters: Adapters) -> LoraConfig:
         raise ConfigError("ensure_weight_tying=True, but the adapters tie nothing. Set it to False.")
     for module, to in ties.items():
         if isinstance(adapters[to], (LoRA, DoRA, Full)) and not config.ensure_weight_tying:
-            raise ConfigError(f"{module!r} is tied to {to!r}, but ensure_weight_tying=False. Set it to True.")
+            raise ConfigError(
+                f"{module!r} is tied to {to!r}, but ensure_weight_tying=False. Set it to True. If the model holds one "
+                "module under both names, give save_peft the model: save_peft(..., model=model)."
+            )
     changes: dict[str, object] = {}
     for field, kinds in (("target_modules", (LoRA, DoRA)), ("modules_to_save", (Full,))):
         tied = [module for module, to in ties.items() if isinstance(adapters[to], kinds)]

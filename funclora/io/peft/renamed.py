@@ -1,0 +1,35 @@
+"""Names that PEFT gives to the tensors of an adapter, because transformers renames those of older checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from funclora.io.peft.keys import PREFIX
+
+_ADAPTER = ".default"
+
+
+def renamed_by_peft(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """`(key, other key)` for each tensor of a low-rank update that PEFT looks for under another name in this model."""
+    library: Any = sys.modules.get("transformers.conversion_mapping")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if library is None or library.get_checkpoint_conversion_mapping(model_type) is None:
+        return
+    from transformers import core_model_loading as loading
+
+    changes = library.get_model_conversion_mapping(cast(Any, model))
+    renamings = [
+        loading.WeightRenaming(f"{PREFIX}model.", "model."),
+        loading.WeightRenaming(PREFIX, ""),
+        loading.WeightRenaming(r"(lora_[^\.]*)", rf"\1{_ADAPTER}"),
+        *(change for change in changes if isinstance(change, loading.WeightRenaming)),
+    ]
+    for key in keys:
+        if ".lora_" in key:
+            name = "".join(loading.rename_source_key(key, renamings, [])[0].rsplit(_ADAPTER, 1))
+            if not key.endswith(name):
+                yield key, PREFIX + name.removeprefix(PREFIX)
