@@ -83,14 +83,14 @@ def spoken(command: str, together: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
-def test_the_session_runs_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run_page(page: Path) -> list[str]:
+    """Write the files of a page and run its commands, in the working directory; the commands."""
     ran: list[str] = []
-    for block in blocks(PAGE):
+    for block in blocks(page):
         if block.title:
             Path(block.title).write_text(block.code, encoding="utf-8")
+            continue
+        if block.language == "json":  # a line of a file
             continue
         assert block.language == "console", block.place
         together: list[str] = []  # a command in the background and the next one are one job
@@ -103,6 +103,26 @@ def test_the_session_runs_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.Mon
             together = []
             ran.append(command)
         assert not together
+    return ran
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_the_page_on_classifying_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model that the session makes."""
+    monkeypatch.chdir(tmp_path)
+    (script,) = (block.code for block in blocks(PAGE) if block.title == "make.py")
+    Path("make.py").write_text(script, encoding="utf-8")
+    spoken("python make.py 2> log", [])
+    ran = run_page(DOCS / "classification.md")
+    assert {"train", "eval", "predict"} <= {command.split()[1] for command in ran if command.startswith("funclora ")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_the_session_runs_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run_page(PAGE)
     assert {"train", "inspect", "diff", "eval", "generate", "merge"} <= {
         command.split()[1] for command in ran if command.startswith("funclora ")
     }

@@ -23,7 +23,12 @@ RUN = {"python"}
 CHECKED = {"sh", "console"}  # by test_pages_commands.py
 SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or is printed
 
-SESSIONS = {"many-devices.md", "session.md", "training.md"}  # run from first to last line by tests of their own
+SESSIONS = {
+    "classification.md",
+    "many-devices.md",
+    "session.md",
+    "training.md",
+}  # run from first to last line by tests of their own
 
 # What other libraries warn of, which no page can help.
 QUIET = {

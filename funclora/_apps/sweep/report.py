@@ -173,8 +173,8 @@ def _short(value: Any) -> str:
 def _sensible(losses: list[float]) -> tuple[float, float]:
     """Limits of an axis, such that a diverging member does not compress all others into one line."""
     losses = sorted(losses)
-    low, middle = losses[0], losses[len(losses) * 3 // 4]
-    high = min(losses[-1], middle + 2 * (middle - low)) + 1e-3
+    low, middle = losses[0], losses[len(losses) // 2]
+    high = min(losses[-1], middle + 3 * (middle - low)) + 1e-3
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
