@@ -298,7 +298,13 @@ class _Selection:
                 )
             for weight, layout in weights.items():
                 found[f"{name}.{weight}" if name else weight] = self._target(name, name, layout)
-        for name in found:
+        for name, target in found.items():
+            if name not in self.tensors:
+                raise TargetError(
+                    f"{name!r} is not a parameter but is computed from others in each call (weight_norm, spectral_norm,"
+                    " orthogonal, prune). Remove that first (torch.nn.utils.parametrize.remove_parametrizations, "
+                    f"remove_weight_norm, prune.remove), or exclude it: exclude_modules=[{target.module!r}]."
+                )
             self._check_low_rank(name)
         return found
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.utils import prune
 
 from funclora import LoraConfig, init
 from funclora._config.targets import select
@@ -488,3 +489,19 @@ def test_a_layer_without_a_single_weight_is_none_of_all_linear() -> None:
     assert [*init(model, LoraConfig(target_modules="all-linear"))] == ["0.weight", "2.weight"]
     with pytest.raises(TargetError, match=r"cannot adapt '1.weight' has shape \[0, 3\]: it is empty"):
         init(model, LoraConfig(target_modules=["1"]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)  # fmt: skip
+def test_a_computed_weight_is_no_target(parametrize: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(parametrize(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match=r"'0\.weight' is not a parameter but is computed.*exclude_modules=\['0'\]"):
+        init(model, LoraConfig(target_modules="all-linear"))
+    assert [*init(model, LoraConfig(target_modules="all-linear", exclude_modules=["0"]))] == ["1.weight"]
