@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import TransformType
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -166,11 +166,12 @@ def is_forward_mode() -> bool:
 
 
 def overwriting() -> Callable[..., Tensor]:
-    """`op(x, ...)`, in place if no autograd, transform or tracer is active; x must be a temporary of the caller.
+    """`op(x, ...)`, in place if no autograd, transform, mode or tracer can see it; x must be a temporary of the caller.
 
     New memory for every result would be a large part of the cost of a step.
     """
     watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
+    watched = watched or _len_torch_function_stack() > 0 or _len_torch_dispatch_stack() > 0
 
     def over(op: Callable[..., Tensor], x: Tensor, *rest: Any, **options: float) -> Tensor:
         return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)

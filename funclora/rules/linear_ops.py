@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,8 +74,19 @@ class LinearOp(ABC):
     def per_output(self, vector: Tensor) -> Tensor:
         """A vector `[*lead, out]`, shaped to broadcast over the result (over the input, if `transposed`)."""
 
-    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
-        """`y + s·low_rank(a, b, dropout)`, in the wider dtype of the two."""
+    def add_low_rank(
+        self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, *, temporary: bool = False
+    ) -> Tensor:
+        """`y + s·low_rank(a, b, dropout)`, in the wider dtype of the two.
+
+        Args:
+            y: a result of this operation.
+            a: as in `low_rank`, like b and dropout.
+            b: the second factor.
+            scaling: s.
+            dropout: the probability.
+            temporary: y may be overwritten.
+        """
         return added(y, self.low_rank(a, b, dropout), scaling)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
@@ -199,12 +211,15 @@ class LinearLayerOp(LinearOp):
         first, second = (b.mT, a.mT) if self.transposed else (a, b)
         return F.linear(_input(self.x, a, dropout), first), second
 
-    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+    def add_low_rank(
+        self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, *, temporary: bool = False
+    ) -> Tensor:
         h, second = self._project_down(a, b, dropout)
         if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in _EXACT:
             return added(y, F.linear(h, second), scaling)
         # The product is added in place: this saves one pass over the outputs, forward and backward.
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
+        addmm = functools.partial(overwriting(), torch.addmm) if temporary and y.is_contiguous() else torch.addmm
+        return addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         h, second = self._grouped_down(_input(x, a, dropout), a, b, scalings)
@@ -256,9 +271,11 @@ class MatmulOp(LinearLayerOp):
         first, second = (b, a) if self.transposed else (a.mT, b.mT)
         return _input(self.x, a, dropout) @ first @ second
 
-    def add_low_rank(self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float) -> Tensor:
+    def add_low_rank(
+        self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, *, temporary: bool = False
+    ) -> Tensor:
         plain = LinearOp if a.dim() > 2 else LinearLayerOp
-        return plain.add_low_rank(self, y, a, b, scaling, dropout)
+        return plain.add_low_rank(self, y, a, b, scaling, dropout, temporary=temporary)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         lead = (

@@ -162,8 +162,8 @@ class LowRank(Rule):
         return replace(self, **leaves, layout=Parameter(self.layout.transposed))
 
     def add_update(self, op: LinearOp, y: Tensor, dropout: float) -> Tensor:
-        """`y + s·op(B·A)`, in the wider dtype of the two."""
-        return op.add_low_rank(y, self.a, self.b, self.scaling, dropout)
+        """`y + s·op(B·A)`, in the wider dtype of the two; y is a temporary, which may be overwritten."""
+        return op.add_low_rank(y, self.a, self.b, self.scaling, dropout, temporary=True)
 
     def delta(self) -> Tensor:
         """s·B·A as a matrix `[*lead, out, in]`, in float32 at least."""
