@@ -12,6 +12,7 @@ from torch import Tensor
 from funclora._apps.train.packing import is_packed, positions
 from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.settings import SEQUENCE, Settings
+from funclora._apps.train.stored import sizes
 from funclora._init.fresh import generator_of
 from funclora.errors import ConfigError
 
@@ -168,6 +169,8 @@ class Batches:
 def evaluation(examples: Sequence[Example], *, batch: int, pad: int, task: str) -> Iterator[dict[str, Tensor]]:
     """Every row once, in batches of similar lengths, the longest first, so that memory runs out first or never."""
     packed = is_packed(examples)
-    rows = sorted(examples, key=lambda row: (len(row.ids), len(row.labels)), reverse=True)
-    for start in range(0, len(rows), batch):
-        yield collate(rows[start : start + batch], pad=pad, task=task, packed=packed)
+    lengths = [(int(ids), int(labels)) for ids, labels in sizes(examples)]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    for start in range(0, len(order), batch):
+        rows = [examples[i] for i in order[start : start + batch]]
+        yield collate(rows, pad=pad, task=task, packed=packed)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import struct
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from funclora._apps.train.batches import Shares
+from funclora._apps.train.cache import Part, Tokenised, is_large, key_of, load, written
 from funclora._apps.train.formats import Format
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.packing import pack
@@ -19,6 +20,7 @@ from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED as IGNORED
 from funclora._apps.train.rows import Example as Example
 from funclora._apps.train.settings import CAUSAL, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.stored import digest, sizes
 from funclora._apps.train.survey import Survey
 from funclora._apps.train.tokens import reader
 from funclora._init.fresh import generator_of
@@ -37,8 +39,8 @@ class Data:
         shares: for files with weights, the number of training examples of each, and how often each is in an epoch.
     """
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     classes: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     shares: Shares = ()
@@ -48,16 +50,13 @@ class Data:
 
         The paths of the files do not matter, so the files may move.
         """
-        digest = hashlib.sha256(json.dumps([self.classes, self.shares]).encode())
-        for part in (self.train, self.validation):
-            digest.update(struct.pack("<q", len(part)))
-            for example in part:
-                for numbers in (example.ids, example.labels, example.lengths):
-                    digest.update(struct.pack(f"<{len(numbers) + 1}q", len(numbers), *numbers))
-        return digest.hexdigest()
+        parts = [[len(part), digest(part)] for part in (self.train, self.validation)]
+        return hashlib.sha256(json.dumps([self.classes, self.shares, parts]).encode()).hexdigest()
 
 
-def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequence[str] = ()) -> Data:
+def prepare(
+    settings: Settings, tokenizer: Any, limit: int | None, known: Sequence[str] = (), folder: Path | None = None
+) -> Data:
     """Read and tokenise the data of a run.
 
     Args:
@@ -66,6 +65,7 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
         limit: the model's maximum context in tokens; None if there is no limit.
         known: classes of the model's head, in its order. Data without other classes use the same numbers, so that the
             head names them correctly.
+        folder: where the examples of large data are kept, for this run and when it is resumed; in memory without.
 
     Raises:
         ConfigError: a setting does not fit the data, the tokenizer or the model.
@@ -82,10 +82,66 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
         ...     prepare(Settings(data=(file,)), ByteTokenizer(), 256).train
         [Example(ids=[49, 43, 49, 61, 50], labels=[-100, -100, -100, -100, 50], lengths=(5,), source='pairs.jsonl:1')]
     """
-    notes = Notes()
-    context = _context(settings, limit, notes)
     if not settings.data:
         raise ConfigError("data: no training data is given. Give a file, or a folder of files.")
+    tokenised = _tokenised(settings, tokenizer, limit, known, folder)
+    (train, validation), notes, classes = tokenised.parts, tokenised.notes, tokenised.classes
+    context = _context(settings, limit, Notes())
+    if settings.validation is None and settings.validation_split and not validation:
+        # With few long texts, the end of the last ones.
+        n = round(len(train) * settings.validation_split)
+        train, validation = train[: len(train) - n], train[len(train) - n :]
+        if not train:
+            raise ConfigError(f"validation_split: {settings.validation_split} of {n} leaves nothing to train on.")
+    if settings.validation is None and settings.validation_split:
+        of = len(train) + len(validation)
+        notes.say(
+            f"{len(validation)} of {of} examples {'is' if len(validation) == 1 else 'are'} held out for evaluation."
+            if validation
+            else f"No example is held out for evaluation: {of} are too few for a validation_split of "
+            f"{settings.validation_split:g}. Give a larger one, or a file of validation data."
+        )
+    learned = {label for example in train for label in example.labels} if classes else set()
+    if missing := [name for i, name in enumerate(classes) if i not in learned]:
+        notes.say(f"No training example is of class {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}.")
+    parts = [train[start:end] for start, end in itertools.pairwise(min(end, len(train)) for end in tokenised.ends)]
+    if settings.packing:
+        packed = [_packed(part, context, notes, "") for part in (parts if settings.weights else [train])]
+        parts = packed  # files with weights of their own do not share rows
+        train = packed[0] if len(packed) == 1 else [row for part in packed for row in part]
+        validation = _packed(validation, context, notes, "held-out ")
+    shares = tuple(zip(map(len, parts), settings.weights, strict=True)) if settings.weights else ()
+    return Data(train, validation, classes, notes.lines(), shares)
+
+
+def _tokenised(
+    settings: Settings, tokenizer: Any, limit: int | None, known: Sequence[str], folder: Path | None
+) -> Tokenised:
+    """The examples, from the cache if it has them."""
+    if folder is None or not is_large(settings) or find_spec("pyarrow") is None:
+        train, validation = list[Example](), list[Example]()
+        ends, classes, notes = _fill(train, validation, settings, tokenizer, limit, known)
+        return Tokenised((train, validation), ends, classes, notes)
+    key = key_of(settings, tokenizer, limit, known)
+    if (found := load(folder, key)) is None:
+        with written(folder, key) as cache:
+            cache.finish(*_fill(*cache.parts, settings, tokenizer, limit, known))
+        found = load(folder, key)
+        if found is None:
+            raise FormatError(f"{folder}: the cache of the data is not what was written. Is the disk in order?")
+    return found
+
+
+def _fill(
+    train: Part, validation: Part, settings: Settings, tokenizer: Any, limit: int | None, known: Sequence[str]
+) -> tuple[list[int], tuple[str, ...], Notes]:
+    """Tokenise the data.
+
+    Returns:
+        The number of training examples before and after each file, the classes, and what is to be said.
+    """
+    notes = Notes()
+    context = _context(settings, limit, notes)
     survey = Survey(settings, Format.of(settings.fields, settings.roles, tokenizer), notes)
     n = sum(survey.count(settings.data))
     if settings.validation is not None:
@@ -100,7 +156,6 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
     classes = _classes(survey.names, settings, known, notes)
     read_one = reader(settings, tokenizer, context, classes, notes)
     held_out = _held_out(n, settings) if settings.validation is None else set()
-    train, validation = list[Example](), list[Example]()
     ends, i = [0], 0
     for file in (*settings.data, *([] if settings.validation is None else [settings.validation])):
         before = len(train) + len(validation)
@@ -112,38 +167,11 @@ def prepare(settings: Settings, tokenizer: Any, limit: int | None, known: Sequen
             told = " ".join([*notes.lines(), *survey.lines()])
             raise FormatError(f"{file}: no token is left to compute a loss on. {told}".rstrip())
         ends.append(len(train))
-    if not train:
+    if not len(train):
         raise ConfigError(f"validation_split: {settings.validation_split} leaves nothing to train on.")
-    if settings.validation is None and settings.validation_split and not held_out:
-        # With few long texts, the end of the last ones.
-        n = round(len(train) * settings.validation_split)
-        train, validation = train[: len(train) - n], train[len(train) - n :]
-        if not train:
-            raise ConfigError(f"validation_split: {settings.validation_split} of {n} leaves nothing to train on.")
     for line in survey.lines():
         notes.say(line)
-    if settings.validation is None and settings.validation_split:
-        of = len(train) + len(validation)
-        notes.say(
-            f"{len(validation)} of {of} examples {'is' if len(validation) == 1 else 'are'} held out for evaluation."
-            if validation
-            else f"No example is held out for evaluation: {of} are too few for a validation_split of "
-            f"{settings.validation_split:g}. Give a larger one, or a file of validation data."
-        )
-    learned = {label for example in train for label in example.labels} if classes else set()
-    if missing := [name for i, name in enumerate(classes) if i not in learned]:
-        notes.say(f"No training example is of class {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}.")
-    parts = [
-        train[start:end]
-        for start, end in itertools.pairwise(min(end, len(train)) for end in ends[: len(settings.data) + 1])
-    ]
-    if settings.packing:
-        # Files with weights of their own do not share rows.
-        parts = [train] if not settings.weights else parts
-        parts = [_packed(part, context, notes, "") for part in parts]
-        train, validation = [row for part in parts for row in part], _packed(validation, context, notes, "held-out ")
-    shares = tuple(zip(map(len, parts), settings.weights, strict=True)) if settings.weights else ()
-    return Data(train, validation, classes, notes.lines(), shares)
+    return ends[: len(settings.data) + 1], classes, notes
 
 
 def read_examples(
@@ -234,9 +262,9 @@ def _held_out(n: int, settings: Settings) -> set[int]:
     return {*torch.randperm(n, generator=generator_of(settings.seed, "held-out part"))[:many].tolist()}
 
 
-def _packed(examples: list[Example], context: int, notes: Notes, name: str) -> list[Example]:
+def _packed(examples: Sequence[Example], context: int, notes: Notes, name: str) -> Sequence[Example]:
     rows = pack(examples, context)
     if rows:
-        full = sum(len(row.ids) for row in rows) / (len(rows) * context)
+        full = sum(int(n) for n, _ in sizes(examples)) / (len(rows) * context)
         notes.say(f"{len(examples)} {name}examples packed into {len(rows)} rows, which are {full:.0%} full.")
     return rows

@@ -16,6 +16,7 @@ from funclora._apps.train.base import Base
 from funclora._apps.train.examples import Data
 from funclora._apps.train.folder import CLASSES, load_model, positions_after_padding
 from funclora._apps.train.loop import Outcome
+from funclora._apps.train.packing import Packed
 from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
@@ -175,7 +176,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
 
 
 def _examples(rows: Sequence[Example]) -> str:
-    n = sum(len(row.lengths) for row in rows)
+    n = len(rows.examples) if isinstance(rows, Packed) else len(rows)
     return f"{n:,} example{'s' * (n != 1)}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Notes:
     """Counts of what happened to records.
@@ -26,6 +28,18 @@ class Notes:
         """Count one more example that is `what`, a participle."""
         n, first = self._counts.get(what, (0, where))
         self._counts[what] = n + 1, first
+
+    def state(self) -> dict[str, Any]:
+        """All that was noted, as JSON has it."""
+        return {"said": self._said, "counts": self._counts}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Notes:
+        """The notes of a state."""
+        notes = cls()
+        notes._said = [*state["said"]]
+        notes._counts = {what: (int(n), str(first)) for what, (n, first) in state["counts"].items()}
+        return notes
 
     def lines(self) -> list[str]:
         """All notes, one line each."""

@@ -11,16 +11,53 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.stored import Stored, sizes
 from funclora.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def pack(examples: Sequence[Example], context: int) -> list[Example]:
+class Packed(Sequence[Example]):
+    """Rows of several examples, joined when a row is asked for.
+
+    Args:
+        examples: of one example each.
+        rows: the numbers of each row's examples.
+    """
+
+    def __init__(self, examples: Sequence[Example], rows: list[list[int]]) -> None:
+        self.examples, self._rows = examples, rows
+        self.packed = any(len(row) > 1 for row in rows)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The numbers of ids and labels of each row."""
+        lengths = [int(n) for n, _ in sizes(self.examples)]
+        return [(total, total) for row in self._rows for total in [sum(lengths[i] for i in row)]]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> Packed: ...
+    def __getitem__(self, i: int | slice) -> Example | Packed:
+        if isinstance(i, slice):
+            return Packed(self.examples, self._rows[i])
+        return _joined([self.examples[k] for k in self._rows[i]])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def pack(examples: Sequence[Example], context: int) -> Packed:
     """Rows of at most `context` tokens: the longest example first, each in the fullest row that has room for it.
 
     The first token of an example has no loss in its row, as it has none alone: nothing comes before it.
@@ -37,13 +74,14 @@ def pack(examples: Sequence[Example], context: int) -> list[Example]:
         >>> [(row.ids, row.lengths) for row in pack(texts, context=7)]
         [([1, 1, 1, 1, 1, 2, 2], (5, 2)), ([3, 3, 3, 3, 0, 0, 0], (4, 3))]
     """
-    rows: list[list[Example]] = []
+    rows: list[list[int]] = []
     open_: dict[int, deque[int]] = {}  # rows by their remaining room
     rooms: list[int] = []  # these, sorted
-    for example in sorted(examples, key=lambda example: -len(example.ids)):
-        length = len(example.ids)
+    lengths = [int(n) for n, _ in sizes(examples)]
+    for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[example]
         if length > context:
-            raise ConfigError(f"{example.source}: has {length} tokens, but a row can have {context}.")
+            raise ConfigError(f"{examples[example].source}: has {length} tokens, but a row can have {context}.")
         at = bisect.bisect_left(rooms, length)
         if at < len(rooms):
             room = rooms[at]
@@ -59,7 +97,7 @@ def pack(examples: Sequence[Example], context: int) -> list[Example]:
             open_[left] = deque()
             bisect.insort(rooms, left)
         open_[left].append(row)
-    return [_joined(row) for row in rows]
+    return Packed(examples, rows)
 
 
 def _joined(row: list[Example]) -> Example:
@@ -73,9 +111,11 @@ def _joined(row: list[Example]) -> Example:
     )
 
 
-def is_packed(examples: Iterable[Example]) -> bool:
+def is_packed(examples: Sequence[Example]) -> bool:
     """Whether a row contains several examples."""
-    return any(len(row.lengths) > 1 for row in examples)
+    if isinstance(examples, Stored):
+        return False
+    return examples.packed if isinstance(examples, Packed) else any(len(row.lengths) > 1 for row in examples)
 
 
 def positions(lengths: Iterable[int]) -> list[int]:

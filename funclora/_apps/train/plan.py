@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.setup import Ready
 from funclora._apps.train.step import Steps
+from funclora._apps.train.stored import sizes
 from funclora._bind.summary import Summary, summary
 from funclora._torch.memory import Peak, nbytes
 
@@ -90,13 +91,13 @@ def plan(ready: Ready) -> Plan:
         memory(start, data.train, settings),
         Steps(base, start.adapters, data, settings).total,
         (len(data.train), len(data.validation)),
-        max(len(example.ids) for example in data.train),
+        max(int(n) for n, _ in sizes(data.train)),
         tuple(shown(base, example) for example in data.train[:SHOWN]),
         tuple(data.notes),
     )
 
 
-def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
+def memory(start: Start, examples: Sequence[Example], settings: Settings) -> Memory:
     """The memory of the largest step. A small step is run and measured; of a larger one, only parts.
 
     Besides the weights, a step needs c + rows·(a·n + b·n²) bytes for rows of n tokens: the constant does not depend on
@@ -109,7 +110,8 @@ def memory(start: Start, examples: list[Example], settings: Settings) -> Memory:
         settings: the run's.
     """
     base = start.base
-    longest = max(examples, key=lambda example: len(example.ids) + len(example.labels))
+    lengths = [int(ids) + int(labels) for ids, labels in sizes(examples)]
+    longest = examples[lengths.index(max(lengths))]
     n = len(longest.ids)
     rows = min(settings.batch, len(examples))
     step = _step_of(start, settings)

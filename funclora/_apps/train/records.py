@@ -72,7 +72,7 @@ def read(path: Path, text_field: str = "text", on_bad: OnBad = refuse) -> Iterat
         ...     [(record.fields, record.source) for record in read(file)]
         [({'text': 'a'}, 'train.jsonl:1'), ({'text': 'b'}, 'train.jsonl:3')]
     """
-    files = _files(path) if path.is_dir() else {path.name: path}
+    files = files_of(path)
     kinds = {_kind(file): file for file in files.values()}
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
@@ -115,6 +115,15 @@ def texts(path: Path, field: str, remedy: str = "") -> list[str]:
 def is_text(file: Path) -> bool:
     """Whether a file is one text, by its suffix, and not a file of records."""
     return _kind(file) == TEXT
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """The files that are read, by their names in sources.
+
+    Raises:
+        FormatError: there is no file in the folder.
+    """
+    return _files(path) if path.is_dir() else {path.name: path}
 
 
 def _files(folder: Path) -> dict[str, Path]:

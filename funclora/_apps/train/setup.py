@@ -13,9 +13,10 @@ from funclora._apps.train.base import Base, Batch, context_limit, known_classes,
 from funclora._apps.train.batches import Batches
 from funclora._apps.train.device import resolved
 from funclora._apps.train.examples import Data, prepare
-from funclora._apps.train.packing import check_packing
+from funclora._apps.train.packing import Packed, check_packing
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import SEQ2SEQ, Settings
+from funclora._apps.train.stored import Stored
 from funclora._bind.apply import bind
 from funclora._bind.summary import summary
 from funclora._files.atomic import replace_files
@@ -47,7 +48,7 @@ def ready(settings: Settings, folder: Path) -> Ready:
 
     Args:
         settings: the run's.
-        folder: where the demo's data is written, for a run without data.
+        folder: where the demo's data is written, for a run without data, and the examples of large data.
 
     Raises:
         FuncloraError: something is missing, broken, or does not fit the rest.
@@ -73,7 +74,7 @@ def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
         settings = replace(settings, data=(demo_data(folder),))
     tokenizer = load_tokenizer(settings)
     classes = adapter_classes(settings) or known_classes(settings)
-    data = prepare(settings, tokenizer, context_limit(settings), classes)
+    data = prepare(settings, tokenizer, context_limit(settings), classes, folder)
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data.train, data.validation)
     if settings.packing:
@@ -110,7 +111,7 @@ def check_vocabulary(base: Base, *parts: Sequence[Example]) -> None:
     """Raise `ConfigError` if an example has a token that the model's embedding does not."""
     rows = vocabulary(base.model)
     for part in parts:
-        for example in part:
+        for example in _with_all_ids(part):
             for i in _ids(example, base.task):
                 if i >= rows:
                     raise ConfigError(
@@ -131,6 +132,13 @@ def _ranks_beyond_use(start: Start) -> Iterator[str]:
             f"The rank {first.r} is more than {first.name} ({first.shape[0]}×{first.shape[1]}){more} can use: every "
             f"change of it has at most rank {size}. A lower --rank saves memory and time."
         )
+
+
+def _with_all_ids(part: Sequence[Example]) -> Iterable[Example]:
+    """Examples among which is the largest id."""
+    if isinstance(part, Packed):
+        part = part.examples
+    return [part.largest()] if isinstance(part, Stored) and part else part
 
 
 def _ids(example: Example, task: str) -> Iterable[int]:
