@@ -55,7 +55,7 @@ class Batch:
         first = self.tokens[:, :1]
         if bool((self.tokens == first).all()):
             return self._index(x.dim(), first[:, 0])
-        return Lost.at("an input that holds rows of several adapters and no dimension of tokens", "")
+        return Lost.at(f"an input of shape {list(x.shape)} for ids of shape {list(self.tokens.shape)}", "")
 
     def _told(self, name: str, x: Tensor, told: Any) -> Owner | None:
         if told is None:

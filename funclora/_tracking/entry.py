@@ -144,6 +144,17 @@ def with_rows(
         scope.close()
 
 
+def argument_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments of a module or a method, as far as they are known."""
+    if isinstance(function, nn.Module):
+        kind: Any = type(function)
+        return tuple(_signature(kind).parameters)
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
 @functools.cache
 def _signature(kind: type[nn.Module]) -> inspect.Signature:
     """The signature of a module's forward, which callers read."""

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from funclora._bind.apply import bind
 from funclora._many.route import in_groups, route
 from funclora._many.stack import Stack
+from funclora._tracking.entry import argument_names
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.rules.base import Params, Rule
 
@@ -41,6 +42,17 @@ class BatchedModel:
             ids = [i for i in self.order for _ in range(count)]
             self.bound[count] = bind(self.model, self.params, route(self.members, ids))
         return self.bound[count]
+
+
+class PackedModel(BatchedModel):
+    """The model for a batch whose tokens belong to members, bound once; every member gets the outputs of all tokens."""
+
+    def __init__(self, model: nn.Module, params: Params, members: Population, ids: Any) -> None:
+        super().__init__(model, params, members)
+        self.bound[0] = bind(model, params, route(members, ids))
+
+    def of(self, count: int) -> nn.Module:
+        return self.bound[0]
 
 
 class AloneModel(BatchedModel):
@@ -102,15 +114,15 @@ class _Call:
                 "dimension of each tensor must count the member's examples."
             )
         (count,) = counts
-        rows = iter([self._as_rows(x, d, n, count, self.rows.order) for x, d in zip(tensors, dims, strict=True)])
-        args, kwargs = self.spec.unflatten([next(rows) if isinstance(x, Tensor) else x for x in self.leaves])
-        bound = self.rows.of(count)
-        function = _get(bound, self.path)
-        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is only one row
-        out = entrance.call(function, args, kwargs, alone=True) if entrance else function(*args, **kwargs)
-        flat, self.out_spec = pytree.tree_flatten(out)
-        self.out_leaves = flat
-        outs = [x for x in flat if isinstance(x, Tensor)]
+        if isinstance(self.rows, PackedModel):
+            if any(dim is not None for dim in dims):
+                raise ConfigError(
+                    "with ids, the loss calls the model on tensors that differ by member. Pass it the tensors of the "
+                    "batch, and use `mine` for its outputs."
+                )
+            return self._outputs(count, tensors, alone=False)
+        rows = [self._as_rows(x, d, n, count, self.rows.order) for x, d in zip(tensors, dims, strict=True)]
+        outs = self._outputs(count, rows, alone=True)
         for x in outs:
             if not x.dim() or x.shape[0] != n * count:
                 raise UnsupportedError(
@@ -119,6 +131,20 @@ class _Call:
                     "dimension counts examples."
                 )
         return tuple(_taken(x.unflatten(0, (n, count)), self.rows.back) for x in outs)
+
+    def _outputs(self, count: int, tensors: list[Tensor], *, alone: bool) -> tuple[Tensor, ...]:
+        """The outputs of the bound model that are tensors, for these inputs."""
+        given = iter(tensors)
+        args, kwargs = self.spec.unflatten([next(given) if isinstance(x, Tensor) else x for x in self.leaves])
+        bound = self.rows.of(count)
+        function = _get(bound, self.path)
+        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is only one row
+        if entrance is None:
+            out = function(*args, **kwargs)
+        else:
+            out = entrance.call(function, args, kwargs, names=argument_names(function), alone=alone)
+        self.out_leaves, self.out_spec = pytree.tree_flatten(out)
+        return tuple(x for x in self.out_leaves if isinstance(x, Tensor))
 
     @staticmethod
     def _as_rows(x: Tensor, dim: int | None, n: int, count: int, order: list[int]) -> Tensor:
@@ -157,4 +183,4 @@ class _BatchMembers(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, member: Tensor, *tensors: Tensor) -> Any:
         outs = call.run(info.batch_size, list(tensors), in_dims[2:])
-        return outs, (0,) * len(outs)
+        return outs, (None if isinstance(call.rows, PackedModel) else 0,) * len(outs)

@@ -18,7 +18,7 @@ from funclora._api.arguments import check_integer, check_model, check_numbers, c
 from funclora._bind.checks import unwritten
 from funclora._many.stack import Group, Stack, TreeSpecs, check_stack
 from funclora._tracking.tensor import streams
-from funclora._train.members import BatchedModel, MemberModel, Population
+from funclora._train.members import BatchedModel, MemberModel, PackedModel, Population
 from funclora._train.step import LossFn, autograd, averaged, check_bindable, checked_loss, micro_batches, micro_seeds
 from funclora.distributed._mean import Mean
 from funclora.errors import ConfigError
@@ -57,7 +57,11 @@ def population_step(
     Returns:
         `step(params, stack, state, batch, *, seeds=None) -> (stack, state, metrics)`, where `state` starts as
         `per_member(...).init(stack)`, and the tensors of the batch are `[n_members, n_rows, *]` unless `shared`. With
-        `seeds`, one int for each member, its dropout is that of `train_step` with that seed. Metrics: "loss",
+        `seeds`, one int for each member, its dropout is that of `train_step` with that seed. With
+        `step(..., ids=ids)`, ids `[n_rows, n_tokens]` as for `route`, the batch is packed: its tensors are
+        `[n_rows, n_tokens, *]`, every token is read by the adapter of its member, and the model runs once for all. The
+        loss is then `loss_fn(bound, batch, mine)`, where `mine`, `[n_rows, n_tokens]`, is true for the tokens of the
+        member; it must depend on the outputs at no others. Metrics: "loss",
         "grad_norm" and "finite" (whether both are), `[n_members]` each, and "aux" with `has_aux`. The state is a
         stack: use `stack[kept], state[kept]` to continue with some of the members, in this order.
 
@@ -82,16 +86,24 @@ def population_step(
     loss_fn = checked_loss(loss_fn, has_aux)
 
     def step(
-        params: Params, members: Population, state: Any, batch: Any, *, seeds: Sequence[int] | None = None
+        params: Params,
+        members: Population,
+        state: Any,
+        batch: Any,
+        *,
+        seeds: Sequence[int] | None = None,
+        ids: Sequence[Sequence[int]] | Tensor | None = None,
     ) -> tuple[Population, Any, dict[str, Any]]:
         check_params(params)
-        dim = None if shared else 0
+        if ids is not None and (seeds is not None or accumulate != 1 or reduce is not None):
+            raise ConfigError("population_step: ids go with accumulate=1, and without seeds and reduce.")
+        dim = None if shared or ids is not None else 0
         check_members("population_step", members, batch, None if batch is None and reduce else dim)
         every = micro_generators(seeds, members, accumulate, reduce)
         members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
-        batches = micro_batches(batch, accumulate, dim=0 if shared else 1, reduce=reduce)
+        batches = micro_batches(batch, accumulate, dim=1 if dim == 0 else 0, reduce=reduce)
         parts = [
-            _value_and_grad(loss_fn, model, params, members, part, dim, generators)
+            _value_and_grad(loss_fn, model, params, members, part, dim, generators, ids)
             for part, generators in zip(batches, every, strict=False)
         ]
         aux = [aux for _, aux, _ in parts]
@@ -162,19 +174,22 @@ def _value_and_grad(
     batch: Any,
     dim: int | None,
     generators: list[torch.Generator] | None,
+    ids: Any = None,
 ) -> tuple[Tensor, Any, Population]:
     """Losses `[n_members]`, aux, and the gradients of all members."""
     params = {name: tensor.detach() for name, tensor in params.items()}
 
     def losses_and_aux(members: Population) -> tuple[Tensor, Any]:
-        rows = BatchedModel(model, params, members)
+        rows = BatchedModel(model, params, members) if ids is None else PackedModel(model, params, members, ids)
+        mine = () if ids is None else (torch.as_tensor(ids) == torch.arange(len(members))[:, None, None],)
 
-        def one(member: Tensor, batch: Any) -> tuple[Tensor, Any]:
-            return loss_fn(MemberModel(rows, member), batch)  # type: ignore[no-any-return]
+        def one(member: Tensor, batch: Any, *mine: Tensor) -> tuple[Tensor, Any]:
+            return loss_fn(MemberModel(rows, member), batch, *mine)  # type: ignore[no-any-return]
 
         with streams(generators and [generators[i] for i in rows.order]), unwritten(params, {}):
-            by_member = torch.func.vmap(one, in_dims=(0, batch_dims(batch, dim)), randomness="different")
-            losses, aux = by_member(torch.arange(len(members)), batch)
+            dims = (0, batch_dims(batch, dim), *[0] * len(mine))
+            by_member = torch.func.vmap(one, in_dims=dims, randomness="different")
+            losses, aux = by_member(torch.arange(len(members)), batch, *mine)
         return losses.sum(), (losses.detach(), aux)
 
     _, (losses, aux), grads = autograd(losses_and_aux, members)

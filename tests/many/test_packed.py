@@ -13,6 +13,7 @@ from oracle import close
 from torch import Tensor
 
 import funclora as fl
+from funclora.errors import ConfigError, UnsupportedError
 
 # Two rows of six sequences: their lengths, and the member of each.
 PACKED = [[(5, 0), (6, 2), (3, -1), (4, 1)], [(9, 1), (9, 0)]]
@@ -134,3 +135,64 @@ def test_packed_sequences_equal_each_alone_with_their_gradients(name: str, imple
     close(results[0][0], results[1][0], 1e-5)
     for got, want in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_population_trains_on_packed_rows_as_each_member_alone(name: str) -> None:
+    model, params, members = setup(name, "grouped_mm", own=True)
+    ids, sgd = tokens(2, 18), fl.optim.sgd(0.1)
+    owners = torch.tensor(IDS)
+
+    def losses(logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+
+    def packed(bound: Any, batch: Any, mine: Tensor) -> Tensor:
+        logits = bound(input_ids=batch, position_ids=POSITIONS, use_cache=False).logits
+        return torch.where(mine, losses(logits), 0.0).sum() / mine.sum()
+
+    stack = fl.stack(members)
+    state = fl.optim.per_member(lambda: sgd).init(stack)
+    step = fl.population_step(model, packed, sgd)
+    trained, _, metrics = step(params, stack, state, ids, ids=IDS)
+    for j, member in enumerate(members):
+
+        def alone_loss(bound: Any, batch: Any) -> Tensor:
+            logits = torch.zeros(2, 18, 17)
+            for row, start, end, owner in sequences():
+                if owner == j:  # noqa: B023
+                    logits[row, start:end] = bound(batch[row : row + 1, start:end]).logits[0]
+            mine = owners == j  # noqa: B023
+            return torch.where(mine, losses(logits), 0.0).sum() / mine.sum()
+
+        own, _, own_metrics = fl.train_step(model, alone_loss, sgd)(params, member, sgd.init(member), ids)
+        for key in ("loss", "grad_norm"):
+            torch.testing.assert_close(metrics[key][j], own_metrics[key], rtol=1e-3, atol=1e-5)
+        for target, rule in own.items():
+            got: Any = trained[j][target]
+            torch.testing.assert_close(got.b, rule.b, rtol=1e-3, atol=1e-4)  # type: ignore[attr-defined]
+
+
+def test_what_does_not_go_with_ids_for_each_token_is_refused() -> None:
+    model, params, members = setup("llama", "eager", own=False)
+    stack = fl.stack(members)
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        ([[0, 1], [2]], {}, "as many tokens in each row"),
+        ([[0, 3]], {}, r"ids\[0\]\[1\] is 3"),
+        ([[0, 1]], {"repeats": 2}, "repeats=1"),
+        ([[0, 1]], {"rows_of": {"x": 1}}, "rows_of with None only"),
+        ([[0, 1.5]], {}, "one int for each row or token"),
+    ]
+    for ids, options, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            fl.route(stack, ids, **options)
+    for given, message in (
+        (tokens(2, 17), r"shape \[2, 17\] for ids of shape \[2, 18\]"),
+        (tokens(3, 18), "rows and tokens"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            fl.apply(model, params, fl.route(stack, IDS), given)
+    sgd = fl.optim.sgd(0.1)
+    step = fl.population_step(model, lambda bound, x, mine: bound(x).logits.mean(), sgd)
+    state = fl.optim.per_member(lambda: sgd).init(stack)
+    with pytest.raises(ConfigError, match="without seeds"):
+        step(params, stack, state, tokens(2, 18), ids=IDS, seeds=[0, 1, 2])
