@@ -16,6 +16,7 @@ from funclora._tracking.routed import WHOLE_TENSOR, LostRowsError
 from funclora._tracking.tensor import RowTensor, rows_back, rows_first, rows_of
 from funclora.rules.base import rescaled
 
+_BY_TOKEN = "an operation on single tokens (ids for each token, or experts)"
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
@@ -35,6 +36,10 @@ def by_member(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     n = lazy[0].rule.n
     if func not in propagations or not (tracked or n == 1):
         return NotImplemented
+    for x in tracked:
+        if n > 1 and not isinstance(place := rows_of(x)[1], Place):
+            cause = place if isinstance(place, str) else _BY_TOKEN
+            raise LostRowsError("is read as a dense weight of each row", cause, repr(lazy[0].target))
     outs, spec = pytree.tree_flatten(_run(func, given, {id(x): x.base for x in lazy}))
     places = [_place(out, n, lazy[0].target) for out in outs]
     results = [rows_first(rows_of(out)[0], place, n) for out, place in zip(outs, places, strict=True)]
@@ -58,7 +63,7 @@ def _run(func: Callable[..., Any], given: Any, values: dict[int, Tensor]) -> Any
 def _place(out: Tensor, n: int, target: str) -> Place:
     place = WHOLE_TENSOR if n == 1 else rows_of(out)[1]
     if not isinstance(place, Place):
-        cause = place if isinstance(place, str) else "an index for each token, or experts,"
+        cause = place if isinstance(place, str) else _BY_TOKEN
         raise LostRowsError("is read as a dense weight of each row", cause, repr(target))
     return place
 

@@ -115,7 +115,7 @@ def with_rows(
 
     def leave(x: Any) -> Any:
         if not isinstance(x, Tensor):
-            return x
+            return strip(x)
         plain, place = rows_of(x)
         if isinstance(place, str) and place and x.dim() and x.is_floating_point():
             where = f" ({place.where})" if isinstance(place, Lost) and place.where else ""
@@ -139,9 +139,33 @@ def with_rows(
         return plain if isinstance(x, RowTensor) else x
 
     try:
-        return tree_map(leave, function(*args, **kwargs))
+        out = tree_map(leave, function(*args, **kwargs))
+        tree_map(strip, (args, kwargs))  # a cache that was passed in
+        return out
     finally:
         scope.close()
+
+
+def strip(x: Any, depth: int = 4) -> Any:
+    """Make the tensors plain that an object keeps, such as a cache of keys and values.
+
+    Args:
+        x: any value; a tensor itself is returned as it is.
+        depth: how many objects deep tensors are looked for.
+    """
+    if isinstance(x, (Tensor, nn.Module, type)) or not depth:
+        return x
+    items: Any = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ()
+    for key, value in list(items):
+        x[key] = rows_of(value)[0] if isinstance(value, RowTensor) else strip(value, depth - 1)
+    fields = getattr(x, "__dict__", None)
+    if isinstance(fields, dict) and type(x).__module__ != "builtins" and not callable(x):
+        for key, value in list(fields.items()):
+            if isinstance(value, RowTensor):
+                fields[key] = rows_of(value)[0]
+            else:
+                strip(value, depth - 1)
+    return x
 
 
 def argument_names(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -231,7 +231,7 @@ class PreparedRouted(Rule):
         if isinstance(given, GroupedMatmulOp):
             out = by_expert(self.pairs(), given, place, weight, self.n, dropout)
         else:
-            if self.n > 1 and not _keeps(op, x, place):
+            if self.n > 1 and not _keeps(op, x, place, weight):
                 raise LostRowsError("is read along the rows", type(op).__name__.removesuffix("Op"))
             rule = self.at(place) if isinstance(place, Owners) else self
             out = rule._rewritten(given, place, weight, dropout)
@@ -393,12 +393,14 @@ def _spread_scale(op: Any, rows: Tensor, scale: Any) -> Tensor:
     return spread(scale, rows, op.per_output(scale[0]).shape)
 
 
-def _keeps(op: Any, x: Tensor, place: Owner) -> bool:
-    """Whether an operation on a weight keeps rows at that place separate."""
+def _keeps(op: Any, x: Tensor, place: Owner, weight: Tensor) -> bool:
+    """Whether an operation on a weight keeps rows at that place separate, and apart from the experts of the weight."""
     dims = [place.dim] if isinstance(place, Place) else place.varying()
     if isinstance(op, ConvOp):
         return not any(dims) and x.dim() == op.spatial + 2
     summed = 2 if isinstance(op, LeftMatmulOp) else 1 if isinstance(op, LinearLayerOp) else 0
+    if summed and weight.dim() > 2 and any(x.dim() - weight.dim() <= d < x.dim() - 2 for d in dims):
+        return False
     return all(d < x.dim() - summed for d in dims)
 
 
