@@ -100,7 +100,7 @@ def diff_folders(
         UnsupportedError: an adapter needs the base, which is not given; or transformers is needed and not installed.
         NonFiniteError: a tensor contains NaN or infinity.
     """
-    with opened_base(base) as model:
+    with opened_base(base, first, second) as model:
         one, two = AdapterFolder(first, model), AdapterFolder(second, model)
         params, layouts = (None, None) if model is None else (model.params, model.structure.model)
         total = len({*one.rules, *two.rules})

@@ -11,9 +11,8 @@ from funclora._config.config import LoraConfig
 from funclora.errors import UnsupportedError
 from funclora.io.foreign.bare import is_foreign, read_factors
 from funclora.io.foreign.mlx import load_mlx
-from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.fitted import FittedCheckpoint
 from funclora.io.hf.origin import check_origin
-from funclora.io.hf.structure import Structure
 from funclora.io.hf.weights import Weights
 from funclora.io.merge.adapters import LazyMapping
 from funclora.io.peft.files import AdapterFiles
@@ -32,9 +31,8 @@ class BaseFolder:
         params: full name -> weight, read at every access.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.folder = checkpoint.folder
-        self.structure = Structure(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
+    def __init__(self, checkpoint: FittedCheckpoint) -> None:
+        self.folder, self.structure = checkpoint.folder, checkpoint.structure
         weights = Weights(checkpoint, self.structure)
         self.params: Mapping[str, Tensor] = LazyMapping([*self.structure.shapes], weights.read)
 
@@ -73,7 +71,7 @@ class AdapterFolder:
         if base is None:
             self.rules, self.config = read_bare(files, in_out=files.has_in_out_linear, dora=True)
             return
-        opened = PeftFolder(files, base.structure.model)
+        opened = PeftFolder(files, base.structure.model, base.params)
         self.config = opened.config
         if opened.config.decomposition:
             raise UnsupportedError(

@@ -21,6 +21,7 @@ from funclora.errors import FormatError, near
 from funclora.io.foreign.bare import is_foreign
 from funclora.io.hf.checkpoint import CONFIG_FILE as MODEL_CONFIG
 from funclora.io.hf.checkpoint import Checkpoint, OnProgress
+from funclora.io.hf.fitted import FittedCheckpoint
 from funclora.io.peft.files import CONFIG_FILE as ADAPTER_CONFIG
 from funclora.rules.dense import Delta, Full
 
@@ -94,12 +95,12 @@ def inspect_folder(
 
 
 @contextlib.contextmanager
-def opened_base(folder: Path | None) -> Iterator[BaseFolder | None]:
-    """The base model, open for reading; None if no folder is given."""
+def opened_base(folder: Path | None, *adapters: Path) -> Iterator[BaseFolder | None]:
+    """The base model as the adapters know it, open for reading; None if no folder is given."""
     if folder is None:
         yield None
         return
-    with Checkpoint(folder) as checkpoint:
+    with FittedCheckpoint(folder, [adapter for adapter in adapters if not is_foreign(adapter)]) as checkpoint:
         yield BaseFolder(checkpoint)
 
 
@@ -114,7 +115,7 @@ def facts(found: AdapterFolder) -> dict[str, Any]:
 
 @torch.no_grad()
 def _adapter(folder: Path, base: Path | None, singular: bool, progress: OnProgress) -> Inspection:
-    with opened_base(base) as model:
+    with opened_base(base, folder) as model:
         found = AdapterFolder(folder, model)
         names, rows, parameters = [*found.rules], [], 0
         params = None if model is None else model.params

@@ -116,6 +116,7 @@ def _plain(report: MergeReport, out: Path, *, dry_run: bool) -> dict[str, Any]:
         "unchanged": report.unchanged,
         "files": report.files,
         "untied": list(report.untied),
+        "left_out": list(report.left_out),
         "carried": list(report.carried),
         "skipped": list(report.skipped),
         "verification": None
@@ -167,6 +168,8 @@ def _print(report: MergeReport, console: Console, out: Path, *, dry_run: bool) -
     ]
     if report.untied:
         lines.append(f"no longer tied (tie_word_embeddings is false): {', '.join(report.untied)}")
+    if report.left_out:
+        lines.append(f"tensors that a {report.model} does not have: {', '.join(report.left_out)}")
     if report.skipped:
         lines.append(f"not copied: {', '.join(report.skipped)}")
     if checked is not None:

@@ -14,10 +14,11 @@ from funclora._apps.train.tokenizer import load_config
 from funclora._config.peft_fields import HEADS
 from funclora._files.atomic import read_json
 from funclora.errors import ConfigError, FormatError
+from funclora.io.hf.heads import CLASSES_FILE as CLASSES_FILE
+from funclora.io.hf.heads import classes_of
 from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.tensors import StoredTensors
 
-CLASSES_FILE = "classes.json"  # beside an adapter: the names of its classes, in the order of the head's outputs
 
 
 def trained_task(folders: Mapping[str, Path], model: Path | None, task: str | None = None) -> str:
@@ -76,7 +77,7 @@ def trained_classes(folders: Mapping[str, Path], task: str) -> tuple[str, ...]:
     """
     if task not in (SEQUENCE, TOKEN):
         return ()
-    found = {name: _classes(folder) for name, folder in folders.items()}
+    found = {name: classes_of(folder) for name, folder in folders.items()}
     given = {classes: name for name, classes in found.items() if classes}
     if len(given) > 1:
         (one, first), (other, second) = list(given.items())[:2]
@@ -85,31 +86,6 @@ def trained_classes(folders: Mapping[str, Path], task: str) -> tuple[str, ...]:
             "in the same order."
         )
     return next(iter(given), ())
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    file = folder / CLASSES_FILE
-    if file.exists():
-        names = parse(utf8.whole(file), str(file))
-        if not isinstance(names, list) or len({*map(str, names)}) < len(names) or not names:
-            raise FormatError(f"{file}: expected a list of the names of the classes, without repetition.")
-        return tuple(map(str, names))
-    return tuple(map(str, range(_outputs(folder))))
-
-
-def _outputs(folder: Path) -> int:
-    """The number of outputs of the head among an adapter's tensors; 0 if there is none."""
-    if not (folder / WEIGHTS_FILE).exists():
-        return 0
-    ends = {*HEADS["SEQ_CLS"], *HEADS["TOKEN_CLS"]}
-    shapes = StoredTensors(AdapterFiles(folder)).shapes()
-    heads = {
-        key: shape
-        for key, shape in shapes.items()
-        if key.endswith(".weight") and len(shape) == 2 and ends & {*key.split(".")} and "lora_" not in key
-    }
-    # A head of several layers ends with the one that gives the classes.
-    return heads[max(heads)][0] if heads else 0
 
 
 def _short(classes: tuple[str, ...]) -> str:

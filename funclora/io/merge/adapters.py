@@ -50,6 +50,12 @@ class LazyMapping(Mapping[str, V]):
 class WeightedAdapters:
     """The adapters of a merge.
 
+    Args:
+        folders: their folders.
+        weights: the factor of each adapter's update; 1 by default.
+        model: the model, on the meta device.
+        base: full name -> base weight, for every name of the model.
+
     Attributes:
         folders: their folders.
         weights: the factor of each adapter's update.
@@ -58,17 +64,19 @@ class WeightedAdapters:
         full: the names that are replaced, not updated.
     """
 
-    def __init__(self, folders: Sequence[Path], weights: Sequence[float] | None, model: nn.Module) -> None:
+    def __init__(
+        self, folders: Sequence[Path], weights: Sequence[float] | None, model: nn.Module, base: Mapping[str, Tensor]
+    ) -> None:
         if not folders:
             raise ConfigError("adapter_dirs: give at least one adapter folder.")
-        self.folders = tuple(folders)
+        self.folders, self._base = tuple(folders), base
         self.weights = tuple(1.0 for _ in folders) if weights is None else tuple(weights)
         if len(self.weights) != len(folders):
             raise ConfigError(f"weights: expected one for each of {len(folders)} adapters, got {len(self.weights)}.")
         for weight in self.weights:
             if not math.isfinite(weight) or weight == 0:
                 raise ConfigError(f"weights: expected finite numbers other than 0, got {weight!r}.")
-        self._opened = [PeftFolder(AdapterFiles(folder), model) for folder in self.folders]
+        self._opened = [PeftFolder(AdapterFiles(folder), model, base) for folder in self.folders]
         for opened in self._opened:
             if opened.config.decomposition:
                 raise UnsupportedError(
@@ -81,11 +89,8 @@ class WeightedAdapters:
         self.words: dict[str, str] = {}
         self.full: set[str] = set()
 
-    def check(self, base: Mapping[str, Tensor]) -> None:
+    def check(self) -> None:
         """Read every rule once, before anything is written.
-
-        Args:
-            base: full name -> base weight, for every name of the model.
 
         Raises:
             FormatError: a file is broken, contains a key that fits no weight, or an adapter changes nothing.
@@ -106,7 +111,7 @@ class WeightedAdapters:
         for index, opened in enumerate(self._opened):
             if index not in acting:
                 raise FormatError(f"{opened.folder}: all its updates are zero, so merging it would change nothing.")
-            opened.refuse_rest(base, LazyMapping([*opened.targets], opened.rule))
+            opened.refuse_rest(self._base, LazyMapping([*opened.targets], opened.rule))
             for message in opened.differences():
                 warnings.warn(f"{opened.folder}: {message}", PeftFormatWarning, stacklevel=4)
 

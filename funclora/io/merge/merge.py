@@ -13,7 +13,7 @@ import torch
 from funclora._api.arguments import check_dtype, check_path, check_paths
 from funclora._files.safetensors import DTYPES
 from funclora._files.staging import check_out, flush_files, staged_folder
-from funclora.io.hf.checkpoint import Checkpoint
+from funclora.io.hf.fitted import FittedCheckpoint
 from funclora.io.hf.origin import check_origin
 from funclora.io.merge.plan import MergePlan
 from funclora.io.merge.verify import MergeVerification
@@ -54,6 +54,7 @@ class MergeReport:
         unchanged: number of tensors that are equal to the base's.
         files: name -> bytes of the tensors, for each file of tensors.
         untied: parameters that were tied and now have their own value.
+        left_out: tensors of the base that the class of the adapter's head does not have.
         carried: other files that were copied.
         skipped: files of the base that were left out, because they contain weights in another format.
         verification: the result of the verification; None without `verify`.
@@ -64,6 +65,7 @@ class MergeReport:
     unchanged: int
     files: dict[str, int]
     untied: tuple[str, ...]
+    left_out: tuple[str, ...]
     carried: tuple[str, ...]
     skipped: tuple[str, ...]
     verification: MergeVerification | None = None
@@ -145,7 +147,7 @@ def merge_checkpoint(
             check_out(out, [base, *folders])
         else:
             draft = stack.enter_context(staged_folder(out, [base, *folders]))
-        plan = MergePlan(stack.enter_context(Checkpoint(base)), folders, weights, dtype, max_shard_size)
+        plan = MergePlan(stack.enter_context(FittedCheckpoint(base, folders)), folders, weights, dtype, max_shard_size)
         check_origin(folders, base)
         verification = None
         if draft is not None:
@@ -174,6 +176,7 @@ def _report(plan: MergePlan, verification: MergeVerification | None) -> MergeRep
         unchanged=sum(not w.parts for w in plan.tensors.values()),
         files={name: sum(plan.tensors[key].nbytes for key in keys) for name, keys in plan.files.items()},
         untied=tuple(plan.untied),
+        left_out=tuple(plan.base.left_out),
         carried=tuple(str(path) for path in plan.base.small),
         skipped=tuple(str(path) for path in plan.skipped),
         verification=verification,

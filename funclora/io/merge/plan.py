@@ -14,8 +14,9 @@ import torch
 
 from funclora._files.safetensors import DTYPES, NAMES, Draft, draft
 from funclora.errors import ConfigError, UnsupportedError
-from funclora.io.hf.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, untied, with_dtype
-from funclora.io.hf.structure import Part, Structure
+from funclora.io.hf.checkpoint import INDEX_FILE, SINGLE_FILE, untied, with_dtype
+from funclora.io.hf.fitted import FittedCheckpoint
+from funclora.io.hf.structure import Part
 from funclora.io.hf.weights import Weights
 from funclora.io.merge.adapters import LazyMapping, WeightedAdapters
 from funclora.rules.dense import Full
@@ -57,18 +58,20 @@ class MergePlan:
 
     def __init__(
         self,
-        base: Checkpoint,
+        base: FittedCheckpoint,
         adapter_dirs: Sequence[Path],
         weights: Sequence[float] | None,
         dtype: torch.dtype | None,
         max_shard_size: int | str | None,
     ) -> None:
         self.base = base
-        self.structure = Structure(base.folder, base.config, len(base.tensors))
+        self.structure = base.structure
         self._weights = Weights(base, self.structure)
         self._parts = self._weights.parts
-        self.adapters = WeightedAdapters(adapter_dirs, weights, self.structure.model)
-        self.adapters.check(LazyMapping([*self.structure.shapes], self._weights.read))
+        values = LazyMapping([*self.structure.shapes], self._weights.read)
+        self.adapters = WeightedAdapters(adapter_dirs, weights, self.structure.model, values)
+        self.adapters.check()
+        base.refuse_random(self.adapters.full)
         self.config, self.untied, names = self._untie()
         if dtype is not None:
             if dtype not in NAMES:

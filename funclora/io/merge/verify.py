@@ -143,7 +143,9 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
     if isinstance(inputs, str):
         return None, inputs
     cls = type(plan.structure.model)
-    base, merged = _load(cls, plan.base.folder), _load(cls, folder)
+    # What the base's folder lacks is random here, and the adapters replace it.
+    other = {"config": plan.structure.model.config, "ignore_mismatched_sizes": True} if plan.base.is_fitted else {}
+    base, merged = _load(cls, plan.base.folder, **other), _load(cls, folder)
     try:
         wanted = _first(_adapted(plan, base, inputs))
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
@@ -160,9 +162,9 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
     return difference, ""
 
 
-def _load(cls: Any, folder: Path) -> Any:
+def _load(cls: Any, folder: Path, **options: Any) -> Any:
     with reading(folder, f"{folder}: transformers cannot load it"):
-        return cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **OPTIONS).eval()
+        return cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **OPTIONS, **options).eval()
 
 
 def _adapted(plan: MergePlan, base: Any, inputs: dict[str, Tensor]) -> Any:

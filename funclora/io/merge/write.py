@@ -63,7 +63,7 @@ def _small_files(plan: MergePlan, folder: Path) -> None:
         for parent in reversed(path.parents[:-1]):  # not the folder itself: if it is gone, so are the tensors
             (folder / parent).mkdir(exist_ok=True)
         plan.base.copy(path, folder / path)
-    if plan.config != plan.base.config:
+    if plan.config != plan.base.stored_config:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     index = plan.index()

@@ -29,6 +29,7 @@ from funclora.errors import PeftFormatWarning, TargetError, UnsupportedError
 from funclora.io.peft.config_file import config_text, read_config
 from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.decomposed import on_the_original
+from funclora.io.peft.embeddings import with_stored_embeddings
 from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.fold import folded
 from funclora.io.peft.in_model import in_model, refuse_in_model
@@ -187,16 +188,22 @@ class PeftFolder:
         config: its configuration.
         targets: full parameter name -> what the configuration says of it.
         weights: full name -> tensor of the model, which may be on the meta device: rules are then on the CPU.
+
+    Args:
+        files: the folder.
+        model: the model.
+        values: full name -> weight, for a model on the meta device.
     """
 
-    def __init__(self, files: AdapterFiles, model: nn.Module) -> None:
+    def __init__(self, files: AdapterFiles, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self._model = files.folder, model
         folder, file = files.folder, files.config_file
         config, self._by_peft = read_config(files, model)
         self.weights = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         self._stored = StoredTensors(files, components={part for name in self.weights for part in name.split(".")})
         older = OlderNames(model, self.weights, self._stored, config)
-        config, self._of_names = older.config, older.notes
+        config, grown = with_stored_embeddings(model, values or self.weights, self._stored, older.config)
+        self._notes = [*older.notes, *grown]
         unmatched: list[Unmatched] = []
         try:
             self.targets = targets = select(model, config, unmatched=unmatched)
@@ -252,7 +259,7 @@ class PeftFolder:
     def differences(self) -> Iterator[str]:
         """Notes for the reader of the folder."""
         yield from self._stored.notes
-        yield from self._of_names
+        yield from self._notes
         for message in self._unmatched:
             yield f"{message} Every tensor of the file has its place: the entry is left out."
         yield from differences(self._model, self._wrapped, self.config, by_peft=self._by_peft)

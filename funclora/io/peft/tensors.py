@@ -96,6 +96,10 @@ class StoredTensors:
         """The shapes of the tensors that were not taken yet, by key."""
         return {key: tensor.shape for key, tensor in self._rest().items()}
 
+    def peek(self, key: str) -> Tensor:
+        """A copy of a tensor that is there, which still belongs to the rest."""
+        return self._read(self._tensors[key])
+
     def rename(self, key: str, new: str) -> None:
         """Give a tensor another key."""
         if new in self._tensors:
@@ -161,8 +165,9 @@ class StoredTensors:
         if len(got) != len(expected) or len(differ) != 1 or differ[0][1] != self.vocabulary:
             return ""
         return (
-            f" The model has {differ[0][1]} tokens, and the one that the adapter was trained on had {differ[0][0]}: "
-            f"load that one, or call model.resize_token_embeddings({differ[0][0]}) as was done for the training."
+            f" The adapter was trained with {differ[0][0]} tokens, and the model has {differ[0][1]}. Call "
+            f"model.resize_token_embeddings({differ[0][0]}) before you load the adapter. funclora merge needs no such "
+            "call if the file contains the embeddings."
         )
 
     def _rest(self) -> dict[str, Stored]:
@@ -188,6 +193,11 @@ class StoredTensors:
                 if not isinstance(rule, Full):
                     raise FormatError(f"{self.file}: unexpected key {key!r}. {_hint(key)}{self._advice}")
                 same = rule.value
+            if stored.shape != tuple(same.shape):
+                raise FormatError(
+                    f"{self.file}: {key!r} has shape {list(stored.shape)}, expected {list(same.shape)} for {name!r}."
+                    + (self._of_tokens(stored.shape, tuple(same.shape)) or self._advice)
+                )
             if same.is_meta or not torch.equal(self._read(stored).to(same.device, same.dtype), same):
                 raise FormatError(
                     f"{self.file}: {key!r} holds other values than {name!r} has, and PEFT would overwrite it. Load the "
