@@ -6,19 +6,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from funclora._apps.train import utf8
 from funclora._apps.train.qlora import TASK_TYPES
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
-from funclora._apps.train.strict_json import parse
 from funclora._apps.train.tokenizer import load_config
-from funclora._config.peft_fields import HEADS
 from funclora._files.atomic import read_json
-from funclora.errors import ConfigError, FormatError
+from funclora.errors import ConfigError
 from funclora.io.hf.heads import CLASSES_FILE as CLASSES_FILE
 from funclora.io.hf.heads import classes_of
-from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from funclora.io.peft.tensors import StoredTensors
-
+from funclora.io.peft.files import CONFIG_FILE
 
 
 def trained_task(folders: Mapping[str, Path], model: Path | None, task: str | None = None) -> str:

@@ -91,6 +91,12 @@ class FittedCheckpoint(Checkpoint):
     def _extend(self, *, other_class: bool) -> None:
         model, shapes = self.structure.model, self.structure.shapes
         found = Conversions(model, shapes, self.tensors)
+        if not found.plain and not found.joined:
+            raise FormatError(
+                f"{self.folder}: an adapter was trained on a {self.structure.name}, which has other names for its "
+                f"layers ({min(shapes)!r}): everything would be random. Give the folder of the model that the adapter "
+                "was trained on."
+            )
         for key, name in found.plain.items():
             stored, shape = self.tensors[key], shapes[name]
             if stored.shape != shape and (name in of_embeddings(model) or _is_of_head(name)):
@@ -139,7 +145,7 @@ def _is_of_head(name: str) -> bool:
 
 
 def _rows(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], adapters: Sequence[AdapterFiles]) -> int:
-    """The largest number of tokens for which an adapter has embeddings, if it is more than the model has; otherwise 0."""
+    """The most tokens for which an adapter has embeddings, if they are more than the model's; otherwise 0."""
     names = [name for name in of_embeddings(model) if name.endswith(".weight")]
     found = 0
     for files in adapters:

@@ -1,4 +1,4 @@
-"""Bases that lack what an adapter brings: the head of a classifier, and the embeddings of new tokens. PEFT is the oracle."""
+"""Bases that lack what an adapter brings: a classifier's head, the embeddings of new tokens. PEFT is the oracle."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def with_head(tmp_path: Path, kind: str, task: str, **fields: Any) -> list[Any]:
 
 
 ROWS = [
-    ("llama", "SEQ_CLS"), ("llama", "TOKEN_CLS"), ("llama", "QUESTION_ANS"), ("bert", "SEQ_CLS"),
+    ("llama", "SEQ_CLS"), ("llama", "TOKEN_CLS"), ("bert", "SEQ_CLS"),
     ("bert", "TOKEN_CLS"), ("bert", "QUESTION_ANS"), ("roberta", "SEQ_CLS"),
 ]  # fmt: skip
 
@@ -91,14 +91,24 @@ def test_a_classifier_is_merged_into_its_language_model(tmp_path: Path, kind: st
     options = {} if task == "QUESTION_ANS" else {"num_labels": 3}
     wanted = with_head(tmp_path, kind, task, **options)
     report = fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", verify=True)
-    assert report.verification is not None and report.verification.logits is not None
+    assert report.verification is not None
+    assert report.verification.logits is not None
     assert {"llama": {"lm_head.weight"}}.get(kind, {"cls", "lm_head"}) & {
         part for key in report.left_out for part in (key, key.split(".")[0])
     }
     auto = getattr(transformers, KINDS[task])
     merged, found = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert not found["mismatched_keys"]
     close(score(merged.eval()), wanted, 1e-5)
+
+
+def test_a_class_with_other_names_of_layers_is_refused(tmp_path: Path) -> None:
+    """transformers would fill all layers of this class with random values."""
+    with_head(tmp_path, "llama", "QUESTION_ANS")
+    with pytest.raises(FormatError, match=r"LlamaForQuestionAnswering, which has other names for its layers"):
+        fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_names_of_classes_are_in_the_result(tmp_path: Path) -> None:
@@ -206,7 +216,8 @@ def test_merge_writes_the_larger_embeddings(tmp_path: Path, tied: bool) -> None:
     _, wrapped = grown(tmp_path, tied=tied)
     with pytest.warns(PeftFormatWarning, match="other values of"):
         report = fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", verify=True)
-    assert report.verification is not None and report.verification.logits is not None
+    assert report.verification is not None
+    assert report.verification.logits is not None
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 20
     merged, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -220,9 +231,6 @@ def test_more_rows_without_their_values_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if "embed_tokens" not in key}, file)
-    with (
-        pytest.raises(FormatError, match="needs 'model.embed_tokens.weight'.*would be random"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", PeftFormatWarning)
+    refused = pytest.raises(FormatError, match=r"needs 'model\.embed_tokens\.weight'.*would be random")
+    with refused, pytest.warns(PeftFormatWarning, match="other values of 'lm_head'"):
         fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
