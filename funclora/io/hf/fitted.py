@@ -106,6 +106,11 @@ class FittedCheckpoint(Checkpoint):
         placed = {*found.plain.values(), *found.joined}
         placed |= {name for group in self.structure.ties if placed & {*group} for name in group}
         if other_class:
+            if not placed:
+                raise FormatError(
+                    f"{self.folder}: a {self.structure.name}, which the adapter was trained on, has no weight of this "
+                    "folder. Give the folder of the model that it was trained on."
+                )
             self.left_out = [key for key in self.tensors if key not in found.plain and not _used(key, found)]
             for key in self.left_out:
                 del self.tensors[key]

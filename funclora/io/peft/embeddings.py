@@ -53,8 +53,15 @@ def with_stored_embeddings(
     """
     shapes = stored.shapes()
     other: list[str] = []
-    for name in of_embeddings(model):
+    embeddings = of_embeddings(model)
+    if config.ensure_weight_tying:
+        modules = {name.rpartition(".")[0] for name in embeddings}
+        if any(config.names("modules_to_save", module) for module in modules):
+            return config, []  # the file holds the same new values under each name
+    for name in embeddings:
         module, key, weight = name.rpartition(".")[0], f"{PREFIX}{name}", weights[name]
+        if f"{PREFIX}{module}.weight" not in shapes:
+            continue  # a bias that was trained
         if shapes.get(key) != tuple(weight.shape) or module in other or config.names("modules_to_save", module):
             continue
         if weight.is_meta or not torch.equal(stored.peek(key).to(weight.device, weight.dtype), weight):
