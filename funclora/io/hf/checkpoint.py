@@ -7,7 +7,7 @@ import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
     ".gguf", ".ggml", ".onnx", ".onnx_data", ".npz", ".ot", ".tflite", ".mlmodel", ".pkl", ".pickle", ".index",
 )  # fmt: skip
+
+C = TypeVar("C", bound="Checkpoint")
 
 
 class Checkpoint:
@@ -105,7 +107,7 @@ class Checkpoint:
         for file in self._opened.values():
             file.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(self, *_: object) -> None:

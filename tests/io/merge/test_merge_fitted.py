@@ -141,13 +141,6 @@ def test_a_module_that_would_be_random_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_class_without_a_weight_of_the_base_is_refused(tmp_path: Path) -> None:
-    """transformers calls the decoder of this class otherwise, and so loads nothing of a language model."""
-    with_head(tmp_path, "llama", "QUESTION_ANS")
-    with pytest.raises(FormatError, match="a LlamaForQuestionAnswering, .*, has no weight of this folder"):
-        fl.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-
-
 def test_heads_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     for task in ("SEQ_CLS", "TOKEN_CLS"):
         with_head(tmp_path / task, "llama", task)
