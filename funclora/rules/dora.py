@@ -71,7 +71,8 @@ class DoRA(LowRank):
 
     def output_scale_of_members(self, weight: Tensor, scalings: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, self.a.dtype) == torch.float64
-        if wide or self.exact_norm_grad or isinstance(self.layout, ConvTranspose):
+        several = isinstance(self.layout, ConvTranspose) or self.layout.expert_dims(weight.shape)  # not one matrix
+        if wide or self.exact_norm_grad or several:
             of_each = torch.func.vmap(lambda rule, s: replace(rule, scaling=s).output_scale(weight), chunk_size=CHUNK)
             scale: Tensor = of_each(self, scalings)
             return scale
