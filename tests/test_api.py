@@ -18,10 +18,10 @@ import torch
 
 import funclora as fl
 
-SPACES = (fl, fl.io, fl.optim, fl.rules, fl.algebra, fl.analysis, fl.errors)
-LAZY = (fl, fl.io)
+SPACES = (fl, fl.io, fl.optim, fl.rules, fl.algebra, fl.analysis, fl.distributed, fl.errors)
+LAZY = (fl, fl.distributed, fl.io)
 # Their arguments are what the function puts together.
-MADE_BY = {fl.AdapterModule: "as_module", fl.Quantized: "quantize", fl.Stack: "stack"}
+MADE_BY = {fl.AdapterModule: "as_module", fl.Quantized: "quantize", fl.Stack: "stack", fl.distributed.Mean: "mean"}
 
 
 def python(code: str) -> str:

@@ -51,14 +51,17 @@ def batch_of(adapters: Adapters) -> Batch | None:
     Raises:
         ParamsError: the rules come from several calls of `route`.
     """
-    batches = {rule.batch: name for name, rule in adapters.items() if isinstance(rule, Routed)}
-    if len(batches) > 1:
-        raise ParamsError(
-            "adapters are routed for different batches: "
-            + ", ".join(f"{name!r} for {batch.n} rows" for batch, name in batches.items())
-            + ". Use the rules of one call of route."
-        )
-    return next((batch for batch in batches if batch.n > 1), None)
+    routed = {name: rule.batch for name, rule in adapters.items() if isinstance(rule, Routed)}
+    if not routed:
+        return None
+    first = next(iter(routed))
+    for name, batch in routed.items():
+        if batch is not routed[first]:
+            raise ParamsError(
+                f"adapters are routed for different batches: {first!r} for {routed[first].n} rows, {name!r} for "
+                f"{batch.n} rows. Use the rules of one call of route."
+            )
+    return routed[first] if routed[first].n > 1 else None
 
 
 def check_rules(adapters: object, where: str = "adapters") -> None:

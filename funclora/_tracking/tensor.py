@@ -370,20 +370,19 @@ def _lasts(places: Places) -> bool:
 
 
 def _places(func: Callable[..., Any], propagation: Propagation | None, call: OpCall) -> Places:
-    name = _name(func)
     assert call.scope is not None
     if read := cast(str, call.scope.read):
         return read
     for x in call.tensors:
         if isinstance(x, RowTensor) and x.scope is not call.scope and x.scope.active:
-            return lost_at(f"{name} of two models' rows")
+            return lost_at(f"{_name(func)} of two models' rows")
     try:
         if propagation is None:
             call.owned()
             raise LostError
-        return _proven(propagation(call), call, name)
+        return _proven(propagation(call), call, func)
     except LostError as error:
-        return error.cause or lost_at(name)
+        return error.cause or lost_at(_name(func))
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -409,17 +408,17 @@ _NOT_THE_MODEL = tuple(
 )
 
 
-def _proven(places: Places, call: OpCall, name: str) -> Places:
+def _proven(places: Places, call: OpCall, func: Callable[..., Any]) -> Places:
     """The owners that a propagation returns; the operation's name instead of owners that do not fit the result."""
 
     def checked(place: Owner | str | None, out: Any) -> Owner | str | None:
         if isinstance(place, Place) and isinstance(out, Tensor):
             fits = 0 <= place.dim < out.dim() and out.shape[place.dim] == call.n * place.inner
-            return place if fits and place.inner else lost_at(name)
+            return place if fits and place.inner else lost_at(_name(func))
         if isinstance(place, Owners) and isinstance(out, Tensor):
             shape = place.index.shape
             fits = len(shape) == out.dim() and all(a in (1, b) for a, b in zip(shape, out.shape, strict=True))
-            return place if fits else lost_at(name)
+            return place if fits else lost_at(_name(func))
         return place
 
     if type(places) is tuple:

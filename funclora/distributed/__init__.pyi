@@ -1,5 +1,4 @@
-from funclora.distributed._mean import Mean as Mean
-from funclora.distributed._mean import mean as mean
-from funclora.distributed._shards import shard as shard
+from funclora.distributed._mean import Mean, mean
+from funclora.distributed._shards import shard
 
 __all__ = ["Mean", "mean", "shard"]

@@ -14,9 +14,6 @@ from torch import Tensor
 from funclora._torch.functions import CONVS, overwriting
 from funclora.rules.grouped import fits, linear_in_groups
 
-# The factors `[m, *]` of m updates, and their scalings `[m]`, or None for 1.
-Group = tuple[Tensor, Tensor, Tensor | None]
-
 
 class LinearOp(ABC):
     """A torch operation as a linear function of one of its weights: `y = op(W) + bias`.
@@ -121,7 +118,13 @@ class LinearOp(ABC):
         return y + self.grouped(x, a, b, scalings, 0.0)
 
     def in_groups(
-        self, weight: Tensor, x: Tensor, sizes: Sequence[int], groups: Sequence[Group], *, bias: bool
+        self,
+        weight: Tensor,
+        x: Tensor,
+        sizes: Sequence[int],
+        groups: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+        *,
+        bias: bool,
     ) -> Tensor | None:
         """The operation on all rows of all groups, with the update of each, if it has such a form.
 
@@ -232,7 +235,13 @@ class LinearLayerOp(LinearOp):
         return overwriting()(torch.baddbmm, y.flatten(1, -2), h, second).view_as(y)
 
     def in_groups(
-        self, weight: Tensor, x: Tensor, sizes: Sequence[int], groups: Sequence[Group], *, bias: bool
+        self,
+        weight: Tensor,
+        x: Tensor,
+        sizes: Sequence[int],
+        groups: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+        *,
+        bias: bool,
     ) -> Tensor | None:
         matrix, added = self._matrix(weight), self.bias if bias else None
         factors = [(b.mT, a, s) if self.transposed else (a, b.mT, s) for a, b, s in groups]

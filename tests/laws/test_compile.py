@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from funclora import LoraConfig, apply, base_params, init, optim, train_step, value_and_grad
+from funclora import LoraConfig, apply, base_params, init, optim, route, stack, train_step, value_and_grad
 from funclora.demo.model import ByteLM, ByteLMConfig
 from funclora.errors import strict
 from funclora.rules.layouts import Embedding, Linear, Parameter
@@ -359,3 +359,19 @@ def test_two_weights_for_one_shared_module_are_refused() -> None:
     compiled = torch.compile(lambda adapters, x: apply(model, params, adapters, x), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="one parameter of one module under two names"):
         compiled(adapters, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_mixed_batch_is_one_graph_for_all_ids(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    params = base_params(model)
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, use_dora=kind == "dora")
+    members = stack([init(model, config) for _ in range(3)])
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda routed, x: apply(model, params, routed, x), fullgraph=True, backend=counter)
+    x = torch.randn(3, 2, 6)
+    for ids in ([0, 1, -1], [2, 2, 0], [1, 0, 2]):
+        found = compiled(route(members, torch.tensor(ids)), x)
+        for row, member in enumerate(ids):
+            torch.testing.assert_close(found[row], apply(model, params, members[member] if member >= 0 else {}, x[row]))
+    assert counter.frame_count == 1
