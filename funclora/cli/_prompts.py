@@ -70,7 +70,7 @@ class Reader:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 f"{record.where}: the model's tokenizer has no chat template, which messages need. Give a prompt "
-                "instead of messages, or put the template next to the tokenizer as chat_template.jinja."
+                "instead of messages, or the file of a template with --chat-template."
             )
         messages = record.fields["messages"]
         last = messages[-1] if isinstance(messages, list) and messages else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from funclora.cli._base import Device, Dtype, Quantize
 from funclora.cli._output import AsJson, print_json
+from funclora.cli._settings import setting
 
 if TYPE_CHECKING:
     from funclora._apps.train.console import Console
@@ -40,17 +41,13 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="Task of the adapters.", show_default="that they were trained for")
     ] = None,
-    text_field: Annotated[
-        str | None,
-        typer.Option(help="Name of the field with plain text, or with the text to classify.", show_default="text"),
-    ] = None,
-    label_field: Annotated[
-        str | None, typer.Option(help="Name of the field with the class or the classes.", show_default="label")
-    ] = None,
-    train_on: Annotated[
-        str | None,
-        typer.Option(help="Text on which the loss is computed: completions, or all.", show_default="completions"),
-    ] = None,
+    fields: Annotated[Sequence[str] | None, setting("fields")] = None,
+    roles: Annotated[Sequence[str] | None, setting("roles")] = None,
+    text_field: Annotated[str | None, setting("text_field")] = None,
+    label_field: Annotated[str | None, setting("label_field")] = None,
+    train_on: Annotated[str | None, setting("train_on")] = None,
+    turns: Annotated[str | None, setting("turns")] = None,
+    chat_template: Annotated[Path | None, setting("chat_template")] = None,
     context: Annotated[
         int, typer.Option(min=1, help="Maximum length of an example in tokens; longer plain texts are split.")
     ] = 512,
@@ -104,12 +101,15 @@ def evaluate(
             bar.update(shown, total=total, advance=1, description=description)
 
         folders = adapter_folders(adapters)
-        given = {
+        given: dict[str, Any] = {
             "model": model, "task": trained_task(folders, model, task), "context": context, "dtype": dtype.value,
             "quantize": quantize.value, "device": device, "data": list(data[:1]),
         }  # fmt: skip
-        fields = {"text_field": text_field, "label_field": label_field, "train_on": train_on}
-        given |= {key: value for key, value in fields.items() if value is not None}
+        read_as = {
+            "fields": fields, "roles": roles, "text_field": text_field, "label_field": label_field,
+            "train_on": train_on, "turns": turns, "chat_template": chat_template,
+        }  # fmt: skip
+        given |= {key: value for key, value in read_as.items() if value is not None}
         found = evaluated(
             folders,
             data,

@@ -11,6 +11,7 @@ import typer
 from funclora.cli._base import Device, Dtype, Quantize
 from funclora.cli._converse import BASE, converse, refuse_bytes, spoken
 from funclora.cli._output import AsJson
+from funclora.cli._settings import setting
 
 if TYPE_CHECKING:
     from funclora._apps.train.settings import Settings
@@ -41,6 +42,7 @@ def generate(
         ),
     ] = None,
     chat: Annotated[bool, typer.Option(help="Treat prompts as user messages, using the chat template.")] = False,
+    chat_template: Annotated[Path | None, setting("chat_template")] = None,
     continue_final_message: Annotated[
         bool, typer.Option(help="Continue the assistant's last message of a record, where there is one.")
     ] = False,
@@ -82,6 +84,10 @@ def generate(
     _check_options(prompt=prompt, file=file, out=out, chat=chat, json=json)
     if continue_final_message and file is None:
         raise ConfigError("--continue-final-message can only be used with --file. Leave it out.")
+    if chat_template is not None and model is None:
+        raise ConfigError("--chat-template: the demo's base reads no chats. Give a --model, or leave it out.")
+    if chat_template is not None and file is None and not chat:
+        raise ConfigError("--chat-template can only be used with --chat, or with messages in a --file. Leave it out.")
     _check_sampling(temperature, top_p, top_k, seed)
     import contextlib
 
@@ -100,7 +106,7 @@ def generate(
     from funclora.cli._generate import Generator, Sampling
 
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed or 0)
-    settings, reader = _reader(model, dtype.value, quantize.value, device)
+    settings, reader = _reader(model, dtype.value, quantize.value, device, chat_template)
     with contextlib.nullcontext() if out is None else claimed_out(out, overwrite=overwrite):
         # What is asked is looked at before the weights are loaded, which can take minutes.
         prompts: list[Prompt] = []
@@ -108,6 +114,8 @@ def generate(
             prompts = read_prompts(file, reader, names, defaults, go_on=continue_final_message)
             if folders and not {each.adapter for each in prompts} & folders.keys():
                 raise ConfigError(f"{file}: no record names one of the given adapters: {', '.join(names)}.")
+            if chat_template is not None and not any("messages" in each.fields for each in prompts):
+                raise ConfigError(f"--chat-template: no record of {file} has messages. Leave it out.")
         elif prompt is not None:
             prompts = [_asked(reader, prompt, each, "--prompt", chat=chat) for each in defaults]
         elif len(defaults) > 1:
@@ -157,7 +165,9 @@ def _check_sampling(temperature: float, top_p: float | None, top_k: int | None, 
         raise ConfigError("--top-p: expected a number above 0. To always take the most likely token, leave it out.")
 
 
-def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple[Settings, Reader]:
+def _reader(
+    model: Path | None, dtype: str, quantize: str, device: str, chat_template: Path | None
+) -> tuple[Settings, Reader]:
     """How the model is loaded, and what makes prompts for it."""
     from funclora._apps.train.base import load_tokenizer, vocabulary
     from funclora._apps.train.folder import empty_model, load_config, longest_context
@@ -165,7 +175,9 @@ def _reader(model: Path | None, dtype: str, quantize: str, device: str) -> tuple
     from funclora.cli._prompts import Reader
 
     task = SEQ2SEQ if model is not None and load_config(model).is_encoder_decoder else CAUSAL
-    settings = Settings(model=model, task=task, dtype=dtype, quantize=quantize, device=device)
+    settings = Settings(
+        model=model, task=task, dtype=dtype, quantize=quantize, device=device, chat_template=chat_template
+    )
     tokenizer = load_tokenizer(settings)
     if model is None:  # which sees the end of what is too long for it
         return settings, Reader(tokenizer, len(tokenizer), None, decoder=True)

@@ -192,6 +192,41 @@ def test_scores_are_those_of_the_training(kind: str, tmp_path: Path) -> None:
     assert "already contains eval.json. Give another folder, or --overwrite" in again.stderr
 
 
+def test_records_are_read_with_the_options_of_the_run(tmp_path: Path) -> None:
+    """The names of fields and roles, the chat template and the turns with loss: each is needed for the run's number."""
+    model = task_models.save(tmp_path / "model", "llama")
+    data, template, out = tmp_path / "data.jsonl", tmp_path / "chat.jinja", tmp_path / "out"
+    template.write_text(text_models.PLAIN)
+    said = [("human", "say red"), ("bot", "red"), ("human", "and a beast"), ("bot", "owl")]
+    record = {"dialog": [{"speaker": role, "content": text} for role, text in said]}
+    data.write_text(f"{json.dumps(record)}\n" * 4)
+    read_as: dict[str, Any] = {
+        "fields": ("messages=dialog", "role=speaker"), "roles": ("human=user", "bot=assistant"), "turns": "last",
+        "chat_template": template,
+    }  # fmt: skip
+    train(
+        Settings(model=model, data=(data,), validation=data, out=out, steps=2, batch=2, rank=2, lr=0.05, **read_as),
+        quiet=True,
+    )  # fmt: skip
+    told = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
+
+    def scored(without: str | None = None) -> Result:
+        options = []
+        for key, value in read_as.items():
+            if key != without:
+                options += [f"--{key.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+        return run(out / "adapter", "--data", data, "--model", model, "--json", *options)
+
+    def loss_of(result: Result) -> float:
+        return float(json.loads(result.stdout)["loss"]["adapter"]["data.jsonl"])
+
+    assert loss_of(scored()) == pytest.approx(told, rel=1e-5)
+    assert loss_of(scored("turns")) != pytest.approx(told, rel=1e-3)
+    assert "with --chat-template, or give the data as prompt and completion." in scored("chat_template").stderr
+    assert "data.jsonl:1: expected a text under 'text', prompt and" in scored("fields").stderr
+    assert "Say what they mean" in scored("roles").stderr
+
+
 def test_adapters_of_different_tasks_have_no_loss_in_common(folder: Path, tmp_path: Path) -> None:
     def adapter(name: str, task_type: str | None, classes: object = None) -> Path:
         target = tmp_path / name
@@ -254,6 +289,8 @@ def test_errors_are_one_line_with_a_remedy(folder: Path, tmp_path: Path) -> None
             "contains no config.json. Give the folder of a",
         ),
         ([adapters, "--data", text, "--device", "toaster"], "device: 'toaster' cannot be used here"),
+        ([adapters, "--data", text, "--chat-template", text], "--chat-template: the demo's base reads no chats."),
+        ([adapters, "--data", text, "--turns", "first"], "--turns: expected one of all, last, got 'first'."),
     ]
     for args, message in cases:
         result = run(*args)

@@ -402,6 +402,27 @@ def test_messages_go_through_the_template(folders: Path, tmp_path: Path) -> None
     assert "p.jsonl:1: the chat template refuses these messages: no system role" in complaint(*common, "-f", file)
 
 
+def test_messages_go_through_a_template_in_a_file(folders: Path, tmp_path: Path) -> None:
+    """Instead of that of the folder; where there is no chat, it would have no effect."""
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    )
+    common = (folders / "adapters" / "ad-1", "--model", folders / "model", "--max-tokens", 8)
+    given = (*common, "--chat-template", template)
+    expected = by_peft(folders, "w1 w2 w3", "ad-1", 8)
+    assert printed(*given, "-p", "w1 w2", "--chat")["completion"] == expected
+    assert printed(*common, "-p", "w1 w2", "--chat")["completion"] != expected
+    talk = {"messages": [{"role": "user", "content": "w1 w2"}]}
+    file = jsonl(tmp_path / "p.jsonl", talk, {"prompt": "w1"})
+    assert printed(*given, "-f", file)["results"][0]["completion"] == expected
+    jsonl(file, {"prompt": "w1"})
+    assert "--chat-template: no record of" in complaint(*given, "-f", file)
+    assert "--chat-template can only be used with --chat, or" in complaint(*given, "-p", "w1")
+    assert "is no file. Give the file of a Jinja" in complaint(*common, "-p", "w1", "--chat", "--chat-template", "no")
+    assert "demo's base reads no chats" in complaint("-p", "w1", "--chat", "--chat-template", template)
+
+
 def test_records_of_other_trainers_are_prompts_too(folders: Path, tmp_path: Path) -> None:
     file = jsonl(
         tmp_path / "p.jsonl",
