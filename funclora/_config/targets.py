@@ -292,9 +292,12 @@ class _Selection:
         for name, module in matched.items():
             weights = weights_of(module)
             if weights is None:
+                path = f"{name}." if name else ""
+                names = [path + leaf for leaf, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
                 raise TargetError(
                     f"target_modules matches {name!r}, a {type(module).__name__}, which is not supported. Supported "
-                    f"modules: {SUPPORTED}. Exclude it, or name its parameter in target_parameters."
+                    f"modules: {SUPPORTED}. Exclude it"
+                    + (f", or name its parameter: target_parameters={names}." if names else ".")
                 )
             for weight, layout in weights.items():
                 found[f"{name}.{weight}" if name else weight] = self._target(name, name, layout)

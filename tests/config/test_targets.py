@@ -395,6 +395,15 @@ def test_refuses_what_would_be_a_silent_mismatch(name: str, fields: dict[str, An
         ours(name, **fields)
 
 
+@pytest.mark.parametrize("layer", [nn.EmbeddingBag(5, 3), nn.Bilinear(2, 3, 4)], ids=lambda layer: type(layer).__name__)
+def test_a_layer_that_only_its_parameter_names_says_the_parameter(layer: nn.Module) -> None:
+    model = nn.ModuleDict({"layer": layer, "out": nn.Linear(4, 3)})
+    with pytest.raises(TargetError, match=r"or name its parameter: target_parameters=\['layer.weight'\]"):
+        select(model, LoraConfig(target_modules=["layer"]))
+    assert [*select(model, LoraConfig(target_parameters=["layer.weight"]))] == ["layer.weight"]
+    assert [*select(model, LoraConfig(target_modules="all-linear"))] == ["out.weight"]  # as in PEFT
+
+
 def test_refuses_all_linear_without_a_linear_layer() -> None:
     with pytest.raises(TargetError, match="'all-linear': Conv1d has no linear layer"):
         select(nn.Conv1d(1, 1, 1), LoraConfig(target_modules="all-linear"))

@@ -93,6 +93,11 @@ class Matrix(nn.Module):
         return x @ self.w
 
 
+class Pair(nn.Bilinear):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, torch.tanh(x))
+
+
 class Attention(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -197,6 +202,10 @@ LAYERS = [
     parameter("parameter-of-linear", lambda: nn.Linear(5, 3), 2, 5, bias="lora_only"),
     parameter("parameter-of-embedding", lambda: nn.Embedding(11, 4)),
     parameter("parameter-of-hf-conv1d", gpt2_conv1d, 2, 5, r=3),
+    parameter("parameter-of-bag", lambda: nn.EmbeddingBag(11, 4, mode="sum")),
+    parameter("parameter-of-bag-mean", lambda: nn.EmbeddingBag(11, 4, padding_idx=2), r=3),
+    parameter("parameter-of-bag-max", lambda: nn.EmbeddingBag(11, 4, mode="max")),
+    parameter("parameter-of-bilinear", lambda: Pair(5, 5, 3), 2, 5, r=3),
 ]  # fmt: skip
 FIELDS = [
     Row("plain", {"target_modules": TWO}),
@@ -279,6 +288,7 @@ TRANSFORMERS = [
 
 
 ROWS = [*LAYERS, *FIELDS, *TRANSFORMERS]
+pytestmark = pytest.mark.filterwarnings("ignore:.*embedding_bag has no fast form:funclora.errors.DenseFallbackWarning")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -462,7 +472,7 @@ def test_a_module_under_two_names_is_not_read(tmp_path: Path) -> None:
     row = Row("twice", {"target_modules": ["a", "b"]}, Twice)
     save_quietly(random_peft(row, build(row)), tmp_path)
 
-    with pytest.raises(UnsupportedError, match=r"'b.weight'.*under two names"):
+    with pytest.raises(UnsupportedError, match=r"'a.weight'.*holds its module as 'b' too"):
         load_peft(tmp_path, build(row))
 
 
