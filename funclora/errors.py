@@ -104,7 +104,7 @@ class FormatWarning(FuncloraWarning):
 
 
 class PeftFormatWarning(FuncloraWarning):
-    """A PEFT folder depends on PEFT behaviour that differs from the plain formula."""
+    """A PEFT folder depends on PEFT behaviour that differs from the plain formula, or could not hold an adapter."""
 
 
 class OtherBaseWarning(FuncloraWarning):

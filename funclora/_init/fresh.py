@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,11 @@ from funclora._config.config import LoraConfig
 from funclora._config.experts import as_in_peft
 from funclora._config.target import Target
 from funclora._config.targets import select
-from funclora.errors import ConfigError, ParamsError, near
+from funclora.errors import ConfigError, ParamsError, PeftFormatWarning, near
 from funclora.rules.base import Params, Rule
 from funclora.rules.dense import Delta, Full, refuse_full
 from funclora.rules.dora import DoRA, weight_norms
-from funclora.rules.layouts import Embedding
+from funclora.rules.layouts import Attention, Embedding
 from funclora.rules.low_rank import LoRA
 from funclora.rules.tokens import Tied, TrainableTokens
 from funclora.rules.weights import refuse_weight
@@ -55,6 +57,9 @@ def init(
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
         ParamsError: `params` do not contain a target, or its weight is on the meta device and its values are needed.
 
+    Warns:
+        PeftFormatWarning: a target is a projection of `nn.MultiheadAttention`; `save_peft` refuses such adapters.
+
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> adapters = init(model, LoraConfig(r=2, target_modules=["0"]), generator=torch.Generator().manual_seed(0))
@@ -66,8 +71,10 @@ def init(
     if params is None:
         params = base_params(model)
     root = draw_root(generator)
+    targets = select(model, as_in_peft(model, config))
+    _warn_of_attention(targets)
     adapters = {}
-    for name, target in select(model, as_in_peft(model, config)).items():
+    for name, target in targets.items():
         if name not in params:
             raise ParamsError(f"params lack {name!r}, which the configuration targets.{near(name, params)}")
         adapters[name] = _fresh(name, target, params[name].detach(), config, generator_of(root, name), dtype)
@@ -93,6 +100,20 @@ def _refuse_elsewhere(config: LoraConfig) -> None:
     if config.init_lora_weights == "eva":
         raise ConfigError(
             "init_lora_weights='eva' needs data. Use adapters, config = init_eva(model, config, batches)."
+        )
+
+
+def _warn_of_attention(targets: Mapping[str, Target]) -> None:
+    """Say before training which adapters no PEFT folder can hold, although PEFT adapts their modules."""
+    names = [name for name, target in targets.items() if isinstance(target.layout, Attention)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"save_peft refuses the adapters of {', '.join(map(repr, names[:3]))}{more}: PEFT counts the update of the "
+            "output projection of nn.MultiheadAttention twice. Leave them out (exclude_modules), or keep the trained "
+            "adapter as merged weights (funclora.merge).",
+            PeftFormatWarning,
+            stacklevel=3,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from funclora import DoRA, Full, LoRA, LoraConfig, apply, base_params, init
-from funclora.errors import ParamsError
+from funclora import DoRA, Full, LoRA, LoraConfig, apply, base_params, init, save_peft
+from funclora.errors import ParamsError, PeftFormatWarning, UnsupportedError
 
 
 def gen(seed: int) -> torch.Generator:
@@ -457,6 +458,42 @@ def test_fresh_adapters_change_nothing(kind: str, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
         changed = outputs(init_lora_weights=False)
         assert (changed[0] - expected[0]).abs().max() > 0.02, "the comparison would show a difference"
+
+
+ATTENTION: dict[str, tuple[dict[str, Any], int]] = {
+    "the layer": ({"target_modules": ["attn"]}, 2),
+    "all-linear": ({"target_modules": "all-linear"}, 1),
+    "a parameter": ({"target_parameters": ["in_proj_weight"]}, 1),
+    "dora": ({"target_modules": ["attn", "linear"], "use_dora": True}, 2),
+    "nothing of it": ({"target_modules": "all-linear", "exclude_modules": ["out_proj"]}, 0),
+    "its bias": ({"target_modules": ["linear"], "bias": "all"}, 0),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_that_no_folder_holds_is_named_at_once(name: str, tmp_path: Path) -> None:
+    fields, count = ATTENTION[name]
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    config = LoraConfig(r=2, **fields)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapters = init(model, config)
+    messages = [str(each.message) for each in caught if each.category is PeftFormatWarning]
+    named = [name for name in adapters if messages and repr(name) in messages[0]]
+    assert named == [name for name in adapters if name.startswith("attn") and "bias" not in name]
+    assert (len(messages), len(named)) == (min(count, 1), count)
+    if count:
+        assert [each.filename for each in caught] == [__file__]
+        with pytest.raises(UnsupportedError, match=r"nn\.MultiheadAttention|layout Attention"):
+            save_peft(tmp_path / "a", adapters, config)
+    else:
+        save_peft(tmp_path / "a", adapters, config)
+
+
+def test_many_projections_are_counted() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 5, enable_nested_tensor=False)
+    with pytest.warns(PeftFormatWarning, match=r"'layers.2.self_attn.out_proj.weight' and 2 more: PEFT counts"):
+        init(model, LoraConfig(r=2, target_modules="all-linear"))
 
 
 def tensors(output: Any) -> list[Tensor]:
