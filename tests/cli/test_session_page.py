@@ -58,7 +58,7 @@ def same(command: str, printed: str, shown: str) -> None:
 def spoken(command: str, together: list[str]) -> str:
     """What a command prints: funclora's in this process, which has its libraries already; all else in a shell."""
     words = shlex.split(command)
-    if not together and words[0] == "funclora" and not {"&", ">"} & set(words):
+    if not together and words[0] == "funclora" and not {"&", ">", "|"} & set(words):
         result = CliRunner().invoke(app, words[1:], env={"COLUMNS": "80"})
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
         return result.output
@@ -126,6 +126,7 @@ def test_the_session_runs_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.Mon
     assert {"train", "inspect", "diff", "eval", "generate", "merge"} <= {
         command.split()[1] for command in ran if command.startswith("funclora ")
     }
+    assert any("--adapter english/adapter" in command for command in ran if command.startswith("funclora train"))
 
 
 @pytest.mark.parametrize(
