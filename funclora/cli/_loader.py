@@ -33,7 +33,11 @@ class Loader:
         ]
         # Half precision on disk may be float32 in memory.
         self._cache = fl.AdapterCache(
-            base.model, dict(folders), memory=max(HELD, 4 * max(sizes, default=0)), device=base.device
+            base.model,
+            dict(folders),
+            memory=max(HELD, 4 * max(sizes, default=0)),
+            device=base.device,
+            params=base.params,
         )
 
     def route(self, names: Sequence[str | None]) -> dict[str, fl.Rule]:

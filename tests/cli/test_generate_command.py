@@ -7,18 +7,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import funclora as fl
-from funclora._apps.train.base import Base
+from funclora._apps.train.base import Base, load_base, load_tokenizer
+from funclora._apps.train.settings import Settings
 from funclora.cli._app import app
 from funclora.cli._generate import Generator, Sampling
+from funclora.cli._loader import Loader
 from funclora.demo.model import load_base as load_demo
 
 WORDS = ["</s>", "<unk>", "<user>", "<assistant>", *(f"w{k}" for k in range(60))]
@@ -126,6 +130,17 @@ def test_each_row_has_its_own_adapter(folders: Path, tmp_path: Path) -> None:
         assert [alone[key] for key in ("completion", "tokens", "ended", "adapter")] == [
             row[key] for key in ("completion", "tokens", "ended", "adapter")
         ]
+
+
+def test_a_batch_takes_what_the_batch_before_has_prepared(folders: Path) -> None:
+    """The adapters of different batches are in the same memory, DoRA's norms included."""
+    settings = Settings(model=folders / "model")
+    base = load_base(settings, load_tokenizer(settings))
+    loader = Loader(base, {name: folders / "adapters" / name for name in ("ad-0", "ad-1")}, None)
+    batches: list[Any] = [loader.route(names) for names in (["ad-0", "ad-1"], [None, "ad-1", "ad-0"])]
+    leaves: list[list[Tensor]] = [optree.tree_leaves(batch) for batch in batches]
+    first, second = ({leaf.data_ptr() for leaf in some if leaf.is_floating_point()} for some in leaves)
+    assert first == second
 
 
 def test_one_adapter_for_all_who_name_none(folders: Path, tmp_path: Path) -> None:
