@@ -6,6 +6,7 @@ parts of the configuration. `CONFIGS` and `INPUTS` have what does not follow fro
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -144,7 +145,8 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
     """The model of a class, in evaluation mode with every parameter random, and the arguments of a forward pass."""
     torch.manual_seed(0)
     made = getattr(transformers, name)
-    model = made(shrink(made.config_class(), **CONFIGS.get(name, {}))).eval()
+    changes = copy.deepcopy(CONFIGS.get(name, {}))  # some classes write to what they are given
+    model = made(shrink(made.config_class(), **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

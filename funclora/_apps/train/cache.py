@@ -76,7 +76,8 @@ def load(folder: Path, key: str) -> Tokenised | None:
         if meta["key"] != key or any(contents(at / name) != sha for name, sha in meta["files"].items()):
             return None
         parts = [
-            Stored(at / f"{name}.arrow", np.load(at / f"{name}.npy", allow_pickle=False), *meta[name]) for name in PARTS
+            Stored(at / f"{name}.arrow", np.fromfile(at / f"{name}.sizes", np.int32).reshape(-1, 2), *meta[name])
+            for name in PARTS
         ]
         return Tokenised((parts[0], parts[1]), meta["ends"], tuple(meta["classes"]), Notes.of(meta["notes"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -92,14 +93,12 @@ class Cache:
 
     def finish(self, ends: list[int], classes: Sequence[str], notes: Notes) -> None:
         """Write the rest."""
-        import numpy as np
-
         meta: dict[str, Any] = {"key": self.key, "ends": ends, "classes": [*classes], "notes": notes.state()}
         for name, part in zip(PARTS, self.parts, strict=True):
             part.close()
-            np.save(self.folder / f"{name}.npy", part.sizes(), allow_pickle=False)
+            part.sizes().tofile(self.folder / f"{name}.sizes")
             meta[name] = [part.largest, part.digest]
-        names = [f"{name}.{suffix}" for name in PARTS for suffix in ("arrow", "npy")]
+        names = [f"{name}.{suffix}" for name in PARTS for suffix in ("arrow", "sizes")]
         meta["files"] = {name: contents(self.folder / name) for name in names}
         (self.folder / META).write_text(json.dumps(meta), encoding="utf-8")
 

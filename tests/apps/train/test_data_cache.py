@@ -133,7 +133,7 @@ def test_data_are_tokenised_once_for_their_contents_and_settings(
     assert len(read) == 7
 
 
-@pytest.mark.parametrize("name", ["train.arrow", "train.npy", "validation.arrow", META])
+@pytest.mark.parametrize("name", ["train.arrow", "train.sizes", "validation.arrow", META])
 @pytest.mark.parametrize("how", ["changed", "cut off", "removed"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, name: str, how: str) -> None:
     given = settings(tmp_path)

@@ -280,7 +280,7 @@ def test_what_could_not_be_written_is_not_trained(
     with pytest.raises(fl.errors.FormatError, match="other"):
         rehearse(start, other)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise fl.errors.UnsupportedError("PEFT has no such thing.")
 
     monkeypatch.setattr("funclora._apps.train.finish.save_peft", refuse)
