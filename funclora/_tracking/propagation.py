@@ -72,8 +72,8 @@ _know(products.aligned, """abs absolute acos acosh add addcdiv addcmul alpha_dro
     hardsigmoid hardswish hardtanh heaviside hypot imag int invert isfinite isinf isnan isneginf isposinf ldexp le
     leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or
     logical_xor logit logsigmoid long lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative
-    not_equal or polar positive pow pos rad2deg real reciprocal relu relu6 remainder round rsqrt rsub selu sgn short sigmoid
-    sign silu sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide
+    not_equal or polar positive pow pos rad2deg real reciprocal relu relu6 remainder round rsqrt rsub selu sgn short
+    sigmoid sign silu sin sinc sinh softplus softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide
     truediv trunc xlogy xor zero""")  # fmt: skip
 _know(products.own, "to type type_as tril triu")
 _know(products.within(0), "prelu bucketize")
