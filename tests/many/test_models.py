@@ -21,7 +21,7 @@ from torch import Tensor
 import funclora as fl
 from funclora.errors import FuncloraError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the models, on tiny sizes
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the models, on tiny sizes
 
 # Its layers compute gradients in a backward of their own, in which given weights have no part: training refuses it.
 KINDS = {kind: [name for name in names if name != "ReformerModelWithLMHead"] for kind, names in ALL_KINDS.items()}

@@ -498,3 +498,10 @@ def test_dora_by_row_in_the_dtypes_of_models(dtype: torch.dtype) -> None:
         alone = apply(model, params, members[member] if member >= 0 else {}, x[i : i + 1])
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found[i : i + 1], alone, rtol=tolerance, atol=tolerance)
+
+
+def test_a_weight_for_each_row_has_no_memory() -> None:
+    model = nn.Linear(4, 3)
+    params = base_params(model)
+    members = stack([init(model, LoraConfig(r=1, target_modules="all-linear")) for _ in range(2)])
+    assert bind(model, params, route(members, [0, 1])).weight.data_ptr() == 0
