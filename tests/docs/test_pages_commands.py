@@ -51,8 +51,10 @@ def commands(page: Path) -> list[Command]:
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]
-            # What a shell does with the rest is no argument: output into a file, the background.
-            words = words[: next((i for i, word in enumerate(words) if word in (">", "2>", "2>&1", "&")), len(words))]
+            # What a shell does with the rest is no argument: output into a file, into a program, the background.
+            words = words[
+                : next((i for i, word in enumerate(words) if word in (">", "|", "2>", "2>&1", "&")), len(words))
+            ]
             if words:
                 found.append(Command(block, words))
     return found
