@@ -24,7 +24,7 @@ Kind = Any
 def _einsum(kind: Kind, equation: str, *operands: Any) -> Tensor:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    terms, result = _written_out(equation, operands)
+    terms, result = written_out(equation, operands)
     weights = [i for i, x in enumerate(operands) if isinstance(x, kind)]
     if len(weights) != 1 or len(terms[weights[0]]) < 2:
         raise NoFormError
@@ -67,8 +67,12 @@ def _call(kind: Kind, func: Callable[..., Any], *args: Any) -> Any:
 _MT = Tensor.mT.__get__  # type: ignore[attr-defined]
 
 
-def _written_out(equation: str, operands: Sequence[Any]) -> tuple[list[str], str]:
-    """The letters of the dimensions of the operands and of the result, one letter for each dimension."""
+def written_out(equation: str, operands: Sequence[Any]) -> tuple[list[str], str]:
+    """The letters of the dimensions of an einsum's operands and of its result, one letter for each dimension.
+
+    Raises:
+        NoFormError: the equation does not fit the operands.
+    """
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != len(operands):

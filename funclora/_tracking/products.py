@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funclora._torch.contractions import written_out
+from funclora._torch.functions import NoFormError
 from funclora._tracking.calls import OpCall, Owner, Places
 from funclora._tracking.owners import LostError, Owners, Place, merged
 
@@ -161,7 +162,10 @@ def einsum(call: OpCall) -> Places:
     operands = list(call.args[1]) if isinstance(call.args[1], (list, tuple)) else list(call.args[1:])
     if not isinstance(equation, str):
         raise LostError
-    terms, result = letters(equation, operands)
+    try:
+        terms, result = written_out(equation, operands)
+    except NoFormError as error:
+        raise LostError from error
     if any(len(set(term)) < len(term) for term in (*terms, result)):
         raise LostError
     call.owned()
@@ -195,22 +199,6 @@ def einsum(call: OpCall) -> Places:
         seen += term
     found = merged(parts, len(every))
     return call.settled(found.reshape(found.shape[: len(result)]))
-
-
-def letters(equation: str, operands: list[Any]) -> tuple[list[str], str]:
-    """The letters of the dimensions of the operands and of the result, one letter for each dimension."""
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != len(operands):
-        raise LostError
-    counts = [x.dim() - len(term.replace("...", "")) for term, x in zip(terms, operands, strict=True)]
-    n = max(counts)
-    dots = "".join([letter for letter in string.ascii_letters if letter not in equation][:n])
-    if not arrow:
-        once = sorted(letter for letter in set(left) - {".", ","} if left.count(letter) == 1)
-        result = "..." * ("..." in left) + "".join(once)
-    terms = [term.replace("...", dots[n - count :]) for term, count in zip(terms, counts, strict=True)]
-    return terms, result.replace("...", dots)
 
 
 def attention(call: OpCall) -> Places:

@@ -231,12 +231,17 @@ def params_are_dense(params: Any) -> bool:
     return not any(isinstance(weight, fl.Quantized) for weight in params.values())
 
 
-def check_fsdp() -> dict[str, float]:
-    whole = llama()
+def fully_sharded(whole: LlamaForCausalLM) -> LlamaForCausalLM:
     model = copy.deepcopy(whole)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
+    return model
+
+
+def check_fsdp() -> dict[str, float]:
+    whole = llama()
+    model = fully_sharded(whole)
     params, divided = fl.base_params(whole), fl.base_params(model)
     local = sum(p.to_local().nbytes for p in model.parameters())
     results = dict(compared(whole, params, model, divided))
@@ -248,10 +253,7 @@ def check_fsdp() -> dict[str, float]:
 
 def check_module_over_fsdp() -> dict[str, Any]:
     whole = llama()
-    model = copy.deepcopy(whole)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = fully_sharded(whole)
     tree = adapters(whole, fl.base_params(whole))
     alone = fl.as_module(whole, fl.base_params(whole), tree)
     wrapped = nn.parallel.DistributedDataParallel(fl.as_module(model, fl.base_params(model), tree))

@@ -20,13 +20,13 @@ from funclora._apps.train.packing import Packed
 from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
-from funclora._apps.train.tasks import CLASSES_FILE as CLASSES_FILE
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
 from funclora._bind.summary import summary
 from funclora._files.staging import check_out, staged_folder
 from funclora._quant.quantize import dequantize
 from funclora.errors import ConfigError
+from funclora.io.hf.heads import CLASSES_FILE
 from funclora.io.hf.library import quiet, transformers
 from funclora.io.hf.origin import write_origin
 from funclora.io.merge.merge import merge_checkpoint

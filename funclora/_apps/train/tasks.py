@@ -11,8 +11,7 @@ from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKE
 from funclora._apps.train.tokenizer import load_config
 from funclora._files.atomic import read_json
 from funclora.errors import ConfigError
-from funclora.io.hf.heads import CLASSES_FILE as CLASSES_FILE
-from funclora.io.hf.heads import classes_of
+from funclora.io.hf.heads import CLASSES_FILE, classes_of
 from funclora.io.peft.files import CONFIG_FILE
 
 
