@@ -414,6 +414,12 @@ def test_questions_about_the_weight_do_not_compute_it(question: str, dtype: torc
         assert actual == expected
 
 
+def test_a_weight_that_is_not_computed_has_no_memory_to_point_at() -> None:
+    model = Op((3, 5), lambda w: w.data_ptr())
+    params = base_params(model)
+    assert apply(model, params, {"w": make_rule("lora", Linear(), params["w"], gen(1))}) == 0
+
+
 @pytest.mark.parametrize(("base", "leaf"), [(False, False), (True, False), (False, True), (True, True)])
 def test_requires_grad_is_that_of_the_dense_weight(base: bool, leaf: bool) -> None:
     model = Op((3, 5), lambda w: w.requires_grad)
