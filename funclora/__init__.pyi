@@ -1,4 +1,4 @@
-from funclora import algebra, analysis, distributed, errors, io, optim, rules
+from funclora import algebra, analysis, distributed, errors, io, optim, rules, serving
 from funclora._bind.apply import apply, bind, trace_targets
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
@@ -95,6 +95,7 @@ __all__ = [
     "rules",
     "save_gguf",
     "save_peft",
+    "serving",
     "stack",
     "strict",
     "summary",

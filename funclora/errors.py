@@ -52,6 +52,22 @@ class ConfigError(FuncloraError, ValueError):
     """A configuration value is invalid, or two values contradict each other."""
 
 
+class UnknownAdapterError(ConfigError, LookupError):
+    """An adapter is named by an id that nothing is known of."""
+
+
+class TooLongError(ConfigError):
+    """A text and what should be generated after it are longer than the model can read."""
+
+
+class QueueFullError(FuncloraError, RuntimeError):
+    """More requests wait than may wait. Try again later."""
+
+
+class ClosedError(FuncloraError, RuntimeError):
+    """A request came after the engine was closed, or could not be answered before."""
+
+
 class TargetError(FuncloraError, ValueError):
     """A target, exclusion or pattern matches nothing, or names something that cannot carry a rule."""
 

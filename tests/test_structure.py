@@ -34,6 +34,7 @@ ORDER = (
     "io/gguf",
     "io/foreign",
     "_train",
+    "serving",
     "__init__",  # the public names, which what is above uses as everybody does
     "demo",
     "_apps/train",

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = _attach(
         "funclora.io.hf.extract": ("ExtractReport", "ExtractedWeight"),
         "funclora.io.merge.merge": ("MergeReport", "MergedWeight"),
         "funclora.io.merge.verify": ("MergeVerification",),
-        "funclora.io.peft.cache": ("CacheStats",),
+        "funclora.io.peft.cache": ("CacheStats", "LoadedAdapter"),
         "funclora.io.peft.combine": ("CombinedFolders",),
     },
 )

@@ -3,7 +3,7 @@ from funclora.io.foreign.mlx import load_mlx, save_mlx
 from funclora.io.hf.extract import ExtractedWeight, ExtractReport
 from funclora.io.merge.merge import MergedWeight, MergeReport
 from funclora.io.merge.verify import MergeVerification
-from funclora.io.peft.cache import CacheStats
+from funclora.io.peft.cache import CacheStats, LoadedAdapter
 from funclora.io.peft.combine import CombinedFolders
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CombinedFolders",
     "ExtractReport",
     "ExtractedWeight",
+    "LoadedAdapter",
     "MergeReport",
     "MergeVerification",
     "MergedWeight",

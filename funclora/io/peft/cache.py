@@ -23,7 +23,7 @@ from funclora._many.route import route
 from funclora._many.slots import PreparedAdapter, Slots
 from funclora._many.stack import stack
 from funclora._torch.memory import nbytes
-from funclora.errors import ConfigError, near, shortened
+from funclora.errors import ConfigError, UnknownAdapterError, near, shortened
 from funclora.io.peft.files import CONFIG_FILE, WEIGHTS_FILE
 from funclora.io.peft.folder import load_peft
 from funclora.rules.base import Params, Rule
@@ -31,17 +31,19 @@ from funclora.rules.base import Params, Rule
 Adapter = dict[str, Rule]
 
 
-@dataclass(frozen=True)
-class _Held:
-    """An adapter in the cache.
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter as its folder was when it was loaded, from `AdapterCache.load`.
 
     Attributes:
-        adapters: as it was loaded.
+        name: its id.
+        adapters: its rules by the names of their parameters, to be used like those of `load_peft`.
         prepared: the same for batches; None without base weights.
         version: of its folder when it was loaded.
         size: in bytes.
     """
 
+    name: str
     adapters: Adapter
     prepared: PreparedAdapter | None
     version: object
@@ -131,13 +133,13 @@ class AdapterCache:
         self._lock = threading.Lock()
         self._params = params
         self._slots = Slots()
-        self._held: OrderedDict[str, _Held] = OrderedDict()  # the one used last comes last
-        self._coming: dict[str, Future[_Held]] = {}
+        self._held: OrderedDict[str, LoadedAdapter] = OrderedDict()  # the one used last comes last
+        self._coming: dict[str, Future[LoadedAdapter]] = {}
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     def __getitem__(self, name: str) -> dict[str, Rule]:
         """One adapter, loaded if it is not in the cache."""
-        return self._get([name])[name].adapters
+        return self.load(name).adapters
 
     def __contains__(self, name: object) -> bool:
         """Whether the adapter is in the cache."""
@@ -148,6 +150,28 @@ class AdapterCache:
 
     def __repr__(self) -> str:
         return f"AdapterCache of {len(self._held)} adapters, {self._bytes:,} of {self._memory:,} bytes"
+
+    def load(self, name: str) -> LoadedAdapter:
+        """One adapter in the version that its folder has now, to be named in batches instead of its id.
+
+        It stays this version, and in memory, as long as it is held, whatever happens to the folder or in the cache.
+
+        Raises:
+            UnknownAdapterError: the id is unknown.
+            ConfigError: the adapter takes more than the cache may hold.
+            FormatError: its folder is damaged.
+        """
+        return self._get([name])[name]
+
+    def ids(self) -> list[str]:
+        """The ids that can be named now, sorted."""
+        if isinstance(self._source, dict):
+            return sorted(self._source)
+        return sorted(path.parent.name for path in self._source.glob(f"*/{CONFIG_FILE}"))
+
+    def check(self, name: str) -> None:
+        """Raise `UnknownAdapterError` unless the id can be named now; nothing is loaded."""
+        self._folder(name)
 
     def held(self) -> list[str]:
         """The ids of the adapters in the cache; the first is dropped next."""
@@ -170,41 +194,44 @@ class AdapterCache:
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, len(self._held), self._bytes)
 
-    def route(self, ids: Sequence[str | None], *, repeats: int = 1) -> dict[str, Rule]:
+    def route(self, ids: Sequence[str | LoadedAdapter | None], *, repeats: int = 1) -> dict[str, Rule]:
         """The adapters for a batch whose rows name theirs.
 
         Args:
-            ids: `[n_rows]`, the id of each row's adapter; None for the base model.
+            ids: `[n_rows]`, the id of each row's adapter, or what `load` returned for it; None for the base model.
             repeats: as for `funclora.route`.
 
         Returns:
             Adapters for a batch of that many rows.
 
         Raises:
-            ConfigError: an id is unknown, or an adapter takes more than the cache may hold.
+            UnknownAdapterError: an id is unknown.
+            ConfigError: an adapter takes more than the cache may hold.
             FormatError: the folder of an adapter is damaged. After this and any other error of `load_peft` the cache
                 is unchanged.
         """
         if isinstance(ids, str) or not isinstance(ids, Sequence) or not len(ids):
             raise ConfigError(f"AdapterCache: ids: expected an id or None for each row, got {shortened(ids)}.")
-        found = self._get([name for name in ids if name is not None])
-        if not found:
+        found = self._get([name for name in ids if name is not None and not isinstance(name, LoadedAdapter)])
+        rows = [found[name] if isinstance(name, str) else name for name in ids]
+        used = list(dict.fromkeys(row for row in rows if row is not None))
+        if not used:
             return {}
         if self._params is not None:
-            return self._slots.route([None if name is None else found[name].prepared for name in ids], repeats)
-        place = {name: i for i, name in enumerate(found)}
-        members = stack(held.adapters for held in found.values())
-        return route(members, [-1 if name is None else place[name] for name in ids], repeats=repeats)
+            return self._slots.route([None if row is None else row.prepared for row in rows], repeats)
+        place = {row: i for i, row in enumerate(used)}
+        members = stack(row.adapters for row in used)
+        return route(members, [-1 if row is None else place[row] for row in rows], repeats=repeats)
 
-    def _get(self, ids: Sequence[str]) -> dict[str, _Held]:
+    def _get(self, ids: Sequence[str]) -> dict[str, LoadedAdapter]:
         """The adapters by their ids, each once. The cache changes only if all of them can be loaded."""
         for name in ids:
             if not isinstance(name, str):
                 raise ConfigError(f"AdapterCache: ids: expected texts, got {shortened(name)}.")
         wanted = list(dict.fromkeys(ids))
         folders = {name: self._folder(name) for name in wanted}
-        found: dict[str, _Held] = {}
-        loaded: dict[str, _Held] = {}
+        found: dict[str, LoadedAdapter] = {}
+        loaded: dict[str, LoadedAdapter] = {}
         self._drop_replaced(folders)
         # Another thread may fail on an adapter that this one did not request. Its other adapters are tried again.
         while len(found) < len(wanted):
@@ -230,9 +257,11 @@ class AdapterCache:
                 if version is not None and name in self and self._held[name].version != version:
                     self._drop(name)
 
-    def _claim(self, ids: list[str], found: dict[str, _Held]) -> tuple[dict[str, Future[_Held]], list[str]]:
+    def _claim(
+        self, ids: list[str], found: dict[str, LoadedAdapter]
+    ) -> tuple[dict[str, Future[LoadedAdapter]], list[str]]:
         """Take what is there; of the rest, what other threads are loading, and what this one has to."""
-        others: dict[str, Future[_Held]] = {}
+        others: dict[str, Future[LoadedAdapter]] = {}
         mine = []
         with self._lock:
             for name in ids:
@@ -250,7 +279,7 @@ class AdapterCache:
             for name in ids:
                 self._coming.pop(name).cancel()
 
-    def _commit(self, wanted: list[str], loaded: dict[str, _Held]) -> None:
+    def _commit(self, wanted: list[str], loaded: dict[str, LoadedAdapter]) -> None:
         with self._lock:
             self._misses += len(loaded)
             self._hits += len(wanted) - len(loaded)
@@ -266,7 +295,7 @@ class AdapterCache:
                 self._bytes -= dropped.size
                 self._evictions += 1
 
-    def _load(self, name: str, folder: Path) -> _Held:
+    def _load(self, name: str, folder: Path) -> LoadedAdapter:
         version = _version(folder)  # of before: a folder that is replaced now is loaded again
         adapters, _ = load_peft(folder, self._model)
         if self._device is not None:
@@ -282,19 +311,16 @@ class AdapterCache:
                 f"AdapterCache: {name!r} takes {size:,} bytes, and memory is {self._memory:,} in all. Allow more, or "
                 "load it by load_peft and route it yourself."
             )
-        return _Held(adapters, prepared, version, size)
+        return LoadedAdapter(name, adapters, prepared, version, size)
 
     def _folder(self, name: str) -> Path:
         if isinstance(self._source, dict):
             if name in self._source:
                 return Path(self._source[name])
-            known = list(self._source)
-        else:
-            # A name, not a path: an id that comes with a request must not lead out of the folder.
-            if is_file_name(name) and (self._source / name).is_dir():
-                return self._source / name
-            known = sorted(path.parent.name for path in self._source.glob(f"*/{CONFIG_FILE}"))
-        raise ConfigError(f"AdapterCache: there is no adapter {shortened(name)}.{near(name, known)}")
+        # A name, not a path: an id that comes with a request must not lead out of the folder.
+        elif is_file_name(name) and (self._source / name).is_dir():
+            return self._source / name
+        raise UnknownAdapterError(f"AdapterCache: there is no adapter {shortened(name)}.{near(name, self.ids())}")
 
 
 def _version(folder: Path) -> object:

@@ -1,0 +1,382 @@
+"""`Engine`: requests come from any thread, one thread answers them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funclora._api.arguments import check_model, check_params, refuse
+from funclora._bind.apply import bind
+from funclora.errors import ClosedError, ConfigError, NonFiniteError, QueueFullError, TooLongError, shortened
+from funclora.io.peft.cache import AdapterCache, LoadedAdapter
+from funclora.rules.base import Params
+from funclora.serving._batch import Batch, Row
+from funclora.serving._memory import Reader
+from funclora.serving._sampling import Chooser, choose
+from funclora.serving._settings import Settings
+from funclora.serving._statistics import Counts, Statistics
+from funclora.serving._stream import FinishReason, Stream, Token
+
+MEMORY = 1 << 30  # bytes of adapters that are kept if only their folder is given
+
+
+class Engine:
+    """Answers many requests at a time with one frozen model, each with its own adapter.
+
+    A batch decodes one token of each row at every step. Rows join it as soon as their prompts are read, and leave it
+    when their answers end; long prompts are read in pieces, so that the others go on. Each answer has the tokens that
+    `bind(model, params, adapter).generate` gives for it alone.
+
+    Args:
+        model: a causal language model of transformers, or a module from ids `[rows, tokens]` to logits.
+        params: its weights, as from `base_params`.
+        cache: the adapters, best made with the same `params`; or the folder that contains their folders.
+        max_rows: maximum number of requests that are answered at a time.
+        max_queue: maximum number of further requests that wait.
+        max_length: maximum number of tokens of a prompt and its answer; by default what the model's configuration
+            says, if it says anything.
+        prefill_tokens: maximum number of prompt tokens that are read between two steps of the others.
+        eos_ids: tokens that end every answer; by default those of the model's generation configuration.
+
+    Raises:
+        ConfigError: a value is out of its range.
+        UnsupportedError: rows of this model cannot be decoded together.
+
+    Examples:
+        >>> import tempfile
+        >>> import funclora as fl
+        >>> from funclora.demo.model import load_base
+        >>> model = load_base()
+        >>> params, config = fl.base_params(model), fl.LoraConfig(r=2, target_modules=["q_proj"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fl.save_peft(f"{folder}/customer-17", fl.init(model, config), config)
+        ...     with Engine(model, params, folder) as engine:
+        ...         streams = [engine.submit(list(b"import "), name) for name in ("customer-17", None)]
+        ...         [len(stream.result(timeout=60)) for stream in streams]
+        [16, 16]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params,
+        cache: AdapterCache | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+        *,
+        max_rows: int = 16,
+        max_queue: int = 256,
+        max_length: int | None = None,
+        prefill_tokens: int = 512,
+        eos_ids: Collection[int] | None = None,
+    ) -> None:
+        check_model(model)
+        check_params(params)
+        for name, number in {"max_rows": max_rows, "max_queue": max_queue, "prefill_tokens": prefill_tokens}.items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"Engine: {name}: expected a positive int, got {number!r}.")
+        if not isinstance(cache, AdapterCache):
+            cache = AdapterCache(model, cache, MEMORY, params=params)
+        self.cache = cache
+        self.max_length = _context(model) if max_length is None else max_length
+        self.eos_ids = frozenset(_ends(model) if eos_ids is None else eos_ids)
+        self._model, self._params = model, params
+        self._reader = Reader(model)
+        self._vocabulary = _vocabulary(model)
+        self._max_rows, self._max_queue, self._prefill_tokens = max_rows, max_queue, prefill_tokens
+        self._changed = threading.Condition()
+        self._waiting: deque[Row] = deque()
+        self._prefilling: list[Batch] = []
+        self._batches: list[Batch] = []
+        self._counts = Counts()
+        self._closing = self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._loaders: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(drain=kind is None)
+
+    def start(self) -> None:
+        """Begin to answer. Requests may come before."""
+        with self._changed:
+            if self._closing:
+                raise ClosedError("Engine: it was closed, and cannot be started again. Make another one.")
+            if self._thread is None:
+                self._loaders = ThreadPoolExecutor(2, thread_name_prefix="funclora-adapters")
+                self._thread = threading.Thread(target=self._run, name="funclora-engine", daemon=True)
+                self._thread.start()
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Accept no more requests, and stop when those that are there have ended.
+
+        Args:
+            drain: finish them; otherwise they end with what they have, as if they were cancelled.
+            timeout: seconds after which they are ended as well.
+        """
+        with self._changed:
+            self._closing = True
+            self._stopping = self._stopping or not drain
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is None:
+            self._end_all(None)
+            return
+        thread.join(timeout)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        thread.join()
+
+    def submit(self, prompt_ids: Sequence[int], adapter: str | None = None, settings: Settings | None = None) -> Stream:
+        """Ask for an answer. It comes through the stream that is returned at once.
+
+        Args:
+            prompt_ids: the tokens of the prompt.
+            adapter: the id of its adapter; None for the base model. It has the version that its folder has when a row
+                becomes free.
+            settings: how tokens are chosen; `Settings()` by default.
+
+        Raises:
+            ConfigError: the prompt is empty, or holds what is no token of the model.
+            TooLongError: prompt and `max_tokens` are longer than `max_length`.
+            UnknownAdapterError: there is no such adapter.
+            QueueFullError: `max_queue` requests wait already.
+            ClosedError: the engine was closed.
+        """
+        settings = Settings() if settings is None else settings
+        if not isinstance(settings, Settings):
+            refuse("settings", "Settings", settings)
+        prompt = self._checked(prompt_ids, settings.max_tokens)
+        if adapter is not None:
+            self.cache.check(adapter)
+        stream = Stream(self._wake)
+        row = Row(prompt, adapter, settings, stream, time.monotonic(), Chooser(settings, self._reader.device))
+        with self._changed:
+            if self._closing:
+                raise ClosedError("Engine: it was closed and accepts no more requests.")
+            if len(self._waiting) >= self._max_queue:
+                raise QueueFullError(f"Engine: {self._max_queue} requests wait already. Try again later.")
+            self._waiting.append(row)
+            self._changed.notify_all()
+        self._counts.add(requests=1)
+        return stream
+
+    def statistics(self) -> Statistics:
+        """Counts of what happened so far."""
+        cache, counts = self.cache.stats(), self._counts
+        with self._changed:
+            waiting = len(self._waiting)
+            running = sum(len(batch.rows) for batch in [*self._prefilling, *self._batches])
+        with counts.lock:
+            return Statistics(
+                counts.requests, dict(counts.finished), counts.prompt_tokens, counts.generated_tokens, counts.steps,
+                waiting, running, sum(counts.first_tokens), counts.first_token_seconds, counts.buckets(),
+                cache.hits, cache.misses, cache.evictions, cache.adapters, cache.bytes,
+            )  # fmt: skip
+
+    def _checked(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
+        if isinstance(prompt_ids, (str, bytes)) or not isinstance(prompt_ids, Sequence):
+            refuse("prompt_ids", "a list of token ids", prompt_ids)
+        prompt = list(prompt_ids)
+        for token in prompt:
+            right = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            if not right or (self._vocabulary is not None and token >= self._vocabulary):
+                many = "" if self._vocabulary is None else f" from 0 to {self._vocabulary - 1}"
+                raise ConfigError(f"prompt_ids: expected token ids{many}, got {shortened(token)}.")
+        if not prompt:
+            raise ConfigError("prompt_ids: expected at least one token, got none.")
+        if self.max_length is not None and len(prompt) + max_tokens > self.max_length:
+            raise TooLongError(
+                f"prompt_ids: {len(prompt)} tokens and max_tokens={max_tokens} are {len(prompt) + max_tokens}, and "
+                f"{self.max_length} are possible. Shorten the prompt, or ask for fewer tokens."
+            )
+        return prompt
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            with torch.no_grad():
+                while self._wait():
+                    self._admit()
+                    self._prefill()
+                    self._decode()
+        except BaseException as caught:
+            error = ClosedError(f"Engine: its thread ended: {type(caught).__name__}: {caught}")
+            error.__cause__ = caught
+            raise
+        finally:
+            with self._changed:
+                self._closing = True
+            self._end_all(error)
+            if self._loaders is not None:
+                self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; false if nothing will be."""
+        with self._changed:
+            while not self._stopping:
+                if self._prefilling or self._batches:
+                    return True
+                if any(row.stream.cancelled or _is_ready(row) for row in self._waiting):
+                    return True
+                if any(row.loading is None for row in list(self._waiting)[: self._max_rows]):
+                    return True
+                if self._closing and not self._waiting:
+                    return False
+                self._changed.wait()
+            return False
+
+    def _admit(self) -> None:
+        """Let waiting requests become rows, in the order in which they came and their adapters are loaded."""
+        with self._changed:
+            free = self._max_rows - sum(len(batch.rows) for batch in [*self._prefilling, *self._batches])
+            cancelled = [row for row in self._waiting if row.stream.cancelled]
+            others = [row for row in self._waiting if not row.stream.cancelled]
+            ready = [row for row in others if _is_ready(row)][: max(free, 0)]
+            for row in ready:
+                self._prefilling.append(Batch([row], self._reader.memory()))
+            self._waiting = deque(row for row in others if row not in ready)
+            coming = [row for row in list(self._waiting)[: self._max_rows] if row.loading is None]
+        for row in cancelled:
+            self._finish(row, "cancelled")
+        for row in coming:
+            self._load(row)
+
+    def _load(self, row: Row) -> None:
+        if row.name is None:
+            row.loading = Future()
+            row.loading.set_result(None)
+        elif self._loaders is not None:
+            row.loading = self._loaders.submit(self.cache.load, row.name)
+            row.loading.add_done_callback(lambda _: self._wake())
+
+    def _prefill(self) -> None:
+        """Read a bounded part of the prompts; those that are read begin their answers."""
+        left = self._prefill_tokens
+        while left > 0 and self._prefilling:
+            batch = self._prefilling[0]
+            (row,) = batch.rows
+            count = min(len(row.unread), left) if self._reader.pieces else len(row.unread)
+            left -= count
+            if row.stream.cancelled:
+                self._finish(row, "cancelled")
+            else:
+                with self._ending([row]):
+                    logits = batch.read(self._bind, count)
+                    self._counts.add(prompt_tokens=count)
+                    if not row.unread:
+                        self._take(batch, logits)
+            if row.stream.done or row.count:
+                self._prefilling.pop(0)
+                if batch.rows and not row.stream.done:
+                    self._join(batch)
+
+    def _join(self, batch: Batch) -> None:
+        if self._batches and self._reader.mixed:
+            self._batches[0].join(batch)
+        else:
+            self._batches.append(batch)
+
+    def _decode(self) -> None:
+        """One token of every row."""
+        for batch in self._batches:
+            self._leave(batch)
+            if batch.rows:
+                with self._ending(batch.rows):
+                    self._take(batch, batch.read(self._bind))
+                self._leave(batch)
+                self._counts.add(steps=1)
+        self._batches = [batch for batch in self._batches if batch.rows]
+
+    def _take(self, batch: Batch, logits: Tensor) -> None:
+        """Choose the next token of each row of a batch."""
+        tokens = choose(logits, [row.chooser for row in batch.rows])
+        for row, token in zip(batch.rows, tokens, strict=True):
+            with self._ending([row]):
+                if isinstance(token, NonFiniteError):
+                    raise token
+                self._put(row, token)
+
+    def _put(self, row: Row, token: Token) -> None:
+        row.count += 1
+        self._counts.add(generated_tokens=1)
+        if row.count == 1:
+            self._counts.first_token(time.monotonic() - row.since)
+        row.stream._put(token)
+        row.unread.append(token.id)
+        if token.id in self.eos_ids or token.id in row.settings.stop_ids:
+            self._finish(row, "stop")
+        elif row.count == row.settings.max_tokens:
+            self._finish(row, "length")
+
+    def _leave(self, batch: Batch) -> None:
+        """Take the rows out of a batch that have ended, or were cancelled."""
+        for row in batch.rows:
+            if row.stream.cancelled:
+                self._finish(row, "cancelled")
+        batch.keep([i for i, row in enumerate(batch.rows) if not row.stream.done])
+
+    @contextlib.contextmanager
+    def _ending(self, rows: Sequence[Row]) -> Iterator[None]:
+        """An error inside ends these rows, and no others."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  a model, an adapter or a callback may raise any error
+            for row in rows:
+                self._finish(row, None, error)
+
+    def _finish(self, row: Row, reason: FinishReason | None, error: BaseException | None = None) -> None:
+        if not row.stream.done:
+            self._counts.ended(reason or "error")
+            row.stream._finish(reason, error)
+
+    def _end_all(self, error: BaseException | None) -> None:
+        with self._changed:
+            rows = [*self._waiting, *(row for batch in [*self._prefilling, *self._batches] for row in batch.rows)]
+            self._waiting.clear()
+            self._prefilling, self._batches = [], []
+        for row in rows:
+            self._finish(row, None if error else "cancelled", error)
+
+    def _bind(self, adapters: Sequence[LoadedAdapter | None]) -> nn.Module:
+        return bind(self._model, self._params, self.cache.route(adapters))
+
+
+def _is_ready(row: Row) -> bool:
+    return row.loading is not None and row.loading.done()
+
+
+def _context(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "context", None)
+    return found if isinstance(found, int) else None
+
+
+def _ends(model: nn.Module) -> list[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [ends] if isinstance(ends, int) else [*(ends or ())]
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    get: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
+    embeddings = None if get is None else get()
+    return getattr(embeddings, "num_embeddings", None)
