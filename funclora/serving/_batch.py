@@ -1,10 +1,10 @@
-"""Rows that are decoded together."""
+"""Requests as rows, and the rows that are read together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -22,66 +22,84 @@ class Row:
     """A request, from its submission to its end.
 
     Attributes:
-        unread: the tokens that the model has not read.
-        name: the id of its adapter; None for the base model.
+        text: the tokens of the prompt, and of the answer so far.
         settings: those of the request.
         stream: its answer.
         since: when it came, in seconds of the monotonic clock.
-        loading: the adapter, once it has been asked for.
+        name: the id of its adapter; None for the base model.
         chooser: chooses its tokens.
+        loading: the adapter, in the version of this request, once it has been asked for.
+        read: the number of tokens that the model has read.
         count: the number of generated tokens.
+        apart: it is read with rows of its own adapter only, after an error in another batch.
     """
 
-    unread: list[int]
-    name: str | None
+    text: list[int]
     settings: Settings
     stream: Stream
     since: float
+    name: str | None
     chooser: Chooser
     loading: Future[LoadedAdapter | None] | None = None
+    read: int = 0
     count: int = 0
+    apart: bool = False
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its adapter is there, or could not be loaded."""
+        return self.loading is not None and self.loading.done()
 
     @property
     def adapter(self) -> LoadedAdapter | None:
-        """In the version of this request, when it has been loaded."""
+        """None for the base model.
+
+        Raises:
+            FuncloraError: it could not be loaded.
+        """
         return None if self.loading is None else self.loading.result(timeout=0)
 
 
-@dataclass(eq=False)
 class Batch:
     """Rows that are read together, and what the model remembers of them.
 
+    Args:
+        rows: the rows.
+        memory: of them.
+        bind: the model with an adapter for each row.
+
     Attributes:
-        rows: rows of one adapter follow each other.
-        memory: of the rows.
+        rows: rows of one adapter follow each other after a `join`.
+        memory: of them.
     """
 
-    rows: list[Row]
-    memory: Memory
-    _bound: nn.Module | None = field(default=None)
+    def __init__(self, rows: Sequence[Row], memory: Memory, bind: Bind) -> None:
+        self.rows, self.memory, self._bind = [*rows], memory, bind
+        self._bound: nn.Module | None = None
 
-    def read(self, bind: Bind, count: int | None = None) -> Tensor:
-        """Read what the rows have not read, or so many tokens of each of them: `[rows, vocabulary]` after the last."""
+    @property
+    def is_read(self) -> bool:
+        """Whether the model has read all of the rows' texts."""
+        return all(row.read == len(row.text) for row in self.rows)
+
+    def read(self, count: int | None = None) -> Tensor:
+        """Read what the rows have not read, or only so many tokens of it: `[rows, vocabulary]`, after the last one."""
         if self._bound is None:
-            self._bound = bind([row.adapter for row in self.rows])
-        new = [row.unread[:count] for row in self.rows]
+            self._bound = self._bind([row.adapter for row in self.rows])
+        new = [row.text[row.read :][:count] for row in self.rows]
         logits = self.memory.read(self._bound, new)
         for row, ids in zip(self.rows, new, strict=True):
-            del row.unread[: len(ids)]
+            row.read += len(ids)
         return logits
 
     def join(self, other: Batch) -> None:
-        """Add the rows of another batch."""
-        if self.rows:
-            self.memory.join(other.memory)
-        else:
-            self.memory = other.memory
+        """Add the rows of another batch, which must not be used any more."""
+        self.memory.join(other.memory)
         self.rows, self._bound = self.rows + other.rows, None
-        groups = {row.adapter: 0 for row in self.rows}
-        places = {adapter: place for place, adapter in enumerate(groups)}
-        order = sorted(range(len(self.rows)), key=lambda i: places[self.rows[i].adapter])
-        if order != sorted(order):
-            self.keep(order)
+        groups: dict[LoadedAdapter | None, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            groups.setdefault(row.adapter, []).append(i)
+        self.keep([i for group in groups.values() for i in group])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""

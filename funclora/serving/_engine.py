@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from funclora._api.arguments import check_model, check_params, refuse
 from funclora._bind.apply import bind
-from funclora.errors import ClosedError, ConfigError, NonFiniteError, QueueFullError, TooLongError, shortened
+from funclora.errors import ClosedError, ConfigError, QueueFullError, TooLongError, shortened
 from funclora.io.peft.cache import AdapterCache, LoadedAdapter
 from funclora.rules.base import Params
-from funclora.serving._batch import Batch, Row
-from funclora.serving._memory import Reader
-from funclora.serving._sampling import Chooser, choose
+from funclora.serving._batch import Row
+from funclora.serving._decoder import Decoder
+from funclora.serving._reader import Reader
+from funclora.serving._sampling import Chooser
 from funclora.serving._settings import Settings
 from funclora.serving._statistics import Counts, Statistics
-from funclora.serving._stream import FinishReason, Stream, Token
+from funclora.serving._stream import Stream
 
 MEMORY = 1 << 30  # bytes of adapters that are kept if only their folder is given
 
@@ -88,18 +89,21 @@ class Engine:
         self.cache = cache
         self.max_length = _context(model) if max_length is None else max_length
         self.eos_ids = frozenset(_ends(model) if eos_ids is None else eos_ids)
-        self._model, self._params = model, params
-        self._reader = Reader(model)
-        self._vocabulary = _vocabulary(model)
-        self._max_rows, self._max_queue, self._prefill_tokens = max_rows, max_queue, prefill_tokens
+        self._max_rows, self._max_queue = max_rows, max_queue
+
+        def bound(adapters: Sequence[LoadedAdapter | None]) -> nn.Module:
+            return bind(model, params, cache.route(adapters))
+
+        with torch.no_grad():
+            self._reader = Reader(bind(model, params, {}))
+        self._counts = Counts()
+        self._decoder = Decoder(self._reader, bound, self._counts, self.eos_ids, prefill_tokens)
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
-        self._prefilling: list[Batch] = []
-        self._batches: list[Batch] = []
-        self._counts = Counts()
+        self._running = 0
         self._closing = self._stopping = False
         self._thread: threading.Thread | None = None
-        self._loaders: ThreadPoolExecutor | None = None
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="funclora-adapters")
 
     def __enter__(self) -> Engine:
         self.start()
@@ -116,7 +120,6 @@ class Engine:
             if self._closing:
                 raise ClosedError("Engine: it was closed, and cannot be started again. Make another one.")
             if self._thread is None:
-                self._loaders = ThreadPoolExecutor(2, thread_name_prefix="funclora-adapters")
                 self._thread = threading.Thread(target=self._run, name="funclora-engine", daemon=True)
                 self._thread.start()
 
@@ -164,7 +167,7 @@ class Engine:
         if adapter is not None:
             self.cache.check(adapter)
         stream = Stream(self._wake)
-        row = Row(prompt, adapter, settings, stream, time.monotonic(), Chooser(settings, self._reader.device))
+        row = Row(prompt, settings, stream, time.monotonic(), adapter, Chooser(settings, self._reader.device))
         with self._changed:
             if self._closing:
                 raise ClosedError("Engine: it was closed and accepts no more requests.")
@@ -180,7 +183,7 @@ class Engine:
         cache, counts = self.cache.stats(), self._counts
         with self._changed:
             waiting = len(self._waiting)
-            running = sum(len(batch.rows) for batch in [*self._prefilling, *self._batches])
+            running = self._running
         with counts.lock:
             return Statistics(
                 counts.requests, dict(counts.finished), counts.prompt_tokens, counts.generated_tokens, counts.steps,
@@ -193,10 +196,9 @@ class Engine:
             refuse("prompt_ids", "a list of token ids", prompt_ids)
         prompt = list(prompt_ids)
         for token in prompt:
-            right = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-            if not right or (self._vocabulary is not None and token >= self._vocabulary):
-                many = "" if self._vocabulary is None else f" from 0 to {self._vocabulary - 1}"
-                raise ConfigError(f"prompt_ids: expected token ids{many}, got {shortened(token)}.")
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._reader.vocabulary:
+                most = self._reader.vocabulary - 1
+                raise ConfigError(f"prompt_ids: expected token ids from 0 to {most}, got {shortened(token)}.")
         if not prompt:
             raise ConfigError("prompt_ids: expected at least one token, got none.")
         if self.max_length is not None and len(prompt) + max_tokens > self.max_length:
@@ -216,152 +218,66 @@ class Engine:
             with torch.no_grad():
                 while self._wait():
                     self._admit()
-                    self._prefill()
-                    self._decode()
+                    self._decoder.step()
         except BaseException as caught:
-            error = ClosedError(f"Engine: its thread ended: {type(caught).__name__}: {caught}")
+            error = ClosedError(f"Engine: its thread has ended: {type(caught).__name__}: {caught}")
             error.__cause__ = caught
             raise
         finally:
-            with self._changed:
-                self._closing = True
             self._end_all(error)
-            if self._loaders is not None:
-                self._loaders.shutdown(wait=False, cancel_futures=True)
 
     def _wait(self) -> bool:
         """Wait until there is something to do; false if nothing will be."""
         with self._changed:
             while not self._stopping:
-                if self._prefilling or self._batches:
+                self._running = len(self._decoder.rows())
+                if self._running or any(row.stream.cancelled or row.is_loaded for row in self._waiting):
                     return True
-                if any(row.stream.cancelled or _is_ready(row) for row in self._waiting):
-                    return True
-                if any(row.loading is None for row in list(self._waiting)[: self._max_rows]):
+                if any(row.loading is None for row in self._next()):
                     return True
                 if self._closing and not self._waiting:
                     return False
                 self._changed.wait()
             return False
 
+    def _next(self) -> list[Row]:
+        """The waiting rows whose adapters must be loaded now: no more than fill a batch, to bound the memory."""
+        return [*itertools.islice(self._waiting, self._max_rows)]
+
     def _admit(self) -> None:
         """Let waiting requests become rows, in the order in which they came and their adapters are loaded."""
         with self._changed:
-            free = self._max_rows - sum(len(batch.rows) for batch in [*self._prefilling, *self._batches])
-            cancelled = [row for row in self._waiting if row.stream.cancelled]
-            others = [row for row in self._waiting if not row.stream.cancelled]
-            ready = [row for row in others if _is_ready(row)][: max(free, 0)]
-            for row in ready:
-                self._prefilling.append(Batch([row], self._reader.memory()))
-            self._waiting = deque(row for row in others if row not in ready)
-            coming = [row for row in list(self._waiting)[: self._max_rows] if row.loading is None]
-        for row in cancelled:
-            self._finish(row, "cancelled")
+            ended = [row for row in self._waiting if row.stream.cancelled]
+            ready = [row for row in self._waiting if row.is_loaded and row not in ended]
+            ready = ready[: self._max_rows - self._running]
+            self._running += len(ready)
+            self._waiting = deque(row for row in self._waiting if row not in ended and row not in ready)
+            coming = [row for row in self._next() if row.loading is None]
+        for row in ended:
+            self._decoder.finish(row, "cancelled")
+        for row in ready:
+            error = None if row.loading is None else row.loading.exception()
+            if error is None:
+                self._decoder.add(row)
+            else:
+                self._decoder.finish(row, None, error)
         for row in coming:
-            self._load(row)
-
-    def _load(self, row: Row) -> None:
-        if row.name is None:
-            row.loading = Future()
-            row.loading.set_result(None)
-        elif self._loaders is not None:
-            row.loading = self._loaders.submit(self.cache.load, row.name)
+            row.loading = self._loaders.submit(self._load, row.name)
             row.loading.add_done_callback(lambda _: self._wake())
 
-    def _prefill(self) -> None:
-        """Read a bounded part of the prompts; those that are read begin their answers."""
-        left = self._prefill_tokens
-        while left > 0 and self._prefilling:
-            batch = self._prefilling[0]
-            (row,) = batch.rows
-            count = min(len(row.unread), left) if self._reader.pieces else len(row.unread)
-            left -= count
-            if row.stream.cancelled:
-                self._finish(row, "cancelled")
-            else:
-                with self._ending([row]):
-                    logits = batch.read(self._bind, count)
-                    self._counts.add(prompt_tokens=count)
-                    if not row.unread:
-                        self._take(batch, logits)
-            if row.stream.done or row.count:
-                self._prefilling.pop(0)
-                if batch.rows and not row.stream.done:
-                    self._join(batch)
-
-    def _join(self, batch: Batch) -> None:
-        if self._batches and self._reader.mixed:
-            self._batches[0].join(batch)
-        else:
-            self._batches.append(batch)
-
-    def _decode(self) -> None:
-        """One token of every row."""
-        for batch in self._batches:
-            self._leave(batch)
-            if batch.rows:
-                with self._ending(batch.rows):
-                    self._take(batch, batch.read(self._bind))
-                self._leave(batch)
-                self._counts.add(steps=1)
-        self._batches = [batch for batch in self._batches if batch.rows]
-
-    def _take(self, batch: Batch, logits: Tensor) -> None:
-        """Choose the next token of each row of a batch."""
-        tokens = choose(logits, [row.chooser for row in batch.rows])
-        for row, token in zip(batch.rows, tokens, strict=True):
-            with self._ending([row]):
-                if isinstance(token, NonFiniteError):
-                    raise token
-                self._put(row, token)
-
-    def _put(self, row: Row, token: Token) -> None:
-        row.count += 1
-        self._counts.add(generated_tokens=1)
-        if row.count == 1:
-            self._counts.first_token(time.monotonic() - row.since)
-        row.stream._put(token)
-        row.unread.append(token.id)
-        if token.id in self.eos_ids or token.id in row.settings.stop_ids:
-            self._finish(row, "stop")
-        elif row.count == row.settings.max_tokens:
-            self._finish(row, "length")
-
-    def _leave(self, batch: Batch) -> None:
-        """Take the rows out of a batch that have ended, or were cancelled."""
-        for row in batch.rows:
-            if row.stream.cancelled:
-                self._finish(row, "cancelled")
-        batch.keep([i for i, row in enumerate(batch.rows) if not row.stream.done])
-
-    @contextlib.contextmanager
-    def _ending(self, rows: Sequence[Row]) -> Iterator[None]:
-        """An error inside ends these rows, and no others."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  a model, an adapter or a callback may raise any error
-            for row in rows:
-                self._finish(row, None, error)
-
-    def _finish(self, row: Row, reason: FinishReason | None, error: BaseException | None = None) -> None:
-        if not row.stream.done:
-            self._counts.ended(reason or "error")
-            row.stream._finish(reason, error)
+    def _load(self, name: str | None) -> LoadedAdapter | None:
+        return None if name is None else self.cache.load(name)
 
     def _end_all(self, error: BaseException | None) -> None:
+        """End what has not ended, when nothing will go on."""
         with self._changed:
-            rows = [*self._waiting, *(row for batch in [*self._prefilling, *self._batches] for row in batch.rows)]
+            self._closing = True
+            rows = [*self._waiting, *self._decoder.rows()]
             self._waiting.clear()
-            self._prefilling, self._batches = [], []
+            self._running = 0
+        self._loaders.shutdown(wait=False, cancel_futures=True)
         for row in rows:
-            self._finish(row, None if error else "cancelled", error)
-
-    def _bind(self, adapters: Sequence[LoadedAdapter | None]) -> nn.Module:
-        return bind(self._model, self._params, self.cache.route(adapters))
-
-
-def _is_ready(row: Row) -> bool:
-    return row.loading is not None and row.loading.done()
+            self._decoder.finish(row, None if error else "cancelled", error)
 
 
 def _context(model: nn.Module) -> int | None:
@@ -374,9 +290,3 @@ def _context(model: nn.Module) -> int | None:
 def _ends(model: nn.Module) -> list[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [ends] if isinstance(ends, int) else [*(ends or ())]
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    get: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
-    embeddings = None if get is None else get()
-    return getattr(embeddings, "num_embeddings", None)
