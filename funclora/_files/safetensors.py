@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from funclora._files.snapshot import ChangedError, OpenFile
-from funclora.errors import FormatError
+from funclora.errors import FormatError, UnsupportedError
 
 # The floating-point types of weights, by their name in a header.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}  # without it transformers refuses a file
 
@@ -64,6 +67,21 @@ class Stored:
         """Whether it is a weight of a floating-point type, not an index or a packed number."""
         return self.dtype in DTYPES
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype in torch.
+
+        Raises:
+            UnsupportedError: it is one that is only read with scales beside it, such as 8-bit floating point.
+        """
+        found = DTYPES.get(self.dtype) or _INTEGERS.get(self.dtype)
+        if found is None:
+            raise UnsupportedError(
+                f"{self.file}: {self.key!r} has the dtype {self.dtype}, which is not read. Give the folder of a model "
+                "in float32, bfloat16 or float16."
+            )
+        return found
+
     def read(self, descriptor: int, first: int = 0, length: int | None = None) -> Tensor:
         """A copy of some slices of the tensor along its first dimension.
 
@@ -75,8 +93,14 @@ class Stored:
         n = self.shape[0] if self.shape else 1
         length = n - first if length is None else length
         size = self.nbytes // n if n else 0
-        values = torch.empty((length, *self.shape[1:]) if self.shape else (), dtype=DTYPES[self.dtype])
+        values = torch.empty((length, *self.shape[1:]) if self.shape else (), dtype=self.torch_dtype)
         fill(descriptor, values.reshape(-1).view(torch.uint8), self.start + first * size)
+        return values
+
+    def read_flat(self, descriptor: int, first: int, last: int) -> Tensor:
+        """A copy of the elements from `first` to before `last`, in the order of the file, `[last - first]`."""
+        values = torch.empty(last - first, dtype=self.torch_dtype)
+        fill(descriptor, values.view(torch.uint8), self.start + first * values.element_size())
         return values
 
 

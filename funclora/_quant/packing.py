@@ -56,6 +56,14 @@ class Packing(ABC):
         """How the slice `[start : start + length]` is stored; None if it cannot be unpacked without the rest."""
         return None
 
+    def unit(self, shape: torch.Size) -> int:
+        """The number of values, in the order of memory, that can be packed without the others."""
+        raise NotImplementedError
+
+    def lengths(self, parts: Parts) -> tuple[int | None, ...]:
+        """For each part, how many of its slices along the first dimension a unit has; None if units share it."""
+        raise NotImplementedError
+
     def linear(self, x: Tensor, parts: Parts, shape: torch.Size) -> Tensor:
         """`x·Wᵀ` for a matrix W, without derivatives."""
         return F.linear(x, self.unpack(parts, shape, x.dtype))
@@ -89,6 +97,19 @@ class FourBit(Packing):
         )
         return self.parts(packed, state)
 
+    def with_nested(self, parts: Parts) -> Parts:
+        """The parts of double quantisation, from those without it."""
+        packed, magnitudes, code = parts
+        offset = magnitudes.mean()
+        values, state = library().functional.quantize_blockwise(magnitudes - offset, blocksize=256)
+        return packed, values, code, offset, state.absmax, state.code
+
+    def unit(self, shape: torch.Size) -> int:
+        return self.blocksize
+
+    def lengths(self, parts: Parts) -> tuple[int | None, ...]:
+        return self.blocksize // 2 // parts[0].element_size(), 1, *(None for _ in parts[2:])
+
     @staticmethod
     def parts(packed: Tensor, state: Any) -> Parts:
         """The parts of a weight that bitsandbytes packed."""
@@ -106,7 +127,7 @@ class FourBit(Packing):
         some = F.embedding(ids, parts[0].view(torch.uint8).view(n, width // 2))
         scales = F.embedding(ids, self._magnitudes(parts, shape).view(n, width // self.blocksize))
         found = (some.view(-1, 1), scales.flatten(), parts[2])
-        return self._plain().unpack(found, torch.Size((*ids.shape, *shape[1:])), dtype)
+        return self.plain().unpack(found, torch.Size((*ids.shape, *shape[1:])), dtype)
 
     def narrowed(self, parts: Parts, shape: torch.Size, start: int, length: int) -> tuple[Packing, Parts] | None:
         width = shape[1:].numel()
@@ -115,7 +136,7 @@ class FourBit(Packing):
             return None  # a block crosses the edge of the slice
         some = parts[0].view(torch.uint8).view(-1, 1)[begin // 2 : end // 2]
         magnitudes = self._magnitudes(parts, shape)[begin // self.blocksize : end // self.blocksize]
-        return self._plain(), (some, magnitudes, parts[2])
+        return self.plain(), (some, magnitudes, parts[2])
 
     def _magnitudes(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The blocks' magnitudes, `[blocks]`."""
@@ -125,7 +146,7 @@ class FourBit(Packing):
         magnitudes: Tensor = library().functional.dequantize_blockwise(parts[1], state.state2) + state.offset
         return magnitudes
 
-    def _plain(self) -> FourBit:
+    def plain(self) -> FourBit:
         """The packing without double quantisation."""
         return FourBit(self.kind, self.blocksize)
 
@@ -172,6 +193,9 @@ class Repacked(Packing):
     def rows(self, parts: Parts, shape: torch.Size, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
         self.refuse()
 
+    def unit(self, shape: torch.Size) -> int:
+        self.refuse()
+
 
 @dataclass(frozen=True)
 class Int8(Packing):
@@ -181,11 +205,7 @@ class Int8(Packing):
     """
 
     def pack(self, weight: Tensor) -> Parts:
-        if weight.dim() != 2:
-            raise UnsupportedError(
-                f"quantize: int8 holds one scale for each row of a matrix, got a weight of shape {list(weight.shape)}. "
-                "Use 'nf4' or 'fp4', which pack any shape, or leave it out."
-            )
+        self.unit(weight.shape)
         half = weight.to(torch.float16)
         if not torch.isfinite(half).all():
             raise NonFiniteError(
@@ -193,6 +213,17 @@ class Int8(Packing):
             )
         values, scales, _ = library().functional.int8_vectorwise_quant(half)
         return values, scales
+
+    def unit(self, shape: torch.Size) -> int:
+        if len(shape) != 2:
+            raise UnsupportedError(
+                f"quantize: int8 holds one scale for each row of a matrix, got a weight of shape {list(shape)}. "
+                "Use 'nf4' or 'fp4', which pack any shape, or leave it out."
+            )
+        return shape[1]
+
+    def lengths(self, parts: Parts) -> tuple[int | None, ...]:
+        return 1, 1
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         dense: Tensor = library().functional.int8_vectorwise_dequant(*parts)

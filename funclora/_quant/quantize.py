@@ -66,18 +66,16 @@ def quantize(
         torch.Size([3, 2])
     """
     check_params(params)
-    packing = _packing(kind, double_quant, blocksize)
+    packing = packing_of(kind, double_quant, blocksize)
     if dtype is not None and dtype not in UNPACKED_DTYPES:
         raise ConfigError(f"quantize: dtype: expected one of {', '.join(map(str, UNPACKED_DTYPES))}, got {dtype}.")
     packed = dict(params)
     done: dict[Any, Quantized] = {}  # tied weights stay tied
-    for name in _targeted(params, targets):
+    for name in targeted(params, targets):
         weight = params[name].detach()
-        _check(name, weight)
         place = place_of(weight) or name
         if place not in done:
-            source = Source(packing, weight.shape, dtype or weight.dtype)
-            done[place] = Quantized.of(source, packing.pack(weight))
+            done[place] = quantized(name, weight, packing, dtype)
         packed[name] = done[place]
     return packed
 
@@ -105,7 +103,14 @@ def dequantize(params: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
     }
 
 
-def _packing(kind: str, double_quant: bool, blocksize: int) -> Packing:
+def quantized(name: str, weight: Tensor, packing: Packing, dtype: torch.dtype | None = None) -> Quantized:
+    """A weight, quantised; `dtype` as for `quantize`."""
+    check_packable(name, weight)
+    return Quantized.of(Source(packing, weight.shape, dtype or weight.dtype), packing.pack(weight))
+
+
+def packing_of(kind: str, double_quant: bool = False, blocksize: int = 64) -> Packing:
+    """The packing that these arguments of `quantize` name."""
     if kind == "int8":
         if double_quant or blocksize != 64:
             raise ConfigError("quantize: double_quant and blocksize are options of 4 bits; 'int8' has none.")
@@ -115,7 +120,7 @@ def _packing(kind: str, double_quant: bool, blocksize: int) -> Packing:
     return FourBit(cast(Any, kind), blocksize, double_quant)
 
 
-def _targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]:
+def targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]:
     """The names of the weights that the targets name."""
     if not isinstance(targets, Iterable) or isinstance(targets, (Tensor, nn.Module)):
         refuse("targets", "names of parameters or modules, or a dict of adapters", targets)
@@ -140,7 +145,8 @@ def _targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]
     return list(dict.fromkeys(found))
 
 
-def _check(name: str, weight: Tensor) -> None:
+def check_packable(name: str, weight: Tensor) -> None:
+    """Raise an error unless a weight, or a piece of one, can be quantised."""
     if isinstance(weight, Quantized):
         raise ParamsError(f"quantize: {name!r} is quantised already: {weight!r}.")
     if weight.dtype not in UNPACKED_DTYPES:

@@ -1,8 +1,8 @@
 """Several processes, on PyTorch's own engine: `torch.distributed`, FSDP2 and torchrun.
 
 Adapters are the same values in every process; only the batch, or the base model, is divided. `mean` averages losses and
-gradients over the processes, `shard` divides the base weights among them. A model that `fully_shard` has divided
-needs neither: `funclora.base_params` takes it as it is.
+gradients over the processes, `shard` divides the base weights among them, `load_sharded` reads a base in pieces. A
+model that `fully_shard` has divided needs neither: `funclora.base_params` takes it as it is.
 """
 
 from funclora._api.names import attach as _attach
@@ -12,5 +12,6 @@ __getattr__, __dir__, __all__ = _attach(
     {
         "funclora.distributed._mean": ("Mean", "mean"),
         "funclora.distributed._shards": ("shard",),
+        "funclora.io.hf.sharded": ("load_sharded",),
     },
 )

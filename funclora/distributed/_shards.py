@@ -24,7 +24,7 @@ LEAST = 1024
 
 @dataclass(frozen=True)
 class Dense(Packing):
-    """The weight itself."""
+    """The weight itself; its part may be flat."""
 
     @property
     def is_exact(self) -> bool:
@@ -34,23 +34,29 @@ class Dense(Packing):
         return (weight,)
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return parts[0].to(dtype)
+        return parts[0].view(shape).to(dtype)
 
     def rows(self, parts: Parts, shape: torch.Size, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids, parts[0]).to(dtype)
+        return F.embedding(ids, parts[0].view(shape)).to(dtype)
+
+    def unit(self, shape: torch.Size) -> int:
+        return 1
+
+    def lengths(self, parts: Parts) -> tuple[int | None, ...]:
+        return (1,)
 
 
 @dataclass(frozen=True)
 class Sharded(Packing):
-    """The parts of another packing, each cut into flat pieces, one for each process of a group.
+    """The parts of another packing, each cut into pieces along its first dimension, one for each process of a group.
 
     Attributes:
-        shapes: the shapes of the whole parts; None for a part that every process holds whole.
+        counts: the lengths of the whole parts; None for a part that every process holds whole.
         inner: the other packing.
         group: the process group; None for all processes.
     """
 
-    shapes: tuple[torch.Size | None, ...]
+    counts: tuple[int | None, ...]
     inner: Packing
     group: Any = field(compare=False)
 
@@ -64,8 +70,8 @@ class Sharded(Packing):
     def whole(self, parts: Parts) -> Parts:
         """The whole parts, from all processes."""
         return tuple(
-            part if shape is None else _gathered(part, shape, self.group)
-            for part, shape in zip(parts, self.shapes, strict=True)
+            part if count is None else gathered(part, count, self.group)
+            for part, count in zip(parts, self.counts, strict=True)
         )
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -87,13 +93,13 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
 
     Args:
         params: full name -> tensor, the same in every process.
-        group: a process group; by default all processes.
+        group: a process group, or a mesh of one dimension; by default all processes.
 
     Returns:
         A new dict. Tensors of fewer than 1024 elements and integers are shared, not divided.
 
     Raises:
-        ConfigError: torch.distributed is not initialised.
+        ConfigError: torch.distributed is not initialised, or the mesh has several dimensions.
 
     Examples:
         >>> import torch.distributed as dist
@@ -104,10 +110,7 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
         >>> dist.destroy_process_group()
     """
     check_params(params)
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ConfigError(
-            "shard: the processes are not connected. Call torch.distributed.init_process_group() first, under torchrun."
-        )
+    group = group_of(group)
     divided = dict(params)
     done: dict[Any, Quantized] = {}  # tied weights stay tied
     for name, weight in params.items():
@@ -115,7 +118,7 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
             parts, source = weight.parts, weight.source
             place: Any = tuple(map(place_of, parts))
         else:
-            parts, source = (weight.detach(),), Source(Dense(), weight.shape, weight.dtype)
+            parts, source = (weight.detach().reshape(-1),), Source(Dense(), weight.shape, weight.dtype)
             place = place_of(weight) or name
         if isinstance(source.packing, Sharded) or not weight.is_floating_point() or weight.numel() < LEAST:
             continue
@@ -125,23 +128,80 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
     return divided
 
 
+class Division:
+    """How the values of a weight are divided: into as many units for each process, of which the last may get fewer.
+
+    Args:
+        packing: how the weight is stored.
+        shape: the shape of the weight.
+        group: the process group.
+
+    Attributes:
+        units: the number of units that each process holds.
+        first: the first value of this process, in the order of memory.
+        last: the value after its last one; there may be none.
+        width: the number of values that each process holds, with those that fill up the last piece.
+    """
+
+    def __init__(self, packing: Packing, shape: torch.Size, group: Any) -> None:
+        self._packing, self._shape, self._group = packing, shape, group
+        self._size = packing.unit(shape)
+        self._rank = dist.get_rank(group)
+        n = shape.numel()
+        self.units = -(-n // (self._size * dist.get_world_size(group)))
+        self.width = self.units * self._size
+        self.first = min(n, self._rank * self.width)
+        self.last = min(n, self.first + self.width)
+
+    def counts(self, parts: Parts) -> tuple[int | None, ...]:
+        """The length of each whole part, from parts of any length; None if units share it."""
+        n = self._shape.numel()
+        lengths = self._packing.lengths(parts)
+        return tuple(None if length is None else -(-n * length // self._size) for length in lengths)
+
+    def cut(self, part: Tensor, length: int) -> Tensor:
+        """This process's piece of a whole part, of which a unit has `length` slices."""
+        width = self.units * length
+        piece = part[self._rank * width : (self._rank + 1) * width]
+        return torch.cat([piece, piece.new_zeros(width - len(piece), *piece.shape[1:])])
+
+    def weight(self, pieces: Parts, dtype: torch.dtype) -> Quantized:
+        """The weight that these pieces are this process's share of."""
+        packing = Sharded(self.counts(pieces), self._packing, self._group)
+        return Quantized.of(Source(packing, self._shape, dtype), pieces)
+
+
+def group_of(group: Any) -> Any:
+    """The process group that an argument names: a group, a mesh of one dimension, or None for all processes.
+
+    Raises:
+        ConfigError: torch.distributed is not initialised, or the mesh has several dimensions.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ConfigError(
+            "the processes are not connected. Call torch.distributed.init_process_group() first, under torchrun."
+        )
+    if not hasattr(group, "get_group"):
+        return group
+    if group.ndim != 1:
+        raise ConfigError(
+            f"group: expected a process group or a mesh of one dimension, got {group}. Name the dimension over which "
+            "the weights are divided: mesh['shard']."
+        )
+    return group.get_group()
+
+
 def _divided(source: Source, parts: Parts, group: Any) -> Quantized:
-    shapes = tuple(part.shape if part.numel() >= LEAST // 8 else None for part in parts)
-    packing = Sharded(shapes, source.packing, group)
-    own = tuple(part if shape is None else _cut(part, group) for part, shape in zip(parts, shapes, strict=True))
-    return Quantized.of(source._replace(packing=packing), own)
+    division = Division(source.packing, source.stored, group)
+    lengths = source.packing.lengths(parts)
+    pieces = tuple(part if n is None else division.cut(part, n) for part, n in zip(parts, lengths, strict=True))
+    weight = division.weight(pieces, source.dtype)
+    return Quantized.of(weight.source._replace(steps=source.steps), pieces)
 
 
-def _cut(part: Tensor, group: Any) -> Tensor:
-    """This process's piece of a tensor, all of one length: the last ones end with zeros."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    width = -(-part.numel() // size)
-    piece = part.reshape(-1)[rank * width : (rank + 1) * width]
-    return torch.cat([piece, piece.new_zeros(width - piece.numel())])
-
-
-def _gathered(piece: Tensor, shape: torch.Size, group: Any) -> Tensor:
+def gathered(piece: Tensor, count: int, group: Any) -> Tensor:
+    """The first `count` slices of the pieces of all processes, one after the other."""
     size = dist.get_world_size(group)
-    whole = piece.new_empty(size, piece.numel())
+    whole = piece.new_empty(size, *piece.shape)
     dist.all_gather(list(whole), piece, group=group)
-    return whole.view(-1)[: shape.numel()].view(shape)
+    return whole.flatten(0, 1)[:count]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,18 +22,33 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import funclora as fl
+from funclora._files import safetensors
+from funclora._torch.memory import Peak
 
 warnings.simplefilter("ignore", FutureWarning)  # transformers renames checkpointing, torch its collectives
 
 
-def llama() -> LlamaForCausalLM:
+SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).train()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **options)).train()
 
 
 def ids(rows: int = 8, seed: int = 0) -> Tensor:
@@ -300,13 +318,184 @@ def check_shards() -> dict[str, float]:
     return results
 
 
+# A folder that is read in pieces.
+
+FOLDER = Path()  # of the launch
+
+
+def saved(kind: str) -> Path:
+    """The folder of a model, written by the first process."""
+    folder = FOLDER / kind.replace(" ", "-").replace(",", "")
+    model: Any = MODELS[kind]()
+    if rank() == 0:
+        model.save_pretrained(folder, max_shard_size="60KB")
+    dist.barrier()
+    return folder
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "base": llama,
+    "llama, tied": lambda: llama(tie_word_embeddings=True, dtype="bfloat16"),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
+    ),
+    "resnet": lambda: ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1])
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=16, vocab_size=96, dtype="float16")
+    ),
+}
+
+
+def unequal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """The names of weights that differ in kind, in dtype or in a bit of what this process holds."""
+    assert list(found) == list(wanted)
+    wrong = []
+    for name, weight in wanted.items():
+        given = found[name]
+        pairs = [(given, weight)]
+        if isinstance(weight, fl.Quantized):
+            if not isinstance(given, fl.Quantized) or given.source != weight.source:
+                wrong.append(name)
+                continue
+            pairs = [*zip(given.parts, weight.parts, strict=True), (given.dequantize(), weight.dequantize())]
+        if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs):
+            wrong.append(name)
+    return wrong
+
+
+def check_load_sharded() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for kind in ("llama", "llama, tied", "mixtral", "resnet", "t5"):
+        make, folder = MODELS[kind], saved(kind)
+        whole: Any = type(make()).from_pretrained(folder)  # type: ignore[attr-defined]
+        results |= {f"{kind}: {name}": value for name, value in read_in_pieces(folder, whole).items()}
+        if kind == "llama":
+            for more in (
+                {"quantize": "nf4"},
+                {"quantize": "nf4", "double_quant": True},
+                {"quantize": "int8", "targets": ["q_proj", "mlp.down_proj"]},
+                {"dtype": torch.bfloat16},
+            ):
+                found = read_in_pieces(folder, whole, **more)
+                results |= {f"{kind} {more}: {name}": value for name, value in found.items()}
+            results |= used(whole, *fl.distributed.load_sharded(folder))
+    return results
+
+
+def read_in_pieces(folder: Path, whole: Any, **options: Any) -> dict[str, Any]:
+    """What `load_sharded` gives, compared with `shard` of the whole model, and the bytes that it takes."""
+    params = fl.base_params(whole)
+    wanted = {key: value.to(options.get("dtype", value.dtype)) for key, value in params.items()}
+    if "quantize" in options:
+        packing = {key: value for key, value in options.items() if key not in ("quantize", "targets")}
+        linear = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+        targets = options.get("targets", [name for name in linear if name != "lm_head"])
+        wanted = fl.quantize(wanted, targets, options["quantize"], **packing)
+    read = Counted()
+    with Peak() as memory, read:
+        model, divided = fl.distributed.load_sharded(folder, **options)
+    total = sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in params.values()}.values())
+    largest = max(tensor.nbytes for tensor in params.values())
+    buffers = zip(whole.named_buffers(), model.named_buffers(), strict=True)
+    return {
+        "different": unequal(divided, fl.distributed.shard(wanted)),
+        "bytes read": read.nbytes / total,
+        "bytes held beside two weights": (memory.peak - 2 * largest) / total,
+        "on the meta device": all(parameter.is_meta for parameter in model.parameters()),
+        "other buffers": [a for (a, x), (b, y) in buffers if a != b or (a not in divided and not torch.equal(x, y))],
+    }
+
+
+def check_page() -> list[str]:
+    """Runs a script of the documentation."""
+    saved("base")
+    text = (Path(fl.__file__).parents[1] / "docs" / "many-devices.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for code in re.findall(r'```python title="base.py"\n(.*?)```', text, re.DOTALL):
+        exec(code, names)
+    return [repr(names["pieces"]["lm_head.weight"]), repr(names["quantised"]["model.layers.0.mlp.up_proj.weight"])]
+
+
+def used(whole: Any, model: Any, divided: Any) -> dict[str, Any]:
+    """How far results of a model without weights are from those of the whole one."""
+    params = fl.base_params(whole)
+    tree = adapters(whole, params)
+    prompt, options = ids(2)[:, :4], {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    first, second = fl.bind(whole, params, tree), fl.bind(model, divided, tree)
+    return {
+        "llama: apply": difference(first(prompt).logits, second(prompt).logits),
+        "llama: generate": difference(first.generate(prompt, **options), second.generate(prompt, **options)),
+        "llama: settings": str(whole.generation_config) == str(model.generation_config),
+    }
+
+
+def check_load_sharded_refuses() -> dict[str, str]:
+    folder, cut = saved("llama"), FOLDER / f"cut-{rank()}"
+    shutil.copytree(folder, cut)
+    mesh = init_device_mesh("cpu", (world(), 1), mesh_dim_names=("shard", "rest"))
+    calls: dict[str, Callable[[], Any]] = {
+        "one mesh": lambda: fl.distributed.load_sharded(folder, group=mesh["shard"]),
+        "a mesh of two dimensions": lambda: fl.distributed.load_sharded(folder, group=mesh),
+        "another kind": lambda: fl.distributed.load_sharded(folder, quantize="nf4" if rank() else None),
+        "a part of a tie": lambda: fl.distributed.load_sharded(
+            saved("llama, tied"), quantize="nf4", targets=["lm_head"]
+        ),
+        "targets": lambda: fl.distributed.load_sharded(folder, targets=["q_proj"]),
+        "another class": lambda: fl.distributed.load_sharded(folder, make=lambda: nn.Linear(1, 1)),
+        "another dtype": lambda: fl.distributed.load_sharded(
+            folder, make=lambda: llama().float(), dtype=torch.bfloat16
+        ),
+        "no head": lambda: fl.distributed.load_sharded(
+            folder, make=lambda: LlamaForSequenceClassification(LlamaConfig.from_pretrained(folder))
+        ),
+    }
+    if rank() == 1:
+        (cut / "model-00002-of-00006.safetensors").unlink()
+    calls["a missing file"] = lambda: fl.distributed.load_sharded(cut)
+    return {name: said(call) for name, call in calls.items()}
+
+
+def said(call: Callable[[], Any]) -> str:
+    """The error of a call."""
+    try:
+        call()
+    except fl.errors.FuncloraError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+class Counted:
+    """Counts the bytes that are read from files of tensors inside the block."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def __enter__(self) -> None:
+        self._fill = safetensors.fill
+
+        def fill(descriptor: int, raw: Tensor, at: int) -> None:
+            self.nbytes += raw.numel()
+            self._fill(descriptor, raw, at)
+
+        safetensors.fill = fill
+
+    def __exit__(self, *_: object) -> None:
+        safetensors.fill = self._fill
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")
 }
 
 
 def main(out: str, *names: str) -> None:
+    global FOLDER  # noqa: PLW0603
     torch.set_num_threads(1)
+    FOLDER = Path(out)
+    os.chdir(FOLDER)
     dist.init_process_group("gloo")
     try:
         results = {name: CHECKS[name]() for name in names}

@@ -16,7 +16,7 @@ from funclora._apps.train.tokenizer import load_config as load_config
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
 from funclora.io.hf.library import OPTIONS, first_line, quiet, reading, transformers
-from funclora.io.hf.structure import at_most, named_class, without_weights
+from funclora.io.hf.structure import at_most, named_class, nothing_stored
 
 _PARAMETERS = 200_000  # more than any model has
 _ROOM = 1 << 27  # values that are not stored: buffers, new heads
@@ -141,7 +141,8 @@ def _empty(folder: Path, config: Any, cls: Any, task: str | None) -> nn.Module:
     """The model of a configuration on the meta device."""
     with reading(folder, f"model: the config.json of {folder} does not describe a model"), at_most(_PARAMETERS):
         if task is None:
-            return without_weights(cls, config)
+            with nothing_stored(torch.float32):
+                return cls(config)  # type: ignore[no-any-return]
         with torch.device("meta"):
             model: nn.Module = cls.from_config(config, trust_remote_code=False)
     return model

@@ -51,8 +51,8 @@ class Checkpoint:
         self.config, self.tensors, self._opened, seen = _opened(folder)
         if self.config.get("quantization_config"):
             raise UnsupportedError(
-                f"{folder}: its weights are quantised (quantization_config), and quantising a merged weight again "
-                "loses precision. Give the folder of the model before it was quantised."
+                f"{folder}: its weights are quantised (quantization_config), and are not read in parts; to quantise a "
+                "merged weight again would also lose precision. Give the folder of the model before it was quantised."
             )
         self.files = [*dict.fromkeys(tensor.file for tensor in self.tensors.values())]
         self.small: list[Path] = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from funclora._files.atomic import read_json, replace_files
-from funclora._files.safetensors import DTYPES, Stored, fill
+from funclora._files.safetensors import Stored, fill
 from funclora.errors import FormatError, OtherBaseWarning
 from funclora.io.hf.checkpoint import stored_tensors
 from funclora.io.peft.files import CONFIG_FILE, AdapterFiles
@@ -53,7 +53,7 @@ def sample(tensors: Mapping[str, Stored], keys: Iterable[str] | None = None) -> 
 
 
 def _digest(stored: Stored, descriptor: int) -> str:
-    dtype = DTYPES[stored.dtype]
+    dtype = stored.torch_dtype
     count = stored.nbytes // dtype.itemsize
     n = min(_VALUES, count)
     raw = torch.empty(n * dtype.itemsize, dtype=torch.uint8)

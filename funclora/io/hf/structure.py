@@ -56,6 +56,7 @@ class Structure:
         config: the contents of `config.json`.
         n_tensors: number of tensors in the checkpoint. A configuration with very many more parameters is refused before
             all of them are made.
+        model: the model, if it is there already.
 
     Attributes:
         model: the model.
@@ -63,9 +64,10 @@ class Structure:
         ties: groups of names that are one parameter.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], n_tensors: int) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], n_tensors: int, model: Any = None) -> None:
         self._folder, self._n_tensors = folder, n_tensors
-        self.model: Any = _build(folder, config, 1000 + 10 * n_tensors)
+        # In float32, so that fully fine-tuned parameters keep it until they are rounded once.
+        self.model: Any = model or build(folder, config, n_tensors, nothing_stored(torch.float32))
         self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -134,27 +136,63 @@ def named_class(folder: Path, architectures: object) -> Any:
     return cls
 
 
-def without_weights(cls: Any, config: Any) -> nn.Module:
-    """A transformers model on the meta device."""
-    # In float32, so that fully fine-tuned parameters keep it until they are rounded once.
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+@contextlib.contextmanager
+def nothing_stored(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, models are made in this dtype and on the meta device."""
+    with _default_dtype(dtype), torch.device("meta"):
+        yield
+
+
+@contextlib.contextmanager
+def only_buffers_stored(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, this thread makes models in this dtype, with parameters on the meta device and real buffers."""
+    thread = threading.get_ident()
+
+    def hook(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
     try:
-        with torch.device("meta"):
-            return cast(nn.Module, cls(config))
+        with _default_dtype(dtype), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(default)
 
 
-def _build(folder: Path, config: Mapping[str, Any], limit: int) -> nn.Module:
-    """The model of a configuration that may be broken, with a maximum number of parameters."""
+def build(
+    folder: Path, config: Mapping[str, Any], n_tensors: int, place: contextlib.AbstractContextManager[None]
+) -> nn.Module:
+    """The model of a configuration that may be broken.
+
+    Args:
+        folder: the folder of the configuration.
+        config: the contents of `config.json`.
+        n_tensors: number of tensors in the checkpoint, which limits the number of parameters.
+        place: the context in which the model is made, `nothing_stored` or `only_buffers_stored`.
+
+    Raises:
+        UnsupportedError: it names no known class.
+        FormatError: it describes no model.
+    """
     check_config(folder, config)
     cls = named_class(folder, config.get("architectures"))
     if not isinstance(config.get("model_type", ""), str):
         raise FormatError(f"{folder}: config.json: model_type: expected a string, got {config['model_type']!r}.")
     try:
-        with at_most(limit):
-            return without_weights(cls, cls.config_class.from_dict(dict(config)))
+        with at_most(1000 + 10 * n_tensors), place:
+            return cast(nn.Module, cls(cls.config_class.from_dict(dict(config))))
     except Exception as error:  # each of transformers' classes fails in its own way
         said = " ".join(str(error).split())
         raise FormatError(f"{folder}: {cls.__name__} cannot be made from config.json: {said}") from error
