@@ -170,13 +170,24 @@ def overwriting() -> Callable[..., Tensor]:
 
     New memory for every result would be a large part of the cost of a step.
     """
-    watched = is_differentiated() or torch.compiler.is_compiling() or in_transform()
-    watched = watched or _len_torch_function_stack() > 0 or _len_torch_dispatch_stack() > 0
+    watched = torch.is_grad_enabled() or is_watched()
 
     def over(op: Callable[..., Tensor], x: Tensor, *rest: Any, **options: float) -> Tensor:
         return op(x, *rest, **options) if watched or type(x) is not Tensor else op(x, *rest, **options, out=x)
 
     return over
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether autograd, a transform, a mode or a tracer sees an operation on these tensors."""
+    return (
+        (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        or is_forward_mode()
+        or torch.compiler.is_compiling()
+        or in_transform()
+        or _len_torch_function_stack() > 0
+        or _len_torch_dispatch_stack() > 0
+    )
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -62,7 +62,7 @@ class Assignment:
 
     def split(self, x: Tensor) -> Tensor:
         """`[m·count, *]` -> `[m, count, *]`."""
-        return x.reshape(-1, self.count, *x.shape[1:])
+        return x.reshape(x.shape[0] // self.count, self.count, *x.shape[1:])
 
     def added(self, y: Tensor, u: Tensor) -> Tensor:
         """y `[n, *]`, a temporary, with u `[m, count, *]` added to the rows."""

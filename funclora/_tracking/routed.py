@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funclora._torch.functions import in_transform, overwriting
+from funclora._torch.functions import overwriting
 from funclora._torch.pytree import pytree_node
 from funclora._tracking.batch import Batch
 from funclora._tracking.calls import Owner
 from funclora._tracking.experts import by_expert
-from funclora._tracking.groups import FEW, RoutedGroup, RoutedGroups, in_succession, members_of
+from funclora._tracking.groups import RoutedGroup, RoutedGroups, in_succession, members_of
 from funclora._tracking.owners import Owners, Place
+from funclora._tracking.repeated import Plan, Repeated, Scales
 from funclora._tracking.tensor import dropped, refuse_seeds, rows_back, rows_first, rows_of
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Rule, of_members
@@ -32,6 +33,7 @@ from funclora.rules.layouts import Layout, Matrices
 from funclora.rules.linear_ops import ConvOp, GroupedMatmulOp, LeftMatmulOp, LinearLayerOp
 from funclora.rules.low_rank import LowRank, low_rank_of_members
 
+ROWS_FIRST = Place(0, 1)
 # The place of the rows if there is only one row: the complete tensor is that row, and gets a new first dimension.
 WHOLE_TENSOR = Place(0, 0)
 
@@ -142,45 +144,6 @@ def _prepared(rule: Rule, group: RoutedGroup, weight: Tensor) -> tuple[LowRank, 
     return low if scale is None else low.with_scale(scale), group.with_scalings(scalings)
 
 
-# The scale of the output units of each group's members, `[m, out]`; None for 1.
-Scales = Sequence[Tensor | None]
-
-
-class Repeated:
-    """What a weight that is read repeatedly keeps from one operation to the next, as long as its members are the same.
-
-    Tensors made in inference mode are kept apart, since autograd refuses them, and those of a transform are not kept.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[Any, Tensor | None] = {}
-
-    def keep(self, key: Any, made: Callable[[], Tensor | None]) -> Tensor | None:
-        """The result of a function: of an earlier call with the same key, if there was one."""
-        if torch.compiler.is_compiling() or in_transform():
-            return made()
-        key = key, torch.is_inference_mode_enabled()
-        if key in self.known:
-            return self.known[key]
-        result = made()
-        if result is None or not result.requires_grad:  # the graph of one call is no part of the next
-            self.known[key] = result
-        return result
-
-    def reordered(self, group: int, b: Tensor, rows: int) -> Tensor:
-        """B, `[m, out, r]`, of that group of the rule, in a good order in memory for products with that many rows.
-
-        Batches of small products are up to three times as fast with `[m, r, out]` in memory. To reorder B costs as much
-        as some products, so B is reordered only after a first product.
-        """
-        if rows > FEW or b.dim() != 3 or torch.compiler.is_compiling() or b.mT.is_contiguous():
-            return b
-        if group not in self.known:
-            self.known[group] = None
-            return b
-        return self.keep(("b", group), lambda: b.mT.contiguous().mT)  # type: ignore[return-value]
-
-
 @pytree_node
 @dataclass(frozen=True, eq=False)
 class PreparedRouted(Rule):
@@ -221,6 +184,9 @@ class PreparedRouted(Rule):
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         out: Tensor
         x, place = rows_of(op.x)
+        if not dropout and place == ROWS_FIRST and (plan := self._plan(op, x, weight)) is not None:
+            entered: Tensor = op.x.scope.enter(plan.run(op.with_input(x), weight), place)
+            return entered
         if self.n == 1:
             place = WHOLE_TENSOR
         if isinstance(place, str):
@@ -239,6 +205,17 @@ class PreparedRouted(Rule):
             return out
         tracked: Tensor = op.x.scope.enter(out, place.with_dims(out.dim()) if isinstance(place, Owners) else place)
         return tracked
+
+    def _plan(self, op: Any, x: Tensor, weight: Tensor) -> Plan | None:
+        """How the operation repeats on rows in order, if that has a quick form and nothing sees its steps."""
+        key = type(op), op.transposed, torch.is_inference_mode_enabled()
+        plan = self.repeated.plans.get(key)
+        if plan is None:
+            if self.n == 1 or not _repeats(op, weight):
+                return None
+            scale = self._row_scale([rule.output_scale(weight) for rule in self.rules])
+            plan = self.repeated.plan(key, self.pairs(), scale)
+        return plan if plan is not None and plan.fits(x, weight) else None
 
     def pairs(self) -> list[tuple[LowRank, RoutedGroup]]:
         """Each rule with its group."""
@@ -331,8 +308,9 @@ class PreparedRouted(Rule):
         assert group.rows is not None
         if dropout and rule.dropout and op.takes_dropout:
             inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, group.rows.first(), group.rows.n)
-        b = rule.b if op.transposed else self.repeated.reordered(i, rule.b, inputs.shape[1:-1].numel())
-        return inputs, rule.a, b, None if group.unscaled else group.scalings
+        if op.transposed:
+            return inputs, rule.a, rule.b, None if group.unscaled else group.scalings
+        return inputs, rule.a, *self.repeated.factor(i, group, rule.b, inputs.shape[1:-1].numel())
 
     def _mixed(self, op: Any, x: Tensor, y: Tensor, scales: Scales, dropout: float) -> Tensor:
         """The rows of a result under weighted sums of all members: scales are summed, updates keep their own scale."""
@@ -391,6 +369,11 @@ def _spread_scale(op: Any, rows: Tensor, scale: Any) -> Tensor:
         lead = scale.shape[1:-1]
         return spread(scale, rows, (*lead, *[1] * (rows.dim() - 2 - len(lead)), scale.shape[-1]))
     return spread(scale, rows, op.per_output(scale[0]).shape)
+
+
+def _repeats(op: Any, weight: Tensor) -> bool:
+    """Whether the operation is a product of rows with one matrix, which `Plan` repeats."""
+    return isinstance(op, LinearLayerOp) and not op.transposed and weight.dim() == 2
 
 
 def _keeps(op: Any, x: Tensor, place: Owner, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,62 +172,64 @@ class RowTensor(torch.Tensor):
                     return out
                 return _placed(func, propagation, args, kwargs, out)
             # The layers of a model repeat the same operations.
-            key, scope = _looks(func, args, kwargs)
-            if scope is None:
+            looks = _looks(func, args, kwargs)
+            if looks is None:
                 return _placed(func, propagation, args, kwargs, out)
+            key, scope = looks
             place = scope.known.get(key)
-            if place is not None and not (scope.spoilt or scope.read or scope.adopted):
-                if any(x is out for x in args):
+            if place is None or scope.spoilt or scope.read or scope.adopted:
+                return _placed(func, propagation, args, kwargs, out, key)
+            for x in args:
+                if x is out:
                     return scope.enter(out, place)
-                out.__class__ = RowTensor  # nothing else refers to it yet: no alias is needed
-                return scope.enter_as(cast(RowTensor, out), place)
-            return _placed(func, propagation, args, kwargs, out, key)
+            out.__class__ = RowTensor  # nothing else refers to it yet: no alias is needed
+            return scope.enter_as(cast(RowTensor, out), place)
 
 
 _MAY_RETURN_SELF = frozenset((Tensor.to, Tensor.contiguous, Tensor.float, Tensor.type_as))
 _NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, type(...)))
 
 
-def _looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ForwardCall | None]:
+def _looks(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], ForwardCall] | None:
     """All arguments of an operation that its propagation may read, to compare, and the call whose rows they hold.
 
-    The call is None if there are several, or if the arguments cannot be compared.
+    None if there are several calls, or if the arguments cannot be compared.
     """
     key: list[Any] = [func]
     scopes: list[ForwardCall] = []
-    for value in args:
-        _look(value, key, scopes)
-    for name, value in kwargs.items():
-        key.append(name)
-        _look(value, key, scopes)
+    _look(args, key, scopes)
+    if kwargs:
+        key += kwargs
+        _look(kwargs.values(), key, scopes)
     looks = tuple(key)
     try:
         hash(looks)
     except TypeError:  # an array among the arguments, for example
-        return looks, None
-    return looks, scopes[0] if len(scopes) == 1 else None
+        return None
+    return (looks, scopes[0]) if len(scopes) == 1 else None
 
 
-def _look(value: Any, key: list[Any], scopes: list[ForwardCall]) -> None:
-    kind = type(value)
-    if kind is RowTensor and value.scope.active:
-        if not scopes or scopes[0] is not value.scope:
-            scopes.append(value.scope)
-        key += (value.place, value.shape, value.dtype)  # owners are compared by identity
-    elif kind in _NUMBERS:
-        key += (kind, value)
-    elif kind is tuple or kind is list:
-        key += (kind, len(value))
-        for part in value:
-            _look(part, key, scopes)
-    elif kind is slice:
-        key.append(kind)
-        for part in (value.start, value.stop, value.step):
-            _look(part, key, scopes)
-    elif isinstance(value, Tensor):
-        key += (Tensor, value.shape, value.dtype)
-    else:
-        key += (kind, value)
+def _look(values: Iterable[Any], key: list[Any], scopes: list[ForwardCall]) -> None:
+    for value in values:
+        kind = type(value)
+        if kind is RowTensor and value.scope.active:
+            if value.scope not in scopes:
+                scopes.append(value.scope)
+            key += (value.place, value.shape, value.dtype)  # owners are compared by identity
+        elif kind in _NUMBERS:
+            key += (kind, value)
+        elif kind is tuple or kind is list:
+            key += (kind, len(value))
+            _look(value, key, scopes)
+        elif kind is slice:
+            key.append(kind)
+            _look((value.start, value.stop, value.step), key, scopes)
+        elif isinstance(value, Tensor):
+            key += (Tensor, value.shape, value.dtype)
+        else:
+            key += (kind, value)
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)

@@ -192,7 +192,33 @@ def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
 
 
 # Dtypes in which a sum may be rounded at a different step than in PEFT.
-_EXACT = (torch.float32, torch.float64)
+EXACT = (torch.float32, torch.float64)
+
+
+def _down(x: Tensor, first: Tensor, scalings: Tensor | None) -> Tensor:
+    """`[groups, rows, r]`: x `[groups, rows, in]` times the first factors `[groups, r, in]` and the scalings."""
+    h = torch.bmm(first, x.mT)  # in this order, batches of small products are fast
+    if scalings is not None:
+        same = scalings.dtype == h.dtype
+        h = overwriting()(torch.mul, h, scalings[:, None, None]) if same else scaled(h, scalings)
+    return h.mT
+
+
+def add_products(y: Tensor, x: Tensor, first: Tensor, second: Tensor, scalings: Tensor | None) -> None:
+    """Add the low-rank updates of several groups to y in place, where nothing sees that; all in one dtype.
+
+    Args:
+        y: `[groups, rows, out]`.
+        x: `[groups, rows, in]`.
+        first: `[groups, r, in]`.
+        second: `[groups, r, out]`.
+        scalings: `[groups]`, or None for 1.
+    """
+    h = _down(x, first, scalings)
+    if y.dtype in EXACT:
+        y.baddbmm_(h, second)
+    else:
+        y += torch.bmm(h, second)
 
 
 class LinearLayerOp(LinearOp):
@@ -218,7 +244,7 @@ class LinearLayerOp(LinearOp):
         self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, *, temporary: bool = False
     ) -> Tensor:
         h, second = self._project_down(a, b, dropout)
-        if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in _EXACT:
+        if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in EXACT:
             return added(y, F.linear(h, second), scaling)
         # The product is added in place: this saves one pass over the outputs, forward and backward.
         addmm = functools.partial(overwriting(), torch.addmm) if temporary and y.is_contiguous() else torch.addmm
@@ -230,7 +256,7 @@ class LinearLayerOp(LinearOp):
 
     def add_grouped(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> Tensor:
         h, second = self._grouped_down(x.to(a.dtype), a, b, scalings)
-        if not (y.dtype == h.dtype == second.dtype) or y.dtype not in _EXACT:
+        if not (y.dtype == h.dtype == second.dtype) or y.dtype not in EXACT:
             return y + (h @ second).view_as(y)
         return overwriting()(torch.baddbmm, y.flatten(1, -2), h, second).view_as(y)
 
@@ -253,13 +279,14 @@ class LinearLayerOp(LinearOp):
         """The matrix with which `F.linear` computes this operation."""
         return weight
 
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices `[groups, r, *]` of the two products of `grouped`."""
+        return (b.mT, a) if self.transposed else (a, b.mT)
+
     def _grouped_down(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs `[groups, rows, r]` and the matrices `[groups, r, *]` of the second product of `grouped`."""
-        first, second = (b.mT, a) if self.transposed else (a, b.mT)
-        h = first @ x.flatten(1, -2).mT  # in this order, batches of small products are fast
-        if scalings is not None and scalings.dtype == h.dtype:
-            return overwriting()(torch.mul, h, scalings[:, None, None]).mT, second
-        return scaled(h, scalings).mT, second
+        first, second = self.factors(a, b)
+        return _down(x.flatten(1, -2), first, scalings), second
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector
