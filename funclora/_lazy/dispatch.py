@@ -29,7 +29,7 @@ Parsed = tuple[Any, LinearOp]
 
 
 def _is_lazy(x: object) -> bool:
-    return hasattr(x, "rule")
+    return type(x) is not Tensor and hasattr(x, "rule")
 
 
 def _layout(weight: Any, kind: type[Layout]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funclora._torch.functions import CONVS, overwriting
+from funclora._torch.functions import CONVS, is_watched, overwriting
 from funclora.rules.grouped import fits, linear_in_groups
 
 
@@ -187,7 +186,7 @@ def added(y: Tensor, u: Tensor, scaling: float | Tensor) -> Tensor:
 
 def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
     """The input of the low-rank path: in the adapter's dtype, with dropout."""
-    x = x.to(a.dtype)
+    x = x if x.dtype is a.dtype else x.to(a.dtype)
     return F.dropout(x, dropout) if dropout else x
 
 
@@ -247,8 +246,10 @@ class LinearLayerOp(LinearOp):
         if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in EXACT:
             return added(y, F.linear(h, second), scaling)
         # The product is added in place: this saves one pass over the outputs, forward and backward.
-        addmm = functools.partial(overwriting(), torch.addmm) if temporary and y.is_contiguous() else torch.addmm
-        return addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
+        if temporary and type(y) is Tensor and y.is_contiguous() and not torch.is_grad_enabled() and not is_watched():
+            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), second.mT, alpha=scaling)
+            return y
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         h, second = self._grouped_down(_input(x, a, dropout), a, b, scalings)

@@ -119,7 +119,8 @@ class LowRank(Rule):
         scale = self.output_scale(weight)
         if scale is None:
             y = op.dense(weight, bias=True)
-            return self.add_update(op, y, dropout).to(y.dtype)
+            out = self.add_update(op, y, dropout)
+            return out if out is y else out.to(y.dtype)
         scale = op.per_output(scale)
         if op.transposed:
             op = op.scaled_input(scale)
