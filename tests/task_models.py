@@ -117,6 +117,11 @@ RECORDS: dict[str, Sequence[dict[str, Any]]] = {
     SEQUENCE: [
         {"text": f"the {word}", "label": ("colour", "beast", "verb")[i % 3]} for i, word in enumerate(WORDS * 2)
     ],
+    "numbers": [{"text": f"the {word}", "text_pair": "a", "label": i / 4} for i, word in enumerate(WORDS * 2)],
+    "several": [
+        {"text": f"the {word}", "label": ["odd"] * (i % 2) + ["third"] * (i % 3 < 1)}
+        for i, word in enumerate(WORDS * 2)
+    ],
     TOKEN: [{"tokens": ["a", word, "x"], "label": ["O", "W", "O"]} for word in WORDS],
     SEQ2SEQ: [{"prompt": f"double {word}", "completion": f"{word} {word}"} for word in WORDS],
 }

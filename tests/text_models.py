@@ -36,6 +36,7 @@ def tokenizer(
     merges: Sequence[tuple[str, str]] = (),
     eos: str | None = "</s>",
     prefix: bool = False,
+    segments: bool = False,
 ) -> Any:
     """transformers' tokenizer, a token a byte.
 
@@ -46,6 +47,7 @@ def tokenizer(
         merges: pairs of characters that are one token.
         eos: the end token.
         prefix: a space before every text, as RoBERTa's can have.
+        segments: say of a pair which text each token belongs to, as BERT's does.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -58,11 +60,13 @@ def tokenizer(
     around = (["<s>"] if begins else []) + ["$A"] + (["</s>"] if ends else [])
     if len(around) > 1:
         fast.post_processor = processors.TemplateProcessing(
-            single=" ".join(around), special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
+            single=" ".join(around), pair=" ".join([*around, *(f"{part}:1" for part in around if part != "<s>")]
+            ).replace("$A:1", "$B:1"), special_tokens=[("<s>", 1), ("</s>", 2)],
+        )  # fmt: skip
     made = PreTrainedTokenizerFast(
         tokenizer_object=fast, bos_token="<s>", eos_token=eos, pad_token="<pad>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_input_names=["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"],
     )  # fmt: skip
     made.chat_template = template
     return made

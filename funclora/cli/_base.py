@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 
 Device = Annotated[str, typer.Option(help="Device to compute on: auto (CUDA, MPS or the CPU), cpu, cuda, cuda:1.")]
+Threshold = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Probability from which on a text is of a class, where it has several.")
+]
 
 
 class Dtype(str, Enum):

@@ -13,18 +13,20 @@ import funclora as fl
 from funclora._apps.train.base import Base, context_limit, load_base, load_tokenizer
 from funclora._apps.train.batches import collate
 from funclora._apps.train.folder import CLASSES, load_config
+from funclora._apps.train.formats import Format
+from funclora._apps.train.labels import Labels, Seen, class_name
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.records import Record, read
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.scores import Score, agreement
-from funclora._apps.train.settings import SEQUENCE, TOKEN, Settings
+from funclora._apps.train.scores import Score, agreement, agreement_of_outputs
+from funclora._apps.train.settings import AUTO, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
 from funclora._apps.train.setup import check_vocabulary
 from funclora._apps.train.step import moved
 from funclora._apps.train.tasks import trained_task
-from funclora._apps.train.tokens import WORDS, class_name, reader, schema, word_classes
+from funclora._apps.train.tokens import WORDS, reader, schema, word_classes
 from funclora.cli._loader import Loader
 from funclora.cli._prompts import adapter_of, refuse_taken
-from funclora.cli._scores import classes_of
+from funclora.cli._scores import classes_of, with_problem
 from funclora.errors import ConfigError, FormatError, UnsupportedError, near
 
 RESULTS = ("predicted", "scores")  # what the result of a record has besides its adapter
@@ -39,12 +41,16 @@ class Row:
         adapter: name of its adapter; None for the base model.
         example: its tokens; for tags, the label of a word's first token is the word's place. None if it has no token.
         right: the right classes by number, one or one for each word; None if the record has none.
+        targets: instead of one class, the right outputs, as `Example.targets`.
+        words: those to tag.
     """
 
     record: Record
     adapter: str | None
     example: Example | None
     right: list[int] | None
+    targets: tuple[float, ...] = ()
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,9 @@ class Prediction:
     """What is predicted for a record.
 
     Attributes:
-        predicted: number of the class, or of each word's class; None where nothing is known, such as words that were
-            cut off.
-        scores: the probabilities of all classes; for tags, that of each word's class.
+        predicted: number of the class, of all classes of a text that has several, or of each word's class; None where
+            nothing is known, such as words that were cut off; empty for numbers.
+        scores: the probabilities of all classes, or the numbers; for tags, that of each word's class.
     """
 
     predicted: list[int | None]
@@ -85,15 +91,19 @@ class Predictor:
 
     Args:
         folders: PEFT folders by name.
-        settings: of the model, the task and the fields.
+        settings: of the model, the task, the problem and the fields.
+        threshold: the probability from which on a text is of a class, where it has several.
 
     Attributes:
-        classes: names of the classes.
+        problem: what labels of texts are, one of `settings.PROBLEMS`.
+        classes: names of the classes, or of the numbers.
         notes: what was cut off, or has no token.
     """
 
-    def __init__(self, folders: Mapping[str, Path], settings: Settings) -> None:
-        self._folders, self._settings = folders, settings
+    def __init__(self, folders: Mapping[str, Path], settings: Settings, threshold: float) -> None:
+        settings = with_problem(folders, settings)
+        self.problem = SINGLE if settings.problem == AUTO else settings.problem
+        self._folders, self._settings, self._threshold = folders, settings, threshold
         self.classes = classes_of(folders, settings)
         self.notes = Notes()
         limit = context_limit(settings)
@@ -113,24 +123,42 @@ class Predictor:
         """
         settings, names = self._settings, list(self._folders)
         field = settings.label_field
-        records = list(read(file, settings.text_field))
+        form = Format.of(settings.fields, (), self._tokenizer)
+        raw = list(read(file, settings.text_field))
+        records = [form.standard(record)[0] for record in raw]
+        labels = self._labels(records)
         unlabelled = [replace(record, fields={**record.fields, field: _places(record, settings)}) for record in records]
         many = max((len(record.fields[field]) for record in unlabelled), default=1) if settings.task == TOKEN else 1
-        encode = reader(settings, self._tokenizer, self._context, [str(i) for i in range(many)], self.notes)
+        nothing = Labels(names=tuple(str(i) for i in range(many)))
+        encode = reader(settings, self._tokenizer, self._context, nothing, self.notes)
         rows = []
-        for record, other in zip(records, unlabelled, strict=True):
-            refuse_taken(record, RESULTS)
-            adapter = adapter_of(record, names, default)
+        for own, record, other in zip(raw, records, unlabelled, strict=True):
+            refuse_taken(own, RESULTS)
+            adapter = adapter_of(own, names, default)
             schema(other, settings)
             example = next(iter(encode(other)), None)
-            rows.append(Row(record, adapter, example, self._right(record)))
+            right = self._right(record)
+            targets = () if right is None else labels.targets(record, field)
+            words = record.fields[WORDS] if settings.task == TOKEN else ()
+            rows.append(Row(own, adapter, example, right, targets, words))
         return rows
 
+    def _labels(self, records: Sequence[Record]) -> Labels:
+        """What the labels of those records mean that have one."""
+        field, seen = self._settings.label_field, Seen()
+        if self.problem == MULTI:
+            for record in records:
+                if record.fields.get(field) is not None:
+                    seen.add(record.fields[field], record, field)
+        return Labels(self.problem, self.classes, seen.is_placed() and seen.size == len(self.classes))
+
     def _right(self, record: Record) -> list[int] | None:
-        """The right classes, if the record has them."""
+        """The right classes, if the record has them; an empty list if they are numbers or several."""
         field = self._settings.label_field
         if record.fields.get(field) is None:
             return None
+        if self.problem != SINGLE:
+            return []
         if self._settings.task == TOKEN:
             names = word_classes(record, field)[1]
         else:
@@ -186,7 +214,11 @@ class Predictor:
         examples = [_example(row) for row in rows]
         bound = fl.bind(base.model, base.params, loader.route([row.adapter for row in rows]))
         given = collate(examples, pad=base.tokenizer.pad_token_id, task=base.task)
-        shares = base.logits(bound, moved(given, base.device)).float().softmax(-1).tolist()
+        shares = base.shares(base.logits(bound, moved(given, base.device))).tolist()
+        if base.problem == REGRESSION:
+            return [Prediction([], own) for own in shares]
+        if base.problem == MULTI:
+            return [Prediction([i for i, x in enumerate(own) if x >= self._threshold], own) for own in shares]
         if base.task == SEQUENCE:
             return [Prediction([own.index(max(own))], own) for own in shares]
         return [_tags(example, own) for example, own in zip(examples, shares, strict=True)]
@@ -197,15 +229,25 @@ class Predictor:
         predicted: Any
         scores: Any
         if self._settings.task == TOKEN:
-            rest = [None] * (len(row.record.fields[WORDS]) - len(names))
+            rest = [None] * (len(row.words) - len(names))
             predicted, scores = [*names, *rest], [*found.scores, *rest]
+        elif self.problem == REGRESSION:
+            predicted = (found.scores[0] if len(self.classes) == 1 else found.scores) if found.scores else None
+            return {**row.record.fields, "adapter": row.adapter, "predicted": predicted}
         else:
             predicted = names[0] if names else None
+            if self.problem == MULTI:
+                predicted = names if found.scores else None
             scores = dict(zip(self.classes, found.scores, strict=False))
         return {**row.record.fields, "adapter": row.adapter, "predicted": predicted, "scores": scores}
 
     def agreement(self, rows: Sequence[Row], found: Sequence[Prediction]) -> Score | None:
         """The metrics on the records that have the right classes; None if there are none."""
+        if self.problem != SINGLE:
+            both = [(row.targets, each.scores) for row, each in zip(rows, found, strict=True)]
+            kept = [(true, [x for x in said if x is not None]) for true, said in both if true and said]
+            true, said = [one for one, _ in kept], [other for _, other in kept]
+            return agreement_of_outputs(self.problem, self.classes, true, said, self._threshold) if kept else None
         pairs = [
             [(true, said) for true, said in zip(row.right, each.predicted, strict=False) if said is not None]
             for row, each in zip(rows, found, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +12,13 @@ import torch
 
 import funclora as fl
 from funclora._apps.train.adapters import check_head
-from funclora._apps.train.base import context_limit, known_classes, load_base, load_tokenizer
+from funclora._apps.train.base import context_limit, known_classes, known_problem, load_base, load_tokenizer
 from funclora._apps.train.examples import Example, read_examples
 from funclora._apps.train.folder import load_config
 from funclora._apps.train.scores import BATCH, Score, scores
 from funclora._apps.train.settings import SEQUENCE, TOKEN, Settings
 from funclora._apps.train.setup import check_vocabulary
-from funclora._apps.train.tasks import trained_classes
+from funclora._apps.train.tasks import trained_classes, trained_problem
 from funclora._files.atomic import replace_files
 from funclora.cli._adapters import for_base
 from funclora.cli._output import json_text
@@ -66,11 +66,12 @@ class Scores:
                 base[metric] = self._by_file(self.base, lambda score, metric=metric: score.values[metric])  # type: ignore[misc]
         for metric in first[0].values:
             tree[metric] = self._by_adapter(lambda score, metric=metric: score.values[metric])  # type: ignore[misc]
-        if self.classes:
+        if first[0].by_class:
             tree["classes"] = self.classes
             tree["f1"] = self._by_adapter(lambda score: score.by_class)
             if any(score.by_span for row in self.scores for score in row):
                 tree["f1_of_spans"] = self._by_adapter(lambda score: score.by_span)
+        if first[0].confusion:
             tree["confusion"] = self._by_adapter(lambda score: score.confusion)
         return tree | {"notes": self.notes}
 
@@ -90,7 +91,7 @@ class Scores:
         replace_files(folder, {EVAL_FILE: write})
         if len(self.files) > 1:
             self._heatmap(folder / "heatmap.png")
-        if self.classes:
+        if self.scores[0][0].confusion:
             from funclora.cli._confusion import plot_confusions
 
             panels = [
@@ -125,6 +126,7 @@ def evaluated(
     *,
     rows: int | None,
     memory: int | None,
+    threshold: float,
     progress: OnProgress,
 ) -> Scores:
     """Scores of saved adapters on files, each with the loss that training has.
@@ -135,12 +137,14 @@ def evaluated(
         settings: of the model, the task and the fields.
         rows: maximum number of examples from each file.
         memory: bytes for a pass.
+        threshold: the probability from which on a text is of a class, where it has several.
         progress: called at each step with a description and the total number of calls.
 
     Raises:
         FuncloraError: an argument is missing or invalid, or an adapter cannot be loaded or run.
     """
     names = [str(file) if [f.name for f in files].count(file.name) > 1 else file.name for file in files]
+    settings = with_problem(folders, settings)
     classes, limit = classes_of(folders, settings), context_limit(settings)
     tokenizer = load_tokenizer(settings)
     examples: list[list[Example]] = []
@@ -166,10 +170,16 @@ def evaluated(
         def step(file: Path = file) -> None:
             progress(f"evaluating on {file.name}", ticks)
 
-        by_file.append(scores(base, members, some, memory=memory, progress=step))
+        by_file.append(scores(base, members, some, memory=memory, threshold=threshold, progress=step))
     by_member = [[column[i] for column in by_file] for i in range(len(members))]
     alone = [] if base.new else by_member.pop(0)
     return Scores(list(folders), names, base.classes, alone, by_member, notes)
+
+
+def with_problem(folders: Mapping[str, Path], settings: Settings) -> Settings:
+    """The settings with what labels are for the adapters, or else for the head of their base."""
+    known = replace(settings, problem=trained_problem(folders, settings.task, settings.problem))
+    return replace(known, problem=known_problem(known))
 
 
 def classes_of(folders: Mapping[str, Path], settings: Settings) -> tuple[str, ...]:

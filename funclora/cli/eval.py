@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._base import Device, Dtype, Quantize
+from funclora.cli._base import Device, Dtype, Quantize, Threshold
 from funclora.cli._output import AsJson, print_json
 from funclora.cli._settings import setting
 
@@ -23,10 +23,16 @@ SHOWN = {
     "loss": "{:.3f}",
     "perplexity": "{:,.2f}",
     "accuracy": "{:.1%}",
+    "micro_f1": "{:.1%}",
     "macro_f1": "{:.1%}",
     "span_f1": "{:.1%}",
+    "pearson": "{:.3f}",
+    "spearman": "{:.3f}",
 }
-WORDS = {"loss": "loss in nats per {}", "macro_f1": "macro F1", "span_f1": "F1 of spans"}
+WORDS = {
+    "loss": "loss in nats per {}", "micro_f1": "micro F1", "macro_f1": "macro F1", "span_f1": "F1 of spans",
+    "pearson": "Pearson", "spearman": "Spearman",
+}  # fmt: skip
 
 
 def evaluate(
@@ -45,6 +51,8 @@ def evaluate(
     roles: Annotated[Sequence[str] | None, setting("roles")] = None,
     text_field: Annotated[str | None, setting("text_field")] = None,
     label_field: Annotated[str | None, setting("label_field")] = None,
+    problem: Annotated[str | None, setting("problem")] = None,
+    threshold: Threshold = 0.5,
     train_on: Annotated[str | None, setting("train_on")] = None,
     turns: Annotated[str | None, setting("turns")] = None,
     chat_template: Annotated[Path | None, setting("chat_template")] = None,
@@ -68,9 +76,9 @@ def evaluate(
     """Score saved adapters on files, with the loss that they were trained on: all adapters in one pass over the base.
 
     Data is read as for training: the loss of a chat or of a prompt with its completion is that of the answers. Texts
-    have loss and perplexity; classes also have accuracy and F1, and tags the F1 of their spans. The first row is the
-    base model, if it has a head for the task. --out gets eval.json, heatmap.png for several files, and confusion.png
-    for classes.
+    have loss and perplexity; classes also have accuracy and F1, tags the F1 of their spans, texts with several classes
+    micro and macro F1, and numbers Pearson's and Spearman's correlations. The first row is the base model, if it has a
+    head for the task. --out gets eval.json, heatmap.png for several files, and confusion.png for classes.
 
     Examples:
         funclora eval adapters --data heldout.txt
@@ -106,7 +114,7 @@ def evaluate(
             "quantize": quantize.value, "device": device, "data": list(data[:1]),
         }  # fmt: skip
         read_as = {
-            "fields": fields, "roles": roles, "text_field": text_field, "label_field": label_field,
+            "fields": fields, "roles": roles, "text_field": text_field, "label_field": label_field, "problem": problem,
             "train_on": train_on, "turns": turns, "chat_template": chat_template,
         }  # fmt: skip
         given |= {key: value for key, value in read_as.items() if value is not None}
@@ -116,6 +124,7 @@ def evaluate(
             read(None, given),
             rows=rows,
             memory=None if memory is None else memory << 20,
+            threshold=threshold,
             progress=progress,
         )
         if out is not None:
@@ -150,6 +159,8 @@ def _report(found: Scores, console: Console) -> None:
     metrics = [name for name in SHOWN if name in first[0].values]
     unit = "label" if found.classes else "token"
     words = " / ".join(WORDS.get(name, name).format(unit) for name in metrics)
+    if "pearson" in metrics:
+        words = words.replace("loss in nats per label", "mean squared error")
     console.print(
         f"{words}, on {counted} {unit}s; the lowest loss on each file is bold", soft_wrap=True, highlight=False
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funclora.cli._base import Device, Dtype, Quantize
+from funclora.cli._base import Device, Dtype, Quantize, Threshold
 from funclora.cli._output import AsJson, print_json, say_text
 from funclora.cli._report import Plot, check_plot
+from funclora.cli._settings import setting
 
 if TYPE_CHECKING:
     from funclora._apps.train.scores import Score
@@ -40,6 +42,9 @@ def predict(
         str | None,
         typer.Option(help="Name of the field with the right class or classes, if there is one.", show_default="label"),
     ] = None,
+    fields: Annotated[Sequence[str] | None, setting("fields")] = None,
+    problem: Annotated[str | None, setting("problem")] = None,
+    threshold: Threshold = 0.5,
     context: Annotated[int, typer.Option(min=1, help="Maximum length of a text in tokens.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Number of records that run together.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
@@ -52,10 +57,11 @@ def predict(
 ) -> None:
     """Classify texts, or tag their words; each row of a batch can use a different adapter.
 
-    A record has a text, or words under tokens, and optionally adapter; null is the base model. The result is the record
-    with the predicted class and the scores of all classes, or with the predicted tags and the score of each. Where
-    records have the right class or tags too, accuracy, F1 by class and, for tags such as B-PER, the F1 of spans are
-    computed. --plot draws how often each class was predicted as which.
+    A record has a text, perhaps a second one under text_pair, or words under tokens, and optionally adapter; null is
+    the base model. The result is the record with the predicted class and the scores of all classes, with all classes
+    from --threshold on, with the number of a regression, or with the predicted tags and the score of each. Where
+    records have the right answer too, its metrics are computed: accuracy, F1 by class and, for tags such as B-PER, of
+    spans, or Pearson's and Spearman's correlations. --plot draws how often each class was predicted as which.
 
     Examples:
         funclora predict adapter --model model --data reviews.jsonl --out predicted.jsonl
@@ -66,6 +72,7 @@ def predict(
 
     from funclora._apps.train.console import Console
     from funclora._apps.train.reading import read
+    from funclora._apps.train.settings import SINGLE
     from funclora.cli._adapters import adapter_folders
     from funclora.cli._converse import BASE
     from funclora.cli._output import claimed_out, write_lines
@@ -81,9 +88,12 @@ def predict(
         "model": model, "data": [data], "task": task_of(folders, model, task), "context": context, "dtype": dtype.value,
         "quantize": quantize.value, "device": device,
     }  # fmt: skip
-    given |= {k: v for k, v in {"text_field": text_field, "label_field": label_field}.items() if v is not None}
+    read_as = {"text_field": text_field, "label_field": label_field, "fields": fields, "problem": problem}
+    given |= {key: value for key, value in read_as.items() if value is not None}
     with contextlib.nullcontext() if out is None else claimed_out(out, overwrite=overwrite):
-        predictor = Predictor(folders, read(None, given))
+        predictor = Predictor(folders, read(None, given), threshold)
+        if plot is not None and predictor.problem != SINGLE:
+            raise ConfigError(f"--plot: draws single classes, and the problem is {predictor.problem}. Leave it out.")
         rows = predictor.rows(data, default)
         if folders and not {row.adapter for row in rows} & folders.keys():
             raise ConfigError(f"{data}: no record names one of the given adapters: {', '.join(folders)}.")
@@ -113,7 +123,7 @@ def predict(
     if out is None:
         for row, result in zip(rows, results, strict=True):
             typer.secho(f"{row.record.where} under {row.adapter or BASE}", bold=True)
-            say_text(_words(result))
+            say_text(_words(row.words, result))
     else:
         typer.echo(f"{out}: {len(rows):,} records")
     if score is not None:
@@ -123,16 +133,22 @@ def predict(
 
 
 def _metrics(score: Score) -> dict[str, Any]:
-    spans = {"f1_of_spans": score.by_span} if score.by_span else {}
-    return {**score.values, "f1": score.by_class, **spans, "confusion": score.confusion}
+    more = {"f1": score.by_class, "f1_of_spans": score.by_span, "confusion": score.confusion}
+    return {**score.values, **{name: value for name, value in more.items() if value}}
 
 
-def _words(result: dict[str, Any]) -> str:
+def _words(words: Sequence[str], result: dict[str, Any]) -> str:
     """A prediction in a line."""
-    predicted, scores = result["predicted"], result["scores"]
-    if isinstance(predicted, list):
-        return " ".join(f"{word}/{tag or '?'}" for word, tag in zip(result["tokens"], predicted, strict=True))
-    return "?" if predicted is None else f"{predicted} {scores[predicted]:.1%}"
+    predicted, scores = result["predicted"], result.get("scores")
+    if predicted is None:
+        return "?"
+    if scores is None:
+        return ", ".join(f"{number:.4g}" for number in (predicted if isinstance(predicted, list) else [predicted]))
+    if isinstance(scores, list):
+        return " ".join(f"{word}/{tag or '?'}" for word, tag in zip(words, predicted, strict=True))
+    return ", ".join(
+        f"{name} {scores[name]:.1%}" for name in (predicted if isinstance(predicted, list) else [predicted])
+    )
 
 
 def _report(score: Score, labelled: int, records: int) -> None:
@@ -143,12 +159,17 @@ def _report(score: Score, labelled: int, records: int) -> None:
     from funclora._apps.train.console import Console
 
     console = Console()
+    numbers = "pearson" in score.values
     named = ", ".join(
-        f"{name.replace('_', ' ').replace('f1', 'F1')} {value:.1%}" for name, value in score.values.items()
+        f"{name.replace('_', ' ').replace('f1', 'F1')} {f'{value:.3f}' if numbers else f'{value:.1%}'}"
+        for name, value in score.values.items()
     )
+    what = "numbers" if numbers else "classes"
     console.print(
-        f"{labelled:,} of {records:,} records have the right classes: {named}", soft_wrap=True, highlight=False
+        f"{labelled:,} of {records:,} records have the right {what}: {named}", soft_wrap=True, highlight=False
     )
+    if numbers:
+        return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("span" if score.by_span else "class")
     table.add_column("F1", justify="right")

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from funclora._apps.train.settings import Settings
 
 SHOWN = 10
+# Besides the loss, and how they are written.
+METRICS = {
+    "accuracy": "{:.1%}", "micro_f1": "{:.1%}", "macro_f1": "{:.1%}", "span_f1": "{:.1%}", "pearson": "{:.3f}",
+    "spearman": "{:.3f}",
+}  # fmt: skip
 OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
 # Keys of a run that are searched, and those that a search does not use.
 SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
@@ -249,7 +254,7 @@ def _ranking(board: list[dict[str, Any]], shown: int) -> RenderableType:
     table = Table(title=f"The best {min(shown, len(board))} of {len(board)}" if board else None)
     # Options that are equal for all members would make the table too wide.
     varied = [name for name in OPTIONS if len({row[name] for row in board}) > 1]
-    metrics = [name for name in ("accuracy", "macro_f1", "span_f1") if any(name in row for row in board)]
+    metrics = [name for name in METRICS if any(name in row for row in board)]
     columns = {"member": "member", "heldout_loss": "held-out"} | {name: name.replace("_", " ") for name in metrics}
     for name, title in (columns | {"step": "step"} | {name: name for name in varied} | {"status": "status"}).items():
         words = name in ("method", "targets", "init", "status")
@@ -260,7 +265,7 @@ def _ranking(board: list[dict[str, Any]], shown: int) -> RenderableType:
         table.add_row(
             str(row["member"]),
             "" if loss is None else f"{loss:.4f}",
-            *(f"{row[name]:.1%}" if name in row else "" for name in metrics),
+            *(METRICS[name].format(row[name]) if name in row else "" for name in metrics),
             str(row["step"]),
             *(cell if isinstance(cell, str) else f"{cell:g}" for cell in cells),
             row["status"],

@@ -149,6 +149,7 @@ def test_a_transformers_model(tmp_path: Path) -> None:
 
 KINDS = {
     "text": CAUSAL, "prompt": CAUSAL, "messages": CAUSAL, SEQUENCE: SEQUENCE, TOKEN: TOKEN, SEQ2SEQ: SEQ2SEQ,
+    "numbers": SEQUENCE, "several": SEQUENCE,
 }  # fmt: skip
 
 
@@ -180,11 +181,13 @@ def test_scores_are_those_of_the_training(kind: str, tmp_path: Path) -> None:
             assert found["accuracy"][name]["data.jsonl"] == pytest.approx(line["validation_accuracy"])
     assert found["loss"]["one"] != found["loss"]["two"]
     classes = task in (SEQUENCE, TOKEN)
-    assert ("perplexity" in found, "confusion" in found) == (not classes, classes)
+    single = kind in (SEQUENCE, TOKEN)
+    assert ("perplexity" in found, "confusion" in found) == (not classes, single)
+    assert ("pearson" in found, "micro_f1" in found) == (kind == "numbers", kind == "several")
     assert ("base" in found) == (not classes)  # the base has no head
-    assert (tmp_path / "out" / "confusion.png").exists() == classes
+    assert (tmp_path / "out" / "confusion.png").exists() == single
     (count,) = found["labels" if classes else "tokens"].values()
-    if classes:
+    if single:
         assert sum(map(sum, found["confusion"]["one"]["data.jsonl"])) == count
     alone = json.loads(run(tmp_path / "adapters" / "two", "--data", data, "--model", model, "--json").stdout)
     assert alone["loss"]["two"]["data.jsonl"] == pytest.approx(found["loss"]["two"]["data.jsonl"], rel=1e-6)

@@ -239,6 +239,7 @@ def test_each_member_goes_the_way_it_would_go_alone(tmp_path: Path, task: Task) 
 
 KINDS = {
     "text": CAUSAL, "prompt": CAUSAL, "messages": CAUSAL, SEQUENCE: SEQUENCE, TOKEN: TOKEN, SEQ2SEQ: SEQ2SEQ,
+    "numbers": SEQUENCE, "several": SEQUENCE,
 }  # fmt: skip
 
 
@@ -260,7 +261,8 @@ def test_the_winners_settings_train_it_again(kind: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     board = json.loads(result.stdout)["leaderboard"]
     assert len(board) == 4
-    assert ("accuracy" in board[0]) == (task in (SEQUENCE, TOKEN))
+    assert ("accuracy" in board[0]) == (kind in (SEQUENCE, TOKEN))
+    assert ("pearson" in board[0], "micro_f1" in board[0]) == (kind == "numbers", kind == "several")
     for row in board[::3]:
         (folder,) = (out / "adapters").glob(f"*-member-{row['member']:03d}")
         settings = read(folder / "run.toml", {"out": str(tmp_path / f"again-{row['member']}")})

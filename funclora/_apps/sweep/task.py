@@ -146,7 +146,10 @@ class Task:
         if seed == settings.seed or not base.new or settings.model is None:
             return base
         if seed not in self._heads:
-            model, _ = load_model(settings.model, settings.task, dtype=settings.dtype, classes=base.classes, seed=seed)
+            model, _ = load_model(
+                settings.model, settings.task, dtype=settings.dtype, classes=base.classes, problem=base.problem,
+                seed=seed,
+            )  # fmt: skip
             inside = tuple(f"{module}." for module in base.new)
             params = base_params(model)
             self._heads[seed] = {name: x.to(base.device) for name, x in params.items() if name.startswith(inside)}

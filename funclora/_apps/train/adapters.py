@@ -13,7 +13,7 @@ import torch
 from funclora._apps.train.base import Base, Batch
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
 from funclora._apps.train.settings import Settings
-from funclora._apps.train.tasks import trained_classes, trained_task
+from funclora._apps.train.tasks import trained_classes, trained_problem, trained_task
 from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
 from funclora._init.eva import init_eva
@@ -155,6 +155,7 @@ def as_adapter(settings: Settings) -> Settings:
     targets = config.target_modules
     return replace(
         settings,
+        problem=trained_problem({str(settings.adapter): settings.adapter}, task, settings.problem),
         method="dora" if config.use_dora else "lora",
         rank=config.r,
         alpha=config.lora_alpha,

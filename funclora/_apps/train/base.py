@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funclora._apps.train.device import device_of
-from funclora._apps.train.folder import CLASSES, empty_model, load_config, load_model, longest_context
+from funclora._apps.train.folder import CLASSES, PROBLEM_TYPES, empty_model, load_config, load_model, longest_context
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights
 from funclora._apps.train.rows import IGNORED
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import AUTO, CAUSAL, MULTI, REGRESSION, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN, Settings
 from funclora._apps.train.tokenizer import ByteTokenizer as ByteTokenizer
 from funclora._apps.train.tokenizer import begun
 from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
@@ -28,6 +28,7 @@ from funclora.io.hf.library import reading
 from funclora.rules.base import Params
 
 DEMO = "the demo's base"
+THRESHOLD = 0.5  # probability from which on a text is of a class
 CPU = torch.device("cpu")
 
 Batch = Mapping[str, Tensor]
@@ -47,6 +48,7 @@ class Base:
         classes: names of the classes, by number; empty for tasks without.
         new: full names of modules whose weights are not in the folder, such as a new head.
         device: where the run computes.
+        problem: what labels of texts are, one of `settings.PROBLEMS`.
 
     Examples:
         >>> import funclora as fl
@@ -67,9 +69,13 @@ class Base:
     classes: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     device: torch.device = CPU
+    problem: str = SINGLE
 
     def loss(self, bound: Any, batch: Batch) -> Tensor:
-        """The SUM of the losses of all positions with a label, in nats, float32; divide by `count`.
+        """The SUM of the losses of all positions with a label, float32; divide by `count`.
+
+        It is in nats; for numbers it is the square of their unit. Numbers, and the classes of a text that has several,
+        are one label each.
 
         Args:
             bound: the model with adapters, as from `funclora.bind`.
@@ -89,7 +95,7 @@ class Base:
         with torch.no_grad():
             logits, labels = self.logits(bound, batch), self._labels(batch).to(self.device)
             sums = {"loss": self._loss(logits, labels)}
-            if self.task in (SEQUENCE, TOKEN):
+            if self.classifies:
                 sums["correct"] = ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
         return sums
 
@@ -102,14 +108,28 @@ class Base:
 
         Returns:
             "loss", the sum over the positions with a label, `[batch]`; and for classification "predicted", the class at
-            each position, `[batch]` or `[batch, seq]`.
+            each position, `[batch]` or `[batch, seq]`, or "outputs", `[batch, outputs]`: the numbers, or the
+            probabilities of several classes.
         """
         logits, labels = self.logits(bound, batch).float(), self._labels(batch).to(self.device)
-        nats = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        found = {"loss": nats.unflatten(0, labels.shape).reshape(len(labels), -1).sum(1)}
-        if self.task in (SEQUENCE, TOKEN):
+        losses = self._losses(logits, labels)
+        found = {"loss": losses.unflatten(0, labels.shape).reshape(len(labels), -1).sum(1)}
+        if self.classifies:
             found["predicted"] = logits.argmax(-1)
+        elif self.task == SEQUENCE:
+            found["outputs"] = self.shares(logits)
         return found
+
+    @property
+    def classifies(self) -> bool:
+        """Whether each label is one class."""
+        return self.task == TOKEN or (self.task == SEQUENCE and self.problem == SINGLE)
+
+    def shares(self, logits: Tensor) -> Tensor:
+        """What the outputs of a head mean: probabilities, or the numbers themselves."""
+        if self.problem == REGRESSION:
+            return logits.float()
+        return logits.float().sigmoid() if self.problem == MULTI else logits.float().softmax(-1)
 
     @torch.no_grad()
     def generate(self, bound: Any, prompt: str, tokens: int) -> str:
@@ -140,7 +160,7 @@ class Base:
         read = torch.tensor([ids], device=self.device)
         given = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if self.task == SEQUENCE:
-            return self.classes[int(bound(**given).logits.argmax())]
+            return self._said(self.shares(bound(**given).logits[0]).tolist())
         out = bound.generate(
             **given, max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=self.tokenizer.pad_token_id
         )[0]
@@ -158,6 +178,8 @@ class Base:
             UnsupportedError: rows are packed, which the demo's base does not support.
         """
         given = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+        if "token_type_ids" in given and not self._has_segments:
+            del given["token_type_ids"]
         if isinstance(self.tokenizer, ByteTokenizer):
             if "position_ids" in given:
                 raise UnsupportedError(f"packing: {DEMO} cannot separate the examples of a row. Leave it out.")
@@ -174,9 +196,31 @@ class Base:
         # The labels are shifted, not the logits: a slice of these would be a copy.
         return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.task == CAUSAL else labels
 
+    @functools.cached_property
+    def _has_segments(self) -> bool:
+        """Whether the model tells the texts of a pair apart by more than their tokens."""
+        sizes: int = getattr(self.model.config, "type_vocab_size", 2)
+        return sizes > 1 and takes(type(self.model).forward, "token_type_ids")
+
+    def _said(self, shares: list[float]) -> str:
+        """What a head says of a text, in words."""
+        if self.problem == REGRESSION:
+            return ", ".join(f"{share:.4g}" for share in shares)
+        if self.problem == MULTI:
+            return ", ".join(name for name, share in zip(self.classes, shares, strict=True) if share >= THRESHOLD)
+        return self.classes[shares.index(max(shares))]
+
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        flat = logits.float().flatten(0, -2)
-        return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return self._losses(logits, labels, reduction="sum")
+
+    def _losses(self, logits: Tensor, labels: Tensor, reduction: str = "none") -> Tensor:
+        """The loss of each label, flattened, or their sum."""
+        flat, wanted = logits.float().flatten(0, -2), labels.flatten()
+        if self.task == SEQUENCE and self.problem == REGRESSION:
+            return F.mse_loss(flat.flatten(), wanted, reduction=reduction)
+        if self.task == SEQUENCE and self.problem == MULTI:
+            return F.binary_cross_entropy_with_logits(flat.flatten(), wanted, reduction=reduction)
+        return F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction=reduction)
 
     def decoder_ids(self, labels: Tensor) -> Tensor:
         """The decoder's input for labels: the same, shifted by one."""
@@ -214,13 +258,27 @@ def known_classes(settings: Settings) -> tuple[str, ...]:
     Raises:
         FormatError: the folder is no model.
     """
-    if settings.model is None or settings.task not in (SEQUENCE, TOKEN):
+    if settings.model is None or not known_head(settings):
         return ()
+    names = _labels(settings.model, load_config(settings.model))
+    return names if names != tuple(f"LABEL_{i}" for i in range(len(names))) else ()
+
+
+def known_problem(settings: Settings) -> str:
+    """What labels are: as the settings say, else as the model's own head was trained; `settings.AUTO` without one."""
+    if settings.problem != AUTO or settings.model is None or settings.task != SEQUENCE or not known_head(settings):
+        return settings.problem
     config = load_config(settings.model)
+    named = {name: problem for problem, name in PROBLEM_TYPES.items()}
+    return named.get(config.problem_type, REGRESSION if config.num_labels == 1 else AUTO)
+
+
+def known_head(settings: Settings) -> bool:
+    """Whether the model's folder has a head for the task."""
+    if settings.model is None or settings.task not in (SEQUENCE, TOKEN):
+        return False
     head = CLASSES[settings.task].removeprefix("AutoModel")
-    names = _labels(settings.model, config)
-    has = any(str(name).endswith(head) for name in config.architectures or ())
-    return names if has and names != tuple(f"LABEL_{i}" for i in range(len(names))) else ()
+    return any(str(name).endswith(head) for name in load_config(settings.model).architectures or ())
 
 
 def _labels(folder: Path, config: Any) -> tuple[str, ...]:
@@ -237,8 +295,8 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
     `adapters.begin` quantises them.
 
     Args:
-        settings: `model`, `task`, `dtype`, `attention`, `quantize`, `double_quant`, `device`, `init`, `modules_to_save`
-            and `seed` are used.
+        settings: `model`, `task`, `problem`, `dtype`, `attention`, `quantize`, `double_quant`, `device`, `init`,
+            `modules_to_save` and `seed` are used.
         tokenizer: from `load_tokenizer`.
         classes: for classification; those of the folder's configuration if empty.
 
@@ -253,6 +311,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         256
     """
     device = device_of(settings.device)
+    problem = SINGLE if settings.problem == AUTO else settings.problem
     model: nn.Module
     new: tuple[str, ...] = ()
     limit: int | None
@@ -270,6 +329,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
             dtype=settings.dtype,
             attention=settings.attention,
             classes=classes,
+            problem=problem,
             seed=settings.seed,
         )
         name, limit = str(settings.model), longest_context(model)
@@ -287,7 +347,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         forget(model, packed)
     _move(model, device)
     params = base_params(model) | packed
-    base = Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device)
+    base = Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device, problem)
     if settings.task == CAUSAL:
         _check_causal(base)
     return base

@@ -28,7 +28,8 @@ def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | 
 
     Returns:
         `input_ids: [batch, seq]`; `labels`: `[batch, seq]` (seq2seq: the decoder's `[batch, seq']`) padded with
-        `IGNORED`, or `[batch]` for sequence-classification; and either `attention_mask: [batch, seq]` or, if packed,
+        `IGNORED`, or for sequence-classification `[batch]`, or `[batch, outputs]` in float32 if they are `targets`;
+        `token_type_ids: [batch, seq]` if a row has `segments`; and either `attention_mask: [batch, seq]` or, if packed,
         `position_ids: [batch, seq]`, which restart at 0 with each example. Call the model with exactly these keys
         (except labels): transformers treats restarting positions without an `attention_mask` as examples that do not
         attend to each other. Padding is then one more such example.
@@ -41,9 +42,12 @@ def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | 
     """
     batch = {"input_ids": _padded([row.ids for row in examples], pad)}
     if task == SEQUENCE:
-        batch["labels"] = torch.tensor([row.labels[0] for row in examples])
+        targets = [row.targets for row in examples]
+        batch["labels"] = torch.tensor(targets if targets[0] else [row.labels[0] for row in examples])
     else:
         batch["labels"] = _padded([row.labels for row in examples], IGNORED)
+    if any(row.segments for row in examples):
+        batch["token_type_ids"] = _padded([[*row.segments] for row in examples], 0)
     longest = batch["input_ids"].shape[1]
     if is_packed(examples) if packed is None else packed:
         rests = [longest - len(row.ids) for row in examples]

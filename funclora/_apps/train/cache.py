@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from funclora._apps.train.labels import Labels
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.records import files_of
 from funclora._apps.train.rows import Example
@@ -20,7 +21,7 @@ from funclora._files.staging import staged_folder
 LARGE = 1 << 24  # bytes of data files; the examples of smaller data are kept in memory
 FOLDER, META = "cache", "cache.json"
 PARTS = ("train", "validation")
-_VERSION = 1
+_VERSION = 2
 _PATHS = ("data", "validation", "chat_template")  # of which the contents matter
 
 Part = list[Example] | Writer
@@ -33,13 +34,13 @@ class Tokenised:
     Attributes:
         parts: the training and the validation examples.
         ends: after each file, the number of training examples.
-        classes: names of the classes.
+        labels: what labels mean.
         notes: what was said of the data.
     """
 
     parts: tuple[Sequence[Example], Sequence[Example]]
     ends: list[int]
-    classes: tuple[str, ...]
+    labels: Labels
     notes: Notes
 
 
@@ -79,7 +80,8 @@ def load(folder: Path, key: str) -> Tokenised | None:
             Stored(at / f"{name}.arrow", np.fromfile(at / f"{name}.sizes", np.int32).reshape(-1, 2), *meta[name])
             for name in PARTS
         ]
-        return Tokenised((parts[0], parts[1]), meta["ends"], tuple(meta["classes"]), Notes.of(meta["notes"]))
+        labels = Labels(meta["problem"], tuple(meta["classes"]), meta["placed"])
+        return Tokenised((parts[0], parts[1]), meta["ends"], labels, Notes.of(meta["notes"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -91,9 +93,12 @@ class Cache:
         self.folder, self.key = folder, key
         self.parts: tuple[Writer, Writer] = (Writer(folder / "train.arrow"), Writer(folder / "validation.arrow"))
 
-    def finish(self, ends: list[int], classes: Sequence[str], notes: Notes) -> None:
+    def finish(self, ends: list[int], labels: Labels, notes: Notes) -> None:
         """Write the rest."""
-        meta: dict[str, Any] = {"key": self.key, "ends": ends, "classes": [*classes], "notes": notes.state()}
+        meta: dict[str, Any] = {
+            "key": self.key, "ends": ends, "problem": labels.problem, "classes": [*labels.names],
+            "placed": labels.placed, "notes": notes.state(),
+        }  # fmt: skip
         for name, part in zip(PARTS, self.parts, strict=True):
             part.close()
             part.sizes().tofile(self.folder / f"{name}.sizes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 from funclora._apps.train.batches import Shares
 from funclora._apps.train.cache import Part, Tokenised, is_large, key_of, load, written
 from funclora._apps.train.formats import Format
+from funclora._apps.train.labels import Labels, Seen, decided, listed
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.packing import pack
 from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED as IGNORED
 from funclora._apps.train.rows import Example as Example
-from funclora._apps.train.settings import CAUSAL, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import AUTO, CAUSAL, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
 from funclora._apps.train.stored import digest, sizes
 from funclora._apps.train.survey import Survey
 from funclora._apps.train.tokens import reader
@@ -37,6 +38,7 @@ class Data:
         classes: names of the classes, by number; empty for tasks without.
         notes: what was cut off, skipped or held out, with numbers.
         shares: for files with weights, the number of training examples of each, and how often each is in an epoch.
+        problem: what labels of texts are, one of `settings.PROBLEMS`.
     """
 
     train: Sequence[Example]
@@ -44,6 +46,7 @@ class Data:
     classes: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     shares: Shares = ()
+    problem: str = SINGLE
 
     def digest(self) -> str:
         """SHA-256 of the examples and classes, in hexadecimal: equal if and only if a run sees the same data.
@@ -79,13 +82,14 @@ def prepare(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "pairs.jsonl")
         ...     _ = file.write_text('{"prompt": "1+1=", "completion": "2"}')
-        ...     prepare(Settings(data=(file,)), ByteTokenizer(), 256).train
-        [Example(ids=[49, 43, 49, 61, 50], labels=[-100, -100, -100, -100, 50], lengths=(5,), source='pairs.jsonl:1')]
+        ...     (example,) = prepare(Settings(data=(file,)), ByteTokenizer(), 256).train
+        >>> example.ids, example.labels, example.source
+        ([49, 43, 49, 61, 50], [-100, -100, -100, -100, 50], 'pairs.jsonl:1')
     """
     if not settings.data:
         raise ConfigError("data: no training data is given. Give a file, or a folder of files.")
     tokenised = _tokenised(settings, tokenizer, limit, known, folder)
-    (train, validation), notes, classes = tokenised.parts, tokenised.notes, tokenised.classes
+    (train, validation), notes, labels = tokenised.parts, tokenised.notes, tokenised.labels
     context = _context(settings, limit, Notes())
     if settings.validation is None and settings.validation_split and not validation:
         # With few long texts, the end of the last ones.
@@ -101,9 +105,8 @@ def prepare(
             else f"No example is held out for evaluation: {of} are too few for a validation_split of "
             f"{settings.validation_split:g}. Give a larger one, or a file of validation data."
         )
-    learned = {label for example in train for label in example.labels} if classes else set()
-    if missing := [name for i, name in enumerate(classes) if i not in learned]:
-        notes.say(f"No training example is of class {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}.")
+    if missing := _unlearned(train, labels):
+        notes.say(f"No training example is of class {listed(missing)}.")
     parts = [train[start:end] for start, end in itertools.pairwise(min(end, len(train)) for end in tokenised.ends)]
     if settings.packing:
         packed = [_packed(part, context, notes, "") for part in (parts if settings.weights else [train])]
@@ -111,7 +114,7 @@ def prepare(
         train = packed[0] if len(packed) == 1 else [row for part in packed for row in part]
         validation = _packed(validation, context, notes, "held-out ")
     shares = tuple(zip(map(len, parts), settings.weights, strict=True)) if settings.weights else ()
-    return Data(train, validation, classes, notes.lines(), shares)
+    return Data(train, validation, labels.names, notes.lines(), shares, labels.problem)
 
 
 def _tokenised(
@@ -120,8 +123,8 @@ def _tokenised(
     """The examples, from the cache if it has them."""
     if folder is None or not is_large(settings) or find_spec("pyarrow") is None:
         train, validation = list[Example](), list[Example]()
-        ends, classes, notes = _fill(train, validation, settings, tokenizer, limit, known)
-        return Tokenised((train, validation), ends, classes, notes)
+        ends, labels, notes = _fill(train, validation, settings, tokenizer, limit, known)
+        return Tokenised((train, validation), ends, labels, notes)
     key = key_of(settings, tokenizer, limit, known)
     if (found := load(folder, key)) is None:
         with written(folder, key) as cache:
@@ -134,11 +137,11 @@ def _tokenised(
 
 def _fill(
     train: Part, validation: Part, settings: Settings, tokenizer: Any, limit: int | None, known: Sequence[str]
-) -> tuple[list[int], tuple[str, ...], Notes]:
+) -> tuple[list[int], Labels, Notes]:
     """Tokenise the data.
 
     Returns:
-        The number of training examples before and after each file, the classes, and what is to be said.
+        The number of training examples before and after each file, what labels mean, and what is to be said.
     """
     notes = Notes()
     context = _context(settings, limit, notes)
@@ -153,8 +156,8 @@ def _fill(
                 f"{survey.kinds[other]}: has {other[0]!r}, but {where} has {trained[0]!r}. Validation data must be of "
                 "a kind that is trained on."
             )
-    classes = _classes(survey.names, settings, known, notes)
-    read_one = reader(settings, tokenizer, context, classes, notes)
+    labels = _labels(survey.labels, settings, known, notes)
+    read_one = reader(settings, tokenizer, context, labels, notes)
     held_out = _held_out(n, settings) if settings.validation is None else set()
     ends, i = [0], 0
     for file in (*settings.data, *([] if settings.validation is None else [settings.validation])):
@@ -171,7 +174,7 @@ def _fill(
         raise ConfigError(f"validation_split: {settings.validation_split} leaves nothing to train on.")
     for line in survey.lines():
         notes.say(line)
-    return ends[: len(settings.data) + 1], classes, notes
+    return ends[: len(settings.data) + 1], labels, notes
 
 
 def read_examples(
@@ -181,7 +184,7 @@ def read_examples(
 
     Args:
         file: a file or folder, as for `records.read`.
-        settings: of the task and of the fields; `context` is the maximum length of an example.
+        settings: of the task, the problem and the fields; `context` is the maximum length of an example.
         tokenizer: as for `prepare`.
         limit: as for `prepare`.
         classes: the adapters'; empty for tasks without.
@@ -199,7 +202,9 @@ def read_examples(
     context = _context(settings, limit, notes)
     survey = Survey(settings, Format.of(settings.fields, settings.roles, tokenizer), notes)
     survey.count([file])
-    read_one = reader(settings, tokenizer, context, classes, notes)
+    placed = settings.problem == MULTI and survey.labels.is_placed() and survey.labels.size == len(classes)
+    problem = SINGLE if settings.problem == AUTO else settings.problem
+    read_one = reader(settings, tokenizer, context, Labels(problem, tuple(classes), placed), notes)
     examples = [example for record in survey.records(file) for example in _usable(read_one, record, survey)]
     for line in survey.lines():
         notes.say(line)
@@ -230,26 +235,25 @@ def _usable(read_one: Callable[[Record], list[Example]], record: Record, survey:
         return []
 
 
-def _classes(names: Collection[str], settings: Settings, known: Sequence[str], notes: Notes) -> tuple[str, ...]:
-    """The names of all classes: the model's, if it has all of them; else sorted, numerically if they are numbers."""
+def _labels(seen: Seen, settings: Settings, known: Sequence[str], notes: Notes) -> Labels:
+    """What the labels mean, for tasks that have classes."""
     if settings.task not in (SEQUENCE, TOKEN):
-        return ()
-    if len(names) < 2:
-        raise FormatError(
-            f"{settings.data[0]}: {settings.label_field}: expected at least two classes, got "
-            f"{', '.join(names) or 'none'}."
-        )
-    if {*names} <= {*known}:
-        classes = tuple(known)
-    else:
-        if known:
-            notes.say(f"The model's head has other classes: {', '.join(known[:20])}{', ...' * (len(known) > 20)}.")
-        try:
-            classes = tuple(sorted(names, key=int))
-        except ValueError:
-            classes = tuple(sorted(names))
-    notes.say(f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.")
-    return classes
+        return Labels()
+    problem = SINGLE if settings.task == TOKEN else settings.problem
+    labels, said = decided(seen, problem, known, f"{settings.data[0]}: {settings.label_field}")
+    for line in said:
+        notes.say(line)
+    return labels
+
+
+def _unlearned(train: Sequence[Example], labels: Labels) -> list[str]:
+    """The classes that no example has."""
+    if labels.problem == REGRESSION or not labels.names:
+        return []
+    learned: set[int] = set()
+    for example in train:
+        learned.update(example.labels, (i for i, there in enumerate(example.targets) if there))
+    return [name for i, name in enumerate(labels.names) if i not in learned]
 
 
 def _held_out(n: int, settings: Settings) -> set[int]:

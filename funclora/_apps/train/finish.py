@@ -14,19 +14,19 @@ from torch import Tensor
 from funclora._apps.train.adapters import Start
 from funclora._apps.train.base import Base
 from funclora._apps.train.examples import Data
-from funclora._apps.train.folder import CLASSES, load_model, positions_after_padding
+from funclora._apps.train.folder import CLASSES, PROBLEM_TYPES, load_model, positions_after_padding
 from funclora._apps.train.loop import Outcome
 from funclora._apps.train.packing import Packed
 from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, MULTI, REGRESSION, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN, Settings
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
 from funclora._bind.summary import summary
 from funclora._files.staging import check_out, staged_folder
 from funclora._quant.quantize import dequantize
 from funclora.errors import ConfigError
-from funclora.io.hf.heads import CLASSES_FILE
+from funclora.io.hf.heads import CLASSES_FILE, classes_text
 from funclora.io.hf.library import quiet, transformers
 from funclora.io.hf.origin import write_origin
 from funclora.io.merge.merge import merge_checkpoint
@@ -123,7 +123,7 @@ def write_adapter(folder: Path, start: Start, outcome: Outcome, data: Data, sett
     if hasattr(start.base.tokenizer, "save_pretrained"):
         start.base.tokenizer.save_pretrained(str(folder))
     if start.base.classes:
-        _write(folder / CLASSES_FILE, json.dumps(start.base.classes, ensure_ascii=False) + "\n")
+        _write(folder / CLASSES_FILE, classes_text(start.base.classes, PROBLEM_TYPES[start.base.problem]))
     _write(folder / CARD, card(start, outcome, data, settings))
 
 
@@ -147,12 +147,12 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         "validation": f"{settings.validation or 'held out'}: {_examples(data.validation)}"
         if data.validation
         else "none",
-        **({"classes": ", ".join(base.classes)} if base.classes else {}),
+        **_meaning(base),
         "trained": f"{trained.trainable:,} of {trained.total:,} values ({trained.percent:.2f} %)",
         **({"started from": str(settings.adapter)} if settings.adapter is not None else {}),
         "steps": f"{outcome.taken:,} ({outcome.stopped})",
         "adapter": outcome.chosen(),
-        **_losses(outcome),
+        **_losses(outcome, "" if base.problem == REGRESSION else " (nats)"),
     }
     sections = [
         "\n".join(head),
@@ -180,7 +180,7 @@ def _examples(rows: Sequence[Example]) -> str:
     return f"{n:,} example{'s' * (n != 1)}"
 
 
-def _losses(outcome: Outcome) -> dict[str, str]:
+def _losses(outcome: Outcome, unit: str) -> dict[str, str]:
     found = {}
     train, validation = outcome.losses["train"], outcome.losses["validation"]
     if train:
@@ -189,7 +189,7 @@ def _losses(outcome: Outcome) -> dict[str, str]:
         found["validation loss"] = f"{validation[-1][1]:.4f} at step {validation[-1][0]}"
     if outcome.best is not None:
         found["best validation loss"] = f"{outcome.best[1]:.4f} at step {outcome.best[0]}"
-    return {key: f"{value} (nats)" for key, value in found.items()}
+    return {key: f"{value}{unit}" for key, value in found.items()}
 
 
 def _usage(base: Base, settings: Settings) -> str:
@@ -206,6 +206,8 @@ def _usage(base: Base, settings: Settings) -> str:
         # The adapter's head replaces a head of another size in the folder.
         mismatched = ", ignore_mismatched_sizes=True" if base.new else ""
         labels = f", num_labels={len(base.classes)}{mismatched}" if base.classes else ""
+        if base.problem != SINGLE:
+            labels += f', problem_type="{PROBLEM_TYPES[base.problem]}"'
         code = [
             "from peft import PeftModel",
             f"from transformers import {CLASSES[settings.task]}, AutoTokenizer",
@@ -216,10 +218,21 @@ def _usage(base: Base, settings: Settings) -> str:
         ]
         if settings.task == SEQUENCE:  # decoders classify by the last token that is not padding
             code += ["model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
-        if base.classes:
+        if base.classes and base.problem != REGRESSION:
             code = ["import json", "from pathlib import Path", "", *code]
-            code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text())']
+            names = '["classes"]' if base.problem == MULTI else ""
+            code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text()){names}']
     return "\n".join(["```python", *code, "```"])
+
+
+def _meaning(base: Base) -> dict[str, str]:
+    """What the outputs of the head are, if there is one."""
+    if not base.classes:
+        return {}
+    if base.problem == REGRESSION:
+        return {"outputs": f"{len(base.classes)} (regression)"}
+    several = " (a text has several of them)" if base.problem == MULTI else ""
+    return {"classes": ", ".join(base.classes) + several}
 
 
 def _table(rows: Mapping[str, str]) -> str:
@@ -252,7 +265,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
             merge_checkpoint(settings.model, settings.out / ADAPTER, draft)
         return
     # The folder does not have this model: its head is new, or of another kind.
-    model, _ = load_model(settings.model, settings.task, classes=base.classes, seed=settings.seed)
+    model, _ = load_model(settings.model, settings.task, classes=base.classes, problem=base.problem, seed=settings.seed)
     weights = merge(dequantize(base.params) if packed else base_params(model), adapters)
     model.load_state_dict(weights)
     if not positions_after_padding(model):  # of which it would move the positions

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
+from funclora._apps.train.settings import CAUSAL, PROBLEMS, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN
 from funclora._apps.train.tokenizer import load_config as load_config
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
+from funclora.io.hf.heads import PROBLEM_TYPES as TYPES
 from funclora.io.hf.library import OPTIONS, first_line, quiet, reading, transformers
 from funclora.io.hf.structure import at_most, named_class, nothing_stored
 
@@ -27,6 +28,7 @@ CLASSES = {
     TOKEN: "AutoModelForTokenClassification",
     SEQ2SEQ: "AutoModelForSeq2SeqLM",
 }
+PROBLEM_TYPES = dict(zip(PROBLEMS, TYPES, strict=True))  # as transformers calls them
 
 
 def load_model(
@@ -36,6 +38,7 @@ def load_model(
     dtype: str = "auto",
     attention: str = "auto",
     classes: Sequence[str] = (),
+    problem: str = SINGLE,
     seed: int = 0,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model on the CPU, in evaluation mode, frozen.
@@ -49,6 +52,7 @@ def load_model(
         dtype: "auto" for the folder's, or a name.
         attention: transformers' `attn_implementation`; "auto" for its choice.
         classes: names of the classes; those of the folder's configuration if empty.
+        problem: what labels of texts are, one of `settings.PROBLEMS`.
         seed: of new weights.
 
     Returns:
@@ -63,6 +67,8 @@ def load_model(
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
+    if task == SEQUENCE and (problem != SINGLE or config.problem_type is not None):
+        config.problem_type = PROBLEM_TYPES[problem]
     cls = _class(folder, config, task)
     _check_size(folder, _empty(folder, config, cls, task))
     remedy = " Give a folder with config.json and complete .safetensors files."

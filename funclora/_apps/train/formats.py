@@ -11,13 +11,16 @@ from funclora._apps.train.records import Record
 from funclora._apps.train.strict_json import parse
 from funclora.errors import ConfigError, FormatError, near
 
-# What has a name of its own in records; text and label have options of their own.
+# What has a name of its own in records.
 NAMES = (
     "messages",
     "tools",
     "prompt",
     "completion",
     "tokens",
+    "text",
+    "text_pair",
+    "label",
     "instruction",
     "input",
     "output",
@@ -63,8 +66,7 @@ class Format:
         for name in given:
             if name not in NAMES:
                 raise ConfigError(
-                    f"fields: expected one of {', '.join(NAMES)} before '=', got {name!r}.{near(name, NAMES, 1)} Texts "
-                    "and classes have text_field and label_field."
+                    f"fields: expected one of {', '.join(NAMES)} before '=', got {name!r}.{near(name, NAMES, 1)}"
                 )
         named = _pairs("roles", roles, "human=user")
         for role in named.values():

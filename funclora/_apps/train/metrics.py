@@ -1,4 +1,4 @@
-"""How well predicted classes agree with the right ones: accuracy, F1, confusion, and F1 of spans."""
+"""How well predictions agree with what is right: accuracy, F1, confusion, F1 of spans, correlations of numbers."""
 
 from __future__ import annotations
 
@@ -55,6 +55,68 @@ def macro(values: Iterable[float | None]) -> float:
     """
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else math.nan
+
+
+def several_f1(true: Sequence[Sequence[bool]], said: Sequence[Sequence[bool]]) -> tuple[float, list[float | None]]:
+    """F1 where a text has several classes: over all decisions (micro), and of each class.
+
+    Args:
+        true: whether each text is of each class, `[text][class]`.
+        said: the same as predicted.
+
+    Returns:
+        The two; None for a class that occurs nowhere.
+
+    Examples:
+        >>> several_f1([[True, False], [True, True]], [[True, False], [True, False]])
+        (0.8, [1.0, 0.0])
+    """
+    columns = [*zip(zip(*true, strict=True), zip(*said, strict=True), strict=True)]
+    hits = [sum(a and b for a, b in zip(*pair, strict=True)) for pair in columns]
+    totals = [sum(map(sum, pair)) for pair in columns]
+    by_class = [2 * hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
+    return (2 * sum(hits) / sum(totals) if sum(totals) else math.nan), by_class
+
+
+def pearson(true: Sequence[float], said: Sequence[float]) -> float:
+    """The linear correlation of two lists of numbers; NaN if one of them is constant.
+
+    Examples:
+        >>> round(pearson([1.0, 2.0, 3.0], [5.0, 7.0, 9.0]), 6)
+        1.0
+    """
+    if not true:
+        return math.nan
+    parts = []
+    for numbers in (true, said):
+        mean = math.fsum(numbers) / len(numbers)
+        parts.append([number - mean for number in numbers])
+    norms = [math.sqrt(math.fsum(x * x for x in part)) for part in parts]
+    if not all(norms):
+        return math.nan
+    return math.fsum(x * y for x, y in zip(*parts, strict=True)) / (norms[0] * norms[1])
+
+
+def spearman(true: Sequence[float], said: Sequence[float]) -> float:
+    """The correlation of ranks of two lists of numbers; equal numbers have the mean of their ranks.
+
+    Examples:
+        >>> round(spearman([1.0, 2.0, 30.0], [5.0, 6.0, 7.0]), 6)
+        1.0
+    """
+    return pearson(_ranks(true), _ranks(said))
+
+
+def _ranks(numbers: Sequence[float]) -> list[float]:
+    order = sorted(range(len(numbers)), key=lambda i: numbers[i])
+    ranks = [0.0] * len(numbers)
+    first = 0
+    for _, group in itertools.groupby(order, key=lambda i: numbers[i]):
+        some = [*group]
+        for i in some:
+            ranks[i] = first + (len(some) - 1) / 2
+        first += len(some)
+    return ranks
 
 
 def are_tags(classes: Iterable[str]) -> bool:

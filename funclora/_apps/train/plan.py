@@ -10,7 +10,7 @@ from funclora._apps.train.adapters import Start
 from funclora._apps.train.base import Base
 from funclora._apps.train.examples import Data
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, MULTI, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.setup import Ready
 from funclora._apps.train.step import Steps
 from funclora._apps.train.stored import sizes
@@ -155,15 +155,15 @@ def _row(example: Example, n: int) -> Example:
         labels = labels[:n]
     elif len(labels) > 1:
         labels = labels[: max(1, len(labels) * n // len(example.ids))]
-    if all(label == IGNORED for label in labels):
+    if labels and all(label == IGNORED for label in labels):
         labels = [*labels[:-1], example.ids[n - 1]] if len(labels) == n else labels
-    return Example(example.ids[:n], labels, (n,), example.source)
+    return replace(example, ids=example.ids[:n], labels=labels, lengths=(n,), segments=example.segments[:n])
 
 
 def shown(base: Base, example: Example) -> Shown:
     """An example as text, with its parts with loss."""
     if base.task == SEQUENCE:
-        return Shown(example.source, ((_text(base, example.ids), False),), base.classes[example.labels[0]])
+        return Shown(example.source, ((_text(base, example.ids), False),), _answer(base, example))
     if base.task == SEQ2SEQ:
         parts = ((_text(base, example.ids), False), (_text(base, example.labels), True))
         return Shown(example.source, parts)
@@ -181,6 +181,15 @@ def shown(base: Base, example: Example) -> Shown:
         return Shown(example.source, _runs(base, example), answer)
     assert base.task == CAUSAL
     return Shown(example.source, _runs(base, example))
+
+
+def _answer(base: Base, example: Example) -> str:
+    """The label of a text."""
+    if base.problem == REGRESSION:
+        return ", ".join(f"{number:g}" for number in example.targets)
+    if base.problem == MULTI:
+        return ", ".join(name for name, there in zip(base.classes, example.targets, strict=True) if there)
+    return base.classes[example.labels[0]]
 
 
 def _runs(base: Base, example: Example) -> tuple[tuple[str, bool], ...]:

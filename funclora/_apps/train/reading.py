@@ -27,6 +27,7 @@ ONLY = {
     **dict.fromkeys(("train_on", "turns", "chat_template", "packing"), (CAUSAL,)),
     "text_field": (CAUSAL, SEQUENCE),
     "label_field": (SEQUENCE, TOKEN),
+    "problem": (SEQUENCE,),
 }
 # Keys that have an effect only with some values of another key.
 NEEDS = {

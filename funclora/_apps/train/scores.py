@@ -1,20 +1,30 @@
-"""Scores of many adapters on the examples of a file, in one pass over the base: losses, and metrics of classes."""
+"""Scores of many adapters on the examples of a file, in one pass over the base: losses, and metrics of what is said."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from funclora._apps.train.base import Base
+from funclora._apps.train.base import THRESHOLD, Base
 from funclora._apps.train.batches import collate
-from funclora._apps.train.metrics import accuracy, are_tags, confusion, f1_by_class, macro, span_scores
+from funclora._apps.train.metrics import (
+    accuracy,
+    are_tags,
+    confusion,
+    f1_by_class,
+    macro,
+    pearson,
+    several_f1,
+    span_scores,
+    spearman,
+)
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, TOKEN
+from funclora._apps.train.settings import CAUSAL, REGRESSION, SEQ2SEQ, TOKEN
 from funclora._apps.train.step import moved
 from funclora._many.stack import stack as stack_of
 from funclora._train.evaluate import by_row
@@ -31,11 +41,13 @@ class Score:
 
     Attributes:
         labels: number of positions with a label.
-        values: "loss" in nats per label; for texts "perplexity"; for classes "accuracy" and "macro_f1"; for tags that
-            mark spans "span_precision", "span_recall" and "span_f1".
+        values: "loss" in nats per label, or as a squared error for numbers; for texts "perplexity"; for classes
+            "accuracy" and "macro_f1"; for tags that mark spans "span_precision", "span_recall" and "span_f1"; for
+            several classes of a text "micro_f1", "macro_f1" and "all_right", the share of texts whose classes are all
+            right; for numbers "pearson" and "spearman", the means over the outputs.
         by_class: F1 of each class that occurs.
         by_span: F1 of each kind of span.
-        confusion: `[class][predicted class]`; empty for texts.
+        confusion: `[class][predicted class]`; empty where a label is not one class.
     """
 
     labels: int
@@ -51,6 +63,7 @@ def scores(
     examples: Sequence[Example],
     *,
     memory: int | None = None,
+    threshold: float = THRESHOLD,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """The scores of every member, with the loss and on the positions that training has.
@@ -63,12 +76,14 @@ def scores(
         members: the adapters; `{}` is the base model.
         examples: of one file, not packed.
         memory: bytes, as for `funclora.evaluate`.
+        threshold: the probability from which on a text is of a class, where it has several.
         progress: called after each batch of `BATCH` examples.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
     nats = torch.zeros(len(members), dtype=torch.float64)
     labels = sum(1 for example in examples for label in example.labels[base.task == CAUSAL :] if label != IGNORED)
-    predicted: list[list[list[int]]] = [[[] for _ in examples] for _ in range(len(members))]
+    labels += sum(len(example.targets) for example in examples)
+    predicted: list[list[Any]] = [[[] for _ in examples] for _ in range(len(members))]
     parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
     def batches() -> Iterator[Any]:
@@ -78,14 +93,17 @@ def scores(
 
     for part, out in zip(parts, _by_row(base, members, batches, memory), strict=True):
         nats += out["loss"].double().sum(1).cpu()
+        if "outputs" in out:
+            for own, by_example in zip(predicted, out["outputs"].tolist(), strict=True):
+                for i, outputs in zip(part, by_example, strict=True):
+                    own[i] = outputs
         if "predicted" in out:
             for own, by_example in zip(predicted, out["predicted"].tolist(), strict=True):
                 for i, classes in zip(part, by_example, strict=True):
                     own[i] = classes if base.task == TOKEN else [classes]
         progress()
-    true = [example.labels for example in examples]
     return [
-        _score(base, labels, float(loss), true, own)
+        _score(base, labels, float(loss), examples, own, threshold)
         for loss, own in zip((nats / max(1, labels)).tolist(), predicted, strict=True)
     ]
 
@@ -107,15 +125,54 @@ def _by_row(
     return itertools.chain(first, together)
 
 
-def _score(base: Base, labels: int, loss: float, true: list[list[int]], predicted: list[list[int]]) -> Score:
+def _score(
+    base: Base, labels: int, loss: float, examples: Sequence[Example], predicted: list[Any], threshold: float
+) -> Score:
     if base.task in (CAUSAL, SEQ2SEQ):
         return Score(labels, {"loss": loss, "perplexity": perplexity(loss)})
-    pairs = [
-        [(label, said) for label, said in zip(own, some, strict=False) if label != IGNORED]  # the rest is padding
-        for own, some in zip(true, predicted, strict=True)
-    ]
-    found = agreement(base.classes, pairs)
-    return Score(labels, {"loss": loss, **found.values}, found.by_class, found.by_span, found.confusion)
+    if base.classifies:
+        pairs = [
+            # The rest is padding.
+            [(label, said) for label, said in zip(example.labels, some, strict=False) if label != IGNORED]
+            for example, some in zip(examples, predicted, strict=True)
+        ]
+        found = agreement(base.classes, pairs)
+    else:
+        found = agreement_of_outputs(
+            base.problem, base.classes, [each.targets for each in examples], predicted, threshold
+        )
+    return replace(found, labels=labels, values={"loss": loss, **found.values})
+
+
+def agreement_of_outputs(
+    problem: str,
+    classes: Sequence[str],
+    true: Sequence[Sequence[float]],
+    outputs: Sequence[Sequence[float]],
+    threshold: float = THRESHOLD,
+) -> Score:
+    """The metrics of numbers, or of several classes of each text, without a loss.
+
+    Args:
+        problem: which of both.
+        classes: their names.
+        true: the right outputs of each text.
+        outputs: the numbers, or the probabilities.
+        threshold: the probability from which on a text is of a class.
+    """
+    if problem == REGRESSION:
+        columns = [*zip(zip(*true, strict=True), zip(*outputs, strict=True), strict=True)]
+        values = {
+            name: math.fsum(of(*column) for column in columns) / len(columns)
+            for name, of in (("pearson", pearson), ("spearman", spearman))
+        }
+        return Score(len(true), values)
+    right = [[share > 0 for share in some] for some in true]
+    said = [[share >= threshold for share in some] for some in outputs]
+    micro, by_class = several_f1(right, said)
+    whole = sum(a == b for a, b in zip(right, said, strict=True)) / len(right)
+    known = {name: value for name, value in zip(classes, by_class, strict=True) if value is not None}
+    return Score(len(true), {"micro_f1": micro, "macro_f1": macro(by_class), "all_right": whole}, known)
 
 
 def agreement(classes: Sequence[str], pairs: Sequence[Sequence[tuple[int, int]]]) -> Score:

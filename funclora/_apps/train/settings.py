@@ -10,6 +10,10 @@ from typing import Any
 
 CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ = TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq")
 
+# What the labels of sequence-classification are: one class, several classes, numbers.
+SINGLE, MULTI, REGRESSION = PROBLEMS = ("single-label", "multi-label", "regression")
+AUTO = "auto"
+
 RUN_FILE = "run.toml"  # in the folder of a run: its settings
 
 
@@ -63,6 +67,12 @@ class Settings:
     skip_bad: bool = _key(False, "Data", "Leave out records that cannot be used, and count them, instead of stopping.")
     text_field: str = _key("text", "Data", "Name of the field with plain text, or with the text to classify.")
     label_field: str = _key("label", "Data", "Name of the field with the class (sequence) or the classes (token).")
+    problem: str = _key(
+        AUTO,
+        "Data",
+        "What labels of texts are: one class, several classes, or numbers; auto looks at the model's head and at them.",
+        choices=(AUTO, *PROBLEMS),
+    )
     train_on: str = _key(
         "completions",
         "Data",

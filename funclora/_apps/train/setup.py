@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from funclora._apps.train.adapters import Start, adapter_classes, as_adapter, begin
-from funclora._apps.train.base import Base, Batch, context_limit, known_classes, load_base, load_tokenizer, vocabulary
+from funclora._apps.train.base import (
+    Base,
+    Batch,
+    context_limit,
+    known_classes,
+    known_problem,
+    load_base,
+    load_tokenizer,
+    vocabulary,
+)
 from funclora._apps.train.batches import Batches
 from funclora._apps.train.device import resolved
 from funclora._apps.train.examples import Data, prepare
 from funclora._apps.train.packing import Packed, check_packing
 from funclora._apps.train.rows import Example
-from funclora._apps.train.settings import SEQ2SEQ, Settings
+from funclora._apps.train.settings import SEQ2SEQ, SEQUENCE, Settings
 from funclora._apps.train.stored import Stored
 from funclora._bind.apply import bind
 from funclora._bind.summary import summary
@@ -74,7 +83,10 @@ def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
         settings = replace(settings, data=(demo_data(folder),))
     tokenizer = load_tokenizer(settings)
     classes = adapter_classes(settings) or known_classes(settings)
+    settings = replace(settings, problem=known_problem(settings))
     data = prepare(settings, tokenizer, context_limit(settings), classes, folder)
+    if settings.task == SEQUENCE:
+        settings = replace(settings, problem=data.problem)
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data.train, data.validation)
     if settings.packing:

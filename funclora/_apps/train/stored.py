@@ -27,7 +27,10 @@ class Writer:
         import pyarrow as pa  # type: ignore[import-untyped]
 
         numbers = pa.list_(pa.int32())
-        fields = [("ids", numbers), ("labels", numbers), ("lengths", numbers), ("source", pa.string())]
+        fields = [
+            ("ids", numbers), ("labels", numbers), ("lengths", numbers), ("source", pa.string()),
+            ("targets", pa.list_(pa.float64())), ("segments", numbers),
+        ]  # fmt: skip
         self._schema = pa.schema(fields)
         self._writer = pa.ipc.new_file(str(file), self._schema)
         self._rows: list[Example] = []
@@ -52,7 +55,7 @@ class Writer:
         """Add examples."""
         for example in examples:
             self._sha.update(as_bytes(example))
-            top = max(*example.ids, *example.labels)
+            top = max((*example.ids, *example.labels))
             if top > self._largest:
                 self._largest, self.largest = top, len(self)
             self._sizes.extend((len(example.ids), len(example.labels)))
@@ -75,6 +78,8 @@ class Writer:
                 [None if row.labels == row.ids else row.labels for row in self._rows],  # as texts have them
                 [row.lengths for row in self._rows],
                 [row.source for row in self._rows],
+                [row.targets for row in self._rows],
+                [row.segments for row in self._rows],
             ]
             arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
@@ -141,17 +146,15 @@ class Stored(Sequence[Example]):
                 self._part = part = i, self._reader.get_batch(i)
             except (pa.ArrowException, OSError) as error:
                 raise FormatError(f"{self._file}: cannot be read: {' '.join(str(error).split())}") from error
-        ids, labels, lengths, source = (part[1].column(name)[k].as_py() for name in self._columns)
-        return Example(ids, ids if labels is None else labels, tuple(lengths), source)
-
-    _columns = ("ids", "labels", "lengths", "source")
+        ids, labels, lengths, source, targets, segments = (column[k].as_py() for column in part[1].columns)
+        return Example(ids, ids if labels is None else labels, tuple(lengths), source, tuple(targets), tuple(segments))
 
 
 def as_bytes(example: Example) -> bytes:
     """The numbers of an example."""
-    return b"".join(
-        array("q", (len(numbers), *numbers)).tobytes() for numbers in (example.ids, example.labels, example.lengths)
-    )
+    whole = [example.ids, example.labels, example.lengths, *([example.segments] if example.segments else [])]
+    made = b"".join(array("q", (len(numbers), *numbers)).tobytes() for numbers in whole)
+    return made + array("d", example.targets).tobytes()
 
 
 def sizes(examples: Sequence[Example]) -> Any:

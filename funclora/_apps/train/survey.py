@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from funclora._apps.train.formats import Format
+from funclora._apps.train.labels import Seen
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.records import Record, read
 from funclora._apps.train.settings import SEQUENCE, TOKEN, Settings
-from funclora._apps.train.tokens import class_name, schema, word_classes
+from funclora._apps.train.tokens import schema, word_classes
 from funclora.errors import FormatError, FuncloraError
 
 NAMED = 3  # of what is left out
@@ -24,15 +25,14 @@ class Survey:
         notes: receives what is not read.
 
     Attributes:
-        names: of the classes, in the order in which they were seen.
+        labels: what they look like.
         kinds: the fields that are read -> the first record that has them.
     """
 
     def __init__(self, settings: Settings, form: Format, notes: Notes) -> None:
         self.settings, self.form, self.notes = settings, form, notes
-        self.names: dict[str, None] = {}
+        self.labels = Seen()
         self.kinds: dict[tuple[str, ...], str] = {}
-        self._kinds: dict[type, str] = {}
         self._unused: dict[str, None] = {}
         self._forms: dict[str, None] = {}
         self._bad: list[str] = []
@@ -105,17 +105,9 @@ class Survey:
 
     def _note_classes(self, record: Record) -> None:
         settings, field = self.settings, self.settings.label_field
-        if settings.task not in (SEQUENCE, TOKEN):
-            return
-        value = record.fields[field]
-        words = settings.task == TOKEN
-        names = word_classes(record, field)[1] if words else [class_name(value, record, field)]
-        for label in value if words else [value]:
-            if self._kinds.setdefault(type(label), record.where) and len(self._kinds) > 1:
-                (one, first), (other, _) = list(self._kinds.items())[:2]
-                del self._kinds[other]
-                raise FormatError(
-                    f"{record.where}: {field}: classes are of type {other.__name__} here, but {one.__name__} in "
-                    f"{first}. Give all as texts, or all as whole numbers."
-                )
-        self.names.update(dict.fromkeys(names))
+        if settings.task == SEQUENCE:
+            self.labels.add(record.fields[field], record, field)
+        if settings.task == TOKEN:
+            word_classes(record, field)
+            for label in record.fields[field]:
+                self.labels.add(label, record, field)

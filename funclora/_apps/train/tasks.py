@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from funclora._apps.train.folder import PROBLEM_TYPES
 from funclora._apps.train.qlora import TASK_TYPES
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
+from funclora._apps.train.settings import AUTO, CAUSAL, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
 from funclora._apps.train.tokenizer import load_config
 from funclora._files.atomic import read_json
 from funclora.errors import ConfigError
-from funclora.io.hf.heads import CLASSES_FILE, classes_of
+from funclora.io.hf.heads import CLASSES_FILE, classes_of, problem_of
 from funclora.io.peft.files import CONFIG_FILE
 
 
@@ -80,6 +81,34 @@ def trained_classes(folders: Mapping[str, Path], task: str) -> tuple[str, ...]:
             "in the same order."
         )
     return next(iter(given), ())
+
+
+def trained_problem(folders: Mapping[str, Path], task: str, problem: str) -> str:
+    """What labels are for the heads of all adapters.
+
+    Args:
+        folders: PEFT folders by name.
+        task: as from `trained_task`.
+        problem: what the user says, one of `settings.PROBLEMS`; `settings.AUTO` for nothing.
+
+    Returns:
+        One of `settings.PROBLEMS`, or `settings.AUTO` if nobody says it.
+
+    Raises:
+        ConfigError: the adapters were trained for different ones, or for another than the user says.
+        FormatError: a file cannot be read.
+    """
+    if task != SEQUENCE:
+        return problem
+    known = {kind: problem for problem, kind in PROBLEM_TYPES.items()}
+    found = {known[kind]: name for name, folder in folders.items() if (kind := problem_of(folder)) is not None}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise ConfigError(f"{first} was trained for {one}, {second} for {other}. Give adapters of one problem.")
+    own = next(iter(found), AUTO)
+    if AUTO not in (own, problem) and own != problem:
+        raise ConfigError(f"problem: {found[own]} was trained for {own}, and the problem is {problem}. Leave it out.")
+    return problem if own == AUTO else own
 
 
 def _short(classes: tuple[str, ...]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from funclora._apps.train.chat import chats
+from funclora._apps.train.labels import Labels, class_name
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED, Example, common
@@ -15,7 +17,7 @@ from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Sett
 from funclora._apps.train.tokenizer import begun, ends_texts
 from funclora.errors import FormatError, UnsupportedError, near
 
-WORDS = "tokens"
+WORDS, SECOND = "tokens", "text_pair"
 # Further fields for the chat template, besides the messages.
 CHAT = ("messages", "tools", "chat_template_kwargs")
 PAIR = ("prompt", "completion")
@@ -29,7 +31,8 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
     """
     there = {name for name, value in record.fields.items() if value is not None}
     if settings.task == SEQUENCE:
-        return _all(record, settings.text_field, settings.label_field)
+        second = [SECOND] if SECOND in there else []
+        return _all(record, settings.text_field, *second, settings.label_field)
     if settings.task == TOKEN:
         return _all(record, WORDS, settings.label_field)
     if settings.task == SEQ2SEQ:
@@ -87,7 +90,7 @@ def text(record: Record, name: str) -> str:
 
 
 def reader(
-    settings: Settings, tokenizer: Any, context: int, classes: Sequence[str], notes: Notes
+    settings: Settings, tokenizer: Any, context: int, labels: Labels, notes: Notes
 ) -> Callable[[Record], list[Example]]:
     """The function that makes a record's examples.
 
@@ -95,10 +98,10 @@ def reader(
         settings: the run's.
         tokenizer: transformers' tokenizer, or one with the same interface.
         context: maximum length of an example.
-        classes: names of the classes, for classification.
+        labels: what labels mean, for classification.
         notes: receives what was cut off.
     """
-    tokens = _Tokens(settings, tokenizer, context, classes, notes)
+    tokens = _Tokens(settings, tokenizer, context, labels, notes)
     if tokens.end is None and settings.task in (CAUSAL, SEQ2SEQ) and settings.model is not None:
         notes.say("The tokenizer has no end token, so the model cannot learn to stop.")
     return {SEQUENCE: tokens.sequence, TOKEN: tokens.words, SEQ2SEQ: tokens.translation}.get(
@@ -107,9 +110,9 @@ def reader(
 
 
 class _Tokens:
-    def __init__(self, settings: Settings, tokenizer: Any, context: int, classes: Sequence[str], notes: Notes) -> None:
+    def __init__(self, settings: Settings, tokenizer: Any, context: int, labels: Labels, notes: Notes) -> None:
         self.settings, self.tokenizer, self.context, self.notes = settings, tokenizer, context, notes
-        self.classes = {name: i for i, name in enumerate(classes)}
+        self.classes = labels
         self.end: int | None = tokenizer.eos_token_id
         # The demo's tokenizer accepts only a text.
         self.options = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
@@ -204,19 +207,26 @@ class _Tokens:
         return " " not in self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def sequence(self, record: Record) -> list[Example]:
-        out, lost = self.shortened(self.tokenizer, text(record, self.settings.text_field))
-        name = class_name(record.fields[self.settings.label_field], record, self.settings.label_field)
-        return self.kept(out["input_ids"], [self.number(name, record)], record, lost)
+        field, first = self.settings.label_field, text(record, self.settings.text_field)
+        paired = SECOND in schema(record, self.settings)
+        if paired and self.runs_on:
+            self.notes.count("of two texts that the tokenizer puts nothing between", record.source)
+        out, lost = self.shortened(self.tokenizer, first, *([text(record, SECOND)] if paired else []))
+        ids, targets = out["input_ids"], self.classes.targets(record, field)
+        segments = tuple(out.get("token_type_ids", ())) if paired else ()
+        if not targets:
+            label = self.classes.number(class_name(record.fields[field], record, field), record, field)
+            return [replace(example, segments=segments) for example in self.kept(ids, [label], record, lost)]
+        made = self.kept(ids, ids, record, lost)
+        return [replace(example, labels=[], targets=targets, segments=segments) for example in made]
 
-    def number(self, name: str, record: Record) -> int:
-        """The number of a class."""
-        if name not in self.classes:
-            known = f"{', '.join([*self.classes][:20])}{', ...' if len(self.classes) > 20 else ''}"
-            raise FormatError(
-                f"{record.where}: {self.settings.label_field}: {reprlib.repr(name)} is none of the classes {known}."
-                f"{near(name, self.classes, 1)}"
-            )
-        return self.classes[name]
+    @functools.cached_property
+    def runs_on(self) -> bool:
+        """Whether the second text of a pair begins without a token between it and the first."""
+        plain = {"add_special_tokens": False}
+        first, second = self.ids("a", **plain), self.ids("b", **plain)
+        both, joined = self.tokenizer("a", "b")["input_ids"], [*first, *second]
+        return any(both[i : i + len(joined)] == joined for i in range(len(both)))
 
     def words(self, record: Record) -> list[Example]:
         """The first token of a word gets its class; the others have no loss."""
@@ -237,7 +247,8 @@ class _Tokens:
             ) from error
         labels, seen = [], set()
         for word in out.word_ids():
-            labels.append(IGNORED if word is None or word in seen else self.number(names[word], record))
+            new = word is not None and word not in seen
+            labels.append(self.classes.number(names[word], record, self.settings.label_field) if new else IGNORED)
             seen.add(word)
         if not lost and len(seen - {None}) < len(words):
             self.notes.count("with words that have no token, whose classes are lost", record.source)
@@ -270,16 +281,3 @@ def word_classes(record: Record, label_field: str) -> tuple[list[str], list[str]
             f"{record.where}: {label_field}: expected a class for each of {len(words)} words, got {len(labels)}."
         )
     return words, [class_name(label, record, label_field) for label in labels]
-
-
-def class_name(label: Any, record: Record, label_field: str) -> str:
-    """A class's name: texts as they are; numbers and truth values by their digits.
-
-    Raises:
-        FormatError: it is something else.
-    """
-    if isinstance(label, (str, int)) and label != "":
-        return str(label)
-    raise FormatError(
-        f"{record.where}: {label_field}: expected a class as a text or a whole number, got {reprlib.repr(label)}."
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from funclora.io.peft.files import WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.tensors import StoredTensors
 
 CLASSES_FILE = "classes.json"  # beside an adapter: the names of its classes, in the order of the head's outputs
+PROBLEM_TYPES = (_SINGLE := "single_label_classification", "multi_label_classification", "regression")
 # PEFT's task types with a head -> transformers' class that chooses a model for the task.
 MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -31,16 +33,58 @@ def classes_of(folder: Path) -> tuple[str, ...]:
     Raises:
         FormatError: the file cannot be read.
     """
+    found = _read(folder)
+    return tuple(map(str, range(_outputs(folder)))) if found is None else found[0]
+
+
+def problem_of(folder: Path) -> str | None:
+    """What the head of an adapter for texts was trained for, as transformers' `problem_type`; None if nothing says it.
+
+    A head with a single output was trained for numbers.
+
+    Raises:
+        FormatError: `classes.json` cannot be read.
+    """
+    found = _read(folder)
+    if found is not None:
+        return found[1]
+    return "regression" if _outputs(folder) == 1 else None
+
+
+def classes_text(classes: Sequence[str], problem: str) -> str:
+    r"""The contents of `classes.json`.
+
+    Args:
+        classes: their names, in the order of the head's outputs.
+        problem: transformers' `problem_type`.
+
+    Examples:
+        >>> classes_text(["no", "yes"], "single_label_classification")
+        '["no", "yes"]\n'
+    """
+    value: Any = [*classes] if problem == _SINGLE else {"problem_type": problem, "classes": [*classes]}
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _read(folder: Path) -> tuple[tuple[str, ...], str] | None:
+    """The names of `classes.json` and the type of its problem; None if there is no such file."""
     file = folder / CLASSES_FILE
     if not file.exists():
-        return tuple(map(str, range(_outputs(folder))))
+        return None
     try:
         names = json.loads(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: this is not JSON: {error}") from error
+    problem: Any = _SINGLE
+    if isinstance(names, dict):
+        problem, names = names.get("problem_type"), names.get("classes")
+        if problem not in PROBLEM_TYPES:
+            raise FormatError(
+                f"{file}: problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {reprlib.repr(problem)}."
+            )
     if not isinstance(names, list) or len({*map(str, names)}) < len(names) or not names:
         raise FormatError(f"{file}: expected a list of the names of the classes, without repetition.")
-    return tuple(map(str, names))
+    return tuple(map(str, names)), problem
 
 
 def _outputs(folder: Path) -> int:
@@ -83,6 +127,14 @@ def with_head(folder: Path, config: Mapping[str, Any], adapters: Sequence[Adapte
     check_config(folder, config)
     changed = {**config, "architectures": [_class(folder, config, task)]}
     names = {classes_of(adapter) for adapter in tasks} - {()} if task != "QUESTION_ANS" else set()
+    problems = {problem_of(adapter) for adapter in tasks} if task == "SEQ_CLS" else {None}
+    if len(problems) > 1:
+        raise ConfigError(
+            f"{', '.join(map(str, tasks))} were trained for {', '.join(map(str, problems))}. Merge them one by one."
+        )
+    (problem,) = problems
+    if problem not in (None, _SINGLE) or config.get("problem_type") is not None:
+        changed["problem_type"] = problem
     if len(names) > 1:
         raise ConfigError(f"{', '.join(map(str, tasks))} have different classes. Merge them one by one.")
     for classes in names:

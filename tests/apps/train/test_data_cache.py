@@ -41,6 +41,8 @@ RECORDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
          for i in range(70)], {}),
     "packed": (TEXTS, {"context": 90, "packing": True}),
     "classes": ([{"text": f"{i}", "label": "ab"[i % 2]} for i in range(90)], {"task": SEQUENCE}),
+    "numbers": ([{"text": f"{i}", "text_pair": "a", "label": i / 7} for i in range(90)], {"task": SEQUENCE}),
+    "several": ([{"text": f"{i}", "label": [0, i % 2, 1]} for i in range(90)], {"task": SEQUENCE}),
     "words": ([{"tokens": ["a", "b", str(i)], "label": [0, i % 2, 1]} for i in range(90)], {"task": TOKEN}),
     "translations": ([{"prompt": "a" * (i % 7), "completion": f"{i}"} for i in range(90)], {"task": SEQ2SEQ}),
     "a long text": ([{"text": "some words " * 200}], {"context": 30}),

@@ -314,7 +314,7 @@ SCHEMA_ERRORS: list[tuple[Rows, dict[str, Any], str]] = [
     ([{"text": "a"}, {"body": "a"}], {}, "data.jsonl:2: expected a text under 'text'"),
     ([{"prompt": ["a"], "completion": "b"}], {}, r"prompt: expected a text, got \['a'\]"),
     ([{"text": "a", "lable": 1}], {"task": SEQUENCE}, "expected a value under 'label'; .* Near names: lable"),
-    ([{"text": "a", "label": 1.5}], {"task": SEQUENCE}, "label: expected a class as a text or a whole number, got 1.5"),
+    ([{"tokens": ["a"], "label": [1.5]}], {"task": TOKEN}, "expected a class as a text or a whole number, got 1.5"),
     ([{"text": "a", "label": 1}] * 2, {"task": SEQUENCE}, "expected at least two classes, got 1"),
     (
         [{"text": "a", "label": 1}, {"text": "a", "label": "1"}],
