@@ -16,6 +16,7 @@ from funclora._quant.packing import Packing, Parts
 from funclora._quant.source import Source
 from funclora._quant.tensor import Quantized
 from funclora._torch.memory import place_of
+from funclora.distributed._gatherer import Counts, Gatherer
 from funclora.errors import ConfigError
 
 # Smaller tensors stay whole: to gather them takes as long, and they take no memory to speak of.
@@ -53,12 +54,14 @@ class Sharded(Packing):
     Attributes:
         counts: the lengths of the whole parts; None for a part that every process holds whole.
         inner: the other packing.
-        group: the process group; None for all processes.
+        number: the weight's number for the gatherer.
+        gatherer: it gathers all weights of the base.
     """
 
-    counts: tuple[int | None, ...]
+    counts: Counts
     inner: Packing
-    group: Any = field(compare=False)
+    number: int = field(compare=False)
+    gatherer: Gatherer = field(compare=False)
 
     @property
     def is_exact(self) -> bool:
@@ -69,10 +72,7 @@ class Sharded(Packing):
 
     def whole(self, parts: Parts) -> Parts:
         """The whole parts, from all processes."""
-        return tuple(
-            part if count is None else gathered(part, count, self.group)
-            for part, count in zip(parts, self.counts, strict=True)
-        )
+        return self.gatherer.whole(self.number, parts, self.counts)
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return self.inner.unpack(self.whole(parts), shape, dtype)
@@ -110,7 +110,7 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
         >>> dist.destroy_process_group()
     """
     check_params(params)
-    group = group_of(group)
+    gatherer = Gatherer(group_of(group))
     divided = dict(params)
     done: dict[Any, Quantized] = {}  # tied weights stay tied
     for name, weight in params.items():
@@ -123,7 +123,7 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
         if isinstance(source.packing, Sharded) or not weight.is_floating_point() or weight.numel() < LEAST:
             continue
         if place not in done:
-            done[place] = _divided(source, parts, group)
+            done[place] = _divided(source, parts, gatherer)
         divided[name] = done[place]
     return divided
 
@@ -134,7 +134,7 @@ class Division:
     Args:
         packing: how the weight is stored.
         shape: the shape of the weight.
-        group: the process group.
+        gatherer: of the base.
 
     Attributes:
         units: the number of units that each process holds.
@@ -143,17 +143,17 @@ class Division:
         width: the number of values that each process holds, with those that fill up the last piece.
     """
 
-    def __init__(self, packing: Packing, shape: torch.Size, group: Any) -> None:
-        self._packing, self._shape, self._group = packing, shape, group
+    def __init__(self, packing: Packing, shape: torch.Size, gatherer: Gatherer) -> None:
+        self._packing, self._shape, self._gatherer = packing, shape, gatherer
         self._size = packing.unit(shape)
-        self._rank = dist.get_rank(group)
+        self._rank = dist.get_rank(gatherer.group)
         n = shape.numel()
-        self.units = -(-n // (self._size * dist.get_world_size(group)))
+        self.units = -(-n // (self._size * dist.get_world_size(gatherer.group)))
         self.width = self.units * self._size
         self.first = min(n, self._rank * self.width)
         self.last = min(n, self.first + self.width)
 
-    def counts(self, parts: Parts) -> tuple[int | None, ...]:
+    def counts(self, parts: Parts) -> Counts:
         """The length of each whole part, from parts of any length; None if units share it."""
         n = self._shape.numel()
         lengths = self._packing.lengths(parts)
@@ -167,7 +167,7 @@ class Division:
 
     def weight(self, pieces: Parts, dtype: torch.dtype) -> Quantized:
         """The weight that these pieces are this process's share of."""
-        packing = Sharded(self.counts(pieces), self._packing, self._group)
+        packing = Sharded(self.counts(pieces), self._packing, self._gatherer.number(), self._gatherer)
         return Quantized.of(Source(packing, self._shape, dtype), pieces)
 
 
@@ -191,17 +191,9 @@ def group_of(group: Any) -> Any:
     return group.get_group()
 
 
-def _divided(source: Source, parts: Parts, group: Any) -> Quantized:
-    division = Division(source.packing, source.stored, group)
+def _divided(source: Source, parts: Parts, gatherer: Gatherer) -> Quantized:
+    division = Division(source.packing, source.stored, gatherer)
     lengths = source.packing.lengths(parts)
     pieces = tuple(part if n is None else division.cut(part, n) for part, n in zip(parts, lengths, strict=True))
     weight = division.weight(pieces, source.dtype)
     return Quantized.of(weight.source._replace(steps=source.steps), pieces)
-
-
-def gathered(piece: Tensor, count: int, group: Any) -> Tensor:
-    """The first `count` slices of the pieces of all processes, one after the other."""
-    size = dist.get_world_size(group)
-    whole = piece.new_empty(size, *piece.shape)
-    dist.all_gather(list(whole), piece, group=group)
-    return whole.flatten(0, 1)[:count]

@@ -79,6 +79,17 @@ def test_a_divided_base_computes_the_same_bits(two: Results, check: str) -> None
         assert all(value < 0.6 for value in shares.values()), shares  # tables of quantised values stay whole
 
 
+def test_the_next_weight_is_on_its_way(two: Results) -> None:
+    for each in two:
+        found = each["prefetch"]
+        first, *later = found.pop("on their way")
+        assert first < 0.2
+        assert all(share > 0.9 for share in later), later
+        assert found.pop("weights held") < 5  # of 11: the one in use and the next one; gloo frees others a moment later
+        assert len(found) == 7
+        assert {name: value for name, value in found.items() if value != 0} == {}
+
+
 def test_a_folder_is_read_in_pieces(two: Results) -> None:
     for each in two:
         found = each["load_sharded"]

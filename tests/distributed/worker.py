@@ -14,6 +14,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,57 @@ def check_shards() -> dict[str, float]:
             results[f"{kind}: torch.func.grad"] = difference(*gradients)
         results[f"{kind}: bytes"] = sum(w.nbytes for w in divided.values()) / sum(w.nbytes for w in params.values())
     return results
+
+
+def check_prefetch() -> dict[str, Any]:
+    """Which weights were on their way when they were used, and that nobody gets another one's values."""
+    model = llama()
+    params = fl.base_params(model)
+    tree = adapters(model, params)
+    divided = fl.distributed.shard(params)
+    weight: Any = divided["lm_head.weight"]
+    gatherer = weight.source.packing.gatherer
+    gradients = fl.value_and_grad(loss_fn)
+    wanted = gradients(model, params, tree, ids())
+    shares, differences = [], []
+    for _ in range(3):
+        uses, ready = gatherer.uses, gatherer.ready
+        differences.append(difference(wanted, gradients(model, divided, tree, ids())))
+        shares.append((gatherer.ready - ready) / (gatherer.uses - uses))
+    results: dict[str, Any] = {"on their way": shares, "gradients": max(differences)}
+    with torch.inference_mode():
+        fl.apply(model, divided, tree, ids(1))
+    results["after inference mode"] = difference(wanted, gradients(model, divided, tree, ids()))
+    for step in (1, -1, 1, 2):
+        pairs = [(params[name], whole(divided, name)) for name in [*divided][::step]]
+        results[f"in steps of {step}"] = difference(*zip(*pairs, strict=True))
+    with Peak() as memory, torch.no_grad():
+        fl.apply(model, divided, {}, ids(1)[:, :1])
+    results["weights held"] = memory.peak / max(weight.nbytes for weight in params.values())
+    first, second = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    for name in (first, second, first, second, first):
+        whole(divided, name)
+    pieces: Any = divided[second]
+    pieces.parts[0].mul_(2)  # while it is on its way
+    results["written to"] = difference(whole(divided, second), 2 * params[second])
+    return results | {"threads": in_threads(model, params, tree)}
+
+
+def whole(params: dict[str, Tensor], name: str) -> Tensor:
+    return fl.dequantize({name: params[name]})[name]
+
+
+def in_threads(model: nn.Module, params: dict[str, Tensor], tree: Any) -> float:
+    """How far two threads are from one, each with a group of its own."""
+    groups = [dist.new_group() for _ in range(2)]
+    wanted = fl.value_and_grad(loss_fn)(model, params, tree, ids())
+
+    def run(group: Any) -> float:
+        divided = fl.distributed.shard(params, group=group)
+        return max(difference(wanted, fl.value_and_grad(loss_fn)(model, divided, tree, ids())) for _ in range(4))
+
+    with ThreadPoolExecutor(2) as pool:
+        return max(pool.map(run, groups))
 
 
 # A folder that is read in pieces.

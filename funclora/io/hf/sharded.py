@@ -21,7 +21,8 @@ from funclora._files.safetensors import NAMES
 from funclora._quant.packing import FourBit, Packing, Parts
 from funclora._quant.quantize import check_packable, packing_of, quantized, targeted
 from funclora._quant.tensor import Quantized
-from funclora.distributed._shards import LEAST, Dense, Division, gathered, group_of
+from funclora.distributed._gatherer import Gatherer, gathered
+from funclora.distributed._shards import LEAST, Dense, Division, group_of
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import Checkpoint, with_dtype
 from funclora.io.hf.library import OPTIONS, reading, transformers
@@ -136,8 +137,9 @@ def _read(
         weights = Weights(checkpoint, structure)
         dtypes = _dtypes(model, dtype)
         tied = {name: names[0] for names in structure.ties for name in names}
+        gatherer = Gatherer(group)
         shares = {
-            name: _share(weights, name, torch.Size(shape), dtypes[name], packed.get(name), group, device)
+            name: _share(weights, name, torch.Size(shape), dtypes[name], packed.get(name), gatherer, device)
             for name, shape in structure.shapes.items()
             if tied.get(name, name) == name
         }
@@ -210,7 +212,7 @@ def _share(
     shape: torch.Size,
     dtype: torch.dtype,
     packing: Packing | None,
-    group: Any,
+    gatherer: Gatherer,
     device: torch.device,
 ) -> Tensor | _Share:
     """This process's share of a weight, or the weight if it is small."""
@@ -218,7 +220,7 @@ def _share(
     if not dtype.is_floating_point or n < LEAST:
         small = weights.read_flat(name, 0, n).view(shape).to(device, dtype)
         return small if packing is None else quantized(name, small, packing)
-    division = Division(packing or Dense(), shape, group)
+    division = Division(packing or Dense(), shape, gatherer)
     values = weights.read_flat(name, division.first, division.last).to(device, dtype)
     piece = torch.cat([values, values.new_zeros(division.width - len(values))])
     if packing is None:
