@@ -29,7 +29,8 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ParamsError: a parameter of a lazy module has not been initialised yet.
-        UnsupportedError: bitsandbytes has repacked a weight, with a loss of precision, when the model itself was run.
+        UnsupportedError: bitsandbytes has repacked a weight, with a loss of precision, when the model itself was run,
+            or a part of the model is a `FullyShardedDataParallel`.
 
     Examples:
         >>> sorted(base_params(nn.Linear(2, 3)))

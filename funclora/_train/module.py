@@ -29,10 +29,10 @@ from funclora._bind.params import named_tensors
 from funclora._config.checks import check_config
 from funclora._config.config import LoraConfig
 from funclora._torch.memory import place_of
+from funclora._torch.processes import alone_among, fsdp_divides
 from funclora._torch.pytree import map_frozen
 from funclora._tracking.routed import Routed
 from funclora._train.module_hf import overrides, own_configs
-from funclora.distributed._live import is_divided
 from funclora.errors import ConfigError, FuncloraWarning, ParamsError, UnsupportedError, near
 from funclora.io.peft.consistency import check_against_config
 from funclora.io.peft.folder import save_peft
@@ -186,11 +186,19 @@ class AdapterModule(nn.Module):
         if torch.compiler.is_compiling():
             # The tracer cannot follow weights that are already lazy.
             return torch.compiler.disable(_uncompiled)(self, *args, **kwargs)
-        if is_divided(self):
+        if fsdp_divides(self):
             raise UnsupportedError(
-                "fully_shard was applied to the result of as_module, whose only parameters are the adapter's: the base "
-                "would stay whole in every process. Apply fully_shard to the model, take base_params of it, and give "
-                "the result of as_module to DistributedDataParallel."
+                "FSDP was applied to the result of as_module, whose only parameters are the adapter's: the base would "
+                "stay whole in every process. Apply fully_shard to the model, take base_params of it, and give the "
+                "result of as_module to DistributedDataParallel."
+            )
+        if torch.is_grad_enabled() and (processes := alone_among()) > 1:
+            warnings.warn(
+                f"{processes} processes train the result of as_module outside of DistributedDataParallel. Unless your "
+                "code averages the gradients, each trains an adapter of its own. Wrap the module: "
+                "DistributedDataParallel(module).",
+                FuncloraWarning,
+                stacklevel=3,
             )
         with unwritten(self._params, self.adapters):
             return self._current()(*args, **kwargs)

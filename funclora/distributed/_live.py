@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from funclora._quant.packing import Packing, Parts
 from funclora._quant.source import Source
 from funclora._quant.tensor import Quantized
+from funclora.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,22 @@ def of_fsdp(tensor: Tensor, owner: nn.Module, leaf: str) -> Quantized:
     )
 
 
-def is_divided(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without its import, which is slow
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
 def managed(model: nn.Module) -> tuple[str, ...]:
-    """The prefixes of the names of parameters that FSDP manages: "" for all."""
-    modules = model.named_modules(remove_duplicate=False)
-    return tuple(f"{name}." if name else "" for name, module in modules if is_divided(module))
+    """The prefixes of the names of parameters that `fully_shard` manages: "" for all.
+
+    Raises:
+        UnsupportedError: a part of the model is a `FullyShardedDataParallel`, the first version of FSDP.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without its import, which is slow
+    if fsdp is None:
+        return ()
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise UnsupportedError(
+                f"{name or 'the model'!r} is a FullyShardedDataParallel, which joins several weights into one flat "
+                "parameter. Divide the model with torch.distributed.fsdp.fully_shard instead."
+            )
+        if isinstance(module, fsdp.FSDPModule):
+            found.append(f"{name}." if name else "")
+    return tuple(found)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import worker
+from launch import results, torchrun
 from pages import DOCS, blocks
 from torch import nn
 
@@ -24,21 +21,9 @@ Results = list[dict[str, Any]]
 pytestmark = pytest.mark.slow
 
 
-def run(n: int, folder: Path, script: Path, *arguments: str) -> None:
-    """Run a script in n processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    command = [sys.executable, *torchrun, str(script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def launched(n: int, folder: Path, *checks: str) -> Results:
     """The results of the checks in each of n processes."""
-    run(n, folder, HERE / "worker.py", str(folder), *checks)
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n)]
+    return results(n, folder, HERE / "worker.py", *checks)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +123,7 @@ def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
     script = tmp_path / "many.py"
     code = "\n".join(block.code for block in blocks(DOCS / "many-devices.md") if block.title == "many.py")
     script.write_text(code, encoding="utf-8")
-    run(2, tmp_path, script)
+    torchrun(2, tmp_path, script)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     adapters, _ = fl.load_peft(tmp_path / "adapter", model)
     assert all(rule.b.abs().sum() > 0 for rule in adapters.values() if isinstance(rule, fl.LoRA))
