@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -98,9 +100,10 @@ def _run(jobs: Iterator[Job]) -> Iterator[int]:
 
 
 def _jobs(plan: MergePlan, places: dict[str, tuple[int, Stored]]) -> Iterator[Job]:
-    """All jobs. Rules are read on demand, one parameter at a time."""
+    """All jobs. As many files as there are threads are written side by side: two threads do not share a file's lock."""
     base = plan.base
     runs = _Runs(base)
+    by_file: dict[int, list[Iterable[Job]]] = {}
     for key, written in plan.tensors.items():
         target, place = places[key]
         source = base.tensors[written.source]
@@ -108,14 +111,40 @@ def _jobs(plan: MergePlan, places: dict[str, tuple[int, Stored]]) -> Iterator[Jo
             runs.add(source, target, place)
             continue
         for first, length in _gaps(written, source):
-            yield from _casts(base, source, first, length, target, place)
-    yield from runs.jobs()
+            by_file.setdefault(target, []).append(_casts(base, source, first, length, target, place))
+    for target, copies in runs.jobs().items():
+        by_file.setdefault(target, []).append(copies)
     for name in plan.adapters.names:
-        rules = plan.adapters.rules(name)
-        for written, part in plan.holders.get(name, ()):
-            double = written.dtype == "F64"  # a base or an adapter in float64 is computed so in any case
-            rewriter = PartRewriter(part, rules, plan.structure.shapes[name], base.read, double=double)
-            yield from _rewrites(rewriter, part, name, *places[written.key])
+        holders = plan.holders.get(name, ())
+        for target in dict.fromkeys(places[written.key][0] for written, _ in holders):
+            some = [(written, part) for written, part in holders if places[written.key][0] == target]
+            by_file.setdefault(target, []).append(_updates(plan, name, some, places))
+    yield from _in_turn([itertools.chain.from_iterable(each) for each in by_file.values()], threads())
+
+
+def _in_turn(files: list[Iterator[Job]], n: int) -> Iterator[Job]:
+    """The jobs of n files in turn; when a file has no more, the next one takes its place."""
+    following = iter(files)
+    active = deque(itertools.islice(following, n))
+    while active:
+        file = active.popleft()
+        job = next(file, None)
+        if job is None:
+            active.extend(itertools.islice(following, 1))
+        else:
+            active.append(file)
+            yield job
+
+
+def _updates(
+    plan: MergePlan, name: str, holders: Sequence[tuple[Written, Part]], places: dict[str, tuple[int, Stored]]
+) -> Iterator[Job]:
+    """The jobs of one parameter in one file. Its rules are read when the first of them is asked for."""
+    rules = plan.adapters.rules(name)
+    for written, part in holders:
+        double = written.dtype == "F64"  # a base or an adapter in float64 is computed so in any case
+        rewriter = PartRewriter(part, rules, plan.structure.shapes[name], plan.base.read, double=double)
+        yield from _rewrites(rewriter, part, name, *places[written.key])
 
 
 def _rewrites(rewriter: PartRewriter, part: Part, name: str, target: int, place: Stored) -> Iterator[Job]:
@@ -180,17 +209,21 @@ class _Runs:
     def add(self, source: Stored, target: int, place: Stored) -> None:
         self._pieces.append((source.file, source.start, target, place.start, source.nbytes))
 
-    def jobs(self) -> Iterator[Job]:
-        joined: list[tuple[Path, int, int, int, int]] = []
-        for piece in sorted(self._pieces, key=lambda piece: (piece[2], piece[3])):
-            file, start, target, at, nbytes = piece
-            if joined:
-                last, begin, to, where, size = joined[-1]
-                if (file, target) == (last, to) and (begin + size, where + size) == (start, at):
-                    joined[-1] = (file, begin, target, where, size + nbytes)
+    def jobs(self) -> dict[int, Iterator[Job]]:
+        """For each file that is written, the jobs that copy."""
+        joined: dict[int, list[tuple[Path, int, int, int]]] = {}
+        for file, start, target, at, nbytes in sorted(self._pieces, key=lambda piece: (piece[2], piece[3])):
+            pieces = joined.setdefault(target, [])
+            if pieces:
+                last, begin, where, size = pieces[-1]
+                if file == last and (begin + size, where + size) == (start, at):
+                    pieces[-1] = (file, begin, where, size + nbytes)
                     continue
-            joined.append(piece)
-        for file, start, target, at, nbytes in joined:
+            pieces.append((file, start, at, nbytes))
+        return {target: self._copies(target, pieces) for target, pieces in joined.items()}
+
+    def _copies(self, target: int, pieces: list[tuple[Path, int, int, int]]) -> Iterator[Job]:
+        for file, start, at, nbytes in pieces:
             for offset in range(0, nbytes, _COPY):
                 yield self._job(file, start + offset, target, at + offset, min(_COPY, nbytes - offset))
 
