@@ -14,7 +14,7 @@ from pathlib import Path
 import griffe
 
 DOCS = Path(__file__).parent
-PARTS = ("algebra", "analysis", "distributed", "io", "optim", "rules", "serving")
+PARTS = ("algebra", "analysis", "distributed", "io", "losses", "optim", "rules", "serving")
 NAMESPACES = ("funclora", *(f"funclora.{part}" for part in PARTS))
 
 

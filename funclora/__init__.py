@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = _attach(
     __name__,
     {
-        "funclora": ("algebra", "analysis", "distributed", "errors", "io", "optim", "rules", "serving"),
+        "funclora": ("algebra", "analysis", "distributed", "errors", "io", "losses", "optim", "rules", "serving"),
         "funclora._bind.apply": ("apply", "bind", "trace_targets"),
         "funclora._bind.merge": ("merge",),
         "funclora._bind.params": ("base_params",),

@@ -1,4 +1,4 @@
-from funclora import algebra, analysis, distributed, errors, io, optim, rules, serving
+from funclora import algebra, analysis, distributed, errors, io, losses, optim, rules, serving
 from funclora._bind.apply import apply, bind, trace_targets
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
@@ -84,6 +84,7 @@ __all__ = [
     "io",
     "load_gguf",
     "load_peft",
+    "losses",
     "merge",
     "merge_checkpoint",
     "optim",

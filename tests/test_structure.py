@@ -25,6 +25,7 @@ ORDER = (
     "_bind",
     "_config",
     "optim",
+    "losses",
     "algebra",
     "analysis",
     "_init",
