@@ -11,7 +11,7 @@ import text_models
 import torch
 import transformers
 
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN
+from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -124,6 +124,7 @@ RECORDS: dict[str, Sequence[dict[str, Any]]] = {
     ],
     TOKEN: [{"tokens": ["a", word, "x"], "label": ["O", "W", "O"]} for word in WORDS],
     SEQ2SEQ: [{"prompt": f"double {word}", "completion": f"{word} {word}"} for word in WORDS],
+    PREFERENCE: [{"prompt": f"say {word}:", "chosen": f" {word}", "rejected": f" no {word}"} for word in WORDS],
 }
 
 
@@ -139,5 +140,6 @@ CLASSES = {
     SEQUENCE: transformers.AutoModelForSequenceClassification,
     TOKEN: transformers.AutoModelForTokenClassification,
     SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
+    PREFERENCE: transformers.AutoModelForCausalLM,
 }
-KIND = {CAUSAL: "llama", SEQUENCE: "bert", TOKEN: "bert", SEQ2SEQ: "t5"}
+KIND = {CAUSAL: "llama", SEQUENCE: "bert", TOKEN: "bert", SEQ2SEQ: "t5", PREFERENCE: "llama"}

@@ -16,7 +16,9 @@ from funclora._apps.train.base import Base
 from funclora._apps.train.examples import IGNORED, Data, Example
 from funclora._apps.train.journal import Journal
 from funclora._apps.train.loop import train
-from funclora._apps.train.settings import CAUSAL, Settings
+from funclora._apps.train.preference_rows import compared, judged
+from funclora._apps.train.reference import preferring
+from funclora._apps.train.settings import CAUSAL, PREFERENCE, Settings
 from funclora._apps.train.tokenizer import ByteTokenizer
 from funclora.demo.model import ByteLM, ByteLMConfig
 
@@ -48,6 +50,18 @@ def rows(n: int, vocabulary: int, seed: int = 0, longest: int = 9) -> list[Examp
 
 def data(vocabulary: int = 256, n: int = 13, validation: int = 5) -> Rows:
     return Rows(rows(n, vocabulary), rows(validation, vocabulary, seed=1))
+
+
+def preferences(given: Settings) -> Rows:
+    """Pairs of answers; for kto single ones with a verdict."""
+
+    def made(n: int, seed: int) -> list[Example]:
+        some, others = rows(n, 256, seed), rows(n, 256, seed + 7)
+        if given.loss == "kto":
+            return [judged(row, i % 3 == 0) for i, row in enumerate(some)]
+        return [compared(*pair) for pair in zip(some, others, strict=True)]
+
+    return Rows(made(13, 0), made(5, 1))
 
 
 def byte_base() -> Base:
@@ -86,7 +100,10 @@ def run(
     given: Settings, base: Base | None = None, rows: Data | None = None, adapters: Any = None
 ) -> tuple[Any, Journal]:
     """The outcome, and what was told."""
+    preferred = given.task == PREFERENCE and base is None
     base = base or byte_base()
+    if preferred:
+        base, rows = preferring(base, {}, given), rows or preferences(given)
     adapters = adapters or fresh(base, given)
     with Journal(given, quiet=True) as journal:
         return train(base, adapters, rows or data(), given, journal), journal

@@ -131,7 +131,9 @@ def _facts(settings: Settings, result: Result) -> dict[str, Any]:
         "step": outcome.step,
         "steps": outcome.taken,
         "stopped": outcome.stopped,
-        "best": None if outcome.best is None else {"step": outcome.best[0], "validation_loss": outcome.best[1]},
+        "best": None
+        if outcome.best is None
+        else {"step": outcome.best[0], f"validation_{settings.metric}": outcome.best[1]},
         "losses": {
             name: [{"step": step, "loss": loss} for step, loss in pairs] for name, pairs in outcome.losses.items()
         },
@@ -153,7 +155,7 @@ def _print(settings: Settings, result: Result) -> None:
     if validation:
         lines.append(f"validation loss {validation[-1][1]:.4f} at step {validation[-1][0]}")
     if outcome.best is not None and outcome.best[0] != validation[-1][0]:
-        lines.append(f"best validation loss {outcome.best[1]:.4f} at step {outcome.best[0]}")
+        lines.append(f"best validation {settings.metric} {outcome.best[1]:.4f} at step {outcome.best[0]}")
     if outcome.step != outcome.taken:
         lines.append(f"the adapter is that {outcome.chosen()}")
     lines += [f"wrote {folder}" for folder in result.folders]

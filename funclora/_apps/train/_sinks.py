@@ -279,6 +279,10 @@ _SHOWN: Mapping[str, str] = {
     "loss": "loss {:.4f}",
     "validation_loss": "validation loss {:.4f}",
     "validation_accuracy": "accuracy {:.1%}",
+    "rewards/accuracies": "accuracy {:.1%}",
+    "rewards/margins": "margin {:.3f}",
+    "validation_rewards/accuracies": "accuracy {:.1%}",
+    "validation_rewards/margins": "margin {:.3f}",
     "tokens_per_second": "{:.0f} tokens/s",
 }
 

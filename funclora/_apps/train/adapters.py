@@ -12,7 +12,7 @@ import torch
 
 from funclora._apps.train.base import Base, Batch
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights, task_type, trained_whole
-from funclora._apps.train.settings import Settings
+from funclora._apps.train.settings import DECODERS, Settings
 from funclora._apps.train.tasks import trained_classes, trained_problem, trained_task
 from funclora._config.config import LoraConfig
 from funclora._init.decompose import decompose
@@ -147,7 +147,7 @@ def as_adapter(settings: Settings) -> Settings:
         return settings
     config = LoraConfig.from_peft(AdapterFiles(settings.adapter).config)
     task = trained_task({str(settings.adapter): settings.adapter}, settings.model)
-    if task != settings.task:
+    if task != settings.task and not {task, settings.task} <= {*DECODERS}:
         raise ConfigError(
             f"task: the adapter in {settings.adapter} was trained for {task}, and the task is {settings.task}. "
             f"Set task to {task}."

@@ -17,7 +17,18 @@ from funclora._apps.train.device import device_of
 from funclora._apps.train.folder import CLASSES, PROBLEM_TYPES, empty_model, load_config, load_model, longest_context
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights
 from funclora._apps.train.rows import IGNORED
-from funclora._apps.train.settings import AUTO, CAUSAL, MULTI, REGRESSION, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN, Settings
+from funclora._apps.train.settings import (
+    AUTO,
+    CAUSAL,
+    DECODERS,
+    MULTI,
+    REGRESSION,
+    SEQ2SEQ,
+    SEQUENCE,
+    SINGLE,
+    TOKEN,
+    Settings,
+)
 from funclora._apps.train.tokenizer import ByteTokenizer as ByteTokenizer
 from funclora._apps.train.tokenizer import begun
 from funclora._apps.train.tokenizer import load_tokenizer as load_tokenizer
@@ -86,12 +97,38 @@ class Base:
         """
         return self._loss(self.logits(bound, batch), self._labels(batch).to(self.device))
 
+    @property
+    def constants(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors that the losses depend on and that are not trained, by name."""
+        return {"base model": self.params}
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of what is watched in training besides the loss."""
+        return ()
+
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch with what its loss needs and does not depend on the adapters that are trained."""
+        return batch
+
+    def watch(self, bound: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; and what is watched, by name, each as a sum and the number of values in it, `[2]`.
+
+        Args:
+            bound: as for `loss`.
+            batch: from `prepared`.
+        """
+        return self.loss(bound, batch), {}
+
     def count(self, batch: Batch) -> int:
         """The number of positions that `loss` sums over, counted on the batch's device without synchronisation."""
         return int((self._labels(batch) != IGNORED).sum())
 
     def score(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the positions with a label: "loss", and for classification "correct". No gradient."""
+        """Sums over the positions with a label: "loss", and for classification "correct". No gradient.
+
+        What is a mean over something else is its sum and the number of values in it, `[2]`.
+        """
         with torch.no_grad():
             logits, labels = self.logits(bound, batch), self._labels(batch).to(self.device)
             sums = {"loss": self._loss(logits, labels)}
@@ -148,13 +185,13 @@ class Base:
         if self.task == TOKEN:
             raise UnsupportedError("sample: token-classification cannot continue prompts. Leave it out.")
         cut = {} if self.limit is None else {"truncation": True, "max_length": self.limit}
-        ids = begun(self.tokenizer, prompt) if self.task == CAUSAL else self.tokenizer(prompt, **cut)["input_ids"]
+        ids = begun(self.tokenizer, prompt) if self.task in DECODERS else self.tokenizer(prompt, **cut)["input_ids"]
         if not ids:
             raise ConfigError("sample: the prompt is empty, so there is no token to continue. Give at least one word.")
         if isinstance(self.tokenizer, ByteTokenizer):
             said: bytes = bound.generate(bytes(ids), tokens, temperature=0.0)
             return self.tokenizer.decode(said[len(ids) :])
-        if self.limit is not None and self.task == CAUSAL:
+        if self.limit is not None and self.task in DECODERS:
             tokens = min(tokens, self.limit - 1)
             ids = ids[-(self.limit - tokens) :]
         read = torch.tensor([ids], device=self.device)
@@ -164,7 +201,7 @@ class Base:
         out = bound.generate(
             **given, max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=self.tokenizer.pad_token_id
         )[0]
-        text: str = self.tokenizer.decode(out[len(ids) :] if self.task == CAUSAL else out, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(out[len(ids) :] if self.task in DECODERS else out, skip_special_tokens=True)
         return text
 
     def logits(self, bound: Any, batch: Batch) -> Tensor:
@@ -348,7 +385,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
     _move(model, device)
     params = base_params(model) | packed
     base = Base(name, model, params, tokenizer, settings.task, limit, tuple(classes), new, device, problem)
-    if settings.task == CAUSAL:
+    if settings.task in DECODERS:
         _check_causal(base)
     return base
 
@@ -378,7 +415,7 @@ def _check_causal(base: Base) -> None:
 
 
 def _refuse_demo(settings: Settings) -> None:
-    if settings.task != CAUSAL:
+    if settings.task not in DECODERS:
         raise ConfigError(
             f"task: {DEMO} is a causal language model, not for {settings.task}. Give another with --model."
         )

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from funclora._apps.train import preference_rows
 from funclora._apps.train.packing import is_packed, positions
+from funclora._apps.train.preference_rows import padded
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import SEQUENCE, Settings
+from funclora._apps.train.settings import PREFERENCE, SEQUENCE, Settings
 from funclora._apps.train.stored import sizes
 from funclora._init.fresh import generator_of
 from funclora.errors import ConfigError
 
 
-def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | None = None) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example],
+    *,
+    pad: int,
+    task: str,
+    packed: bool | None = None,
+    context: int | None = None,
+    group: int = 0,
+) -> dict[str, Tensor]:
     """Rows as tensors on the CPU, int64, padded on the right.
 
     Args:
@@ -25,8 +34,11 @@ def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | 
         pad: id of the padding token.
         task: one of `settings.TASKS`.
         packed: give `position_ids`; None: if a row has several examples.
+        context: of preferences, as for `preference_rows.collate`.
+        group: of preferences, as for `preference_rows.collate`.
 
     Returns:
+        For preferences, as from `preference_rows.collate`. Otherwise
         `input_ids: [batch, seq]`; `labels`: `[batch, seq]` (seq2seq: the decoder's `[batch, seq']`) padded with
         `IGNORED`, or for sequence-classification `[batch]`, or `[batch, outputs]` in float32 if they are `targets`;
         `token_type_ids: [batch, seq]` if a row has `segments`; and either `attention_mask: [batch, seq]` or, if packed,
@@ -40,26 +52,24 @@ def collate(examples: Sequence[Example], *, pad: int, task: str, packed: bool | 
         {'input_ids': [[5, 6, 7], [8, 0, 0]], 'labels': [[-100, 6, 7], [8, -100, -100]],
          'attention_mask': [[1, 1, 1], [1, 0, 0]]}
     """
-    batch = {"input_ids": _padded([row.ids for row in examples], pad)}
+    if task == PREFERENCE:
+        return preference_rows.collate(examples, pad=pad, context=context, group=group)
+    batch = {"input_ids": padded([row.ids for row in examples], pad)}
     if task == SEQUENCE:
         targets = [row.targets for row in examples]
         batch["labels"] = torch.tensor(targets if targets[0] else [row.labels[0] for row in examples])
     else:
-        batch["labels"] = _padded([row.labels for row in examples], IGNORED)
+        batch["labels"] = padded([row.labels for row in examples], IGNORED)
     if any(row.segments for row in examples):
-        batch["token_type_ids"] = _padded([[*row.segments] for row in examples], 0)
+        batch["token_type_ids"] = padded([[*row.segments] for row in examples], 0)
     longest = batch["input_ids"].shape[1]
     if is_packed(examples) if packed is None else packed:
         rests = [longest - len(row.ids) for row in examples]
         rows = [positions((*row.lengths, rest)) for row, rest in zip(examples, rests, strict=True)]
         batch["position_ids"] = torch.tensor(rows)
     else:
-        batch["attention_mask"] = _padded([[1] * len(row.ids) for row in examples], 0)
+        batch["attention_mask"] = padded([[1] * len(row.ids) for row in examples], 0)
     return batch
-
-
-def _padded(rows: list[list[int]], fill: int) -> Tensor:
-    return torch.tensor(list(itertools.zip_longest(*rows, fillvalue=fill)), dtype=torch.int64).T.contiguous()
 
 
 # Of each part of the examples, in order: how many they are, and how often each is in an epoch.
@@ -78,6 +88,7 @@ class Batches:
         task: one of `settings.TASKS`.
         shares: parts with weights; without, each row is in each epoch once. Of a part with weight 0.5, an epoch has
             one half and the next the other.
+        context: as for `collate`.
 
     Attributes:
         steps_per_epoch: `ceil(rows of an epoch / (batch * accumulation))`; the last step of an epoch may be smaller.
@@ -102,6 +113,7 @@ class Batches:
         pad: int,
         task: str,
         shares: Shares = (),
+        context: int | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("accumulation", accumulation)):
             if value < 1:
@@ -113,6 +125,7 @@ class Batches:
         self.steps_per_epoch = math.ceil(sum(taken for _, taken in self._taken) / (batch * accumulation))
         self._examples, self._batch, self._rows = examples, batch, batch * accumulation
         self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples)
+        self._context = context
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the most recently used epoch
 
     @classmethod
@@ -126,13 +139,20 @@ class Batches:
             pad=pad,
             task=settings.task,
             shares=shares,
+            context=settings.context,
         )
 
     def step(self, k: int) -> list[dict[str, Tensor]]:
         """The micro-batches of step k, which counts from 0 over all epochs."""
         rows = self.rows(k)
         return [
-            collate(rows[start : start + self._batch], pad=self._pad, task=self._task, packed=self._packed)
+            collate(
+                rows[start : start + self._batch],
+                pad=self._pad,
+                task=self._task,
+                packed=self._packed,
+                context=self._context,
+            )
             for start in range(0, len(rows), self._batch)
         ]
 

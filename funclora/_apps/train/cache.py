@@ -57,7 +57,7 @@ def key_of(settings: Settings, tokenizer: Any, limit: int | None, known: Sequenc
     values = asdict(settings)
     facts = {
         "version": [_VERSION, funclora.__version__],
-        "settings": {key: values[key] for key in [*keys, "task", "seed"]},
+        "settings": {key: values[key] for key in [*keys, "task", "loss", "seed"]},
         "limit": limit,
         "known": [*known],
         "tokenizer": _tokenizer(tokenizer),

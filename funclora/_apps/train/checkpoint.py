@@ -34,6 +34,7 @@ RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == "Output"} | {
     "model",
     "adapter",
+    "reference",
     "final",
     "data",
     "validation",
@@ -51,9 +52,9 @@ class RunProgress:
     Attributes:
         step: number of optimizer steps taken.
         evaluated: the last step that was evaluated; -1 before the first.
-        best: step and loss of the best evaluation.
+        best: step and loss (or other metric) of the best evaluation.
         waited: number of evaluations since then.
-        pending: loss and gradient norm of each step since the last line of metrics.jsonl.
+        pending: loss, gradient norm and what is watched of each step since the last line of metrics.jsonl.
         metrics: size of metrics.jsonl in bytes.
         tokens: number of tokens trained on.
         seconds: duration of the steps.
@@ -64,7 +65,7 @@ class RunProgress:
     evaluated: int = -1
     best: tuple[int, float] | None = None
     waited: int = 0
-    pending: list[tuple[float, float]] = field(default_factory=list)
+    pending: list[list[float]] = field(default_factory=list)
     metrics: int = 0
     tokens: int = 0
     seconds: float = 0.0

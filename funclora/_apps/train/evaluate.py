@@ -23,7 +23,8 @@ class Evaluation(NamedTuple):
     """The result of an evaluation.
 
     Attributes:
-        means: "loss" in nats for each label, and for classification "correct", the share of labels; empty without data.
+        means: "loss" in nats for each label; for classification "correct", the share of labels; and what the base
+            watches. Empty without data.
         samples: prompts and their continuations.
     """
 
@@ -62,7 +63,7 @@ def evaluate(
             return None
         labels += base.count(batch)
         with autocast(settings, base.device):
-            scores = base.score(bound, moved(batch, base.device))
+            scores = base.score(bound, base.prepared(moved(batch, base.device)))
         sums = {key: sums.get(key, 0) + value.cpu().double() for key, value in scores.items()}
     if examples and not labels:
         raise ConfigError("validation: no position of the validation data has a label. Give other data.")
@@ -72,4 +73,5 @@ def evaluate(
             return None
         with autocast(settings, base.device):
             samples.append((prompt, base.generate(bound, prompt, settings.sample_tokens)))
-    return Evaluation({key: float(value) / labels for key, value in sums.items()}, samples)
+    means = {key: float(value[0] / value[1]) if value.dim() else float(value) / labels for key, value in sums.items()}
+    return Evaluation(means, samples)

@@ -20,7 +20,7 @@ from funclora._apps.train.packing import pack
 from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED as IGNORED
 from funclora._apps.train.rows import Example as Example
-from funclora._apps.train.settings import AUTO, CAUSAL, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
+from funclora._apps.train.settings import AUTO, DECODERS, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
 from funclora._apps.train.stored import digest, sizes
 from funclora._apps.train.survey import Survey
 from funclora._apps.train.tokens import reader
@@ -218,7 +218,7 @@ def _context(settings: Settings, limit: int | None, notes: Notes) -> int:
     context = settings.context if limit is None else min(settings.context, limit)
     if context < settings.context:
         notes.say(f"The context is {context} tokens, the model's maximum, instead of {settings.context}.")
-    least = 2 if settings.task == CAUSAL else 1
+    least = 2 if settings.task in DECODERS else 1
     if context < least:
         raise ConfigError(f"context: expected at least {least} tokens, so that one can be predicted, got {context}.")
     if settings.packing and settings.model is None:

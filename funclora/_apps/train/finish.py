@@ -19,7 +19,17 @@ from funclora._apps.train.loop import Outcome
 from funclora._apps.train.packing import Packed
 from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
-from funclora._apps.train.settings import CAUSAL, MULTI, REGRESSION, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN, Settings
+from funclora._apps.train.settings import (
+    CAUSAL,
+    MULTI,
+    PREFERENCE,
+    REGRESSION,
+    SEQ2SEQ,
+    SEQUENCE,
+    SINGLE,
+    TOKEN,
+    Settings,
+)
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
 from funclora._bind.summary import summary
@@ -39,6 +49,7 @@ PIPELINES = {
     SEQUENCE: "text-classification",
     TOKEN: "token-classification",
     SEQ2SEQ: "text-generation",
+    PREFERENCE: "text-generation",
 }
 
 
@@ -152,7 +163,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         **({"started from": str(settings.adapter)} if settings.adapter is not None else {}),
         "steps": f"{outcome.taken:,} ({outcome.stopped})",
         "adapter": outcome.chosen(),
-        **_losses(outcome, "" if base.problem == REGRESSION else " (nats)"),
+        **_losses(outcome, settings, "" if base.problem == REGRESSION else " (nats)"),
     }
     sections = [
         "\n".join(head),
@@ -180,7 +191,7 @@ def _examples(rows: Sequence[Example]) -> str:
     return f"{n:,} example{'s' * (n != 1)}"
 
 
-def _losses(outcome: Outcome, unit: str) -> dict[str, str]:
+def _losses(outcome: Outcome, settings: Settings, unit: str) -> dict[str, str]:
     found = {}
     train, validation = outcome.losses["train"], outcome.losses["validation"]
     if train:
@@ -188,8 +199,8 @@ def _losses(outcome: Outcome, unit: str) -> dict[str, str]:
     if validation:
         found["validation loss"] = f"{validation[-1][1]:.4f} at step {validation[-1][0]}"
     if outcome.best is not None:
-        found["best validation loss"] = f"{outcome.best[1]:.4f} at step {outcome.best[0]}"
-    return {key: f"{value}{unit}" for key, value in found.items()}
+        found[f"best validation {settings.metric}"] = f"{outcome.best[1]:.4f} at step {outcome.best[0]}"
+    return {key: f"{value}{unit}" if key.endswith("loss") else value for key, value in found.items()}
 
 
 def _usage(base: Base, settings: Settings) -> str:

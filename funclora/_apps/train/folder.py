@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from funclora._apps.train.settings import CAUSAL, PROBLEMS, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN
+from funclora._apps.train.settings import CAUSAL, PREFERENCE, PROBLEMS, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN
 from funclora._apps.train.tokenizer import load_config as load_config
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
@@ -27,6 +27,7 @@ CLASSES = {
     SEQUENCE: "AutoModelForSequenceClassification",
     TOKEN: "AutoModelForTokenClassification",
     SEQ2SEQ: "AutoModelForSeq2SeqLM",
+    PREFERENCE: "AutoModelForCausalLM",
 }
 PROBLEM_TYPES = dict(zip(PROBLEMS, TYPES, strict=True))  # as transformers calls them
 

@@ -17,6 +17,8 @@ NAMES = (
     "tools",
     "prompt",
     "completion",
+    "chosen",
+    "rejected",
     "tokens",
     "text",
     "text_pair",
@@ -89,6 +91,11 @@ class Format:
             fields, said = self._instructed(record, fields)
         if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
             fields = _joined(fields)
+        for name in ("prompt", "chosen", "rejected"):
+            if isinstance(fields.get(name), (list, dict)):
+                value, at = fields[name], f"{record.where}: {name}"
+                several = value if isinstance(value, list) else [value]
+                fields = {**fields, name: [self._message(each, f"{at}[{i}]") for i, each in enumerate(several)]}
         if isinstance(fields.get("messages"), list):
             at = f"{record.where}: messages"
             messages = [self._message(each, f"{at}[{i}]") for i, each in enumerate(fields["messages"])]

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 CHECKPOINTS_OF_A_RUN = 10  # unless set otherwise
 # Why a run stopped.
 FINISHED, PATIENCE = "finished", "patience"
+# What the settings call a mean of an evaluation -> its names.
+METRICS = {"loss": ("loss",), "accuracy": ("correct", "rewards/accuracies"), "margin": ("rewards/margins",)}
 # Steps after which losses are fetched, if no line is written earlier: until then, the device is not synchronised.
 UNSEEN = 50
 
@@ -48,7 +50,7 @@ class Outcome:
         step: their step.
         taken: the number of steps taken.
         losses: `{"train": [(step, loss)], "validation": [(step, loss)]}`, nats per label, as in metrics.jsonl.
-        best: step and loss of the best evaluation; None without validation data.
+        best: step and loss (or other metric) of the best evaluation; None without validation data.
         stopped: `FINISHED` or `PATIENCE`.
     """
 
@@ -132,7 +134,7 @@ class _Training:
         self.state = self.steps.init(self.values)
         self.unseen: list[Tensor] = []  # numbers of steps that were not fetched yet
         self.progress = RunProgress()
-        digests = {"data": data.digest(), "base model": fingerprint(base.params)}
+        digests = {"data": data.digest(), **{name: fingerprint(part) for name, part in base.constants.items()}}
         if settings.adapter is not None:
             tree: Any = dict(adapters)
             digests["starting adapter"] = fingerprint({str(i): leaf for i, leaf in enumerate(optree.tree_leaves(tree))})
@@ -199,25 +201,28 @@ class _Training:
         if not self.unseen:
             return
         first = self.progress.step - len(self.unseen)
-        for step, (loss, norm) in enumerate(torch.stack(self.unseen).tolist(), start=first):
+        for step, (loss, norm, *watched) in enumerate(torch.stack(self.unseen).tolist(), start=first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
                 raise NonFiniteError(
                     f"step {step + 1} of {self.total}: {what}. Its examples: {self.steps.sources(step)}; "
                     f"{self.run.state()}. Check the examples, or start again with a lower --lr or without --bf16."
                 )
-            self.progress.pending.append((loss, norm))
+            self.progress.pending.append([loss, norm, *watched])
         self.unseen.clear()
 
     def _line(self) -> None:
         progress = self.progress
-        losses = [loss for loss, _ in progress.pending]
+        columns = [[x for x in column if not math.isnan(x)] for column in zip(*progress.pending, strict=True)]
+        means = [math.fsum(column) / len(column) if column else None for column in columns]
+        watched = dict(zip(self.base.watched, means[2:], strict=True))
         tokens, seconds = progress.tokens - self.before[0], progress.seconds - self.before[1]
         self.journal.line({
             "step": progress.step,
             "epoch": self._epoch(),
-            "loss": math.fsum(losses) / len(losses),
+            "loss": means[0],
             "grad_norm": progress.pending[-1][1],
+            **{name: value for name, value in watched.items() if value is not None},
             "lr": self.steps.rate(torch.tensor(progress.step - 1)).item(),
             "tokens": progress.tokens,
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
@@ -244,25 +249,36 @@ class _Training:
         if found is None:
             return False
         if found.means:
-            self._judge(found.means["loss"])
-            names = {"loss": "validation_loss", "correct": "validation_accuracy"}
-            line = {names[key]: value for key, value in found.means.items()}
+            self._judge(found.means)
+            names = {"correct": "accuracy"}
+            line = {
+                f"validation_{names.get(key, key)}": value
+                for key, value in found.means.items()
+                if not math.isnan(value)
+            }
             self.journal.line({"step": progress.step, "epoch": self._epoch(), **line})
         if found.samples:
             self.journal.samples(progress.step, found.samples)
         progress.evaluated = progress.step
         return True
 
-    def _judge(self, loss: float) -> None:
+    def _judge(self, means: Mapping[str, float]) -> None:
         """Remember the best evaluation, and stop after too many evaluations without improvement."""
-        progress = self.progress
+        progress, loss = self.progress, means["loss"]
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"step {progress.step} of {self.total}: the validation loss is {loss}; {self.run.state()}. Check the "
                 "validation data, or start again with a lower --lr or without --bf16."
             )
-        if progress.best is None or loss < progress.best[1]:
-            progress.best, progress.waited = (progress.step, loss), 0
+        value = next(means[name] for name in METRICS[self.settings.metric] if name in means)
+        if math.isnan(value):
+            raise ConfigError(
+                f"metric: no batch of the validation data has both good and bad answers, so there is no "
+                f"{self.settings.metric}. Set it to loss, or give other validation data."
+            )
+        sign = 1 if self.settings.metric == "loss" else -1
+        if progress.best is None or sign * value < sign * progress.best[1]:
+            progress.best, progress.waited = (progress.step, value), 0
         else:
             progress.waited += 1
         if self.settings.patience and progress.waited >= self.settings.patience:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from funclora._apps.train import preference_rows
 from funclora._apps.train.adapters import Start
 from funclora._apps.train.base import Base
 from funclora._apps.train.examples import Data
+from funclora._apps.train.preference_records import PAIR
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import CAUSAL, MULTI, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import DECODERS, MULTI, PREFERENCE, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.setup import Ready
 from funclora._apps.train.step import Steps
 from funclora._apps.train.stored import sizes
@@ -92,7 +94,7 @@ def plan(ready: Ready) -> Plan:
         Steps(base, start.adapters, data, settings).total,
         (len(data.train), len(data.validation)),
         max(int(n) for n, _ in sizes(data.train)),
-        tuple(shown(base, example) for example in data.train[:SHOWN]),
+        tuple(part for example in data.train[:SHOWN] for part in _alone(base, example)),
         tuple(data.notes),
     )
 
@@ -150,6 +152,11 @@ def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
 
 def _row(example: Example, n: int) -> Example:
     """The first n tokens of an example."""
+    if len(example.lengths) == 2:
+        parts = [_row(half, min(len(half.ids), max(2, n // 2))) for half in preference_rows.halves(example)]
+        if len(parts) == 1:
+            return preference_rows.judged(parts[0], bool(example.lengths[0]))
+        return preference_rows.compared(*parts)
     labels = example.labels
     if len(labels) == len(example.ids):
         labels = labels[:n]
@@ -158,6 +165,15 @@ def _row(example: Example, n: int) -> Example:
     if labels and all(label == IGNORED for label in labels):
         labels = [*labels[:-1], example.ids[n - 1]] if len(labels) == n else labels
     return replace(example, ids=example.ids[:n], labels=labels, lengths=(n,), segments=example.segments[:n])
+
+
+def _alone(base: Base, example: Example) -> list[Shown]:
+    """An example for display; each of two answers by itself."""
+    if base.task != PREFERENCE:
+        return [shown(base, example)]
+    names = [name for name, n in zip(PAIR, example.lengths, strict=True) if n]
+    parts = zip(names, preference_rows.halves(example), strict=True)
+    return [replace(shown(base, half), source=f"{half.source}, {name}") for name, half in parts]
 
 
 def shown(base: Base, example: Example) -> Shown:
@@ -179,7 +195,6 @@ def shown(base: Base, example: Example) -> Shown:
             for ids, label in words[:50]
         )
         return Shown(example.source, _runs(base, example), answer)
-    assert base.task == CAUSAL
     return Shown(example.source, _runs(base, example))
 
 
@@ -196,7 +211,7 @@ def _runs(base: Base, example: Example) -> tuple[tuple[str, bool], ...]:
     """Spans of tokens with loss and without."""
     losses = [label != IGNORED for label in example.labels]
     # The first token has no loss, since nothing comes before it. A part of a character cannot be shown alone.
-    if base.task == CAUSAL and "\N{REPLACEMENT CHARACTER}" not in _text(base, example.ids[:1]):
+    if base.task in DECODERS and "\N{REPLACEMENT CHARACTER}" not in _text(base, example.ids[:1]):
         losses[0] = False
     runs: list[tuple[list[int], bool]] = []
     for i, loss in zip(example.ids, losses, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._config.config import LoraConfig
 from funclora._config.peft_fields import DECOMPOSITIONS, HEADS
 from funclora._config.targets import select
@@ -16,7 +16,13 @@ from funclora._quant.quantize import quantize
 from funclora.rules.base import Params
 
 # PEFT's names of the tasks.
-TASK_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS", SEQ2SEQ: "SEQ_2_SEQ_LM"}
+TASK_TYPES = {
+    CAUSAL: "CAUSAL_LM",
+    SEQUENCE: "SEQ_CLS",
+    TOKEN: "TOKEN_CLS",
+    SEQ2SEQ: "SEQ_2_SEQ_LM",
+    PREFERENCE: "CAUSAL_LM",
+}
 
 
 def splits_weights(settings: Settings) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from funclora._apps.train.aliases import ALIASES, VALUES, known_as
 from funclora._apps.train.config_file import table
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, DECODERS, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._config.peft_fields import INITIALISERS, is_initialiser
 from funclora._files.atomic import replace_files
 from funclora.errors import ConfigError, near
@@ -24,10 +24,12 @@ from funclora.errors import ConfigError, near
 EXCLUSIVE = (("steps", "epochs"), ("validation", "validation_split"))
 # Keys that only these tasks use.
 ONLY = {
-    **dict.fromkeys(("train_on", "turns", "chat_template", "packing"), (CAUSAL,)),
+    **dict.fromkeys(("train_on", "turns", "packing"), (CAUSAL,)),
+    "chat_template": DECODERS,
     "text_field": (CAUSAL, SEQUENCE),
-    "label_field": (SEQUENCE, TOKEN),
+    "label_field": (SEQUENCE, TOKEN, PREFERENCE),
     "problem": (SEQUENCE,),
+    **dict.fromkeys((f.name for f in fields(Settings) if f.metadata["group"] == "Preferences"), (PREFERENCE,)),
 }
 # Keys that have an effect only with some values of another key.
 NEEDS = {
@@ -36,6 +38,10 @@ NEEDS = {
     "cycles": ("schedule", ("cosine-restarts",)),
     "power": ("schedule", ("polynomial",)),
     "decay": ("schedule", ("wsd",)),
+    "label_smoothing": ("loss", ("dpo",)),
+    "gamma": ("loss", ("simpo",)),
+    **dict.fromkeys(("desirable", "undesirable"), ("loss", ("kto",))),
+    "reference": ("loss", ("dpo", "ipo", "kto")),
     "lr_end": ("schedule", ("cosine", "cosine-restarts", "linear", "polynomial", "wsd")),
 }
 # What an adapter in a folder brings.
@@ -186,12 +192,13 @@ def as_toml(settings: Settings, keys: Collection[str] | None = None) -> str:
     for f in fields(settings):
         if keys is not None and f.name not in keys:
             continue
+        value = getattr(settings, f.name)
+        if value is None or _implied(settings, f.name):
+            continue
         if f.metadata["group"] != group:
             group = f.metadata["group"]
             lines += ["", f"# {group}"] if lines else [f"# {group}"]
-        value = getattr(settings, f.name)
-        if value is not None and not _implied(settings, f.name):
-            lines.append(f"{f.name} = {_toml(value)}")
+        lines.append(f"{f.name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -332,7 +339,8 @@ def _check_together(settings: Settings, called: Any) -> None:
     for key, tasks in ONLY.items():
         if settings.task not in tasks and getattr(settings, key) != getattr(Settings, key):
             raise ConfigError(
-                f"{called(key)}: only {' and '.join(tasks)} use{'s' * (len(tasks) == 1)} it, and the task is "
+                f"{called(key)}: only {' and '.join(filter(None, (', '.join(tasks[:-1]), tasks[-1])))} "
+                f"use{'s' * (len(tasks) == 1)} it, and the task is "
                 f"{settings.task}. Leave it out."
             )
     if settings.turns != Settings.turns and settings.train_on == "all":
@@ -345,6 +353,14 @@ def _check_together(settings: Settings, called: Any) -> None:
                 f"{called(key)}: has an effect only if {other} is {' or '.join(values)}, and it is "
                 f"{getattr(settings, other)}. Leave it out, or set {called(other)}."
             )
+    if settings.task == PREFERENCE and settings.loss != "kto" and settings.label_field != Settings.label_field:
+        raise ConfigError(f"{called('label_field')}: pairs of answers have no label. Leave it out, or set loss to kto.")
+    has = {SEQUENCE: ("accuracy",), TOKEN: ("accuracy",), PREFERENCE: ("accuracy", "margin")}.get(settings.task, ())
+    if settings.metric not in ("loss", *has):
+        raise ConfigError(
+            f"{called('metric')}: an evaluation of {settings.task} has no {settings.metric}. Set it to "
+            f"{' or '.join(('loss', *has))}."
+        )
     if settings.attention != "auto" and settings.model is None:
         raise ConfigError(f"{called('attention')}: the demo's base has only one implementation. Leave it out.")
     if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
@@ -371,6 +387,7 @@ def _implied(settings: Settings, key: str) -> bool:
         or (key == "validation_split" and settings.validation is not None)
         or (key == "double_quant" and settings.quantize not in ("nf4", "fp4"))
         or (key in ADAPTER_KEYS and settings.adapter is not None)
+        or (key in ONLY and settings.task not in ONLY[key])
         or (key in NEEDS and getattr(settings, NEEDS[key][0]) not in NEEDS[key][1])
     )
 

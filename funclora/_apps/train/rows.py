@@ -18,9 +18,9 @@ class Example:
         ids: what the model reads (seq2seq: the encoder).
         labels: causal-lm: as long as `ids`, the id where there is loss and `IGNORED` elsewhere, not shifted, as
             transformers has them; token-classification: the class or `IGNORED` for each id; sequence-classification:
-            one class, or none if there are `targets`; seq2seq: the
-            decoder's ids.
-        lengths: of the examples packed into it, in order; a single length if there is one example.
+            one class, or none if there are `targets`; seq2seq: the decoder's ids.
+        lengths: of the examples packed into it, in order; a single length if there is one example. Preferences: of the
+            chosen and the rejected answer with their prompt; one is 0 if there is a single answer.
         source: its source, such as "train.jsonl:17".
         targets: sequence-classification: instead of a class, what each output of the head shall be: the number itself,
             or for several classes 1 for those of the text and 0 for the others.

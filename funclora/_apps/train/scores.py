@@ -24,7 +24,7 @@ from funclora._apps.train.metrics import (
     spearman,
 )
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import CAUSAL, REGRESSION, SEQ2SEQ, TOKEN
+from funclora._apps.train.settings import DECODERS, REGRESSION, SEQ2SEQ, TOKEN
 from funclora._apps.train.step import moved
 from funclora._many.stack import stack as stack_of
 from funclora._train.evaluate import by_row
@@ -81,7 +81,7 @@ def scores(
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
     nats = torch.zeros(len(members), dtype=torch.float64)
-    labels = sum(1 for example in examples for label in example.labels[base.task == CAUSAL :] if label != IGNORED)
+    labels = sum(1 for example in examples for label in example.labels[base.task in DECODERS :] if label != IGNORED)
     labels += sum(len(example.targets) for example in examples)
     predicted: list[list[Any]] = [[[] for _ in examples] for _ in range(len(members))]
     parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
@@ -128,7 +128,7 @@ def _by_row(
 def _score(
     base: Base, labels: int, loss: float, examples: Sequence[Example], predicted: list[Any], threshold: float
 ) -> Score:
-    if base.task in (CAUSAL, SEQ2SEQ):
+    if base.task in (*DECODERS, SEQ2SEQ):
         return Score(labels, {"loss": loss, "perplexity": perplexity(loss)})
     if base.classifies:
         pairs = [

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ = TASKS = ("causal-lm", "sequence-classification", "token-classification", "seq2seq")
+CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ, PREFERENCE = TASKS = (
+    "causal-lm",
+    "sequence-classification",
+    "token-classification",
+    "seq2seq",
+    "preference",
+)
+DECODERS = (CAUSAL, PREFERENCE)  # the tasks of causal language models
 
 # What the labels of sequence-classification are: one class, several classes, numbers.
 SINGLE, MULTI, REGRESSION = PROBLEMS = ("single-label", "multi-label", "regression")
@@ -66,7 +73,9 @@ class Settings:
     roles: tuple[str, ...] = _key((), "Data", "Roles that have other names in the chats: human=user, gpt=assistant.")
     skip_bad: bool = _key(False, "Data", "Leave out records that cannot be used, and count them, instead of stopping.")
     text_field: str = _key("text", "Data", "Name of the field with plain text, or with the text to classify.")
-    label_field: str = _key("label", "Data", "Name of the field with the class (sequence) or the classes (token).")
+    label_field: str = _key(
+        "label", "Data", "Name of the field with the class (sequence), the classes (token) or the verdict (kto)."
+    )
     problem: str = _key(
         AUTO,
         "Data",
@@ -83,6 +92,31 @@ class Settings:
     chat_template: Path | None = _key(None, "Data", "File of a chat template (Jinja), instead of the tokenizer's.")
     context: int = _key(512, "Data", "Maximum length of an example in tokens; longer plain texts are split.", least=1)
     packing: bool = _key(False, "Data", "Put several examples into one row; each attends only to itself.")
+
+    loss: str = _key(
+        "dpo",
+        "Preferences",
+        "Loss of pairs of answers; kto also takes single answers with a label.",
+        choices=("dpo", "ipo", "orpo", "simpo", "kto"),
+    )
+    beta: float | None = _key(
+        None,
+        "Preferences",
+        "Weight of the reference (dpo, ipo, kto), the odds (orpo) or the margin (simpo); auto is 0.1, for simpo 2.",
+        above=0.0,
+        auto=True,
+    )
+    reference: str = _key(
+        "start",
+        "Preferences",
+        "What answers are compared with: the adapter at the start, the base, or the path of a PEFT folder.",
+    )
+    label_smoothing: float = _key(
+        0.0, "Preferences", "Share of pairs whose order is taken to be wrong (dpo).", least=0.0, below=0.5
+    )
+    gamma: float = _key(1.0, "Preferences", "Margin between the answers of a pair (simpo).", least=0.0)
+    desirable: float = _key(1.0, "Preferences", "Weight of the good answers (kto).", least=0.0)
+    undesirable: float = _key(1.0, "Preferences", "Weight of the bad answers (kto).", least=0.0)
 
     adapter: Path | None = _key(None, "Adapter", "PEFT folder to start from; it decides the rest of this group.")
     method: str = _key("lora", "Adapter", "Method of the adapter.", choices=("lora", "dora"))
@@ -137,10 +171,16 @@ class Settings:
 
     eval_every: int = _key(0, "Evaluation", "Steps between evaluations; 0: only at the end.", least=0)
     patience: int = _key(0, "Evaluation", "Stop after this many evaluations without improvement; 0: never.", least=0)
+    metric: str = _key(
+        "loss",
+        "Evaluation",
+        "What makes an evaluation the best one: a low loss, a high accuracy (classes, preferences) or margin.",
+        choices=("loss", "accuracy", "margin"),
+    )
     final: str = _key(
         "best",
         "Evaluation",
-        "Adapter that is written: of the evaluation with the lowest loss, or of the last step.",
+        "Adapter that is written: of the best evaluation, or of the last step.",
         choices=("best", "last"),
     )
     sample: tuple[str, ...] = _key((), "Evaluation", "Prompts to continue at each evaluation.", whole=True)

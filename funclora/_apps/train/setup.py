@@ -23,8 +23,9 @@ from funclora._apps.train.batches import Batches
 from funclora._apps.train.device import resolved
 from funclora._apps.train.examples import Data, prepare
 from funclora._apps.train.packing import Packed, check_packing
+from funclora._apps.train.reference import with_preferences
 from funclora._apps.train.rows import Example
-from funclora._apps.train.settings import SEQ2SEQ, SEQUENCE, Settings
+from funclora._apps.train.settings import PREFERENCE, SEQ2SEQ, SEQUENCE, Settings
 from funclora._apps.train.stored import Stored
 from funclora._bind.apply import bind
 from funclora._bind.summary import summary
@@ -65,6 +66,8 @@ def ready(settings: Settings, folder: Path) -> Ready:
     settings, data, base = load(settings, folder)
     start = begin(base, settings, _first_batches(base, data, settings))
     data.notes.extend(_ranks_beyond_use(start))
+    if settings.task == PREFERENCE:
+        start = with_preferences(start, settings)
     return Ready(settings, data, start)
 
 

@@ -31,7 +31,8 @@ class Stepped(NamedTuple):
     Attributes:
         values: the adapters, as `Vectors` has them.
         state: the optimizer's.
-        numbers: `[2]`, the loss per label and the norm of the gradient before clipping.
+        numbers: `[2 + watched]`, the loss per label and the norm of the gradient before clipping; and the means of what
+            the base watches, NaN without a value.
         tokens: number of tokens read.
     """
 
@@ -86,17 +87,23 @@ class Steps:
             raise ConfigError(f"data: no position of step {k + 1} has a label. Its examples: {self.sources(k)}.")
         adapters = self.vectors.tree(values)
         losses: list[Tensor] = []
+        watched: list[Tensor] = []
         sums: Any = None
         with seeded(step_seed(self.seed, k), adapters):
             for batch in batches:
-                loss, grads = self._gradient(adapters, moved(batch, self.base.device))
+                given = self.base.prepared(moved(batch, self.base.device))
+                (loss, found), grads = self._gradient(adapters, given)
                 losses.append(loss)
+                watched += [torch.stack([found[name] for name in self.base.watched])] if found else []
                 vectors: Any = self.vectors.of(grads)
                 sums = vectors if sums is None else optree.tree_map(torch.Tensor.add_, sums, vectors)
         with torch.no_grad():
             # Divided once, not for each loss: the count covers all micro-batches.
             means = optree.tree_map(lambda vector: vector.mul_(1 / labels), sums)
             numbers = torch.stack([torch.stack(losses).sum() / labels, global_norm(means)])
+            if watched:
+                sums_, counts = torch.stack(watched).sum(0).unbind(-1)
+                numbers = torch.cat([numbers, sums_ / counts])
             updates, state = self._update(means, state, params=values)
             values = apply_updates(values, updates)
         return Stepped(values, state, numbers, sum(map(_tokens, batches)))
@@ -128,33 +135,33 @@ def training_model(base: Base, settings: Settings) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[Tensor, dict[str, Rule]]]:
-    """`(adapters, batch) -> (loss, gradients)`, both sums over labels, with the model in training mode."""
+def _gradient(base: Base, settings: Settings) -> Callable[..., tuple[tuple[Tensor, Any], dict[str, Rule]]]:
+    """`(adapters, batch) -> ((loss, watched), gradients)`, sums over labels, with the model in training mode."""
     if settings.checkpointing and settings.compile:
         raise ConfigError(
             "checkpointing and compile exclude each other: torch.compile decides what to recompute. Give one."
         )
     model = training_model(base, settings)
 
-    def loss(bound: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def loss(bound: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(settings, base.device):
-            return base.loss(bound, batch)
+            return base.watch(bound, batch)
 
     if not settings.compile:
-        eager = value_and_grad(loss)
+        eager = value_and_grad(loss, has_aux=True)
         return lambda adapters, batch: eager(model, base.params, adapters, batch)
 
     @torch.compile
-    def compiled(params: Mapping[str, Tensor], adapters: Adapters, batch: Mapping[str, Tensor]) -> Tensor:
+    def compiled(params: Mapping[str, Tensor], adapters: Adapters, batch: Mapping[str, Tensor]) -> Any:
         return loss(bind(model, params, adapters), batch)
 
-    def gradient(adapters: Adapters, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Rule]]:
+    def gradient(adapters: Adapters, batch: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Any], dict[str, Rule]]:
         for tensor in batch.values():
             for dim in range(tensor.dim()):  # otherwise there would be a graph for each length
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
         # Not a compiled torch.func.grad: there, dropout does not support varying sizes.
-        value, _, grads = autograd(lambda tree: (compiled(base.params, tree, batch), ()), dict(adapters))
-        return value, grads
+        value, found, grads = autograd(lambda tree: compiled(base.params, tree, batch), dict(adapters))
+        return (value, found), grads
 
     return gradient
 

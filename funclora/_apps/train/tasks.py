@@ -32,7 +32,7 @@ def trained_task(folders: Mapping[str, Path], model: Path | None, task: str | No
         if task not in TASKS:
             raise ConfigError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}.")
         return task
-    known = {name: task for task, name in TASK_TYPES.items()}
+    known = {name: task for task, name in reversed(TASK_TYPES.items())}  # of several tasks with one name the first
     found: dict[str, str] = {}
     for name, folder in folders.items():
         kind = read_json(folder / CONFIG_FILE).get("task_type")

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from funclora._apps.train import preference_rows
 from funclora._apps.train.chat import chats
 from funclora._apps.train.labels import Labels, class_name
 from funclora._apps.train.notes import Notes
+from funclora._apps.train.preference_records import answers, one_kind
 from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED, Example, common
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import DECODERS, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.tokenizer import begun, ends_texts
 from funclora.errors import FormatError, UnsupportedError, near
 
@@ -37,9 +39,11 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
         return _all(record, WORDS, settings.label_field)
     if settings.task == SEQ2SEQ:
         return _all(record, *PAIR)
+    if settings.task == PREFERENCE:
+        return one_kind([*there], record, settings.loss, settings.label_field)
     if {"chosen", "rejected"} <= there:
         raise FormatError(
-            f"{record.where}: has chosen and rejected answers, of which this command learns one. Say which has it: "
+            f"{record.where}: has chosen and rejected answers. Learn from both with --task preference, or from one: "
             "--fields completion=chosen, or messages=chosen if it has whole chats."
         )
     name = settings.text_field
@@ -102,11 +106,15 @@ def reader(
         notes: receives what was cut off.
     """
     tokens = _Tokens(settings, tokenizer, context, labels, notes)
-    if tokens.end is None and settings.task in (CAUSAL, SEQ2SEQ) and settings.model is not None:
+    if tokens.end is None and settings.task in (*DECODERS, SEQ2SEQ) and settings.model is not None:
         notes.say("The tokenizer has no end token, so the model cannot learn to stop.")
-    return {SEQUENCE: tokens.sequence, TOKEN: tokens.words, SEQ2SEQ: tokens.translation}.get(
-        settings.task, tokens.causal
-    )
+    functions = {
+        SEQUENCE: tokens.sequence,
+        TOKEN: tokens.words,
+        SEQ2SEQ: tokens.translation,
+        PREFERENCE: tokens.preference,
+    }
+    return functions.get(settings.task, tokens.causal)
 
 
 class _Tokens:
@@ -140,6 +148,39 @@ class _Tokens:
             ids = self.ids(self.ended(text(record, self.settings.text_field)))
             return self.pieces(ids, record)
         return self.masked(ids, said, record)
+
+    def preference(self, record: Record) -> list[Example]:
+        """A pair of answers, or each answer by itself if the loss takes it so."""
+        found = []
+        for answer, good in answers(record, self.settings.label_field):
+            if "messages" in answer.fields:
+                made = chats(answer, self.tokenizer)
+                for remark in made.remarks:
+                    self.notes.count(remark, record.source)
+                if len(made.found) > 1:
+                    raise FormatError(
+                        f"{record.where}: the chat template rewrites the turns of this answer when others follow. "
+                        "Give an answer of one turn, with those before it in the prompt."
+                    )
+                found.append((made.found[0].ids, made.found[0].said, good))
+            else:
+                found.append((*self.pair(answer), good))
+        if "messages" not in record.fields and len(found) == 2 and isinstance(record.fields["chosen"], str):
+            # After the same prompt, also if its end merges into one of the answers.
+            start = min(said.index(True) if True in said else len(said) for _, said, _ in found)
+            found = [(ids, [i >= start for i in range(len(ids))], good) for ids, _, good in found]
+        made_of = [(self.masked(ids, said, record), good) for ids, said, good in found]
+        if not all(made for made, _ in made_of):
+            return []
+        if self.settings.loss == "kto":
+            return [preference_rows.judged(made[0], good) for made, good in made_of]
+        (chosen,), (rejected,) = (made for made, _ in made_of)
+        if chosen.ids == rejected.ids:
+            raise FormatError(
+                f"{record.where}: the chosen and the rejected answer are the same in {self.context} tokens, so nothing "
+                "can be learned from them. Remove the record, or leave it out with --skip-bad."
+            )
+        return [preference_rows.compared(chosen, rejected)]
 
     def masked(self, ids: list[int], said: list[bool], record: Record) -> list[Example]:
         """The example with loss on the ids that are said."""
@@ -178,7 +219,7 @@ class _Tokens:
         if not ids:
             self.notes.count("without tokens left out", record.source)
             return []
-        seen = labels[1:] if self.settings.task == CAUSAL else labels
+        seen = labels[1:] if self.settings.task in DECODERS else labels
         if all(label == IGNORED for label in seen):
             cut = f" in the first {self.context} tokens" if over > 0 else ""
             self.notes.count(f"without a token that has loss{cut} left out", record.source)

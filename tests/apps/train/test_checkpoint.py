@@ -49,7 +49,7 @@ PROGRESS = st.builds(
     evaluated=st.integers(-1, 10**6),
     best=st.none() | st.tuples(st.integers(0, 99), st.floats(allow_nan=False)),
     waited=st.integers(0, 9),
-    pending=st.lists(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)), max_size=3),
+    pending=st.lists(st.lists(st.floats(allow_nan=False), min_size=2, max_size=4), max_size=3),
     metrics=st.integers(0, 10**9),
     tokens=st.integers(0, 10**12),
     seconds=st.floats(0, 1e9),

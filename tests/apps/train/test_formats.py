@@ -131,7 +131,7 @@ def test_alpaca_without_a_chat_template_has_its_own_words(tmp_path: Path) -> Non
 
 
 WRONG: list[tuple[Rows | str, dict[str, Any], str]] = [
-    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {}, r"data.jsonl:1: has chosen and rejected answers, .* --fields completion=chosen"),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {}, r"data.jsonl:1: has chosen and rejected answers. .* --task preference, .* --fields completion=chosen"),
     ([{"text": "a", "label": None}], {"task": SEQUENCE}, "data.jsonl:1: label: is null. Give it a value"),
     ([{"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]}], {}, "none is of the role 'assistant', .* --roles human=user"),
     ('[{"text": "a"}]', {}, "data.jsonl:1: expected an object in each line, .* one array of objects is named .json"),

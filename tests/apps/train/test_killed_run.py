@@ -17,7 +17,7 @@ import pytest
 from tiny_runs import run, same, settings
 
 from funclora._apps.train import loop
-from funclora._apps.train.checkpoint import CHECKPOINTS, RUN
+from funclora._apps.train.checkpoint import CHECKPOINTS, METRICS, RUN
 
 HERE = Path(__file__).parent
 
@@ -56,13 +56,26 @@ def holds_a_run(out: Path) -> bool:
     return (out / RUN).exists()
 
 
+def without_times(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
 def steps(out: Path) -> list[int]:
     return sorted(int(file.stem) for file in (out / CHECKPOINTS).glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("seed", range(3))
+RUNS: list[dict[str, Any]] = [
+    {},
+    {"method": "dora"},
+    {"task": "preference", "log_every": 5},
+    {"task": "preference", "loss": "kto", "log_every": 5},
+]
+
+
+@pytest.mark.parametrize("seed", range(len(RUNS)))
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(server: Server, seed: int, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 8, "method": ("lora", "dora")[seed % 2]}
+    options: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 8, **RUNS[seed]}
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert server.run(whole, **options) == 0
     moments = random.Random(seed)
@@ -76,7 +89,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(server: Serve
     ends = [run(settings(folder, resume=True, **options))[0] for folder in (whole, out)]
     same(ends[1].adapters, ends[0].adapters)
     assert ends[1].losses == ends[0].losses
-    assert len(ends[1].losses["train"]) == 40
+    assert len(ends[1].losses["train"]) == 40 // options.get("log_every", 1)
+    assert [without_times(folder) for folder in (out, whole)] == [without_times(whole)] * 2
     assert ends[1].best == ends[0].best
 
 
