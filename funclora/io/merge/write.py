@@ -128,12 +128,12 @@ def _in_turn(files: list[Iterator[Job]], n: int) -> Iterator[Job]:
     active = deque(itertools.islice(following, n))
     while active:
         file = active.popleft()
-        job = next(file, None)
-        if job is None:
-            active.extend(itertools.islice(following, 1))
-        else:
-            active.append(file)
-            yield job
+        for candidate in itertools.chain([file], following):
+            job = next(candidate, None)
+            if job is not None:
+                active.append(candidate)
+                yield job
+                break
 
 
 def _updates(
