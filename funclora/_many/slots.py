@@ -78,28 +78,40 @@ class Slots:
         """
         if len(rows) == 1:  # one row needs no tracking
             return {} if rows[0] is None else dict(rows[0].rules)
-        kinds: dict[Any, dict[int, tuple[PreparedAdapter, list[int]]]] = {}
-        for i, adapter in enumerate(rows):
-            if adapter is not None:
-                kinds.setdefault(adapter.kind, {}).setdefault(id(adapter), (adapter, []))[1].append(i)
         found: dict[str, list[Found]] = {}
         lease, taken = _Lease(), []  # type: tuple[_Lease, list[tuple[_Pool, list[int]]]]
         weakref.finalize(lease, self._returned.append, taken).atexit = False
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._take_back()
-            for kind, some in kinds.items():
-                adapters, rows_of = zip(*some.values(), strict=True)
-                if kind not in self._pools:
-                    self._pools[kind] = _Pool(adapters[0])
-                pool = self._pools[kind]
-                slots = pool.place(adapters)
-                taken.append((pool, slots))
-                for slot in slots:
+            for pool, rows_of in self._placed(rows):
+                taken.append((pool, [*rows_of]))
+                for slot in rows_of:
                     pool.users[slot] += 1
-                add_members(found, pool.group(), pool.scalings, dict(zip(slots, rows_of, strict=True)))
+                add_members(found, pool.group(), pool.scalings, rows_of)
         known: dict[Any, Any] = {}
         batch = Batch(len(rows), repeats)
         return {name: routed(parts, batch, known, lease) for name, parts in found.items()}
+
+    def order(self, rows: Sequence[PreparedAdapter | None]) -> list[int]:
+        """The order of the rows in which they are in the order of their adapters' slots, and are not gathered."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            ordered = [i for _, rows_of in self._placed(rows) for slot in sorted(rows_of) for i in rows_of[slot]]
+        return [*ordered, *(i for i, adapter in enumerate(rows) if adapter is None)]
+
+    def _placed(self, rows: Sequence[PreparedAdapter | None]) -> list[tuple[_Pool, dict[int, list[int]]]]:
+        """The rows by their slots, which are written where their adapters are not there yet; kind by kind."""
+        self._take_back()
+        kinds: dict[Any, dict[int, tuple[PreparedAdapter, list[int]]]] = {}
+        for i, adapter in enumerate(rows):
+            if adapter is not None:
+                kinds.setdefault(adapter.kind, {}).setdefault(id(adapter), (adapter, []))[1].append(i)
+        placed = []
+        for kind, some in kinds.items():
+            adapters, rows_of = zip(*some.values(), strict=True)
+            if kind not in self._pools:
+                self._pools[kind] = _Pool(adapters[0])
+            pool = self._pools[kind]
+            placed.append((pool, dict(zip(pool.place(adapters), rows_of, strict=True))))
+        return placed
 
     def _take_back(self) -> None:
         """Free the slots of batches that are gone."""

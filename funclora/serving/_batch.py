@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from funclora.io.peft.cache import LoadedAdapter
+from funclora._bind.apply import bind
+from funclora.io.peft.cache import AdapterCache, LoadedAdapter
+from funclora.rules.base import Params
 from funclora.serving._memory import Memory
 from funclora.serving._sampling import Chooser
 from funclora.serving._settings import Settings
 from funclora.serving._stream import Stream
 
-Bind = Callable[[Sequence[LoadedAdapter | None]], nn.Module]
+
+class Models:
+    """The model with the adapters of some rows.
+
+    Args:
+        model: the frozen model.
+        params: its weights.
+        cache: of the adapters.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, cache: AdapterCache) -> None:
+        self._model, self._params, self._cache = model, params, cache
+        self._base = bind(model, params, {})
+        self._single: weakref.WeakKeyDictionary[LoadedAdapter, nn.Module] = weakref.WeakKeyDictionary()
+
+    def bound(self, adapters: Sequence[LoadedAdapter | None]) -> nn.Module:
+        """For a batch of these rows. That for a single row is kept as long as its adapter."""
+        if not any(adapters):
+            return self._base
+        single = adapters[0] if len(adapters) == 1 else None
+        if single is not None and single in self._single:
+            return self._single[single]
+        bound = bind(self._model, self._params, self._cache.route(adapters))
+        if single is not None:
+            self._single[single] = bound
+        return bound
+
+    def order(self, adapters: Sequence[LoadedAdapter | None]) -> list[int]:
+        """The order of these rows in which a batch of them is computed fastest."""
+        return self._cache.order(adapters)
 
 
 @dataclass(eq=False)
@@ -66,15 +98,15 @@ class Batch:
     Args:
         rows: the rows.
         memory: of them.
-        bind: the model with an adapter for each row.
+        models: gives the model with an adapter for each row.
 
     Attributes:
-        rows: rows of one adapter follow each other after a `join`.
+        rows: in an order that costs little, after a `join`.
         memory: of them.
     """
 
-    def __init__(self, rows: Sequence[Row], memory: Memory, bind: Bind) -> None:
-        self.rows, self.memory, self._bind = [*rows], memory, bind
+    def __init__(self, rows: Sequence[Row], memory: Memory, models: Models) -> None:
+        self.rows, self.memory, self._models = [*rows], memory, models
         self._bound: nn.Module | None = None
 
     @property
@@ -85,7 +117,7 @@ class Batch:
     def read(self, count: int | None = None) -> Tensor:
         """Read what the rows have not read, or only so many tokens of it: `[rows, vocabulary]`, after the last one."""
         if self._bound is None:
-            self._bound = self._bind([row.adapter for row in self.rows])
+            self._bound = self._models.bound([row.adapter for row in self.rows])
         new = [row.text[row.read :][:count] for row in self.rows]
         logits = self.memory.read(self._bound, new)
         for row, ids in zip(self.rows, new, strict=True):
@@ -96,10 +128,7 @@ class Batch:
         """Add the rows of another batch, which must not be used any more."""
         self.memory.join(other.memory)
         self.rows, self._bound = self.rows + other.rows, None
-        groups: dict[LoadedAdapter | None, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            groups.setdefault(row.adapter, []).append(i)
-        self.keep([i for group in groups.values() for i in group])
+        self.keep(self._models.order([row.adapter for row in self.rows]))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""

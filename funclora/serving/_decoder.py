@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from torch import Tensor
 
 from funclora.errors import NonFiniteError, UnsupportedError
-from funclora.serving._batch import Batch, Bind, Row
+from funclora.serving._batch import Batch, Models, Row
 from funclora.serving._reader import Reader
 from funclora.serving._sampling import choose
 from funclora.serving._statistics import Counts
@@ -22,16 +22,16 @@ class Decoder:
 
     Args:
         reader: of the model.
-        bind: the model with an adapter for each row.
+        models: gives the model with an adapter for each row.
         counts: what it did is added to these.
         eos_ids: tokens that end every answer.
         prefill_tokens: maximum number of prompt tokens that are read at one step.
     """
 
     def __init__(
-        self, reader: Reader, bind: Bind, counts: Counts, eos_ids: Collection[int], prefill_tokens: int
+        self, reader: Reader, models: Models, counts: Counts, eos_ids: Collection[int], prefill_tokens: int
     ) -> None:
-        self._reader, self._bind, self._counts = reader, bind, counts
+        self._reader, self._models, self._counts = reader, models, counts
         self._eos_ids, self._prefill_tokens = eos_ids, prefill_tokens
         self._unread: deque[Row] = deque()
         self._partial: Batch | None = None
@@ -99,7 +99,7 @@ class Decoder:
             if len({self._kin(row) for row in some}) > 1:
                 break
             rows.append(self._unread.popleft())
-        return Batch(rows, self._reader.memory(), self._bind)
+        return Batch(rows, self._reader.memory(), self._models)
 
     def _kin(self, row: Row) -> object:
         """Equal for rows that may be together, whatever their lengths are."""

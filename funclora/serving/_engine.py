@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from funclora._api.arguments import check_model, check_params, refuse
-from funclora._bind.apply import bind
 from funclora.errors import ClosedError, ConfigError, QueueFullError, TooLongError, shortened
 from funclora.io.peft.cache import AdapterCache, LoadedAdapter
 from funclora.rules.base import Params
-from funclora.serving._batch import Row
+from funclora.serving._batch import Models, Row
 from funclora.serving._decoder import Decoder
 from funclora.serving._reader import Reader
 from funclora.serving._sampling import Chooser
@@ -91,13 +90,11 @@ class Engine:
         self.eos_ids = frozenset(_ends(model) if eos_ids is None else eos_ids)
         self._max_rows, self._max_queue = max_rows, max_queue
 
-        def bound(adapters: Sequence[LoadedAdapter | None]) -> nn.Module:
-            return bind(model, params, cache.route(adapters))
-
-        with torch.no_grad():
-            self._reader = Reader(bind(model, params, {}))
+        models = Models(model, params, cache)
+        with torch.inference_mode():
+            self._reader = Reader(models.bound([None]))
         self._counts = Counts()
-        self._decoder = Decoder(self._reader, bound, self._counts, self.eos_ids, prefill_tokens)
+        self._decoder = Decoder(self._reader, models, self._counts, self.eos_ids, prefill_tokens)
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._running = 0
@@ -215,7 +212,7 @@ class Engine:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 while self._wait():
                     self._admit()
                     self._decoder.step()

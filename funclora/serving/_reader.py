@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from funclora.errors import UnsupportedError
+from funclora.errors import FuncloraWarning, UnsupportedError
 from funclora.serving._memory import Cached, Memory, Texts
 
 # What transformers calls the argument with the cache, in its versions and models.
@@ -40,12 +41,23 @@ class Reader:
         if getattr(self._config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{type(bound).__name__} is an encoder-decoder. Only decoders can be served.")
         self.vocabulary = self._tokens(bound)
-        examine = Examination(self, bound, self.vocabulary)
+        try:
+            examine = Examination(self, bound, self.vocabulary)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{type(bound).__name__} does not read a text in several calls: {type(error).__name__}: {error}"
+            ) from error
         examine.cache()
         self.pieces = examine.agrees(examine.in_pieces)
         self.pads = examine.agrees(examine.padded)
-        equal, different = (examine.agrees(examine.joined, *lengths) for lengths in ((6, 6), (6, 4)))
+        equal, different = (examine.agrees(examine.joined, *texts) for texts in ((0, 2), (0, 1)))
         self.decodes = "any" if equal and different else "equal" if equal else "one"
+        if self.decodes == "one":
+            warnings.warn(
+                f"{type(bound).__name__}: rows of its cache cannot be read together, so each answer is decoded alone.",
+                FuncloraWarning,
+                stacklevel=3,
+            )
 
     def memory(self) -> Memory:
         """That of a batch which has read nothing."""
@@ -64,65 +76,71 @@ class Reader:
         return int(known or self.call(bound, torch.zeros(1, 1, dtype=torch.long)).shape[-1])
 
 
+# Numbers of tokens of the texts that are read to examine a model. Each ends with three that are read one by one.
+LENGTHS = (9, 7, 9)
+
+
 class Examination:
     """Compares the logits of short texts that are read in several ways with those of each text alone."""
 
     def __init__(self, reader: Reader, bound: nn.Module, vocabulary: int) -> None:
         self._reader, self._bound = reader, bound
         generator = torch.Generator().manual_seed(0)
-        self._texts: dict[int, list[int]] = {}
-        self._expected: dict[int, Tensor] = {}
-        for length in (6, 4):
-            self._texts[length] = torch.randint(vocabulary, (length + 2,), generator=generator).tolist()
-            self._expected[length] = self._alone(reader.memory(), length)
+        self._texts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in LENGTHS]
+        self._expected = [self._alone(reader.memory(), i) for i in range(len(LENGTHS))]
 
     def cache(self) -> None:
         """Raise `UnsupportedError` if the model's logits with its cache are not those without it."""
-        for length, expected in self._expected.items():
-            if not _close(self._alone(Texts(self._reader.call), length), expected):
+        for i in range(len(LENGTHS)):
+            if not self._right(i, self._alone(Texts(self._reader.call), i)):
                 raise UnsupportedError(
                     f"{type(self._bound).__name__} gives other logits with its cache than without. It cannot be served."
                 )
 
-    def agrees(self, read: Callable[..., list[tuple[int, Tensor]]], *lengths: int) -> bool:
-        """Whether a way of reading leaves the logits as they are."""
+    def agrees(self, read: Callable[..., bool], *texts: int) -> bool:
+        """Whether a way of reading is possible, and leaves the logits as they are."""
         try:
-            return all(_close(logits, self._expected[length]) for length, logits in read(*lengths))
+            return read(*texts)
         except Exception:  # noqa: BLE001  a model may raise any error in a call that it is not made for
             return False
 
-    def in_pieces(self) -> list[tuple[int, Tensor]]:
+    def in_pieces(self) -> bool:
+        """A text in several calls of several tokens."""
+        text = self._texts[0]
+        return self._right(0, self._read(self._reader.memory(), [text[:3], text[3:5], text[5:]])[-1:])
+
+    def padded(self) -> bool:
+        """Texts of different lengths in one call."""
+        logits = self._reader.memory().read(self._bound, self._texts[:2])
+        return all(self._right(i, [row]) for i, row in enumerate(logits))
+
+    def joined(self, first: int, second: int) -> bool:
+        """Two rows that meet after their beginnings, and change their order; then one leaves."""
+        memories = []
+        for i in (first, second):
+            memories.append(self._reader.memory())
+            memories[-1].read(self._bound, [self._texts[i][:-3]])
         memory = self._reader.memory()
-        text = self._texts[6]
-        for piece in (text[:2], text[2:5], text[5:]):
-            logits = memory.read(self._bound, [piece])
-        return [(6, logits[0])]
+        for part in memories:
+            memory.join(part)
+        memory.read(self._bound, [self._texts[first][-3:-2], self._texts[second][-3:-2]])
+        memory.keep([1, 0])
+        both = memory.read(self._bound, [self._texts[second][-2:-1], self._texts[first][-2:-1]])
+        memory.keep([0])
+        last = memory.read(self._bound, [self._texts[second][-1:]])
+        return self._right(second, [both[0], last[0]]) and _close(both[1], self._expected[first][-2])
 
-    def padded(self) -> list[tuple[int, Tensor]]:
-        return [*zip((6, 4), self._reader.memory().read(self._bound, [self._texts[n] for n in (6, 4)]), strict=True)]
+    def _alone(self, memory: Memory, i: int) -> list[Tensor]:
+        text = self._texts[i]
+        return self._read(memory, [text[:-3], text[-3:-2], text[-2:-1], text[-1:]])
 
-    def joined(self, first: int, second: int) -> list[tuple[int, Tensor]]:
-        """Two rows that meet after their prompts, of which one leaves after a step."""
-        one, other = self._begun(first), self._begun(second)
-        other.join(one)
-        texts = [self._texts[second], self._texts[first]]
-        other.read(self._bound, [text[-2:-1] for text in texts])
-        both = self._reader.memory()
-        both.join(other)
-        both.keep([1, 0])
-        both.keep([1])
-        return [(second, both.read(self._bound, [self._texts[second][-1:]])[0])]
+    def _read(self, memory: Memory, pieces: list[list[int]]) -> list[Tensor]:
+        """The logits after each piece of a text."""
+        return [memory.read(self._bound, [piece])[0] for piece in pieces]
 
-    def _begun(self, length: int) -> Memory:
-        memory = self._reader.memory()
-        memory.read(self._bound, [self._texts[length][:-2]])
-        return memory
-
-    def _alone(self, memory: Memory, length: int) -> Tensor:
-        text = self._texts[length]
-        for piece in (text[:-2], text[-2:-1], text[-1:]):
-            logits = memory.read(self._bound, [piece])
-        return logits[0]
+    def _right(self, i: int, logits: list[Tensor]) -> bool:
+        """Whether these are the logits after the last tokens of a text alone."""
+        return all(_close(*pair) for pair in zip(logits, self._expected[i][-len(logits) :], strict=True))
 
 
 def _close(logits: Tensor, expected: Tensor) -> bool:
