@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,19 +31,18 @@ class Models:
     def __init__(self, model: nn.Module, params: Params, cache: AdapterCache) -> None:
         self._model, self._params, self._cache = model, params, cache
         self._base = bind(model, params, {})
-        self._single: weakref.WeakKeyDictionary[LoadedAdapter, nn.Module] = weakref.WeakKeyDictionary()
+        self._of_one: weakref.WeakKeyDictionary[LoadedAdapter, nn.Module] = weakref.WeakKeyDictionary()
 
     def bound(self, adapters: Sequence[LoadedAdapter | None]) -> nn.Module:
-        """For a batch of these rows. That for a single row is kept as long as its adapter."""
-        if not any(adapters):
+        """For a batch of these rows. If they have one adapter, it is kept as long as this, and rows are not tracked."""
+        first = adapters[0]
+        if any(adapter is not first for adapter in adapters):
+            return bind(self._model, self._params, self._cache.route(adapters))
+        if first is None:
             return self._base
-        single = adapters[0] if len(adapters) == 1 else None
-        if single is not None and single in self._single:
-            return self._single[single]
-        bound = bind(self._model, self._params, self._cache.route(adapters))
-        if single is not None:
-            self._single[single] = bound
-        return bound
+        if first not in self._of_one:
+            self._of_one[first] = bind(self._model, self._params, self._cache.route([first]))
+        return self._of_one[first]
 
     def order(self, adapters: Sequence[LoadedAdapter | None]) -> list[int]:
         """The order of these rows in which a batch of them is computed fastest."""
@@ -72,7 +72,7 @@ class Row:
     since: float
     name: str | None
     chooser: Chooser
-    loading: Future[LoadedAdapter | None] | None = None
+    loading: Future[Any] | None = None
     read: int = 0
     count: int = 0
     apart: bool = False
@@ -89,7 +89,8 @@ class Row:
         Raises:
             FuncloraError: it could not be loaded.
         """
-        return None if self.loading is None else self.loading.result(timeout=0)
+        loaded: LoadedAdapter | None = None if self.loading is None else self.loading.result(timeout=0)
+        return loaded
 
 
 class Batch:

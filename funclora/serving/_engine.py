@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from funclora._api.arguments import check_model, check_params, refuse
 from funclora.errors import ClosedError, ConfigError, QueueFullError, TooLongError, shortened
-from funclora.io.peft.cache import AdapterCache, LoadedAdapter
+from funclora.io.peft.cache import AdapterCache
 from funclora.rules.base import Params
 from funclora.serving._batch import Models, Row
 from funclora.serving._decoder import Decoder
@@ -80,7 +80,8 @@ class Engine:
     ) -> None:
         check_model(model)
         check_params(params)
-        for name, number in {"max_rows": max_rows, "max_queue": max_queue, "prefill_tokens": prefill_tokens}.items():
+        numbers = {"max_rows": max_rows, "max_queue": max_queue, "prefill_tokens": prefill_tokens}
+        for name, number in numbers.items() if max_length is None else {**numbers, "max_length": max_length}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ConfigError(f"Engine: {name}: expected a positive int, got {number!r}.")
         if not isinstance(cache, AdapterCache):
@@ -259,11 +260,16 @@ class Engine:
             else:
                 self._decoder.finish(row, None, error)
         for row in coming:
-            row.loading = self._loaders.submit(self._load, row.name)
-            row.loading.add_done_callback(lambda _: self._wake())
+            self._load(row)
 
-    def _load(self, name: str | None) -> LoadedAdapter | None:
-        return None if name is None else self.cache.load(name)
+    def _load(self, row: Row) -> None:
+        """Load its adapter, in another thread."""
+        if row.name is None:
+            row.loading = Future()
+            row.loading.set_result(None)
+        else:
+            row.loading = self._loaders.submit(self.cache.load, row.name)
+            row.loading.add_done_callback(lambda _: self._wake())
 
     def _end_all(self, error: BaseException | None) -> None:
         """End what has not ended, when nothing will go on."""
