@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -153,6 +154,23 @@ def vmapped_once() -> bool:
     """True inside one `torch.func.vmap` and no other transform."""
     level = torch._C._functorch.peek_interpreter_stack()
     return level is not None and level.key() == TransformType.Vmap and level.level() == 1
+
+
+def of_all_mapped(
+    function: Callable[[list[Tensor]], tuple[Tensor, ...]], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Inside one `torch.func.vmap`: a function of what it maps, all at once, as `torch.library.register_vmap` calls it.
+
+    Args:
+        function: takes and returns tensors `[n, *]`, with the mapped dimension first.
+        tensors: its arguments as the mapped function sees them, `[*]`.
+    """
+    mapping: Any = retrieve_current_functorch_interpreter()
+    n, level = mapping.batch_size(), mapping.level()
+    with mapping.lower():
+        each = [torch._C._functorch._unwrap_batched(x, level) for x in tensors]
+        outs = function([x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in each])
+    return tuple(torch._C._functorch._add_batch_dim(x, 0, level) for x in outs)
 
 
 def is_differentiated() -> bool:

@@ -15,7 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._torch.functions import in_transform, is_differentiated, vmapped_once
+from funclora._torch.functions import in_transform, is_differentiated, of_all_mapped, vmapped_once
 from funclora.optim._trees import tree_map
 
 _KINDS = {(dtype, device) for dtype in (torch.float32, torch.float64) for device in ("cpu", "cuda")}
@@ -60,12 +60,20 @@ class AdamKernel:
         n = len(leaves)
         for tree in (trees["mu"], trees["nu"], trees["grads"]):
             leaves = [*leaves, *spec.flatten_up_to(tree)]
-        out = _Adam.apply(self, count, rate, decay, *leaves)  # type: ignore[no-untyped-call]
+        given = [count, rate, decay, *leaves]
+        out = of_all_mapped(self.run, given) if vmapped_once() else self.run(given)
         params, mu, nu = (optree.tree_unflatten(spec, out[i : i + n]) for i in (0, n, 2 * n))
         return params, mu, nu
 
-    def run(self, count: Tensor, rate: Tensor, decay: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The step of leaves, with one value of each number for all of them, or one for each of `[n_adapters, ...]`."""
+    def run(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The step of leaves, with one value of each number for all of them, or one for each of `[n_adapters, ...]`.
+
+        Args:
+            given: t, the learning rate, the weight decay, and the leaves of all trees.
+        """
+        count, rate, decay, *leaves = given
+        if count.dim() > 1:
+            raise NotImplementedError("adamw: vmap over a stack of adapters whose leaves are stacks themselves")
         numbers = torch.stack([x.double() for x in torch.broadcast_tensors(count, rate, decay)], -1)
         several = numbers.dim() > 1
         runs = list(_runs(numbers.reshape(-1, 3).tolist()))
@@ -106,27 +114,3 @@ def _parts(sizes: list[int]) -> Iterator[list[int]]:
         part.append(i)
         total += size
     yield part
-
-
-class _Adam(torch.autograd.Function):
-    """The kernel as an operation with a rule for `vmap`: all members at once."""
-
-    @staticmethod
-    def forward(kernel: AdamKernel, count: Tensor, rate: Tensor, decay: Tensor, *leaves: Tensor) -> Any:
-        return kernel.run(count, rate, decay, leaves)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, kernel: AdamKernel, *tensors: Tensor) -> Any:
-        size = info.batch_size
-        count, rate, decay, *leaves = (
-            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(tensors, in_dims[1:], strict=True)
-        )
-        if count.dim() > 1:
-            raise NotImplementedError("adamw: vmap over a stack of adapters whose leaves are stacks themselves")
-        outs = kernel.run(count, rate, decay, leaves)
-        return outs, (0,) * len(outs)
