@@ -29,10 +29,11 @@ def python(folder: Path, *arguments: str, path: tuple[Path, ...] = ()) -> str:
     return output
 
 
-def torchrun(n: int, folder: Path, script: Path, *arguments: str) -> None:
-    """Run a script in n processes, in a folder. It can import what is beside it, too."""
+def torchrun(n: int, folder: Path, script: Path, *arguments: str, restarts: int = 0) -> str:
+    """What a script prints in n processes, in a folder. It can import what is beside it, too."""
     options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    python(folder, *options, str(script), *arguments, path=(script.parent,))
+    again = ["--max-restarts", str(restarts)] if restarts else []
+    return python(folder, *options, *again, str(script), *arguments, path=(script.parent,))
 
 
 def results(n: int, folder: Path, script: Path, *arguments: str) -> list[Any]:

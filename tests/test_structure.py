@@ -43,7 +43,7 @@ ORDER = (
     "cli",
 )
 # They hold names, and no code of their own.
-INDEXES = ("io/__init__", "_apps/__init__")
+INDEXES = ("io/__init__", "_apps/__init__", "__main__")
 
 
 def module_of(file: Path) -> str:

@@ -15,4 +15,4 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"funclora's commands need {error.name}. Type: pip install 'funclora[cli]'")
-    app()
+    app(prog_name="funclora")

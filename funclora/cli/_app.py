@@ -41,6 +41,8 @@ from funclora.cli.train import train
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
+DIVIDED = ("train",)  # by the processes that torchrun starts
+
 for name, function, stopped in (
     ("combine", combine, "{out} is unchanged."),
     ("convert", convert, "{out} is unchanged."),
@@ -55,7 +57,7 @@ for name, function, stopped in (
     ("sweep", sweep, "The same command continues with {out}."),
     ("train", train, "If its folder contains a checkpoint, the same command with --resume continues."),
 ):
-    add(app, name, function, stopped)
+    add(app, name, function, stopped, divided=name in DIVIDED)
 
 
 def _show_version(wanted: bool) -> None:

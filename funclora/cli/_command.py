@@ -19,7 +19,8 @@ from typer.core import TyperCommand, TyperGroup
 from funclora._apps.train.aliases import known_as
 from funclora._apps.train.quiet import QUIET
 from funclora.cli._options import VALUES, prepared
-from funclora.errors import FuncloraError, FuncloraWarning, printable
+from funclora.distributed import _ranks as ranks
+from funclora.errors import ConfigError, FuncloraError, FuncloraWarning, printable
 
 FAILED, STOPPED = 2, 130
 
@@ -87,7 +88,8 @@ class Commands(TyperGroup):
             if not standalone_mode:
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":  # the help is the whole message
-                typer.echo(error.format_message(), err=True)
+                text = error.format_message()
+                ranks.report(lambda: typer.echo(text, err=True))
                 sys.exit(FAILED)
             context = getattr(error, "ctx", None)
             names = ["funclora", *(context.command_path.split()[1:] if context is not None else ())]
@@ -97,7 +99,7 @@ class Commands(TyperGroup):
             if known is not None:
                 here = " or ".join(f"--{key.replace('_', '-')}" for key in known.split(", "))
                 message = f"No such option: {option}. Here it is {here}."
-            say(*names[1:], f"{_sentence(message)} Type: {' '.join(names)} --help")
+            fail(*names[1:], f"{_sentence(message)} Type: {' '.join(names)} --help")
             sys.exit(FAILED)
         if not standalone_mode:
             return code
@@ -162,7 +164,7 @@ class Command(TyperCommand):
         return option
 
 
-def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str) -> None:
+def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str, *, divided: bool = False) -> None:
     """Give the application a command.
 
     Args:
@@ -170,6 +172,7 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
         name: of the command.
         function: the command; raises a `FuncloraError` if it cannot do its work.
         stopped: what remains when Ctrl-C ends it; `{out}` and other names are the values of the options.
+        divided: whether several processes, started by torchrun, divide its work.
     """
     text, examples = _examples(inspect.getdoc(function) or "")
 
@@ -183,7 +186,7 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
         def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
             if not issubclass(category, FuncloraWarning):
                 before(message, category, *rest, **more)
-            elif str(message) not in said:
+            elif str(message) not in said and ranks.is_first():
                 said.add(str(message))
                 say(name, f"warning: {message}")
 
@@ -192,18 +195,22 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], stopped: str
             warnings.filterwarnings("always", category=FuncloraWarning)
             warnings.showwarning = show
             try:
-                function(**values | {key: read(values[key]) for key, read in readers.items()})
+                if ranks.is_launched() and not divided:
+                    raise ConfigError("this command works in one process. Start it without torchrun.")
+                with ranks.connected():
+                    QUIET.set(QUIET.get() or not ranks.is_first())
+                    function(**values | {key: read(values[key]) for key, read in readers.items()})
             except KeyboardInterrupt as error:
-                say(name, f"stopped. {str(error) or stopped.format(**values)}")
+                fail(name, f"stopped. {str(error) or stopped.format(**values)}")
                 raise typer.Exit(STOPPED) from error
             except (FuncloraError, OSError, ImportError, MemoryError, RuntimeError) as error:
                 message = _complaint(error)
                 if message is None:
                     raise
                 if debug:
-                    traceback.print_exc()
+                    ranks.report(traceback.print_exc)
                 else:
-                    say(name, message)
+                    fail(name, message)
                 raise typer.Exit(FAILED) from error
 
     own = inspect.signature(function, eval_str=True)
@@ -227,6 +234,11 @@ def say(*words: str) -> None:
     """One line on stderr: `funclora COMMAND: message`."""
     *names, message = words
     typer.echo(f"{' '.join(['funclora', *names])}: {printable(' '.join(message.split()))}", err=True)
+
+
+def fail(*words: str) -> None:
+    """The line that says why the command failed; of several processes, one says it."""
+    ranks.report(lambda: say(*words))
 
 
 def _complaint(error: BaseException) -> str | None:

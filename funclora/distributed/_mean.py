@@ -139,6 +139,50 @@ def tree_sum(parts: Sequence[T]) -> T:
     return parts[0]
 
 
+class TreeSum:
+    """`tree_sum` of lists of tensors that come one after the other: of n, it keeps about log2(n) sums.
+
+    The lists that are added belong to it, and are written to.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[int, list[Tensor]]] = []  # of how many, and the sum
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """Add a list, of as many tensors as the others."""
+        n = 1
+        while self._sums and self._sums[-1][0] == n:
+            tensors = self._joined(tensors)
+            n *= 2
+        self._sums.append((n, tensors))
+
+    def total(self) -> list[Tensor]:
+        """The sum of one list at least."""
+        _, tensors = self._sums.pop()
+        while self._sums:
+            tensors = self._joined(tensors)
+        return tensors
+
+    def _joined(self, tensors: list[Tensor]) -> list[Tensor]:
+        _, before = self._sums.pop()
+        for first, second in zip(before, tensors, strict=True):
+            first.add_(second)
+        return before
+
+
+def ordered_sums(tensors: Sequence[Tensor], size: int, group: Any = None) -> list[Tensor]:
+    """The sums of tensors over processes, each in the order of their ranks; one exchange for each dtype."""
+    sums: list[Tensor] = [*tensors]
+    if size == 1:
+        return sums
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        own = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        total = _ordered_sum(_flat([tensors[i] for i in own], dtype), size, group)
+        for i, piece in zip(own, total.split([tensors[i].numel() for i in own]), strict=True):
+            sums[i] = piece.view(tensors[i].shape)
+    return sums
+
+
 def _ordered_sum(flat: Tensor, size: int, group: Any) -> Tensor:
     """The sum over the processes in the order of their ranks; a ring's all-reduce adds in an order of its own.
 

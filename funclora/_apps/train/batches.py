@@ -72,6 +72,8 @@ def collate(
     return batch
 
 
+WHOLE = slice(None)
+
 # Of each part of the examples, in order: how many they are, and how often each is in an epoch.
 Shares = Sequence[tuple[int, float]]
 
@@ -142,9 +144,9 @@ class Batches:
             context=settings.context,
         )
 
-    def step(self, k: int) -> list[dict[str, Tensor]]:
-        """The micro-batches of step k, which counts from 0 over all epochs."""
-        rows = self.rows(k)
+    def step(self, k: int, part: slice = WHOLE) -> list[dict[str, Tensor]]:
+        """The micro-batches of step k, which counts from 0 over all epochs, or a part of them."""
+        rows = self.rows(k, part)
         return [
             collate(
                 rows[start : start + self._batch],
@@ -160,15 +162,24 @@ class Batches:
         """The sources of the rows of step k."""
         return [row.source for row in self.rows(k)]
 
-    def rows(self, k: int) -> list[Example]:
-        """The rows of step k."""
+    def size(self, k: int) -> int:
+        """The number of micro-batches of step k."""
+        return math.ceil(len(self._numbers(k)) / self._batch)
+
+    def rows(self, k: int, part: slice = WHOLE) -> list[Example]:
+        """The rows of step k, or of a part of its micro-batches."""
+        first, last, _ = part.indices(self.size(k))
+        return [self._examples[j] for j in self._numbers(k)[first * self._batch : last * self._batch].tolist()]
+
+    def _numbers(self, k: int) -> Tensor:
+        """The rows of step k by their numbers."""
         if k < 0:
             raise ConfigError(f"step: expected 0 or more, got {k}.")
         epoch, i = divmod(k, self.steps_per_epoch)
         order = self._order  # read once: another thread may use another epoch
         if order[0] != epoch:
             self._order = order = epoch, self._shuffled(epoch)
-        return [self._examples[j] for j in order[1][i * self._rows : (i + 1) * self._rows].tolist()]
+        return order[1][i * self._rows : (i + 1) * self._rows]
 
     def _shuffled(self, epoch: int) -> Tensor:
         """The rows of an epoch, in order."""
@@ -190,11 +201,21 @@ class Batches:
         return torch.cat(rounds)[start - start // n * n :][: end - start] if rounds else torch.arange(0)
 
 
-def evaluation(examples: Sequence[Example], *, batch: int, pad: int, task: str) -> Iterator[dict[str, Tensor]]:
-    """Every row once, in batches of similar lengths, the longest first, so that memory runs out first or never."""
+def evaluation(
+    examples: Sequence[Example], *, batch: int, pad: int, task: str, part: slice = WHOLE
+) -> Iterator[dict[str, Tensor]]:
+    """Every row once, in batches of similar lengths, the longest first, so that memory runs out first or never.
+
+    Args:
+        examples: the rows.
+        batch: rows of a batch.
+        pad: as for `collate`.
+        task: as for `collate`.
+        part: which of the batches.
+    """
     packed = is_packed(examples)
     lengths = [(int(ids), int(labels)) for ids, labels in sizes(examples)]
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    for start in range(0, len(order), batch):
+    for start in range(0, len(order), batch)[part]:
         rows = [examples[i] for i in order[start : start + batch]]
         yield collate(rows, pad=pad, task=task, packed=packed)

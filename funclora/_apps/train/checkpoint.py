@@ -23,6 +23,7 @@ from funclora._files.atomic import read_json, replace_files
 from funclora._files.locks import claimed_folder
 from funclora._files.seal import BLANK, is_intact, sealed
 from funclora._files.typed import as_type
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -242,9 +243,26 @@ class Run:
         return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
 
+class Follower(Run):
+    """The folder of a run for a process that writes nothing into it: another one does, and says what is there."""
+
+    def begin(self, digests: Mapping[str, str]) -> None:
+        """Nothing: the first process checks."""
+
+    def describe(self) -> None:
+        """Nothing."""
+
+    def save(self, progress: RunProgress, tree: Any) -> None:
+        """Nothing; the first process saves."""
+        self.last = progress.step
+
+    def prune(self, progress: RunProgress) -> None:
+        """Nothing."""
+
+
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[Run]:
-    """The folder of a run, locked for other processes.
+    """The folder of a run, locked for other processes; of those that torchrun started, the first has it.
 
     To be entered before anything is loaded or written, so that most problems with the folder are found at once.
 
@@ -253,6 +271,12 @@ def opened(settings: Settings) -> Iterator[Run]:
             `resume` is not set; `resume` is set and it contains none.
     """
     folder = settings.out
+    if not ranks.is_first():
+        ranks.meet()
+        if not folder.is_dir():
+            raise ConfigError(f"out: process {ranks.rank()} sees no {folder}. Give a folder that all machines share.")
+        yield Follower(settings)
+        return
     busy = ConfigError(f"out: another process is using {folder}. Wait for it to end, or use another folder.")
     with contextlib.ExitStack() as stack:
         try:
@@ -268,6 +292,7 @@ def opened(settings: Settings) -> Iterator[Run]:
         for parent in (folder, folder / CHECKPOINTS):
             for draft in parent.glob(".*.tmp"):  # of a process that was killed
                 draft.unlink(missing_ok=True)
+        ranks.meet()
         yield Run(settings)
 
 
@@ -302,6 +327,19 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
                 sample = flat[:: max(1, len(flat) // 256)].cpu().contiguous()
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """The same of the tensors of any structure."""
+    import optree
+
+    return fingerprint({str(i): leaf for i, leaf in enumerate(optree.tree_leaves(tree))})
+
+
+def continued(settings: Settings) -> Settings:
+    """The settings; if torchrun started the run again, those that continue it."""
+    there = ranks.is_restarted() and (settings.out / RUN).exists()
+    return replace(settings, resume=settings.resume or ranks.from_first(there))
 
 
 def plain(settings: Settings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from funclora._apps.train.batches import evaluation
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import autocast, moved
 from funclora._bind.apply import bind
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError
 from funclora.rules.base import Adapters
 
@@ -56,15 +57,18 @@ def evaluate(
         ConfigError: there are examples, and no position of them has a label.
     """
     bound = bind(base.model, base.params, adapters)
-    sums: dict[str, Any] = {}
-    labels = 0
-    for batch in evaluation(examples, batch=settings.batch, pad=base.tokenizer.pad_token_id, task=base.task):
+    pad, part = base.tokenizer.pad_token_id, slice(ranks.rank(), None, ranks.size())
+    found: list[tuple[int, dict[str, Any]]] = []  # of each batch of this process: labels, sums
+    for batch in evaluation(examples, batch=settings.batch, pad=pad, task=base.task, part=part):
         if interrupted():
             return None
-        labels += base.count(batch)
         with autocast(settings, base.device):
             scores = base.score(bound, base.prepared(moved(batch, base.device)))
-        sums = {key: sums.get(key, 0) + value.cpu().double() for key, value in scores.items()}
+        found.append((base.count(batch), {key: value.cpu().double() for key, value in scores.items()}))
+    labels, sums = 0, dict[str, Any]()
+    for count, parts in ranks.dealt(found):  # in their order, so that the sum is the same for any number of processes
+        labels += count
+        sums = {key: sums.get(key, 0) + value for key, value in parts.items()}
     if examples and not labels:
         raise ConfigError("validation: no position of the validation data has a label. Give other data.")
     samples = []

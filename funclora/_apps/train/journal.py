@@ -100,3 +100,20 @@ class Journal:
         for name, key in (("train", "loss"), ("validation", "validation_loss")):
             if key in line:
                 self.losses[name].append((line["step"], line[key]))
+
+
+class Mute(Journal):
+    """The journal of a process that reports nothing, because another one does."""
+
+    def __init__(self) -> None:
+        self.notes = []
+        self.losses = {"train": [], "validation": []}
+        self._terminal = None
+        self._sinks = []
+
+    def begin(self, step: int, total: int, id: str, size: int) -> None:
+        """Nothing."""
+
+    def mark(self) -> int:
+        """Nothing was written."""
+        return 0

@@ -19,11 +19,12 @@ import optree
 import torch
 from torch import Tensor
 
-from funclora._apps.train.checkpoint import DamagedError, Run, RunProgress, fingerprint, opened
+from funclora._apps.train.checkpoint import DamagedError, Run, RunProgress, fingerprint, opened, tree_fingerprint
 from funclora._apps.train.evaluate import evaluate
 from funclora._apps.train.optimizer import schedule, total_steps
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import Steps
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, NonFiniteError
 from funclora.rules.base import Adapters, Rule
 
@@ -136,14 +137,15 @@ class _Training:
         self.progress = RunProgress()
         digests = {"data": data.digest(), **{name: fingerprint(part) for name, part in base.constants.items()}}
         if settings.adapter is not None:
-            tree: Any = dict(adapters)
-            digests["starting adapter"] = fingerprint({str(i): leaf for i, leaf in enumerate(optree.tree_leaves(tree))})
+            digests["starting adapter"] = tree_fingerprint(adapters)
+        ranks.check_equal(digests | {"initial adapter": tree_fingerprint(adapters)})
         run.begin(digests)
-        if run.last is not None:
+        if ranks.is_first() and run.last is not None:
             self.progress = self._restore_last()
             self._check_length()
             run.prune(self.progress)  # what a killed process did not finish
         run.describe()
+        self._as_first()
         self.saved = (run.last, self.progress.evaluated)
         self.before = (self.progress.tokens, self.progress.seconds)
         journal.begin(self.progress.step, self.total, run.id, self.progress.metrics)
@@ -157,9 +159,10 @@ class _Training:
             evaluated = self._evaluate() if self._is_evaluated_here() else False
             if not progress.stopped and progress.step >= self.total:
                 progress.stopped = FINISHED
-            if self._is_saved_here(evaluated) or self.interrupted():
+            (presses,) = ranks.sums(self.interrupted())
+            if self._is_saved_here(evaluated) or presses:
                 self._save()
-            if self.interrupted():
+            if presses:
                 raise KeyboardInterrupt(
                     f"Step {progress.step} of {self.total} is done and saved. The same command with --resume continues."
                 )
@@ -170,7 +173,9 @@ class _Training:
         taken = progress.step
         step = best[0] if self.settings.final == "best" and best is not None else taken
         if step != taken:
-            self._restore(step)
+            if ranks.is_first():
+                self._restore(step)
+            self._as_first()
         # Copies: views of one vector cannot be saved.
         tree: Any = self.steps.vectors.tree(self.values)
         adapters: Any = optree.tree_map(torch.Tensor.clone, tree)
@@ -245,7 +250,9 @@ class _Training:
         """Evaluate, unless Ctrl-C comes in between."""
         progress = self.progress
         adapters = self.steps.vectors.tree(self.values)
-        found = evaluate(self.base, adapters, self.data.validation, self.settings, self.interrupted)
+        alone = ranks.size() == 1  # several processes could not know of each other when to stop
+        interrupted = self.interrupted if alone else lambda: False
+        found = evaluate(self.base, adapters, self.data.validation, self.settings, interrupted)
         if found is None:
             return False
         if found.means:
@@ -306,6 +313,7 @@ class _Training:
         if self.saved == (progress.step, progress.evaluated):
             return
         self._look()
+        ranks.check_equal({f"adapter after step {progress.step}": tree_fingerprint(self.values)})
         progress.metrics = self.journal.mark()
         self.run.save(progress, self._tree())
         self.saved = (progress.step, progress.evaluated)
@@ -362,6 +370,11 @@ class _Training:
         if "cuda" in tree["generators"]:
             torch.cuda.set_rng_state(tree["generators"]["cuda"].cpu(), self.base.device)
         return progress
+
+    def _as_first(self) -> None:
+        """Take over the progress, adapters and optimizer of the first process: it chooses the checkpoint."""
+        self.progress, self.run.last, self.run.id = ranks.from_first((self.progress, self.run.last, self.run.id))
+        self.values, self.state = ranks.tensors_from_first((self.values, self.state))
 
     def _tree(self) -> dict[str, Any]:
         """All tensors of a checkpoint, including the states of torch's global generators, which no step uses."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from funclora._apps.train.checkpoint import opened
+from funclora._apps.train.checkpoint import continued, opened
 from funclora._apps.train.device import resolved
 from funclora._apps.train.finish import check_results, finish, rehearse
-from funclora._apps.train.journal import Journal
+from funclora._apps.train.journal import Journal, Mute
 from funclora._apps.train.loop import Outcome, train
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.setup import ready
+from funclora.distributed import _ranks as ranks
+from funclora.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Result:
 
 
 def run(settings: Settings, *, quiet: bool = False) -> Result:
-    """Train an adapter, or continue its training (`settings.resume`), and write it.
+    """Train an adapter, or continue its training (`settings.resume`), and write it; together with other processes.
 
     `settings.out` gets `run.toml` (all settings), `metrics.jsonl`, `checkpoints`, `adapter` (a PEFT folder) and, with
     `merge`, `merged`. It is locked for other processes meanwhile.
@@ -44,14 +46,27 @@ def run(settings: Settings, *, quiet: bool = False) -> Result:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint is written.
         OSError: something cannot be written.
     """
-    settings = resolved(settings)
+    _check_shares(settings)
+    settings = resolved(continued(settings))
     with opened(settings) as folder:
         check_results(settings)
-        with Journal(settings, quiet=quiet) as journal:
+        with Journal(settings, quiet=quiet) if ranks.is_first() else Mute() as journal:
             prepared = ready(settings, settings.out)
             settings, data, start = prepared.settings, prepared.data, prepared.start
             rehearse(start, settings)
             for note in data.notes:
                 journal.note(note)
             outcome = train(start.base, start.adapters, data, settings, journal, folder)
-        return Result(outcome, finish(start, outcome, data, settings), journal.notes)
+        folders = finish(start, outcome, data, settings) if ranks.is_first() else []
+        return Result(outcome, folders, journal.notes)
+
+
+def _check_shares(settings: Settings) -> None:
+    """Raise `ConfigError` if there are processes without a micro-batch."""
+    passes, processes = settings.accumulation, ranks.size()
+    if passes < processes:
+        raise ConfigError(
+            f"accumulation: {passes} forward pass{'es' * (passes > 1)} of a step cannot be divided among {processes} "
+            f"processes. Give --accumulation {processes} or a multiple of it, and a smaller --batch, for as many rows "
+            "in a step."
+        )

@@ -30,6 +30,7 @@ from funclora._apps.train.stored import Stored
 from funclora._bind.apply import bind
 from funclora._bind.summary import summary
 from funclora._files.atomic import replace_files
+from funclora.distributed._ranks import first_alone
 from funclora.errors import ConfigError
 
 DOMAIN = "urllib"  # of a size that takes half a minute
@@ -82,12 +83,13 @@ def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
         FuncloraError: something is missing, broken, or does not fit the rest.
     """
     settings = as_adapter(resolved(settings))
-    if not settings.data:
-        settings = replace(settings, data=(demo_data(folder),))
     tokenizer = load_tokenizer(settings)
     classes = adapter_classes(settings) or known_classes(settings)
     settings = replace(settings, problem=known_problem(settings))
-    data = prepare(settings, tokenizer, context_limit(settings), classes, folder)
+    with first_alone():
+        if not settings.data:
+            settings = replace(settings, data=(demo_data(folder),))
+        data = prepare(settings, tokenizer, context_limit(settings), classes, folder)
     if settings.task == SEQUENCE:
         settings = replace(settings, problem=data.problem)
     base = load_base(settings, tokenizer, data.classes)

@@ -15,7 +15,10 @@ from funclora._apps.train.batches import Batches
 from funclora._apps.train.optimizer import Vectors, joins, optimizer, schedule, total_steps
 from funclora._apps.train.settings import Settings
 from funclora._bind.apply import bind
-from funclora._train.step import autograd, seeded, value_and_grad
+from funclora._train.step import autograd, micro_seed, seeded, value_and_grad
+from funclora.distributed import _ranks as ranks
+from funclora.distributed._mean import TreeSum, ordered_sums
+from funclora.distributed._ranks import part_of
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.optim import apply_updates, global_norm
 from funclora.rules.base import Adapters, Rule
@@ -67,6 +70,7 @@ class Steps:
         if not data.train:
             raise ConfigError("data: there are no examples to train on.")
         self.base, self.seed = base, settings.seed
+        self.accumulation = settings.accumulation
         self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id, data.shares)
         self.per_epoch = self.batches.steps_per_epoch
         self.total = total_steps(settings, self.per_epoch)
@@ -76,37 +80,53 @@ class Steps:
         self._gradient = _gradient(base, settings)
 
     def __call__(self, k: int, values: Any, state: Any) -> Stepped:
-        """Step k, which counts from 0.
+        """Step k, which counts from 0. Every process computes some of its micro-batches, and all get the same result.
 
         Raises:
             ConfigError: none of its positions has a label.
         """
-        batches = self.batches.step(k)
-        labels = sum(self.base.count(batch) for batch in batches)
+        adapters = self.vectors.tree(values)
+        shared = part_of(self.accumulation)
+        own = range(self.batches.size(k))[shared.start : shared.stop]
+        labels = tokens = 0
+        sums = TreeSum()
+        for i, batch in zip(own, self.batches.step(k, slice(own.start, own.stop)), strict=True):
+            labels += self.base.count(batch)
+            tokens += _tokens(batch)
+            sums.add(self._passed(k, i, batch, adapters))
+        if not own:
+            like: list[Any] = [*optree.tree_leaves(values), *self._numbers()]
+            sums.add([torch.full_like(leaf, -0.0) for leaf in like])  # not 0.0: that would change the sum of -0.0
+        labels, tokens = ranks.sums(labels, tokens)
         if not labels:
             raise ConfigError(f"data: no position of step {k + 1} has a label. Its examples: {self.sources(k)}.")
-        adapters = self.vectors.tree(values)
-        losses: list[Tensor] = []
-        watched: list[Tensor] = []
-        sums: Any = None
-        with seeded(step_seed(self.seed, k), adapters):
-            for batch in batches:
-                given = self.base.prepared(moved(batch, self.base.device))
-                (loss, found), grads = self._gradient(adapters, given)
-                losses.append(loss)
-                watched += [torch.stack([found[name] for name in self.base.watched])] if found else []
-                vectors: Any = self.vectors.of(grads)
-                sums = vectors if sums is None else optree.tree_map(torch.Tensor.add_, sums, vectors)
         with torch.no_grad():
+            *total, loss, watched = ordered_sums(sums.total(), ranks.size())
             # Divided once, not for each loss: the count covers all micro-batches.
-            means = optree.tree_map(lambda vector: vector.mul_(1 / labels), sums)
-            numbers = torch.stack([torch.stack(losses).sum() / labels, global_norm(means)])
-            if watched:
-                sums_, counts = torch.stack(watched).sum(0).unbind(-1)
+            means: Any = optree.tree_unflatten(optree.tree_structure(values), [x.mul_(1 / labels) for x in total])
+            numbers = torch.stack([loss / labels, global_norm(means)])
+            if self.base.watched:
+                sums_, counts = watched.unbind(-1)
                 numbers = torch.cat([numbers, sums_ / counts])
             updates, state = self._update(means, state, params=values)
             values = apply_updates(values, updates)
-        return Stepped(values, state, numbers, sum(map(_tokens, batches)))
+        return Stepped(values, state, numbers, tokens)
+
+    def _passed(self, k: int, i: int, batch: Mapping[str, Tensor], adapters: Adapters) -> list[Tensor]:
+        """The sums of micro-batch i of step k: gradients, loss, `[watched, 2]`. Its seed is its own, in any process."""
+        with seeded(micro_seed(step_seed(self.seed, k), i), adapters):
+            given = self.base.prepared(moved(batch, self.base.device))
+            (loss, found), grads = self._gradient(adapters, given)
+        vectors: Any = self.vectors.of(grads)
+        _, watched = self._numbers()
+        for row, name in zip(watched, self.base.watched, strict=True):
+            row.copy_(found[name])
+        return [*optree.tree_leaves(vectors), loss, watched]
+
+    def _numbers(self) -> tuple[Tensor, Tensor]:
+        """A loss, and what is watched, `[watched, 2]`, for sums of them."""
+        device = self.base.device
+        return torch.zeros((), device=device), torch.zeros(len(self.base.watched), 2, device=device)
 
     def sources(self, k: int) -> str:
         """The sources of the examples of step k; the first ones by name."""
