@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from funclora._torch.functions import in_transform, is_differentiated, of_all_mapped, vmapped_once
-from funclora.optim._trees import tree_map
 
 _KINDS = {(dtype, device) for dtype in (torch.float32, torch.float64) for device in ("cpu", "cuda")}
 # Leaves are copied and updated while they are in the processor's cache: so many elements, or one leaf, at a time.
 _CACHED = 2**17
 
 
-def fits_kernel(*trees: Any) -> bool:
-    """Whether the kernel can replace the formula, in this context and for these leaves."""
+def fits_kernel(columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the kernel can replace the formula, in this context and for the leaves of these trees."""
     if is_differentiated() or torch.compiler.is_compiling() or (in_transform() and not vmapped_once()):
         return False
-    kinds = {(leaf.dtype, leaf.device) for tree in trees for leaf in optree.tree_leaves(tree)}
+    kinds = {(leaf.dtype, leaf.device) for leaves in columns for leaf in leaves}
     return len(kinds) == 1 and all((dtype, device.type) in _KINDS for dtype, device in kinds)
 
 
@@ -45,7 +44,9 @@ class AdamKernel:
     b2: float
     eps: float
 
-    def __call__(self, count: Tensor, rate: Tensor, decay: Tensor, **trees: Any) -> tuple[Any, Any, Any]:
+    def __call__(
+        self, count: Tensor, rate: Tensor, decay: Tensor, spec: Any, columns: Sequence[Sequence[Tensor]]
+    ) -> tuple[Any, Any, Any]:
         """New parameters and moments.
 
         Args:
@@ -53,14 +54,11 @@ class AdamKernel:
                 `[n_adapters, ...]`.
             rate: the learning rate.
             decay: the weight decay.
-            trees: `params`, `mu`, `nu` and `grads`, in this order.
+            spec: the structure of all trees.
+            columns: the leaves of the parameters, both moments and the gradients, from `aligned`.
         """
-        tree_map(lambda *leaves: None, **trees)  # for its errors
-        leaves, spec = optree.tree_flatten(trees["params"])
-        n = len(leaves)
-        for tree in (trees["mu"], trees["nu"], trees["grads"]):
-            leaves = [*leaves, *spec.flatten_up_to(tree)]
-        given = [count, rate, decay, *leaves]
+        n = len(columns[0])
+        given = [count, rate, decay, *itertools.chain.from_iterable(columns)]
         out = of_all_mapped(self.run, given) if vmapped_once() else self.run(given)
         params, mu, nu = (optree.tree_unflatten(spec, out[i : i + n]) for i in (0, n, 2 * n))
         return params, mu, nu
@@ -85,7 +83,7 @@ class AdamKernel:
             grads = [leaves[3 * n + i].contiguous() for i in some]
             for (t, lr, wd), start, end in runs:
                 q, h, m_, v_ = ([x[start:end] for x in each] if several else each for each in (p, grads, m, v))
-                steps = [torch.tensor(t, dtype=torch.float32, device=x.device) for x in p]
+                steps = [torch.tensor(t, dtype=torch.float32, device=p[0].device)] * len(p)  # it only reads them
                 torch._fused_adamw_(
                     q, h, m_, v_, [], steps, lr=lr, beta1=self.b1, beta2=self.b2, weight_decay=wd, eps=self.eps,
                     amsgrad=False, maximize=False,

@@ -15,7 +15,7 @@ from funclora._torch.functions import overwriting
 from funclora.errors import ConfigError
 from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._transforms import GradientTransformation, SteppingTransformation, apply_updates
-from funclora.optim._trees import PyTree, by_member, check_leaves, times, tree_map, widest
+from funclora.optim._trees import PyTree, aligned, by_member, check_leaves, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
 from funclora.rules.base import Rule
 
@@ -88,7 +88,7 @@ def adamw(
         rate = rate_at(lr, state.step, count) * torch.ones_like(count)
         shrink = rate * rate_at(weight_decay, state.step, count)
         like = grads if params is None else params
-        trees = {"mu": state.mu, "nu": state.nu, "grads": grads, "params": like}
+        spec, columns = aligned(mu=state.mu, nu=state.nu, grads=grads, params=like)
 
         def scaled(direction: Tensor, like: Tensor, rate: Tensor, shrink: Tensor) -> Tensor:
             over = overwriting()
@@ -97,12 +97,11 @@ def adamw(
                 update = over(torch.addcmul, update, like.to(update.dtype), by_member(shrink, update), value=-1)
             return update.to(like.dtype)
 
-        if fits_kernel(*trees.values()):
+        if fits_kernel(columns):
             # Of parameters that are 0, with the rate 1 and no decay, only the direction remains.
-            zeros = tree_map(torch.zeros_like, mu=state.mu)
-            trees = {"params": zeros, "mu": state.mu, "nu": state.nu, "grads": grads}
+            zeros = list(map(torch.zeros_like, columns[0]))
             one = torch.ones_like(count)
-            directions, mu, nu = AdamKernel(b1, b2, eps)(t, one, 0 * one, **trees)
+            directions, mu, nu = AdamKernel(b1, b2, eps)(t, one, 0 * one, spec, [zeros, *columns[:3]])
             updates = tree_map(lambda d, p: scaled(d, p, rate, shrink), directions=directions, params=like)
             return updates, AdamWState(t, mu, nu)
         correction = _one_minus_power(b2, count).sqrt()
@@ -118,18 +117,19 @@ def adamw(
             direction = over(torch.div, by_member(scale, m) * m, over(torch.add, root, by_member(damping, m)))
             return scaled(direction, like, rate, shrink), m, v
 
-        updates, mu, nu = tree_map(moved, 3, **trees)
+        updates, mu, nu = tree_map(moved, 3, mu=state.mu, nu=state.nu, grads=grads, params=like)
         return updates, AdamWState(t, mu, nu)
 
     def step(params: PyTree, grads: PyTree, state: AdamWState) -> tuple[PyTree, AdamWState]:
         check_state(state, AdamWState)
-        if not fits_kernel(params, state.mu, state.nu, grads):
+        spec, columns = aligned(params=params, mu=state.mu, nu=state.nu, grads=grads)
+        if not fits_kernel(columns):
             updates, state = update(grads, state, params)
             return apply_updates(params, updates), state
         t = state.step + 1
         count = t.to(widest(state.mu))
         rate, decay = (rate_at(x, state.step, count) * torch.ones_like(count) for x in (lr, weight_decay))
-        params, mu, nu = AdamKernel(b1, b2, eps)(t, rate, decay, params=params, mu=state.mu, nu=state.nu, grads=grads)
+        params, mu, nu = AdamKernel(b1, b2, eps)(t, rate, decay, spec, columns)
         return params, AdamWState(t, mu, nu)
 
     return SteppingTransformation(init, update, step)

@@ -47,7 +47,7 @@ def times(leaf: Tensor, factor: PerMember) -> Tensor:
 
 
 def widest(tree: PyTree) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in optree.tree_leaves(tree)), torch.float32)
+    return functools.reduce(torch.promote_types, {x.dtype for x in optree.tree_leaves(tree)}, torch.float32)
 
 
 def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> Any:
@@ -55,9 +55,19 @@ def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> An
 
     With `outputs` other than 1, `fn` returns a tuple of this length, and there is one tree for each item.
     """
+    spec, columns = aligned(**trees)
+    if outputs == 1:
+        return optree.tree_unflatten(spec, map(fn, *columns))
+    rows = list(map(fn, *columns))
+    return tuple(optree.tree_unflatten(spec, [row[i] for row in rows]) for i in range(outputs))
+
+
+def aligned(**trees: PyTree) -> tuple[Any, list[list[Tensor]]]:
+    """The structure of trees with names, and the leaves of each; refuses other structures, and other shapes."""
     (first, tree), *others = trees.items()
     leaves, spec = optree.tree_flatten(tree)
-    check_leaves(first, tree)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        check_leaves(first, tree)
     columns = [leaves]
     for name, other in others:
         try:
@@ -75,7 +85,4 @@ def tree_map(fn: Callable[..., Any], outputs: int = 1, /, **trees: PyTree) -> An
                     f"got {got}; gradients, parameters and state must belong to the same adapters"
                 )
         columns.append(column)
-    if outputs == 1:
-        return optree.tree_unflatten(spec, map(fn, *columns))
-    rows = list(map(fn, *columns))
-    return tuple(optree.tree_unflatten(spec, [row[i] for row in rows]) for i in range(outputs))
+    return spec, columns
