@@ -49,9 +49,10 @@ numeric: $(VENV)/.has-test ## run what depends on rounding, with the kernels tha
 oldest: ## make quick with the oldest torch that is supported, in .venv-oldest
 	@$(MAKE) --no-print-directory quick VENV=.venv-oldest TORCH=$(OLDEST)
 
-bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/benchmarks.md and docs/benchmarks-many.md
+bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/benchmarks*.md
 	@$(BIN)/python examples/benchmark.py $(ARGS)
 	@$(BIN)/python examples/benchmark_many.py $(ARGS)
+	@$(BIN)/python examples/benchmark_serving.py $(ARGS)
 
 lint: $(VENV)/.has-lint $(VENV)/.has-test ## check style, formatting and types
 	@$(BIN)/ruff check -q

@@ -38,9 +38,9 @@ from funclora.serving import Engine, Settings
 CLIENTS = 16
 # What must be reached: (contender, compared with, how many times as many tokens a second).
 TARGETS = [
-    ("engine, 16 LoRA", "engine, no adapters", 0.7),
-    ("engine, 16 DoRA", "engine, no adapters", 0.7),
-    ("engine, 16 LoRA", "PEFT, fixed batches", 3.0),
+    (f"engine, {CLIENTS} LoRA", "engine, no adapters", 0.7),
+    (f"engine, {CLIENTS} DoRA", "engine, no adapters", 0.7),
+    (f"engine, {CLIENTS} LoRA", "PEFT, fixed batches", 3.0),
 ]
 
 
@@ -140,8 +140,8 @@ class Times(transformers.generation.BaseStreamer):  # type: ignore[misc]
 def generate(model: Any, rows: list[list[int]], tokens: int, **options: Any) -> tuple[list[list[int]], list[float]]:
     """The new tokens of rows that are filled up on the left, and when each step came."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
     times = Times()
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0,
@@ -265,30 +265,34 @@ def page(about: dict[str, Any], rounds: dict[str, list[Turn]]) -> Iterator[str]:
     for name, to, reach in TARGETS:
         found, computed = (ratio(rounds, name, to, clock) for clock in ("seconds", "cpu"))
         yield table_row(name, to, f"≥ {reach}", found, computed, "yes" if found.median >= reach else "**no**")
-    yield "\nWhat different adapters cost beyond the base is the cost of [mixed batches](benchmarks-many.md): each position"
-    yield "is tracked to its row, and each adapter is read."
+    yield "\nWhat different adapters cost beyond the base is the cost of [mixed batches](benchmarks-many.md): each"
+    yield "position is tracked to its row, and each adapter is read."
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Turn]]:
     parser = argparse.ArgumentParser(description="Serving many adapters, against PEFT and merged models.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help='nothing unless "serving" has this in it')
     parser.add_argument("--out", type=Path, help="folder to write to; docs, but a new one in /tmp for a quick run")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=4, help="of each client in a round")
     parser.add_argument("--threads", type=int, help="of torch; by default as many as it takes")
     options = parser.parse_args(argv)
+    if options.only not in "serving":
+        return {}
     import datetime
     import os
 
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    setup = Setup(Bench("cpu", options.quick, 1, ""))
+    setup = Setup(Bench(options.device, options.quick, 1, ""))
     asked = work(setup, 1 if options.quick else options.requests, options.quick)
     words = ["python", "examples/benchmark_serving.py", *(sys.argv[1:] if argv is None else argv)]
     prompts, answers = ([f(r) for some in asked for r in some] for f in (lambda r: len(r.ids), lambda r: r.tokens))
     about: dict[str, Any] = {
-        "machine": machine("cpu"), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "machine": machine(options.device), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "command": shlex.join(words),
         "prompts": f"{min(prompts)} to {max(prompts)}", "answers": f"{min(answers)} to {max(answers)}",
         "requests": len(prompts),

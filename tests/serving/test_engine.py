@@ -14,7 +14,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from served import WAIT, Asked, Customers, Gate, counted
+from customers import WAIT, Asked, Customers, Gate, counted
 
 import funclora as fl
 from funclora.demo.model import ByteLM, ByteLMConfig

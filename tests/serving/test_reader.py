@@ -11,7 +11,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from served import WAIT, Asked, Customers
+from customers import WAIT, Asked, Customers
 from torch import Tensor, nn
 
 import funclora as fl
