@@ -39,6 +39,7 @@ ORDER = (
     "__init__",  # the public names, which what is above uses as everybody does
     "demo",
     "_apps/train",
+    "_apps/serve",
     "_apps/sweep",
     "cli",
 )

@@ -36,6 +36,7 @@ from funclora.cli.generate import generate
 from funclora.cli.inspect import inspect
 from funclora.cli.merge import merge
 from funclora.cli.predict import predict
+from funclora.cli.serve import serve
 from funclora.cli.sweep import sweep
 from funclora.cli.train import train
 
@@ -54,6 +55,7 @@ for name, function, stopped in (
     ("inspect", inspect, "Nothing was written."),
     ("merge", merge, "{out} is unchanged."),
     ("predict", predict, "Nothing was written."),
+    ("serve", serve, "Nothing was written."),
     ("sweep", sweep, "The same command continues with {out}."),
     ("train", train, "If its folder contains a checkpoint, the same command with --resume continues."),
 ):

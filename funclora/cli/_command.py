@@ -43,6 +43,8 @@ EXTRAS = {
     "tensorboard": "train",
     "bitsandbytes": "quant",
     "gguf": "gguf",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 # System error -> what the user can do.

@@ -128,8 +128,7 @@ def run(out: Path, settings: DemoSettings, progress: OnProgress) -> Results:
     base, losses = _evaluate(model, params, trained, heldout, progress)
 
     progress("saving")
-    for t in trained:
-        fl.save_peft(out / "adapters" / t.name, t.adapters, t.config)
+    _save(out, trained)
     progress("merging")
     merge_error = _merge(model, params, trained[0], heldout[trained[0].domain], out)
     progress("continuing a prompt")
@@ -138,6 +137,28 @@ def run(out: Path, settings: DemoSettings, progress: OnProgress) -> Results:
     results = Results(settings, trained, seconds, base, losses, merge_error, trained[0].name, prompt, continuations)
     _write(out / "results.json", (json.dumps(as_json(results), indent=2) + "\n").encode())
     return results
+
+
+def train_only(out: Path, settings: DemoSettings, progress: OnProgress) -> Path:
+    """Train and save the adapters, without all that is shown of them.
+
+    Args:
+        out: as for `run`.
+        settings: how long and how large.
+        progress: called with a description at every step.
+
+    Returns:
+        The folder of the PEFT folders.
+    """
+    model = load_base()
+    texts = {domain: corpus.split(domain)[0] for domain in settings.names}
+    return _save(out, _train(model, fl.base_params(model), texts, settings, progress))
+
+
+def _save(out: Path, trained: list[Trained]) -> Path:
+    for t in trained:
+        fl.save_peft(out / "adapters" / t.name, t.adapters, t.config)
+    return out / "adapters"
 
 
 def _train(

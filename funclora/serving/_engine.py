@@ -142,6 +142,11 @@ class Engine:
             self._changed.notify_all()
         thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are accepted and answered: it was started, was not closed, and has not failed."""
+        return self._thread is not None and self._thread.is_alive() and not self._closing
+
     def submit(self, prompt_ids: Sequence[int], adapter: str | None = None, settings: Settings | None = None) -> Stream:
         """Ask for an answer. It comes through the stream that is returned at once.
 

@@ -26,7 +26,18 @@ PLACES = {
     "combining.md": ("base", {"adapters/math": 0, "adapters/code": 1}),
     "gguf.md": ("Llama-3.2-1B", {"adapter": 0}),
 }
-NOT_OURS = {"llama-cli", "head", "ls", "until"}  # the last with what it waits for and does then, in one line
+NOT_OURS = {
+    "llama-cli",
+    "vllm",
+    "curl",
+    "nginx",
+    "mkdir",
+    "cp",
+    "mv",
+    "head",
+    "ls",
+    "until",
+}  # the last with what it waits for and does then, in one line
 
 
 class Command(NamedTuple):

@@ -1,0 +1,1 @@
+"""`funclora serve`: one base model and many adapters behind OpenAI's HTTP interface."""
