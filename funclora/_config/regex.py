@@ -41,9 +41,12 @@ def matches(pattern: str, name: str) -> bool:
         >>> matches(r"model(\.\w+)*\.q_proj", "model.layers.0.self_attn.q_proj"), matches("(.*)*x", "a" * 80)
         (True, False)
     """
-    tree = _parsed(pattern)
-    if _quantifiers(tree) <= _FEW:
+    texts = _alternatives(pattern)
+    if texts is not None:
+        return name in texts
+    if _combinations(pattern) <= _FEW:
         return re.fullmatch(pattern, name) is not None
+    tree = _parsed(pattern)
     if tree.state.flags & ~re.UNICODE.value:
         raise _slow(pattern)
     try:
@@ -94,7 +97,7 @@ class Endings:
 
 def refuse_slow(pattern: str) -> None:
     """Raise `ConfigError` if Python's own matcher may not terminate in reasonable time with an expression."""
-    if _quantifiers(_parsed(pattern)) > _FEW:
+    if _combinations(pattern) > _FEW:
         raise _slow(pattern)
 
 
@@ -108,6 +111,19 @@ def _slow(pattern: str) -> ConfigError:
 @functools.lru_cache(maxsize=4096)
 def _parsed(pattern: str) -> Any:
     return _sre.parse(pattern)
+
+
+@functools.lru_cache(maxsize=4096)
+def _combinations(pattern: str) -> float:
+    return _quantifiers(_parsed(pattern))
+
+
+@functools.lru_cache(maxsize=256)
+def _alternatives(pattern: str) -> frozenset[str] | None:
+    """The texts that match, if the expression only lists them: `save_peft` may list thousands of modules so."""
+    parts = pattern.split("|")
+    texts = [part.replace("\\", "") for part in parts]
+    return frozenset(texts) if [*map(re.escape, texts)] == parts else None
 
 
 def _quantifiers(parts: Iterable[Any]) -> float:

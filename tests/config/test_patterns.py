@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def test_the_answers_are_those_of_python(pattern: str, name: str) -> None:
         warnings.simplefilter("ignore")
         assert found == (re.fullmatch(pattern, name) is not None)
     assert regex.matches(pattern, name) == found
+
+
+@given(st.lists(st.text("a.0|\\\\^*", max_size=3), min_size=1, max_size=4), st.text("a.0|\\\\^*", max_size=4))
+@example(["0", "10"], "10")
+@example(["a.b"], "a0b")
+def test_lists_of_texts_are_looked_up(texts: list[str], name: str) -> None:
+    pattern = "|".join(map(re.escape, texts))
+    assert regex.matches(pattern, name) == (name in texts) == (re.fullmatch(pattern, name) is not None)
+
+
+def test_no_expression_is_examined_for_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    examined: list[Any] = []
+    whole = regex._quantifiers
+
+    def counted(parts: Any) -> float:
+        examined.append(parts)
+        return whole(parts)
+
+    monkeypatch.setattr(regex, "_quantifiers", counted)
+    pattern = "|".join(rf"layers\.{i}\.[qv]_proj" for i in range(50))
+    found = [regex.matches(pattern, f"layers.{i}.q_proj") for i in range(60)]
+    assert found == [True] * 50 + [False] * 10
+    assert len(examined) < 400, "about as many parts as there are alternatives"
 
 
 @pytest.mark.parametrize(
