@@ -11,6 +11,7 @@ JOBS   ?= 2
 PYTHON ?=
 ARGS   ?=
 VENV   ?= .venv
+DEVICE ?= cuda
 
 # What `make quick` runs: the laws that all rules obey, and the code that every call goes through.
 QUICK := tests/laws tests/rules tests/bind tests/lazy tests/many
@@ -28,7 +29,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check "torch==
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick numeric oldest bench lint docs clean distclean
+.PHONY: help demo test quick numeric oldest bench gpu lint docs clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -53,6 +54,14 @@ bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/b
 	@$(BIN)/python examples/benchmark.py $(ARGS)
 	@$(BIN)/python examples/benchmark_many.py $(ARGS)
 	@$(BIN)/python examples/benchmark_serving.py $(ARGS)
+
+gpu: $(VENV)/.has-test ## test and measure on a GPU, into docs/benchmarks-gpu.md; without one, only say so
+	@if [ $(DEVICE) = cuda ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		echo "There is no GPU that torch can use: nothing was run. The same on a CPU, tiny: make gpu DEVICE=cpu"; \
+	else \
+		$(BIN)/python -m pytest --no-header -m cuda --device $(DEVICE) tests/cuda && \
+		$(BIN)/python examples/benchmark_gpu.py --device $(DEVICE) $(ARGS); \
+	fi
 
 lint: $(VENV)/.has-lint $(VENV)/.has-test ## check style, formatting and types
 	@$(BIN)/ruff check -q

@@ -65,6 +65,15 @@ def _seed(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
 
 
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test marked `cuda` computes."""
+    chosen = torch.device(request.config.getoption("device"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return chosen
+
+
 # --- make quick ------------------------------------------------------------------------------------------------
 
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
@@ -73,6 +82,9 @@ STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "tables of dtypes in float32 only, nothing slow, few random examples; tests that start a process are skipped"
     parser.addoption("--quick", action="store_true", help=text)
+    parser.addoption(
+        "--device", default="cuda", help="what the tests marked cuda run on: cpu shows that they are right"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
