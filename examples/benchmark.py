@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import torch.nn.functional as F
-from benchmark_plot import HEADLINE, METHODS, SHORT, Result, Row, write
+from benchmark_plot import HEADLINE, METHODS, SHORT, Result, Row, Tick, progress, write
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -44,7 +44,6 @@ import funclora as fl
 
 Run = Callable[[], object]
 Batch = tuple[Tensor, Tensor]
-Tick = Callable[[str], object]
 Compile = Callable[..., Any]
 RANKS = (HEADLINE, 8, 64, 256)
 MEMORY_OF = ("base", *(f"{library} {method}" for method in METHODS for library in ("funclora", "PEFT")))
@@ -320,6 +319,7 @@ class Bench:
     quick: bool
     rounds: int
     only: str
+    jax: bool = False  # whether benchmark_many.py asks JAX too
 
     def wants(self, name: str) -> bool:
         return self.only in name
@@ -520,25 +520,6 @@ def compare_starts(bench: Bench, result: Result, tick: Tick) -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Tick]:
-    """`tick("what")` says what comes now, `tick("")` that a round is done."""
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ModuleNotFoundError:
-        yield lambda what: print(what) if what else None
-        return
-    columns = BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
-    # Nothing else may run while contenders are timed, so no thread redraws the bar.
-    with Progress(*columns, TextColumn("{task.description}"), auto_refresh=False) as bar:
-        task = bar.add_task("", total=total)
-
-        def tick(what: str) -> None:
-            bar.update(task, advance=not what, description=what or None, refresh=True)
-
-        yield tick
 
 
 class Job(NamedTuple):

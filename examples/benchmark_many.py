@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import shlex
@@ -26,8 +27,8 @@ from typing import Any, NamedTuple
 import optree
 import peft
 import torch
-from benchmark import Bench, Run, Tick, far, fresh, llama, loss, measure, outputs, peak, progress
-from benchmark_plot import Ratio, head, machine, ms, replace, table_row
+from benchmark import Bench, Run, far, fresh, llama, loss, measure, outputs, peak
+from benchmark_plot import Ratio, Tick, head, machine, ms, progress, replace, table_row
 from torch import Tensor, nn
 
 import funclora as fl
@@ -201,12 +202,29 @@ def train(setup: Setup, bench: Bench, size: tuple[int, int, int], rounds: int, t
             optimizer.step()
 
     runs |= {"train_step, one by one": one_by_one, "PEFT, one by one": peft_one_by_one}
+    if bench.jax:
+        runs["JAX"] = in_jax(setup, n, (x, y))
     if n <= LOOPS:
         grads = fl.vmap(lambda a, b: fl.value_and_grad(loss)(setup.model, setup.params, a, b)[0], 0)
         runs["vmap, without optimizer"] = lambda: grads(setup.members(n), (x, y))
     seconds = measure(bench, runs, rounds, 1, tick)
     setup.model.eval()
     return Cell("train", size, seconds)
+
+
+def in_jax(setup: Setup, n: int, batch: tuple[Tensor, Tensor]) -> Run:
+    """The same population in JAX; its losses must be those of funclora."""
+    import benchmark_jax
+
+    run = benchmark_jax.population(setup.model, [setup.member(i) for i in range(n)], *batch, LR)
+    members = setup.members(n)
+    optimizer = fl.optim.per_member(fl.optim.adamw, lr=[LR] * n)
+    step = fl.population_step(setup.model, loss, optimizer)
+    _, _, metrics = step(setup.params, members, optimizer.init(members), batch)
+    difference = far(torch.tensor(run().tolist()), metrics["loss"].cpu())
+    if not difference < 1e-4:
+        raise RuntimeError(f"JAX's losses differ by {difference:.1e}")
+    return run
 
 
 def both_passes(setup: Setup, x: Tensor, y: Tensor) -> Run:
@@ -354,7 +372,7 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
     yield f"- `{about['command']}`\n"
     yield "## Numbers to reach\n"
     yield from targets(cells, peaks)
-    yield "\n![Time by number of adapters](benchmarks-many.png)\n"
+    yield "\n![Tokens per second by number of adapters](benchmarks-many.png)\n"
     titles = {
         "forward": "Forward (ms)",
         "change": "Another adapter in one row (ms)",
@@ -375,6 +393,7 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
             times = [ms(t) if (t := cell.median(name)) is not None else "" for name in names]
             ratio = cell.ratio("change, LoRA" if work == "change" else "rows", to)
             yield table_row(" × ".join(map(str, cell.size)), *times, f"{ratio.median:.2f}" if ratio else "")
+    yield from beside_jax(cells)
     if peaks:
         own = peaks[0]
         first, *others = sorted(set(peaks) - {0})
@@ -393,6 +412,18 @@ def page(about: dict[str, Any], cells: Sequence[Cell], peaks: dict[int, int]) ->
     yield "adapter, the arithmetic dominates: mixing adapters then saves little more than the overhead of the calls."
 
 
+def beside_jax(cells: Sequence[Cell]) -> Iterator[str]:
+    some = [cell for cell in cells if "JAX" in cell.seconds]
+    if some:
+        yield "\n## Beside JAX\n"
+        yield "The same Llama written in JAX, with the same weights and losses: `jit(vmap(value_and_grad))` and optax's"
+        yield "AdamW (`--jax`).\n"
+        yield from head("train step", "rows / JAX", "JAX / base, forward and backward")
+        for cell in some:
+            size = " × ".join(map(str, cell.size))
+            yield table_row(size, cell.ratio("rows", "JAX"), cell.ratio("JAX", "base, forward and backward"))
+
+
 def draw(path: Path, cells: Sequence[Cell]) -> None:
     try:
         from matplotlib.figure import Figure
@@ -400,17 +431,18 @@ def draw(path: Path, cells: Sequence[Cell]) -> None:
         print("No plot: matplotlib is not installed")
         return
     groups = [("forward", tokens) for tokens in (1, 16, 64)] + [("train", 16)]
-    figure = Figure((4 * len(groups), 4), layout="constrained")
+    figure, lines = Figure((4 * len(groups), 4.5), layout="constrained"), dict[str, Any]()
     for axis, (work, tokens) in zip(figure.subplots(1, len(groups)), groups, strict=True):
         some = [c for c in cells if c.work == work and c.size[1:] == (1, tokens)]
         for name in dict.fromkeys(name for cell in some for name in cell.seconds):
-            points = [(c.size[0], c.median(name)) for c in some if name in c.seconds]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="adapters", ylabel="seconds")
+            points = [(c.size[0], c.size[0] * tokens / (c.median(name) or 1)) for c in some if name in c.seconds]
+            colour = lines[name].get_color() if name in lines else f"C{len(lines) % 10}"
+            style = "-" if len(lines) < 10 or name in lines else "--"
+            (lines[name],) = axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=4)
+        axis.set(xscale="log", yscale="log", xlabel="adapters", ylabel="tokens per second")
         axis.set_title(f"{work}, 1 × {tokens} tokens each", fontsize=9)
         axis.grid(alpha=0.3)
-        if some:
-            axis.legend(fontsize=7)
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=6, fontsize=8)
     new = path.with_name(f".{path.name}.new")
     figure.savefig(new, format="png", dpi=120)
     new.replace(path)
@@ -423,9 +455,12 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="run what has this in its name")
+    parser.add_argument("--jax", action="store_true", help="JAX too: pip install 'funclora[bench]'")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    bench = Bench(options.device, options.quick, 2 if options.quick else options.rounds, options.only)
+    if options.jax and importlib.util.find_spec("optax") is None:
+        parser.error("--jax: JAX and optax are not installed: pip install 'funclora[bench]'")
+    bench = Bench(options.device, options.quick, 2 if options.quick else options.rounds, options.only, options.jax)
     if options.memory_of:
         print(memory_of(bench, options.memory_of))
         return []

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ HEADLINE = 16  # the rank that the numbers to reach are about
 SHORT = (16, 64)  # the tokens of train steps on one short row
 DEVICES = ("cpu", "cuda")
 WORKS = {"forward": "forward", "single": "one token", "train": "train step"}
+
+
+Tick = Callable[[str], object]
 
 
 class Ratio(NamedTuple):
@@ -324,6 +327,25 @@ def starts(result: Result) -> Iterator[str]:
     yield from head("", "ms")
     yield from (table_row(f"`{name}`", ms(row.median(name))) for name in row.seconds)
     yield "\n`import funclora` is what comes on top of `import torch`, with `funclora.apply` used once."
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Tick]:
+    """`tick("what")` says what comes now, `tick("")` that a round is done."""
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ModuleNotFoundError:
+        yield lambda what: print(what) if what else None
+        return
+    columns = BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
+    # Nothing else may run while contenders are timed, so no thread redraws the bar.
+    with Progress(*columns, TextColumn("{task.description}"), auto_refresh=False) as bar:
+        task = bar.add_task("", total=total)
+
+        def tick(what: str) -> None:
+            bar.update(task, advance=not what, description=what or None, refresh=True)
+
+        yield tick
 
 
 def head(*names: str) -> list[str]:

@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> Result:
         folder = result.checkpoint.to_directory(args.out or f"{scratch}/adapter")
         model = problem()[0]
         found, alone = (fl.load_peft(each, model)[0] for each in (folder, Path(scratch, "alone")))
-    pairs = zip(optree.tree_leaves(found), optree.tree_leaves(alone), strict=True)  # type: ignore[arg-type]
+    leaves: list[list[Any]] = [optree.tree_leaves(each) for each in (found, alone)]  # type: ignore[arg-type]
+    pairs = zip(*leaves, strict=True)
     difference = max((a - b).abs().max().item() for a, b in pairs)
     losses = result.metrics["losses"]
     print(

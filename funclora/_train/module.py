@@ -182,7 +182,14 @@ class AdapterModule(nn.Module):
         return {name: self._params[name] for name in self._names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """`apply(model, params, adapters, *args, **kwargs)`."""
+        """`apply(model, params, adapters, *args, **kwargs)`.
+
+        Raises:
+            UnsupportedError: FSDP divides the parameters of this module.
+
+        Warns:
+            FuncloraWarning: several processes train without a DistributedDataParallel around this module.
+        """
         if torch.compiler.is_compiling():
             # The tracer cannot follow weights that are already lazy.
             return torch.compiler.disable(_uncompiled)(self, *args, **kwargs)

@@ -205,6 +205,28 @@ def test_benchmark_train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_benchmark_growth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    curves = run("benchmark_growth", "--quick", "--only=members", f"--out={tmp_path}")
+    assert [curve.work for curve in curves] == ["stack", "route", "routed", "cache", "population"]
+    assert all(curve.numbers == [1, 2, 4] and min(curve.seconds) > 0 for curve in curves)
+    squares = type(curves[0])("work", "targets", [1, 10, 100, 1000], [9.0, 1.0, 100.0, 1e4])
+    assert squares.exponent(squares.seconds) == pytest.approx(2)
+    assert "## Members" in (tmp_path / "benchmarks-growth.md").read_text(encoding="utf-8")
+    assert (tmp_path / "benchmarks-growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("benchmark_gpu", f"--out={tmp_path / 'none'}") == []
+    assert "nothing was measured or written" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+    tables = run("benchmark_gpu", "--device=cpu", "--only=routed", f"--out={tmp_path}")
+    assert [list(table.seconds) for table in tables] == 2 * [["base", "LoRA", "DoRA", "PEFT, adapter_names"]]
+    assert "### 4 rows of one token" in (tmp_path / "benchmarks-gpu.md").read_text(encoding="utf-8")
+
+
 def test_a_method_with_frozen_tensors() -> None:
     result = run("method_vera")
     assert result.last < 0.5 * result.first
