@@ -191,6 +191,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
 
 def main(out: str, *names: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", fl.errors.FuncloraWarning)  # what works does so without one
     dist.init_process_group("gloo")
     try:
         results = {name: RUNS[name](Path(out)) for name in names}
