@@ -90,8 +90,6 @@ def load_sharded(
         ConfigError: torch.distributed is not initialised, or an argument is wrong.
         NonFiniteError: a weight to quantise holds NaN or infinity.
 
-        If one process cannot read its share, all raise the error.
-
     Examples:
         >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
         >>> model, params = load_sharded("model", quantize="nf4")  # doctest: +SKIP
