@@ -64,7 +64,7 @@ def load_sharded(
     The result is that of `shard` (after `quantize`) on the loaded model, bit for bit, but no process ever holds more
     than its share, and the weight that it is packing or using. A tensor that belongs to several parameters, and
     parameters that are in several tensors (experts), are read as `from_pretrained` reads them. Every process must call
-    it, with the same arguments.
+    it, with the same arguments. If one cannot read its share, all raise the error.
 
     Args:
         folder: of a transformers model, with safetensors files.
