@@ -60,28 +60,32 @@ class Repeated:
             return self.keep(("b", i), lambda: b.mT.contiguous().mT), scalings  # type: ignore[return-value]
         return self.keep(("b", i), lambda: scaled(b.mT.contiguous(), scalings).mT), None  # type: ignore[return-value]
 
-    def plan(self, key: Any, pairs: list[tuple[LowRank, RoutedGroup]], scale: Tensor | None) -> Plan | None:
+    def plan(
+        self, key: Any, pairs: list[tuple[LowRank, RoutedGroup]], row_scale: Callable[[], Tensor | None]
+    ) -> Plan | None:
         """The plan of a kind of operation, once the factors of all groups are in a good order; it is kept.
 
         Args:
             key: the kind.
             pairs: each rule with its group.
-            scale: as in `Plan`.
+            row_scale: computes the scale of `Plan`, `[n, out]`.
         """
         if torch.compiler.is_compiling() or in_transform():
             return None
         parts = []
         for i, (rule, group) in enumerate(pairs):
-            if group.rows is None or rule.a.dim() != 3:
+            if group.rows is None or rule.a.dim() != 3 or rule.a.requires_grad or rule.b.requires_grad:
                 return None
             b, scalings = self.factor(i, group, rule.b, 1)
             if not b.mT.is_contiguous():
                 return None
             parts.append(Part(group.rows, rule.a, b.mT, scalings))
-        scale = None if scale is None else scale.unsqueeze(1)
-        tensors = [x for part in parts for x in (part.first, part.second)] + ([] if scale is None else [scale])
-        dtypes = {x.dtype for x in tensors}
-        if len(dtypes) > 1 or any(x.requires_grad for x in tensors):
+        scale = row_scale()
+        dtypes = {x.dtype for part in parts for x in (part.first, part.second)}
+        if scale is not None:
+            dtypes.add(scale.dtype)
+            scale = scale.unsqueeze(1)
+        if len(dtypes) > 1 or (scale is not None and scale.requires_grad):
             return None
         plan = self.plans[key] = Plan(parts, scale, dtypes.pop())
         return plan

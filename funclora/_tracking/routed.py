@@ -11,6 +11,7 @@ With weights over the members, the weight of a row is the base weight plus the w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -213,7 +214,7 @@ class PreparedRouted(Rule):
         if plan is None:
             if self.n == 1 or not _repeats(op, weight):
                 return None
-            scale = self._row_scale([rule.output_scale(weight) for rule in self.rules])
+            scale = functools.partial(self._row_scale, [rule.output_scale(weight) for rule in self.rules])
             plan = self.repeated.plan(key, self.pairs(), scale)
         return plan if plan is not None and plan.fits(x, weight) else None
 
