@@ -106,7 +106,7 @@ def with_engine(engine: Engine, names: Sequence[str | None]) -> Contender:
             for request in asked[i]:
                 start = time.perf_counter()
                 stream = engine.submit(request.ids, names[i], Settings(max_tokens=request.tokens, temperature=0.0))
-                ids = []
+                ids: list[int] = []
                 for token in stream:
                     if not ids:
                         first.append(time.perf_counter() - start)
@@ -124,7 +124,7 @@ def with_engine(engine: Engine, names: Sequence[str | None]) -> Contender:
     return run
 
 
-class Times(transformers.generation.BaseStreamer):  # type: ignore[misc]
+class Times(transformers.generation.BaseStreamer):
     """When each step of `generate` gave its tokens."""
 
     def __init__(self) -> None:
