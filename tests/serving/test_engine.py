@@ -61,9 +61,17 @@ def test_every_answer_is_that_of_its_adapter_alone_under_load(llama: Customers) 
     size = fl.AdapterCache(llama.model, llama.folder, 2**20, params=llama.params).load("customer-1").size
     cache = fl.AdapterCache(llama.model, llama.folder, 4 * size, params=llama.params)
     engine = Engine(llama.model, llama.params, cache, max_rows=7, prefill_tokens=12, eos_ids=())
-    with engine, ThreadPoolExecutor(8) as clients:
-        answers = [*clients.map(lambda request: submit(engine, request).result(WAIT), asked)]
+    rows: list[int] = []
+
+    def answer(request: Asked) -> list[int]:
+        stream = submit(engine, request)
+        stream.add_callback(lambda token: rows.append(len(engine._decoder.rows())))
+        return stream.result(WAIT)
+
+    with engine, ThreadPoolExecutor(12) as clients:
+        answers = [*clients.map(answer, asked)]
         statistics = engine.statistics()
+    assert 2 <= max(rows) <= 7
     assert answers == [llama.alone(request) for request in asked]
     assert statistics.cache_evictions > 12
     assert statistics.requests == statistics.first_tokens == len(asked)
