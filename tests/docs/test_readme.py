@@ -26,6 +26,7 @@ SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or i
 SESSIONS = {
     "classification.md",
     "many-devices.md",
+    "serve.md",
     "session.md",
     "training.md",
 }  # run from first to last line by tests of their own
