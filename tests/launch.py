@@ -18,7 +18,7 @@ def python(folder: Path, *arguments: str, path: tuple[Path, ...] = ()) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path_names},
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=420)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun and Ray end their processes, which a kill would leave
         output, _ = process.communicate(timeout=60)

@@ -17,6 +17,7 @@ from funclora._config.config import LoraConfig
 from funclora._config.experts import as_in_peft
 from funclora._config.target import Target
 from funclora._config.targets import select
+from funclora._quant.quantize import dequantize
 from funclora.errors import ConfigError, ParamsError, PeftFormatWarning, near
 from funclora.rules.base import Params, Rule
 from funclora.rules.dense import Delta, Full, refuse_full
@@ -143,7 +144,7 @@ def _fresh(
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if target.rule is Full:
         refuse_full(name, weight)
-        return Full(weight.clone())
+        return Full(dequantize({name: weight})[name].clone())  # of one that is divided among processes, the whole
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
     if target.rule is TrainableTokens:
         return TrainableTokens(weight[list(target.tokens)].to(dtype), token_indices=target.tokens)

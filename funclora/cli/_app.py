@@ -42,7 +42,7 @@ from funclora.cli.train import train
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
-DIVIDED = ("train",)  # by the processes that torchrun starts
+DIVIDED = ("eval", "generate", "predict", "sweep", "train")  # by the processes that torchrun starts
 
 for name, function, stopped in (
     ("combine", combine, "{out} is unchanged."),

@@ -17,8 +17,10 @@ import funclora as fl
 from funclora._apps.train.base import Base, ByteTokenizer, takes
 from funclora._apps.train.settings import CAUSAL
 from funclora._torch.memory import is_out_of_memory
+from funclora._train.step import micro_seed
 from funclora.cli._loader import Loader
 from funclora.cli._prompts import Prompt
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, FuncloraError, FuncloraWarning
 from funclora.io.hf.library import first_line
 
@@ -85,14 +87,20 @@ class Generator:
     def batches(self, prompts: Sequence[Prompt], rows: int) -> Iterator[list[Answer]]:
         """The answers, in the order of the prompts, so many rows at a time."""
         # Rows of one batch get the same number of tokens: none runs over the end of the context.
-        short: list[str] = []
-        for (room, _), alike in itertools.groupby(prompts, lambda prompt: (self._room(prompt), self._length(prompt))):
+        batches: list[tuple[int, list[Prompt]]] = []
+        for _, alike in itertools.groupby(prompts, lambda prompt: (self._room(prompt), self._length(prompt))):
             together = list(alike)
-            for start in range(0, len(together), rows):
-                some = together[start : start + rows]
-                answers = self._answers(some, room)
-                short += [p.where for p, answer in zip(some, answers, strict=True) if self._is_short(p, answer)]
-                yield answers
+            batches += enumerate((together[i : i + rows] for i in range(0, len(together), rows)), start=len(batches))
+
+        def answered(batch: tuple[int, list[Prompt]]) -> list[Answer]:
+            number, some = batch
+            self._random.manual_seed(micro_seed(self._sampling.seed, number))  # any process may answer it
+            return self._answers(some, self._room(some[0]))
+
+        short: list[str] = []
+        for (_, some), answers in zip(batches, ranks.computed(batches, answered), strict=True):
+            short += [p.where for p, answer in zip(some, answers, strict=True) if self._is_short(p, answer)]
+            yield answers
         self._tell_short(short)
 
     def stream(self, prompt: Prompt, write: Write) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from funclora._apps.train.tokens import WORDS, reader, schema, word_classes
 from funclora.cli._loader import Loader
 from funclora.cli._prompts import adapter_of, refuse_taken
 from funclora.cli._scores import classes_of, with_problem
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, FormatError, UnsupportedError, near
 
 RESULTS = ("predicted", "scores")  # what the result of a record has besides its adapter
@@ -195,8 +197,8 @@ class Predictor:
             (i for i, row in enumerate(rows) if row.example is not None), key=lambda i: -len(_example(rows[i]).ids)
         )
         progress(len(rows) - len(order))
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
+
+        def classified(some: list[int]) -> dict[int, Prediction]:
             try:
                 groups = [some]
                 made = [self._classified(base, loader, [rows[i] for i in some])]
@@ -204,10 +206,13 @@ class Predictor:
                 names = dict.fromkeys(rows[i].adapter for i in some)
                 groups = [[i for i in some if rows[i].adapter == name] for name in names]
                 made = [self._classified(base, loader, [rows[i] for i in group]) for group in groups]
-            for group, predictions in zip(groups, made, strict=True):
-                for i, prediction in zip(group, predictions, strict=True):
-                    found[i] = prediction
             progress(len(some))
+            return dict(zip(itertools.chain(*groups), itertools.chain(*made), strict=True))
+
+        batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+        for predictions in ranks.computed(batches, classified):
+            for i, prediction in predictions.items():
+                found[i] = prediction
         return found
 
     def _classified(self, base: Base, loader: Loader, rows: Sequence[Row]) -> list[Prediction]:

@@ -170,7 +170,7 @@ def evaluated(
         def step(file: Path = file) -> None:
             progress(f"evaluating on {file.name}", ticks)
 
-        by_file.append(scores(base, members, some, memory=memory, threshold=threshold, progress=step))
+        by_file.append(scores(base, members, some, memory=memory, threshold=threshold, divided=True, progress=step))
     by_member = [[column[i] for column in by_file] for i in range(len(members))]
     alone = [] if base.new else by_member.pop(0)
     return Scores(list(folders), names, base.classes, alone, by_member, notes)

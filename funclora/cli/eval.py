@@ -12,6 +12,7 @@ import typer
 from funclora.cli._base import Device, Dtype, Quantize, Threshold
 from funclora.cli._output import AsJson, print_json
 from funclora.cli._settings import setting
+from funclora.distributed._ranks import is_first
 
 if TYPE_CHECKING:
     from funclora._apps.train.console import Console
@@ -89,6 +90,7 @@ def evaluate(
 
     from funclora._apps.train.console import Console
 
+    out = out if is_first() else None
     if out is not None:
         from funclora.analysis._figure import needs_matplotlib
 

@@ -12,6 +12,7 @@ from funclora.cli._base import Device, Dtype, Quantize
 from funclora.cli._converse import BASE, converse, refuse_bytes, spoken
 from funclora.cli._output import AsJson
 from funclora.cli._settings import setting
+from funclora.distributed import _ranks as ranks
 
 if TYPE_CHECKING:
     from funclora._apps.train.settings import Settings
@@ -89,6 +90,9 @@ def generate(
     if chat_template is not None and file is None and not chat:
         raise ConfigError("--chat-template can only be used with --chat, or with messages in a --file. Leave it out.")
     _check_sampling(temperature, top_p, top_k, seed)
+    if ranks.size() > 1 and prompt is None and file is None:
+        raise ConfigError("torchrun: a conversation is with one process. Give --file, or start it without torchrun.")
+    out = out if ranks.is_first() else None
     import contextlib
 
     from funclora.cli._adapters import adapter_folders

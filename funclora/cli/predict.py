@@ -13,6 +13,7 @@ from funclora.cli._base import Device, Dtype, Quantize, Threshold
 from funclora.cli._output import AsJson, print_json, say_text
 from funclora.cli._report import Plot, check_plot
 from funclora.cli._settings import setting
+from funclora.distributed._ranks import is_first
 
 if TYPE_CHECKING:
     from funclora._apps.train.scores import Score
@@ -67,6 +68,7 @@ def predict(
         funclora predict adapter --model model --data reviews.jsonl --out predicted.jsonl
         funclora predict topics moods --model model --data mixed.jsonl --plot confusion.png
     """
+    out, plot = (out, plot) if is_first() else (None, None)
     check_plot(plot)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

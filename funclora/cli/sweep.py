@@ -11,6 +11,7 @@ import typer
 
 from funclora.cli._output import AsJson, print_json
 from funclora.cli._settings import with_options
+from funclora.distributed import _ranks as ranks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,10 +32,10 @@ OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed"
 # Keys of a run that are searched, and those that a search does not use.
 SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
 UNUSED = (
-    "adapter", "compile", "sample", "sample_tokens", "out", "resume", "save_every", "keep", "merge", "log_every",
-    "tensorboard", "wandb", "mlflow",
+    "adapter", "compile", "shard", "sample", "sample_tokens", "out", "resume", "save_every", "keep", "merge",
+    "log_every", "tensorboard", "wandb", "mlflow",
 )  # fmt: skip
-NO_EFFECT = ("adapter", "compile", "sample", "merge", "tensorboard", "wandb", "mlflow", "resume")
+NO_EFFECT = ("adapter", "compile", "shard", "sample", "merge", "tensorboard", "wandb", "mlflow", "resume")
 DEMO_DOMAIN = "asyncio"
 # A search of the demo's base and data, which takes a minute or two.
 DEMO: dict[str, Any] = {"steps": 81, "batch": 2, "context": 32, "warmup": 4.0, "eval_every": 9}
@@ -131,7 +132,8 @@ def sweep(
     budget = parse_size(memory) if memory else None
     with claimed(out):
         if not settings.data:
-            settings = replace(settings, data=(demo_data(out, domain or DEMO_DOMAIN),))
+            with ranks.first_alone():
+                settings = replace(settings, data=(demo_data(out, domain or DEMO_DOMAIN),))
             rows = rows or DEMO_ROWS
         task = load_task(replace(settings, seed=members[0].seed), out, rows)
         every = settings.eval_every or -(-task.steps // EVALUATIONS)
@@ -196,7 +198,7 @@ def _run(
 
     from funclora._apps.sweep.report import write
     from funclora._apps.sweep.search import Search
-    from funclora._apps.sweep.store import NOT_FINITE, Store
+    from funclora._apps.sweep.store import NOT_FINITE, opened
     from funclora._apps.train.checkpoint import plain
     from funclora._apps.train.console import Console
     from funclora._apps.train.quiet import QUIET
@@ -205,7 +207,9 @@ def _run(
     searched = {k: v for k, v in asdict(settings).items() if k not in ("budget", "population")}
     data = trained.pop("data")  # the files may move, but not change
     given = {**trained, **searched, "rows": rows, "members": [asdict(member) for member in members]}
-    store = Store(out, {**given, **task.digests(), "source": data}, len(members))
+    digests = task.digests()
+    ranks.check_equal(digests)
+    store = opened(out, {**given, **digests, "source": data}, len(members))
     console = Console(stderr=as_json, quiet=as_json)
     live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -226,7 +230,8 @@ def _run(
         with live:
             search.run()
             search.status.doing = "writing"
-            write(search, save)
+            if ranks.is_first():
+                write(search, save)
     if all(p.status == NOT_FINITE for p in search.progress.values()):
         from funclora.errors import NonFiniteError
 

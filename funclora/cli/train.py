@@ -167,8 +167,10 @@ def _plan(settings: Settings, *, as_json: bool) -> None:
 
     from funclora._apps.train.finish import rehearse
     from funclora._apps.train.plan import plan
+    from funclora._apps.train.run import check_processes
     from funclora._apps.train.setup import ready
 
+    check_processes(settings)
     with tempfile.TemporaryDirectory() as folder:
         prepared = ready(settings, Path(folder))
         rehearse(prepared.start, prepared.settings)

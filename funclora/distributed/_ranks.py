@@ -99,6 +99,11 @@ def local_rank() -> int:
     return _link.local
 
 
+def processes_here() -> int:
+    """The number of processes on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if size() > 1 else 1
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return _link.rank == 0
@@ -106,7 +111,7 @@ def is_first() -> bool:
 
 def is_restarted() -> bool:
     """Whether torchrun started the processes again, after one of them failed."""
-    return size() > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @contextlib.contextmanager
@@ -135,6 +140,7 @@ def connected() -> Iterator[None]:
         ) from error
     _link.rank, _link.size, _link.local = own, n, int(os.environ.get("LOCAL_RANK", own))
     try:
+        meet()  # one that fails at once must not break the connections that others still make
         with contextlib.ExitStack() as stack:
             if own:
                 nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123 -- no path
@@ -227,6 +233,14 @@ def dealt(values: Sequence[T]) -> list[T]:
     return [value for values in rounds for value in values if value is not _NOTHING]
 
 
+def computed(things: Sequence[Any], function: Callable[[Any], T]) -> Iterator[T]:
+    """The function's values of all things, in their order; each process computes some of them."""
+    if size() == 1:
+        yield from map(function, things)
+    else:
+        yield from dealt([function(thing) for thing in things[rank() :: size()]])
+
+
 def from_first(value: T) -> T:
     """The value that the first process has."""
     if size() == 1:
@@ -284,10 +298,14 @@ def check_equal(facts: Mapping[str, str]) -> None:
             )
 
 
-def part_of(n: int, which: int | None = None) -> range:
-    """The stretch of n things that belongs to a process, by default this one: all stretches are about equally long."""
-    which = rank() if which is None else which
-    return range(n * which // size(), n * (which + 1) // size())
+def part_of(n: int) -> range:
+    """The stretch of n things that belongs to this process: all stretches are about equally long."""
+    return parts_of(n)[rank()]
+
+
+def parts_of(n: int) -> list[range]:
+    """The stretch of n things that belongs to each process."""
+    return [range(n * i // size(), n * (i + 1) // size()) for i in range(size())]
 
 
 def _wait(is_done: Callable[[], bool], most: float = float("inf")) -> None:

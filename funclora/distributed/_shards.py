@@ -84,6 +84,12 @@ class Sharded(Packing):
         return self.inner.linear(x, self.whole(parts), shape)
 
 
+def whole_parts(weight: Quantized) -> Parts:
+    """The parts of a weight as they are without processes; a collective operation, if it is divided."""
+    packing = weight.source.packing
+    return packing.whole(weight.parts) if isinstance(packing, Sharded) else weight.parts
+
+
 def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tensor]:
     """The params with the weights divided among the processes of a group: each holds about 1/n of the bytes.
 

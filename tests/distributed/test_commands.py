@@ -4,35 +4,77 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import commands
+import optree
 import pytest
+import task_models
+import text_models
 import torch
 from launch import torchrun
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from funclora._apps.sweep.search import Search
 
 HERE = Path(__file__).parent
 
+WORDS = {"good": "yes", "bad": "no"}
+
 pytestmark = pytest.mark.slow
 
+DATA = ("--data", "data.jsonl", "--validation-split", "0.2", "--context", "48", "--device", "cpu")
 # The last step of an epoch has three micro-batches of the four.
-TRAIN = ("train", "--data", "data.jsonl", "--validation-split", "0.2", "--context", "48", "--batch", "2",
-         "--accumulation", "4", "--steps", "6", "--eval-every", "2", "--rank", "2", "--lr", "0.01", "--dropout", "0.1",
-         "--schedule", "constant", "--warmup", "1", "--final", "last", "--device", "cpu")  # fmt: skip
-DORA = (*TRAIN, "--method", "dora", "--optimizer", "adafactor", "--sample", "def ")
+SETTINGS = (*DATA, "--batch", "2", "--accumulation", "4", "--steps", "6", "--eval-every", "2", "--rank", "2", "--lr",
+            "0.01", "--schedule", "constant", "--warmup", "1", "--final", "last")  # fmt: skip
+LORA = ("train", *SETTINGS, "--dropout", "0.1")
+DORA = ("train", *SETTINGS, "--method", "dora", "--optimizer", "adafactor", "--sample", "def ")
+NF4 = ("train", *SETTINGS, "--model", "model", "--quantize", "nf4", "--checkpointing")
+TAGS = ("train", "--data", "classes.jsonl", "--model", "bert", "--task", "sequence-classification", "--steps", "2",
+        "--accumulation", "2", "--batch", "4", "--rank", "2", "--device", "cpu")  # fmt: skip
+SWEEP = ("sweep", *DATA, "--batch", "4", "--steps", "4", "--lr", "1e-3,1e-2,3e-2", "--rank", "1,2", "--targets",
+         "q_proj", "--method", "lora", "--halving", "2", "--rungs", "2", "--population", "2")  # fmt: skip
+READ = ("--device", "cpu", "--json")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "lora": LORA,
+    "dora": DORA,
+    "nf4": NF4,
+    "tags": TAGS,
+    "sweep": SWEEP,
+    "eval": ("eval", "lora/adapter", "dora/adapter", "--data", "data.jsonl", *READ),
+    "generate": ("generate", "lora/adapter", "dora/adapter", "--file", "prompts.jsonl", "--max-tokens", "4", "--batch",
+                 "2", "--temperature", "0.9", *READ),
+    "predict": ("predict", "tags/adapter", "--model", "bert", "--data", "classes.jsonl", "--batch", "2", *READ),
+}  # fmt: skip
+
+
+def line(name: str, out: str = "", *more: str) -> list[str]:
+    """A command line; training and searches write into a folder of the same name."""
+    words = COMMANDS[name]
+    return [*words, *more, *(("--out", out or name) if words[0] in ("train", "sweep") else ())]
 
 
 def given(folder: Path) -> None:
-    """The data of the commands."""
-    rows = [{"text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 3)} for i in range(18)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """What the commands read."""
+    data = [{"text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 3)} for i in range(18)]
+    prompts = [{"prompt": f"def f{i}", "adapter": ("lora/adapter", "dora/adapter", None)[i % 3]} for i in range(7)]
+    classes = [{"text": f"{word} " * (1 + i % 4), "label": label} for i in range(5) for word, label in WORDS.items()]
+    for name, rows in (("data", data), ("prompts", prompts), ("classes", classes)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        task_models.save(folder / "bert", "bert")
+        tokenizer = text_models.tokenizer(None, begins=True, ends=False)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
 
 
-def done(n: int, folder: Path, *lines: tuple[str, ...]) -> list[list[dict[str, Any]]]:
+def done(n: int, folder: Path, lines: Sequence[Sequence[str]]) -> list[list[dict[str, Any]]]:
     """What the commands came to in each of n processes, in the order of the commands."""
-    given(folder)
     (folder / "commands.json").write_text(json.dumps(lines), encoding="utf-8")
     torchrun(n, folder, HERE / "commands.py", "commands.json")
     each = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n)]
@@ -58,46 +100,92 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of one process."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The commands in one process; and a longer run."""
     folder = tmp_path_factory.mktemp("alone")
     given(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for out, line in (("lora", TRAIN), ("dora", DORA), ("longer", TRAIN)):
-            words = [{"6": "8"}.get(word, word) if out == "longer" else word for word in line]
-            end = commands.ended([*words, "--out", out])
-            assert end["code"] == 0, end
-    return folder
+        ends = {name: commands.ended(line(name)) for name in COMMANDS}
+        longer = [{"6": "8"}.get(word, word) for word in line("lora", "longer")]
+        ends["longer"] = commands.ended(longer)
+    assert {name: end for name, end in ends.items() if end["code"]} == {}
+    return folder, ends
 
 
 REFUSED = {
-    "out": (*TRAIN, "--out", "lora"),
-    "passes": ("train", "--data", "data.jsonl", "--out", "other"),
-    "option": ("train", "--ranks", "3"),
-    "device": (*TRAIN[:-1], "cpu:0", "--out", "other"),
-    "command": ("inspect", "lora/adapter"),
+    "out": line("lora"),
+    "passes": ["train", *DATA, "--out", "other"],
+    "option": ["train", "--ranks", "3"],
+    "device": ["cpu:0" if word == "cpu" else word for word in line("lora", "other")],
+    "conversation": ["generate", "lora/adapter", "--device", "cpu"],
+    "command": ["inspect", "lora/adapter"],
 }
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """The same in two processes, and what is refused."""
+    """The commands in two processes, with a divided base too; a search that one process began; what is refused."""
     folder = tmp_path_factory.mktemp("two")
-    lines = {"lora": (*TRAIN, "--out", "lora"), "dora": (*DORA, "--out", "dora"), **REFUSED}
-    return folder, dict(zip(lines, done(2, folder, *lines.values()), strict=True))
+    given(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+
+        def stopped(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Search, "_cut", stopped)
+        assert commands.ended(line("sweep", "begun"))["code"] == 130
+    assert "before.json" in {file.name for file in (folder / "begun").iterdir()}
+    lines = {name: line(name) for name in COMMANDS} | {
+        "divided lora": line("lora", "divided-lora", "--shard"),
+        "divided nf4": line("nf4", "divided-nf4", "--shard"),
+        "begun": line("sweep", "begun"),
+        **REFUSED,
+    }
+    return folder, dict(zip(lines, done(2, folder, [*lines.values()]), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_run_of_two_processes_is_that_of_one(two: Any, alone: Path, kind: str) -> None:
-    folder, ends = two
-    assert [end["code"] for end in ends[kind]] == [0, 0], ends[kind]
-    assert adapter(folder / kind) == adapter(alone / kind)
-    assert numbers(folder / kind) == numbers(alone / kind)
-    first, second = ends[kind]
-    assert f"wrote {kind}/adapter" in first["out"].replace(os.sep, "/")
-    assert "step 6" in first["err"]
-    assert second["out"] == second["err"] == ""
+@pytest.mark.parametrize("name", ["lora", "dora", "nf4", "tags", "divided lora", "divided nf4"])
+def test_a_run_of_two_processes_is_that_of_one(two: Any, alone: Any, name: str) -> None:
+    (folder, ends), (whole, _) = two, alone
+    assert [end["code"] for end in ends[name]] == [0, 0], ends[name]
+    out = name.replace(" ", "-")
+    assert adapter(folder / out) == adapter(whole / name.rpartition(" ")[2])
+    assert numbers(folder / out) == numbers(whole / name.rpartition(" ")[2])
+    first, second = ends[name]
+    assert f"wrote {out}{os.sep}adapter" in first["out"]
+    assert "step " in first["err"]
+    assert second["out"] == ""
+    assert "step " not in second["err"]  # other packages may have something to say
+
+
+@pytest.mark.parametrize("name", ["sweep", "begun"])
+def test_a_search_of_two_processes_is_that_of_one(two: Any, alone: Any, name: str) -> None:
+    (folder, ends), (whole, _) = two, alone
+    assert [end["code"] for end in ends[name]] == [0, 0], ends[name]
+    boards = [json.loads((out / "leaderboard.json").read_text()) for out in (folder / name, whole / "sweep")]
+    assert [row["member"] for row in boards[0]] == [row["member"] for row in boards[1]]
+    for got, wanted in zip(*boards, strict=True):
+        assert got == wanted | {"heldout_loss": pytest.approx(wanted["heldout_loss"], abs=1e-5)}
+    assert sorted(path.name for path in (folder / name / "adapters").iterdir()) == sorted(
+        path.name for path in (whole / "sweep" / "adapters").iterdir()
+    )
+    lines = [json.loads(text) for text in (folder / name / "results.jsonl").read_text().splitlines()]
+    assert len({(row["member"], row["step"]) for row in lines}) == len(lines)
+    assert ends[name][1]["out"] == ends[name][1]["err"] == ""
+
+
+@pytest.mark.parametrize("name", ["eval", "generate", "predict"])
+def test_rows_are_divided_and_come_in_their_order(two: Any, alone: Any, name: str) -> None:
+    (_, ends), (_, whole) = two, alone
+    first, second = ends[name]
+    assert first["code"] == second["code"] == 0, ends[name]
+    got, wanted = optree.tree_flatten(json.loads(first["out"])), optree.tree_flatten(json.loads(whole[name]["out"]))
+    assert got[1] == wanted[1]
+    for ours, theirs in zip(got[0], wanted[0], strict=True):
+        assert ours == (pytest.approx(theirs, abs=1e-5) if isinstance(theirs, float) else theirs)
+    assert second["out"] == ""
 
 
 @pytest.mark.parametrize(
@@ -107,6 +195,7 @@ def test_a_run_of_two_processes_is_that_of_one(two: Any, alone: Path, kind: str)
         ("passes", "accumulation: 1 forward pass of a step cannot be divided among 2 processes. Give --accumulation 2"),
         ("option", "No such option: --ranks"),
         ("device", "device: cpu:0 cannot be that of 2 processes."),
+        ("conversation", "a conversation is with one process."),
         ("command", "this command works in one process. Start it without torchrun."),
     ],
 )
@@ -119,25 +208,32 @@ def test_an_error_is_one_line_of_one_process(two: Any, name: str, message: str) 
     assert not (folder / "other").exists()
 
 
-def test_a_run_continues_in_another_number_of_processes(two: Any, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = two
-    monkeypatch.chdir(folder)
+def test_a_divided_base_needs_processes(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(alone[0])
+    end = commands.ended(line("lora", "other", "--shard"))
+    assert end["code"] == 2
+    assert "shard: there is one process. Start several: torchrun" in end["err"]
+
+
+def test_a_run_continues_in_another_number_of_processes(two: Any, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(two[0])
     end = commands.ended(["train", "--out", "lora", "--resume", "--steps", "8"])
     assert end["code"] == 0, end
-    assert adapter(folder / "lora") == adapter(alone / "longer")
+    assert adapter(two[0] / "lora") == adapter(alone[0] / "longer")
 
 
-def test_killed_processes_are_started_again_and_lose_nothing(tmp_path: Path, alone: Path) -> None:
+def test_killed_processes_are_started_again_and_lose_nothing(tmp_path: Path, alone: Any) -> None:
     given(tmp_path)
-    output = torchrun(2, tmp_path, HERE / "dies.py", *TRAIN, "--out", "lora", restarts=2)
+    output = torchrun(2, tmp_path, HERE / "dies.py", *line("lora"), restarts=2)
     assert "Continuing after step 2 of 6" in output
     assert "Continuing after step 4 of 6" in output
     assert "Traceback" not in output
-    assert adapter(tmp_path / "lora") == adapter(alone / "lora")
+    assert adapter(tmp_path / "lora") == adapter(alone[0] / "lora")
 
 
-def test_four_processes_train_the_same_adapter(tmp_path: Path, alone: Path) -> None:
-    ends = done(4, tmp_path, (*TRAIN, "--out", "lora"))
-    assert [end["code"] for end in ends[0]] == [0] * 4, ends
-    assert adapter(tmp_path / "lora") == adapter(alone / "lora")
-    assert numbers(tmp_path / "lora") == numbers(alone / "lora")
+def test_four_processes_train_the_same_adapter(tmp_path: Path, alone: Any) -> None:
+    given(tmp_path)
+    (ends,) = done(4, tmp_path, [line("lora")])
+    assert [end["code"] for end in ends] == [0] * 4, ends
+    assert adapter(tmp_path / "lora") == adapter(alone[0] / "lora")
+    assert numbers(tmp_path / "lora") == numbers(alone[0] / "lora")

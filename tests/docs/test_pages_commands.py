@@ -133,8 +133,16 @@ def complaint(words: list[str]) -> str:
     return ""
 
 
+def torchrun(command: Command) -> None:
+    """A command in several processes."""
+    start = command.words.index("-m")
+    assert command.words[start + 1] == "funclora", str(command)
+    said = complaint(command.words[start + 2 :])
+    assert not said, f"{command}: {said}"
+
+
 PROGRAMS: dict[str, Callable[[Command], None]] = {
-    "make": make, "pip": pip, "python": python, "pytest": pytest_, "jupyter": jupyter,
+    "make": make, "pip": pip, "python": python, "pytest": pytest_, "jupyter": jupyter, "torchrun": torchrun,
 }  # fmt: skip
 
 

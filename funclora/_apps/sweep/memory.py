@@ -11,6 +11,7 @@ import torch
 
 from funclora._torch.memory import free_on_host
 from funclora._torch.memory import is_out_of_memory as is_out_of_memory
+from funclora.distributed._ranks import processes_here
 from funclora.errors import ConfigError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -48,7 +49,7 @@ def available(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(0.8 * (free + torch.cuda.memory_reserved(device)))
     left = free_on_host()
-    return 2**31 if left is None else int(0.8 * (left + peak(device)))
+    return 2**31 if left is None else int(0.8 * (left + peak(device)) / processes_here())
 
 
 def reset_peak(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -26,6 +26,8 @@ from funclora._many.stack import Stack
 from funclora._torch.pytree import keyed_copies, leaf_keys
 from funclora._train.members import Population
 from funclora._train.step import seeded
+from funclora.distributed import _ranks as ranks
+from funclora.distributed._ranks import part_of
 from funclora.errors import ConfigError, FormatError
 from funclora.optim import per_member
 from funclora.optim._members import MemberTransformation
@@ -61,6 +63,29 @@ class Status:
     def left(self) -> float | None:
         """Seconds left, at the speed of this process."""
         return (self.total - self.done) * self.seconds / self.fresh if self.fresh else None
+
+
+class _Trained(NamedTuple):
+    """What came of the training of some members.
+
+    Attributes:
+        lost: member -> the step after which it was not finite.
+        losses: member -> training loss and held-out score.
+        file: with the tensors of these.
+        seconds: how long it took.
+    """
+
+    lost: dict[int, int]
+    losses: dict[int, tuple[float, Score]]
+    file: str | None
+    seconds: float
+
+
+class _TooMany(NamedTuple):
+    """A number of members for which the memory did not suffice, and the error."""
+
+    members: int
+    said: str
 
 
 class Search:
@@ -109,16 +134,7 @@ class Search:
         self._tell("training")
         for point in self.settings.points(n):
             while pending := [i for i in self.live if self.progress[i].step < point]:
-                size = state.size or 1
-                parts = math.ceil(len(pending) / size)
-                group = pending[: math.ceil(len(pending) / parts)]
-                group = [i for i in group if self._kind(i)[0] == self._kind(group[0])[0]]
-                try:
-                    self._advance(group, point)
-                except Exception as error:
-                    if not memory.is_out_of_memory(error):
-                        raise
-                    self._halve_population(len(group), error)
+                self._round(pending, point)
             if point in cuts and state.rung <= cuts.index(point):
                 self._cut(cuts.index(point))
         self._tell("done")
@@ -175,10 +191,10 @@ class Search:
         if state.size is None or state.budget != settings.budget:
             self._tell("measuring memory")
             budget = settings.budget or memory.available(self.task.device)
-            state.size, used = memory.fitting(self._probe, limit, budget)
+            state.size, used = min(ranks.gathered(memory.fitting(self._probe, limit, budget)))
             state.budget = settings.budget
             self._note(f"{state.size} members together: {memory.readable(used)} of {memory.readable(budget)}")
-            self.store.commit()
+            self._commit()
         state.size = min(state.size, settings.population or state.size)
         self.status.size = state.size
 
@@ -196,22 +212,44 @@ class Search:
         targets = 10 if member.targets == "all-linear" else len(member.targets.split("+"))
         return member.rank * targets * (1.5 if member.method == "dora" else 1)
 
-    def _halve_population(self, n: int, error: BaseException) -> None:
+    def _halve_population(self, failed: _TooMany) -> None:
+        n, said = failed
         if n == 1:
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"memory ran out with a single member: {said}. Lower --batch, --context or --rank."
-            ) from error
+            raise ConfigError(f"memory ran out with a single member: {said}. Lower --batch, --context or --rank.")
         self.store.state.size = self.status.size = n // 2
         self._note(f"memory ran out with {n} members together, continuing with {n // 2}")
-        self.store.commit()
         if self.task.device.type == "cuda":
             torch.cuda.empty_cache()
 
     # Training
 
-    def _advance(self, group: list[int], point: int) -> None:
-        """Train some members to a step, evaluate them, and commit both."""
+    def _round(self, pending: list[int], point: int) -> None:
+        """Each process trains some of the members; all take up what came of it, and the first one commits it."""
+        state = self.store.state
+        own = [pending[k] for k in part_of(len(pending))]
+        found: _Trained | _TooMany | None = None
+        if own:
+            parts = math.ceil(len(own) / (state.size or 1))
+            group = own[: math.ceil(len(own) / parts)]
+            group = [i for i in group if self._kind(i)[0] == self._kind(group[0])[0]]
+            try:
+                found = self._advance(group, point)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                found = _TooMany(len(group), (str(error) or type(error).__name__).splitlines()[0])
+        every = ranks.gathered(found)
+        for each in every:
+            if isinstance(each, _Trained):
+                self._take(each, point)
+        state.files += ranks.size()
+        if too_many := [each for each in every if isinstance(each, _TooMany)]:
+            self._halve_population(min(too_many))
+        self._commit()
+        self._tell("training")
+
+    def _advance(self, group: list[int], point: int) -> _Trained:
+        """Train some members to a step and evaluate them; their tensors are written."""
         started = time.perf_counter()
         start = self.progress[group[0]].step
         members, state = self._restored(group)
@@ -233,15 +271,24 @@ class Search:
             self._tick(len(finite), step + 1, time.perf_counter() - before)
         heldout = dict(zip(group, self.task.scores([*members]), strict=True)) if group else {}
         lost |= {i: point for i, score in heldout.items() if not math.isfinite(score.values["loss"])}
-        seconds = time.perf_counter() - started
-        trees = {i: {"adapters": m, "state": s} for i, m, s in zip(group, members, state, strict=True)} if group else {}
-        for i, step in lost.items():
-            self._record(i, step, None, None, seconds)
-        kept_best = {
-            i: self._record(i, point, sums[i] / (point - start), heldout[i], seconds) for i in group if i not in lost
+        trees = {
+            i: keyed_copies({"adapters": m, "state": s})
+            for i, m, s in (zip(group, members, state, strict=True) if group else ())
+            if i not in lost
         }
-        self.store.commit({i: keyed_copies(trees[i]) for i in kept_best}, {i for i, best in kept_best.items() if best})
-        self._tell("training")
+        file = self.store.put(trees, self.store.state.files + ranks.rank()) if trees else None
+        losses_ = {i: (sums[i] / (point - start), heldout[i]) for i in trees}
+        return _Trained(lost, losses_, file, time.perf_counter() - started)
+
+    def _take(self, found: _Trained, point: int) -> None:
+        """Take up what came of the training of some members."""
+        for i, step in found.lost.items():
+            self._record(i, step, None, None, found.seconds)
+        for i, (loss, score) in found.losses.items():
+            is_best = self._record(i, point, loss, score, found.seconds)
+            self.progress[i].file = found.file
+            if is_best:
+                self.progress[i].best_file = found.file
 
     def _stepped(self, members: Population, state: Any, group: list[int], step: int) -> tuple[Population, Any, Any]:
         """A step of some members, each with its own rows and dropout."""
@@ -289,8 +336,12 @@ class Search:
                 self.progress[i].status = HALVED
         self.store.state.rung = rung + 1
         self._note(f"rung {rung + 1}: the best {keep} of {len(field_)} continue")
-        self.store.commit()
+        self._commit()
         self._tell("training")
+
+    def _commit(self) -> None:
+        self.store.commit()
+        ranks.meet()  # others read what was committed, and a commit removes files that it does not know
 
     # Values
 

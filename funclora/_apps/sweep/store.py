@@ -13,7 +13,7 @@ import contextlib
 import json
 import reprlib
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from funclora._files.locks import claimed_folder
 from funclora._files.names import file_inside
 from funclora._files.seal import BLANK, CHECKSUM, is_intact, sealed
 from funclora._files.typed import as_type
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, FormatError, FuncloraWarning
 
 CONFIG, STATE, BEFORE, RESULTS = "sweep.json", "state.json", "before.json", "results.jsonl"
@@ -92,6 +93,8 @@ class State:
 
 def claimed(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other processes out of a search's folder; to be entered before a `Store` is made, which writes there."""
+    if not ranks.is_first():
+        return contextlib.nullcontext()
     busy = ConfigError(f"--out: another process is using {folder}. Wait for it to end, or use another folder.")
     return claimed_folder(folder, busy)
 
@@ -188,23 +191,24 @@ class Store:
             as_type(float | None, record.get(name), f"{where}: {name}")
         return record
 
-    def commit(self, tensors: Mapping[int, Mapping[str, Tensor]] | None = None, best: Set[int] = frozenset()) -> None:
-        """Commit the state and new tensors of some members, from which a later run continues.
+    def put(self, tensors: Mapping[int, Mapping[str, Tensor]], number: int) -> str:
+        """Write tensors by member into a new file, which belongs to the search with the next commit.
 
         Args:
             tensors: by member.
-            best: members whose new tensors are kept as their best ones.
+            number: of the file; those below `state.files` exist.
+
+        Returns:
+            The name of the file.
         """
+        name = f"{number:06d}.safetensors"
+        flat = {f"{i}/{key}": tensor for i, own in tensors.items() for key, tensor in own.items()}
+        replace_files(self.tensors, {name: _writer(sealed(save(flat, dict(BLANK))))})
+        return name
+
+    def commit(self) -> None:
+        """Commit the state, from which a later run continues."""
         state = self.state
-        if tensors:
-            name = f"{state.files:06d}.safetensors"
-            flat = {f"{i}/{key}": tensor for i, own in tensors.items() for key, tensor in own.items()}
-            replace_files(self.tensors, {name: _writer(sealed(save(flat, dict(BLANK))))})
-            for i in tensors:
-                state.members[i].file = name
-                if i in best:
-                    state.members[i].best_file = name
-            state.files += 1
         state.lines = len(state.records)
         lines = "".join(json.dumps(record) + "\n" for record in state.records)
         raw = {**BLANK, **asdict(state)}
@@ -236,6 +240,25 @@ class Store:
         for file in [*self.tensors.glob("*.safetensors"), *self.tensors.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
             if file.name not in used:
                 file.unlink(missing_ok=True)
+
+
+class Follower(Store):
+    """The folder of a search for a process that commits nothing: the first one does."""
+
+    def commit(self) -> None:
+        """Nothing: the state is the same in all processes."""
+        self.state.lines = len(self.state.records)
+
+    def _sweep_up(self) -> None:
+        """Nothing."""
+
+
+def opened(folder: Path, config: Mapping[str, Any], n: int) -> Store:
+    """The folder of a search; of several processes, the first has it. As `Store`."""
+    with ranks.first_alone():
+        store = (Store if ranks.is_first() else Follower)(folder, config, n)
+    ranks.meet()  # before anything changes there
+    return store
 
 
 def _agree(folder: Path, stored: dict[str, Any], config: dict[str, Any]) -> None:

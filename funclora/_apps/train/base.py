@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funclora._apps.train.device import device_of
-from funclora._apps.train.folder import CLASSES, PROBLEM_TYPES, empty_model, load_config, load_model, longest_context
+from funclora._apps.train.folder import (
+    CLASSES,
+    PROBLEM_TYPES,
+    empty_model,
+    load_config,
+    load_divided,
+    load_model,
+    longest_context,
+)
 from funclora._apps.train.qlora import forget, pack, packed_names, splits_weights
 from funclora._apps.train.rows import IGNORED
 from funclora._apps.train.settings import (
@@ -351,6 +359,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
     problem = SINGLE if settings.problem == AUTO else settings.problem
     model: nn.Module
     new: tuple[str, ...] = ()
+    packed: dict[str, Tensor] = {}
     limit: int | None
     if settings.model is None:
         _refuse_demo(settings)
@@ -360,15 +369,18 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
         demo = demo if settings.dtype == "auto" else demo.to(getattr(torch, settings.dtype))
         model, name, limit = demo, DEMO, demo.config.context
     else:
-        model, new = load_model(
-            settings.model,
-            settings.task,
-            dtype=settings.dtype,
-            attention=settings.attention,
-            classes=classes,
-            problem=problem,
-            seed=settings.seed,
-        )
+        if _is_read_divided(settings):
+            model, packed = _divided(settings, settings.model, device)
+        else:
+            model, new = load_model(
+                settings.model,
+                settings.task,
+                dtype=settings.dtype,
+                attention=settings.attention,
+                classes=classes,
+                problem=problem,
+                seed=settings.seed,
+            )
         name, limit = str(settings.model), longest_context(model)
         _set_padding(model, tokenizer, name)
         if settings.task == SEQ2SEQ and getattr(model.config, "decoder_start_token_id", None) is None:
@@ -378,8 +390,7 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
             )
         if settings.task in (SEQUENCE, TOKEN) and not classes:
             classes = _labels(settings.model, model.config)
-    packed: dict[str, Tensor] = {}
-    if settings.quantize != "none" and not splits_weights(settings):
+    if settings.quantize != "none" and not splits_weights(settings) and not packed:
         packed = pack(base_params(model), packed_names(model, settings, new), settings, device)
         forget(model, packed)
     _move(model, device)
@@ -388,6 +399,23 @@ def load_base(settings: Settings, tokenizer: Any, classes: Sequence[str] = ()) -
     if settings.task in DECODERS:
         _check_causal(base)
     return base
+
+
+def _is_read_divided(settings: Settings) -> bool:
+    """Whether each process reads only its share: new heads and adapters that split weights need whole ones first."""
+    return settings.shard and settings.task in (*DECODERS, SEQ2SEQ) and not splits_weights(settings)
+
+
+def _divided(settings: Settings, folder: Path, device: torch.device) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model in pieces, quantised if requested."""
+    quantization: dict[str, Any] = {}
+    if settings.quantize != "none":
+        names = packed_names(empty_model(folder, settings.task), settings, ())
+        double = settings.double_quant and settings.quantize != "int8"
+        quantization = {"quantize": settings.quantize, "double_quant": double, "targets": names}
+    return load_divided(
+        folder, settings.task, dtype=settings.dtype, attention=settings.attention, device=device, **quantization
+    )
 
 
 def _check_causal(base: Base) -> None:

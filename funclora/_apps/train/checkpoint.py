@@ -34,6 +34,7 @@ RUN, CHECKPOINTS, METRICS = "run.json", "checkpoints", "metrics.jsonl"
 # Settings that may differ when a run is resumed. Paths are not compared; the contents of the files are.
 _FREE = {field.name for field in fields(Settings) if field.metadata["group"] == "Output"} | {
     "model",
+    "shard",
     "adapter",
     "reference",
     "final",
@@ -317,11 +318,12 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
     import torch
 
     from funclora._quant.tensor import Quantized
+    from funclora.distributed._shards import whole_parts
 
     digest = hashlib.sha256()
     for name, weight in params.items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        for tensor in weight.parts if isinstance(weight, Quantized) else (weight,):
+        for tensor in whole_parts(weight) if isinstance(weight, Quantized) else (weight,):
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 flat = tensor.detach().reshape(-1)
                 sample = flat[:: max(1, len(flat) // 256)].cpu().contiguous()

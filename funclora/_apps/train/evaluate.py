@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,12 +60,18 @@ def evaluate(
     bound = bind(base.model, base.params, adapters)
     pad, part = base.tokenizer.pad_token_id, slice(ranks.rank(), None, ranks.size())
     found: list[tuple[int, dict[str, Any]]] = []  # of each batch of this process: labels, sums
-    for batch in evaluation(examples, batch=settings.batch, pad=pad, task=base.task, part=part):
+    batches = -(-len(examples) // settings.batch)
+    own = evaluation(examples, batch=settings.batch, pad=pad, task=base.task, part=part)
+    if settings.shard and batches % ranks.size() and ranks.rank() >= batches % ranks.size():
+        # Every process must gather the weights as often as the others: this one computes a batch that does not count.
+        own = itertools.chain(own, evaluation(examples, batch=settings.batch, pad=pad, task=base.task, part=slice(1)))
+    for batch in own:
         if interrupted():
             return None
         with autocast(settings, base.device):
             scores = base.score(bound, base.prepared(moved(batch, base.device)))
         found.append((base.count(batch), {key: value.cpu().double() for key, value in scores.items()}))
+    found = found[: len(range(batches)[part])]
     labels, sums = 0, dict[str, Any]()
     for count, parts in ranks.dealt(found):  # in their order, so that the sum is the same for any number of processes
         labels += count

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from funclora._apps.train.settings import CAUSAL, PREFERENCE, PROBLEMS, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN
 from funclora._apps.train.tokenizer import load_config as load_config
@@ -17,6 +17,7 @@ from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
 from funclora.io.hf.heads import PROBLEM_TYPES as TYPES
 from funclora.io.hf.library import OPTIONS, first_line, quiet, reading, transformers
+from funclora.io.hf.sharded import load_sharded
 from funclora.io.hf.structure import at_most, named_class, nothing_stored
 
 _PARAMETERS = 200_000  # more than any model has
@@ -91,6 +92,39 @@ def load_model(
     missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     new = tuple(dict.fromkeys(_new_module(folder, model, key, task) for key in sorted(missing)))
     return model.eval().requires_grad_(False), new
+
+
+def load_divided(
+    folder: Path, task: str, *, dtype: str, attention: str, device: torch.device, **quantization: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model without weights, and these in pieces: no process holds all of them at any time.
+
+    Args:
+        folder: of a transformers model.
+        task: one without a new head.
+        dtype: as for `load_model`.
+        attention: as for `load_model`.
+        device: where the pieces are kept.
+        **quantization: as for `load_sharded`.
+
+    Raises:
+        FuncloraError: as `load_sharded` does.
+        ConfigError: transformers has no model of this architecture for the task.
+    """
+    config = load_config(folder)
+    cls = _class(folder, config, task)
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    if chosen:
+        _check_attention(folder, config, cls, attention)
+    given = None if dtype == "auto" else getattr(torch, dtype)
+    model, params = load_sharded(
+        folder,
+        make=lambda: cls.from_config(config, trust_remote_code=False, **chosen, **({"dtype": given} if given else {})),
+        dtype=given,
+        device=device,
+        **quantization,
+    )
+    return model.eval().requires_grad_(False), params
 
 
 def empty_model(folder: Path, task: str | None) -> nn.Module:

@@ -18,6 +18,7 @@ from funclora._apps.train.step import Steps
 from funclora._apps.train.stored import sizes
 from funclora._bind.summary import Summary, summary
 from funclora._torch.memory import Peak, nbytes
+from funclora.distributed import _ranks as ranks
 
 SHOWN = 2  # examples
 CHARACTERS = 1200  # of each
@@ -135,7 +136,7 @@ def memory(start: Start, examples: Sequence[Example], settings: Settings) -> Mem
 
 def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
     """A function from a row and the number of its copies to the peak bytes of a step on them."""
-    micro = min(settings.accumulation, 2)  # with two there are sums of gradients
+    micro = min(settings.accumulation, 2 * ranks.size())  # with two in a process there are sums of gradients
 
     def run(row: Example, rows: int) -> int:
         small = replace(settings, batch=rows, accumulation=micro, compile=False, **_ONE_STEP)

@@ -91,8 +91,13 @@ def pack(params: Params, names: Iterable[str], settings: Settings, device: torch
 
 
 def forget(model: nn.Module, names: Iterable[str]) -> None:
-    """Move the parameters of a model to the meta device, which frees their memory; the values are elsewhere."""
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        owner._parameters[leaf] = nn.Parameter(owner._parameters[leaf].to("meta"), requires_grad=False)  # type: ignore[union-attr]
+    """Move the parameters of a model to the meta device, which frees their memory; the values are elsewhere.
+
+    Tied parameters stay tied.
+    """
+    known = dict(model.named_parameters(remove_duplicate=False))
+    gone = {known[name]: nn.Parameter(known[name].to("meta"), requires_grad=False) for name in names}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter in gone:
+                module._parameters[leaf] = gone[parameter]

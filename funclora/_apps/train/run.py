@@ -46,7 +46,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Result:
         KeyboardInterrupt: after Ctrl-C, when a checkpoint is written.
         OSError: something cannot be written.
     """
-    _check_shares(settings)
+    check_processes(settings)
     settings = resolved(continued(settings))
     with opened(settings) as folder:
         check_results(settings)
@@ -61,9 +61,15 @@ def run(settings: Settings, *, quiet: bool = False) -> Result:
         return Result(outcome, folders, journal.notes)
 
 
-def _check_shares(settings: Settings) -> None:
-    """Raise `ConfigError` if there are processes without a micro-batch."""
+def check_processes(settings: Settings) -> None:
+    """Raise `ConfigError` if a run cannot be divided among the processes that there are."""
     passes, processes = settings.accumulation, ranks.size()
+    if settings.shard and processes == 1:
+        raise ConfigError(
+            "shard: there is one process. Start several: torchrun --nproc-per-node 4 -m funclora train ..."
+        )
+    if settings.shard and settings.compile:
+        raise ConfigError("shard and compile exclude each other: a graph cannot gather weights. Give one.")
     if passes < processes:
         raise ConfigError(
             f"accumulation: {passes} forward pass{'es' * (passes > 1)} of a step cannot be divided among {processes} "

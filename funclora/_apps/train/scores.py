@@ -28,6 +28,7 @@ from funclora._apps.train.settings import DECODERS, REGRESSION, SEQ2SEQ, TOKEN
 from funclora._apps.train.step import moved
 from funclora._many.stack import stack as stack_of
 from funclora._train.evaluate import by_row
+from funclora.distributed import _ranks as ranks
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Adapters
 
@@ -64,6 +65,7 @@ def scores(
     *,
     memory: int | None = None,
     threshold: float = THRESHOLD,
+    divided: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """The scores of every member, with the loss and on the positions that training has.
@@ -77,6 +79,7 @@ def scores(
         examples: of one file, not packed.
         memory: bytes, as for `funclora.evaluate`.
         threshold: the probability from which on a text is of a class, where it has several.
+        divided: whether the processes divide the examples; otherwise each computes all that it is given.
         progress: called after each batch of `BATCH` examples.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
@@ -84,24 +87,31 @@ def scores(
     labels = sum(1 for example in examples for label in example.labels[base.task in DECODERS :] if label != IGNORED)
     labels += sum(len(example.targets) for example in examples)
     predicted: list[list[Any]] = [[[] for _ in examples] for _ in range(len(members))]
-    parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    n = ranks.size() if divided else 1
+    rows = min(BATCH, -(-len(order) // n))
+    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
+    own = parts[ranks.rank() :: n] if divided else parts
 
     def batches() -> Iterator[Any]:
-        for part in parts:
+        for part in own:
             batch = collate([examples[i] for i in part], pad=base.tokenizer.pad_token_id, task=base.task)
             yield moved(batch, base.device)
 
-    for part, out in zip(parts, _by_row(base, members, batches, memory), strict=True):
-        nats += out["loss"].double().sum(1).cpu()
-        if "outputs" in out:
-            for own, by_example in zip(predicted, out["outputs"].tolist(), strict=True):
-                for i, outputs in zip(part, by_example, strict=True):
-                    own[i] = outputs
-        if "predicted" in out:
-            for own, by_example in zip(predicted, out["predicted"].tolist(), strict=True):
-                for i, classes in zip(part, by_example, strict=True):
-                    own[i] = classes if base.task == TOKEN else [classes]
+    found: list[dict[str, Any]] = []
+    for out in _by_row(base, members, batches, memory) if own else ():
+        said = {name: out[name].tolist() for name in ("outputs", "predicted") if name in out}
+        found.append({"loss": out["loss"].double().sum(1).cpu(), **said})
         progress()
+    for part, out in zip(parts, ranks.dealt(found) if divided else found, strict=True):
+        nats += out["loss"]
+        if "outputs" in out:
+            for each, by_example in zip(predicted, out["outputs"], strict=True):
+                for i, outputs in zip(part, by_example, strict=True):
+                    each[i] = outputs
+        if "predicted" in out:
+            for each, by_example in zip(predicted, out["predicted"], strict=True):
+                for i, classes in zip(part, by_example, strict=True):
+                    each[i] = classes if base.task == TOKEN else [classes]
     return [
         _score(base, labels, float(loss), examples, own, threshold)
         for loss, own in zip((nats / max(1, labels)).tolist(), predicted, strict=True)

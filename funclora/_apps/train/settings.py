@@ -51,6 +51,7 @@ class Settings:
     )
     quantize: str = _key("none", "Model", "Quantise the base weights (QLoRA).", choices=("none", "nf4", "fp4", "int8"))
     double_quant: bool = _key(True, "Model", "Quantise the scales of the quantised weights too.")
+    shard: bool = _key(False, "Model", "Divide the base weights among the processes of torchrun.")
     device: str = _key("auto", "Model", "Device to compute on: auto (CUDA, MPS or the CPU), cpu, cuda, cuda:1.")
     attention: str = _key(
         "auto",

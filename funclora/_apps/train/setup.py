@@ -23,6 +23,7 @@ from funclora._apps.train.batches import Batches
 from funclora._apps.train.device import resolved
 from funclora._apps.train.examples import Data, prepare
 from funclora._apps.train.packing import Packed, check_packing
+from funclora._apps.train.qlora import forget
 from funclora._apps.train.reference import with_preferences
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import PREFERENCE, SEQ2SEQ, SEQUENCE, Settings
@@ -31,6 +32,7 @@ from funclora._bind.apply import bind
 from funclora._bind.summary import summary
 from funclora._files.atomic import replace_files
 from funclora.distributed._ranks import first_alone
+from funclora.distributed._shards import shard
 from funclora.errors import ConfigError
 
 DOMAIN = "urllib"  # of a size that takes half a minute
@@ -66,6 +68,8 @@ def ready(settings: Settings, folder: Path) -> Ready:
     """
     settings, data, base = load(settings, folder)
     start = begin(base, settings, _first_batches(base, data, settings))
+    if settings.shard:
+        start = divided(start)
     data.notes.extend(_ranks_beyond_use(start))
     if settings.task == PREFERENCE:
         start = with_preferences(start, settings)
@@ -98,6 +102,14 @@ def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
         bound = bind(base.model, base.params, {})
         check_packing(lambda batch: base.logits(bound, batch), vocabulary(base.model), base.name)
     return settings, data, base
+
+
+def divided(start: Start) -> Start:
+    """The same with the weights of the base divided among the processes; those of the model are freed."""
+    base = start.base
+    params = shard(base.params)
+    forget(base.model, [name for name, weight in base.params.items() if params[name] is not weight])
+    return replace(start, base=replace(base, params=params))
 
 
 def demo_data(folder: Path, domain: str = DOMAIN) -> Path:

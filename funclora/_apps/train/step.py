@@ -18,7 +18,7 @@ from funclora._bind.apply import bind
 from funclora._train.step import autograd, micro_seed, seeded, value_and_grad
 from funclora.distributed import _ranks as ranks
 from funclora.distributed._mean import TreeSum, ordered_sums
-from funclora.distributed._ranks import part_of
+from funclora.distributed._ranks import part_of, parts_of
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.optim import apply_updates, global_norm
 from funclora.rules.base import Adapters, Rule
@@ -70,7 +70,7 @@ class Steps:
         if not data.train:
             raise ConfigError("data: there are no examples to train on.")
         self.base, self.seed = base, settings.seed
-        self.accumulation = settings.accumulation
+        self.accumulation, self.shard = settings.accumulation, settings.shard
         self.batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id, data.shares)
         self.per_epoch = self.batches.steps_per_epoch
         self.total = total_steps(settings, self.per_epoch)
@@ -97,6 +97,10 @@ class Steps:
         if not own:
             like: list[Any] = [*optree.tree_leaves(values), *self._numbers()]
             sums.add([torch.full_like(leaf, -0.0) for leaf in like])  # not 0.0: that would change the sum of -0.0
+        if self.shard:  # every process must gather the weights as often as the others
+            most = max(len(range(self.batches.size(k))[s.start : s.stop]) for s in parts_of(self.accumulation))
+            for _ in range(most - len(own)):
+                self._passed(k, 0, self.batches.step(k, slice(1))[0], adapters)
         labels, tokens = ranks.sums(labels, tokens)
         if not labels:
             raise ConfigError(f"data: no position of step {k + 1} has a label. Its examples: {self.sources(k)}.")
