@@ -202,6 +202,10 @@ def check_other_adapters_are_refused() -> str:
 def compared(whole: nn.Module, params: Any, model: nn.Module, divided: Any) -> Iterator[tuple[str, float]]:
     """How far results with a divided base are from those with the whole one."""
     batch = ids(4)
+    config = fl.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    heads: Any = [fl.init(m, config, params=p)["lm_head.weight"] for m, p in ((whole, params), (model, divided))]
+    is_divided = any(isinstance(leaf, fl.Quantized) for leaf in optree.tree_leaves(heads))
+    yield "a whole module", difference(*heads) + is_divided
     for dora in (False, True):
         kind = "DoRA" if dora else "LoRA"
         tree = adapters(whole, params, use_dora=dora)
