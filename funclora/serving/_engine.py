@@ -40,7 +40,8 @@ class Engine:
     Args:
         model: a causal language model of transformers, or a module from ids `[rows, tokens]` to logits.
         params: its weights, as from `base_params`.
-        cache: the adapters, best made with the same `params`; or the folder that contains their folders.
+        cache: the adapters, made with the same dict `params`, or with none, which is slower; or the folder that
+            contains their folders.
         max_rows: maximum number of requests that are answered at a time.
         max_queue: maximum number of further requests that wait.
         max_length: maximum number of tokens of a prompt and its answer; by default what the model's configuration
@@ -86,6 +87,11 @@ class Engine:
                 raise ConfigError(f"Engine: {name}: expected a positive int, got {number!r}.")
         if not isinstance(cache, AdapterCache):
             cache = AdapterCache(model, cache, MEMORY, params=params)
+        if cache.params is not None and cache.params is not params:
+            raise ConfigError(
+                "Engine: cache: it was made with other params than these, and what it computed from them may be wrong "
+                "here. Pass the same dict to both."
+            )
         self.cache = cache
         self.max_length = _context(model) if max_length is None else max_length
         self.eos_ids = frozenset(_ends(model) if eos_ids is None else eos_ids)

@@ -345,6 +345,17 @@ def test_bad_options_are_named(options: dict[str, Any], llama: Customers) -> Non
         started(llama, **options)
 
 
+def test_a_cache_for_other_weights_is_refused(llama: Customers) -> None:
+    cache = fl.AdapterCache(llama.model, llama.folder, 2**20, params=fl.base_params(llama.model))
+    with pytest.raises(ConfigError, match="Engine: cache: it was made with other params"):
+        Engine(llama.model, llama.params, cache)
+    asked = [Asked([5, 6], f"customer-{i}", GREEDY) for i in range(3)]
+    plain = fl.AdapterCache(llama.model, llama.folder, 2**20)
+    with Engine(llama.model, llama.params, plain, eos_ids=()) as engine:
+        streams = [submit(engine, request) for request in asked]
+        assert [stream.result(WAIT) for stream in streams] == [llama.alone(request) for request in asked]
+
+
 def test_end_tokens_of_the_model_end_answers(llama: Customers) -> None:
     asked = Asked([5, 6, 7], "customer-1", GREEDY)
     end = llama.alone(asked)[4]

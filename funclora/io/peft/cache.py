@@ -137,6 +137,11 @@ class AdapterCache:
         self._coming: dict[str, Future[LoadedAdapter]] = {}
         self._bytes = self._hits = self._misses = self._evictions = 0
 
+    @property
+    def params(self) -> Params | None:
+        """The base weights that it was made with."""
+        return self._params
+
     def __getitem__(self, name: str) -> dict[str, Rule]:
         """One adapter, loaded if it is not in the cache."""
         return self.load(name).adapters
