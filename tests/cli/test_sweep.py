@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import funclora
 import funclora as fl
 from funclora._apps.sweep import memory, report
-from funclora._apps.sweep.search import Search
+from funclora._apps.sweep.search import Search, _TooMany
 from funclora._apps.sweep.settings import SearchSettings
 from funclora._apps.sweep.space import Member, Space
 from funclora._apps.sweep.store import HALVED, LIVE, NOT_FINITE, STOPPED, Store, claimed
@@ -41,6 +41,7 @@ from funclora._files import atomic as _files
 from funclora._files.seal import BLANK, sealed
 from funclora.cli._app import app
 from funclora.demo.model import ByteLM, ByteLMConfig
+from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, FormatError, FuncloraWarning
 
 TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
@@ -399,6 +400,19 @@ def test_a_population_that_runs_out_of_memory_is_halved(tmp_path: Path, task: Ta
     found = losses(search)
     assert found.keys() == expected.keys()
     assert [found[key] for key in expected] == pytest.approx([*expected.values()], abs=2e-5)
+
+
+def test_the_process_with_the_least_memory_decides_for_all(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = EIGHT.grid()
+    search = Search(task, members, SETTINGS, Store(tmp_path, {}, len(members)))
+    others: list[Any] = [(3, 100), _TooMany(2, "not enough memory")]  # what it measured, and what then ran out
+    monkeypatch.setattr(ranks, "gathered", lambda own: [own, others.pop(0) if others else None])
+    search.run()
+    assert search.store.state.size == 1
+    assert search.status.notes[0].startswith("3 members together: 0 MiB")
+    assert "memory ran out with 2 members together, continuing with 1" in search.status.notes
 
 
 def test_memory_that_one_member_exhausts_is_an_error(tmp_path: Path, task: Task) -> None:
