@@ -16,6 +16,7 @@ import gc
 import json
 import random
 import shlex
+import statistics
 import sys
 import tempfile
 import threading
@@ -227,12 +228,13 @@ def agree(turns: dict[str, Turn]) -> None:
 def ratio(rounds: dict[str, list[Turn]], name: str, to: str, clock: str) -> Ratio:
     """Of the tokens in a second of a clock, round by round."""
     pairs = zip(rounds[name], rounds[to], strict=True)
-    ratios = sorted(a.tokens / getattr(a, clock) * getattr(b, clock) / b.tokens for a, b in pairs)
-    return Ratio(ratios[len(ratios) // 2], ratios[0], ratios[-1])
+    ratios = [a.tokens / getattr(a, clock) * getattr(b, clock) / b.tokens for a, b in pairs]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def middle(values: Sequence[float], part: float = 0.5) -> float:
-    return sorted(values)[min(int(part * len(values)), len(values) - 1)]
+def late(seconds: Sequence[float]) -> float:
+    """What 95 % do not exceed."""
+    return sorted(seconds)[int(0.95 * len(seconds))]
 
 
 def page(about: dict[str, Any], rounds: dict[str, list[Turn]]) -> Iterator[str]:
@@ -256,9 +258,11 @@ def page(about: dict[str, Any], rounds: dict[str, list[Turn]]) -> Iterator[str]:
     yield from head("", "tokens in a second", "in a second of computation", "first token, median (s)", "95 % (s)")
     for name, turns in rounds.items():
         first = [seconds for turn in turns for seconds in turn.first]
-        speeds = [middle([turn.tokens / getattr(turn, clock) for turn in turns]) for clock in ("seconds", "cpu")]
+        speeds = [
+            statistics.median(turn.tokens / getattr(turn, clock) for turn in turns) for clock in ("seconds", "cpu")
+        ]
         yield table_row(
-            name, *(f"{speed:.0f}" for speed in speeds), f"{middle(first):.2f}", f"{middle(first, 0.95):.2f}"
+            name, *(f"{speed:.0f}" for speed in speeds), f"{statistics.median(first):.2f}", f"{late(first):.2f}"
         )
     yield "\n## Numbers to reach\n"
     yield from head("tokens in a second of", "against", "reach", "measured", "by computation", "reached")
