@@ -16,8 +16,10 @@ from funclora._bind.params import named_tensors
 from funclora._bind.rewrite import rewritten
 from funclora._lazy.weight import Placeholders
 from funclora._quant.quantize import of_bitsandbytes, read_any_weight, reads_packed_weights
+from funclora._torch.functions import in_transform, is_sharded
+from funclora._tracking.crossing import let_cross
 from funclora._tracking.entry import Entrance
-from funclora.errors import DenseFallbackWarning, ParamsError, near
+from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params
 from funclora.rules.tokens import untied
 
@@ -42,7 +44,8 @@ def bind(model: M, params: Params, adapters: Adapters) -> M:
 
     Raises:
         ParamsError: names of `params` or `adapters` do not fit the model, or a rule does not fit its weight.
-        UnsupportedError: the model cannot be copied (a ScriptModule, a DataParallel or DistributedDataParallel).
+        UnsupportedError: the model cannot be copied (a ScriptModule, a DataParallel or DistributedDataParallel), or is
+            divided over a mesh in a way that an adapter cannot follow.
 
     Examples:
         >>> from funclora import LoRA
@@ -85,15 +88,27 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             if name in adapters:
                 raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
             return value.clone()
+        if name in adapters and on_mesh and not is_sharded(value) and "forward" in owner.__dict__:
+            raise UnsupportedError(
+                f"{name!r} is in a part of the model that is divided over a mesh, but is whole itself: each process "
+                "would get its own share of the gradient. Leave it out of the targets."
+            )
         return rewritten(name, value, adapters.get(name), owner, uses, placeholders)
 
     placeholders: Placeholders = {}
+    on_mesh = any(type(weight) is not Tensor and is_sharded(weight) for weight in params.values())
+    if on_mesh and in_transform():
+        raise UnsupportedError(
+            "params are divided over a mesh, which torch.func does not follow. value_and_grad, train_step and "
+            "population_step outside of torch.func do."
+        )
     bound = clone_module(model, tensor)
     batch = batch_of(adapters)
     if batch is not None:
         entrance = Entrance(batch)
         for module in bound.modules():
             entrance.guard(module)
+            let_cross(module)
     if unused:
         name = min(unused)
         raise ParamsError(

@@ -11,6 +11,7 @@ from funclora._bind.checks import check_adapters
 from funclora._quant.tensor import Quantized
 from funclora._torch.functions import has_values
 from funclora._torch.memory import place_of
+from funclora._torch.mesh import placed_as, whole
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
 from funclora.rules.base import Adapters, Params, dense_of
 from funclora.rules.tokens import Tied, untied
@@ -61,6 +62,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
                 "merge(dequantize(params), adapters) keeps the weights that were trained with, "
                 "merge(original_params, adapters) uses the weights from before quantize."
             )
+        divided, weight = weight, whole(weight)
         dense = dense_of(name, rule, weight)
         # A copy, because the result of a Full rule must not alias the adapter's own leaf.
         # In the base's order in memory: safetensors does not accept transposed views.
@@ -68,6 +70,7 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
         if has_values(dense):  # otherwise it can only be checked outside the transform
             refuse_nonfinite(name, dense, merged[name])
+        merged[name] = placed_as(merged[name], divided)
     for name, tie in adapters.items():
         if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:
             merged[name] = merged[tie.to]

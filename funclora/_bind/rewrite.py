@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from funclora._lazy.weight import LazyWeight, Placeholders, requires_grad
+from funclora._torch.functions import is_sharded
+from funclora._torch.mesh import placed_as, whole
 from funclora._torch.pytree import pytree_node
 from funclora.rules.base import Rule, dense_of
 from funclora.rules.layouts import Embedding, Layout
@@ -26,12 +28,14 @@ def rewritten(
 ) -> Tensor:
     """The replacement of a parameter of `owner`; `uses` records how it is used."""
     if rule is None or (uses is None and rule.bind_dense):
-        plain = weight if rule is None else dense_of(name, rule, weight).to(weight.dtype)
+        plain = weight
+        if rule is not None:
+            plain = placed_as(dense_of(name, rule, whole(weight)).to(weight.dtype), weight)
         if plain.dim() != 2 or getattr(owner, "max_norm", None) is None:
             return plain
         # torch would renormalise the embedding matrix in place.
         weight, rule, uses = plain, Unchanged(), None
-    elif not (requires_grad(weight) or requires_grad(rule)):
+    elif not (requires_grad(weight) or requires_grad(rule) or is_sharded(weight)):
         rule = rule.prepared(weight)  # it is never differentiated, so one preparation is enough for every call
     # The owner holds the weight: a weak reference back lets both be freed at once. The compiler cannot trace it.
     held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)

@@ -17,10 +17,10 @@ from funclora._config.peft_fields import DECOMPOSITIONS
 from funclora._init.fresh import check_setup, draw_root, generator_of, init
 from funclora._quant.quantize import quantize as quantize_params
 from funclora._quant.tensor import Quantized, plain_weight
-from funclora._torch.functions import no_autocast
+from funclora._torch.functions import is_sharded, no_autocast
 from funclora._torch.linalg import randomized_svd, svd
 from funclora.algebra._terms import positive
-from funclora.errors import ConfigError, NonFiniteError, ParamsError
+from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 from funclora.rules.base import Params, Rule
 from funclora.rules.low_rank import LoRA, LowRank
 from funclora.rules.tokens import Tied
@@ -110,6 +110,10 @@ def decompose(
         if not isinstance(rule, LowRank):
             continue
         weight = params[name].detach()
+        if is_sharded(weight):
+            raise UnsupportedError(
+                f"{name!r} is divided over a mesh: decompose it in one process, and divide the new params after that."
+            )
         _check(name, rule, weight)
         if kind == "loftq":
             quantised[name], adapters[name] = _loftq(name, rule, weight, quantize or nf4, iterations)

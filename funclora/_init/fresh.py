@@ -18,6 +18,7 @@ from funclora._config.experts import as_in_peft
 from funclora._config.target import Target
 from funclora._config.targets import select
 from funclora._quant.quantize import dequantize
+from funclora._torch.mesh import same_in_mesh, whole
 from funclora.errors import ConfigError, ParamsError, PeftFormatWarning, near
 from funclora.rules.base import Params, Rule
 from funclora.rules.dense import Delta, Full, refuse_full
@@ -71,7 +72,7 @@ def init(
     _refuse_elsewhere(config)
     if params is None:
         params = base_params(model)
-    root = draw_root(generator)
+    root = same_in_mesh(draw_root(generator), params.values())
     targets = select(model, as_in_peft(model, config))
     _warn_of_attention(targets)
     adapters = {}
@@ -144,10 +145,11 @@ def _fresh(
         raise ParamsError(f"{name!r} is on the meta device, but its values are needed. Pass params= with real tensors.")
     if target.rule is Full:
         refuse_full(name, weight)
-        return Full(dequantize({name: weight})[name].clone())  # of one that is divided among processes, the whole
+        # Of one that is divided among processes, the whole.
+        return Full(whole(dequantize({name: weight})[name]).clone())
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
     if target.rule is TrainableTokens:
-        return TrainableTokens(weight[list(target.tokens)].to(dtype), token_indices=target.tokens)
+        return TrainableTokens(whole(weight)[list(target.tokens)].to(dtype), token_indices=target.tokens)
     if target.rule is Delta:
         bound = 0.0 if config.init_lora_weights else 1 / math.sqrt(target.r)  # as in torch, for r inputs
         drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
@@ -160,7 +162,7 @@ def _fresh(
     static = {"scaling": target.scaling, "dropout": float(config.lora_dropout), "layout": target.layout}
     if not config.use_dora:
         return LoRA(a, b, **static)  # type: ignore[arg-type]
-    magnitude = weight_norms(target.layout, weight, a, b, target.scaling).to(dtype)
+    magnitude = weight_norms(target.layout, whole(weight), a, b, target.scaling).to(dtype)
     return DoRA(a, b, magnitude, **static)  # type: ignore[arg-type]
 
 

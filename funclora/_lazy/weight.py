@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from funclora._lazy.by_member import by_member
 from funclora._lazy.dispatch import linear_ops
+from funclora._lazy.parallel import apply_on_mesh
 from funclora._lazy.parameters import differs_by_row, operate_by_row
 from funclora._lazy.views import inlined, views
 from funclora._quant.tensor import held
 from funclora._torch.contractions import contractions
-from funclora._torch.functions import QUESTIONS, NoFormError, placeholder, plain_tensors, written
+from funclora._torch.functions import QUESTIONS, NoFormError, is_sharded, placeholder, plain_tensors, written
+from funclora._torch.mesh import placed_as, whole
 from funclora._tracking.routed import LostRowsError
 from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityError, UnsupportedError, is_strict
 from funclora.rules.base import Rule, dense_of
@@ -44,6 +46,8 @@ class LazyWeight(torch.Tensor):
         owner: the module that holds it; its training mode switches the rule's dropout.
         uses: where to record how the weight is used, if this is traced.
         copied: for torch these values are a copy, which the model may write to.
+        part: of a divided weight, the rule of this process's slice, once that is known.
+        of_parallel_module: the module that holds a divided weight has a forward of its own, which may pass slices.
     """
 
     base: Tensor
@@ -52,6 +56,8 @@ class LazyWeight(torch.Tensor):
     owner: nn.Module
     uses: dict[str, str] | None
     copied: bool
+    part: Rule | None
+    of_parallel_module: bool
     _training: bool
 
     @staticmethod
@@ -72,6 +78,8 @@ class LazyWeight(torch.Tensor):
         lazy.owner = owner
         lazy.uses = uses
         lazy.copied = False
+        lazy.part = None
+        lazy.of_parallel_module = is_sharded(base) and "forward" in owner.__dict__
         return lazy
 
     def like(self, base: Tensor, rule: Rule, *, copied: bool = False) -> LazyWeight:
@@ -89,7 +97,8 @@ class LazyWeight(torch.Tensor):
         """The rewritten weight in the base's dtype, as a tensor that shares no memory."""
         if self.rule.dropout_p and self.training():
             raise UnsupportedError(f"{self.target!r}: dropout {self.rule.dropout_p} cannot act on the dense weight.")
-        return dense_of(self.target, self.rule, self.base).to(self.base.dtype, copy=self.rule.bind_dense)
+        dense = dense_of(self.target, self.rule, whole(self.base)).to(self.base.dtype, copy=self.rule.bind_dense)
+        return placed_as(dense, self.base)
 
     def training(self) -> bool:
         """Whether the owner is in training mode; if the owner no longer exists, its last known mode."""
@@ -129,6 +138,8 @@ class LazyWeight(torch.Tensor):
             lazy.used("fast")
             dropout = lazy.rule.dropout_p if lazy.training() else 0.0
             try:
+                if is_sharded(lazy.base):
+                    return apply_on_mesh(lazy, op, dropout)
                 return op.finish(lazy.rule.apply_op(op, held(lazy.base), dropout))
             except LostRowsError as error:
                 raise error.of(lazy.target) from None

@@ -14,6 +14,7 @@ from funclora._api.arguments import check_dtype, check_params, refuse
 from funclora._quant.packing import FourBit, Int8, Packing, Repacked
 from funclora._quant.source import UNPACKED_DTYPES, Source
 from funclora._quant.tensor import Quantized
+from funclora._torch.functions import is_sharded
 from funclora._torch.memory import place_of
 from funclora.errors import ConfigError, NonFiniteError, ParamsError, TargetError, UnsupportedError, near
 
@@ -149,6 +150,11 @@ def check_packable(name: str, weight: Tensor) -> None:
     """Raise an error unless a weight, or a piece of one, can be quantised."""
     if isinstance(weight, Quantized):
         raise ParamsError(f"quantize: {name!r} is quantised already: {weight!r}.")
+    if is_sharded(weight):
+        raise ParamsError(
+            f"quantize: {name!r} is a DTensor, whose parts cannot be packed. Quantise whole weights, and divide them "
+            "with funclora.distributed.shard; or leave it out."
+        )
     if weight.dtype not in UNPACKED_DTYPES:
         raise ParamsError(
             f"quantize: {name!r} has dtype {weight.dtype}, expected one of {', '.join(map(str, UNPACKED_DTYPES))}."

@@ -15,8 +15,10 @@ from funclora._api.arguments import check_params
 from funclora._quant.packing import Packing, Parts
 from funclora._quant.source import Source
 from funclora._quant.tensor import Quantized
+from funclora._torch.functions import is_sharded
 from funclora._torch.memory import place_of
 from funclora.distributed._gatherer import Counts, Gatherer
+from funclora.distributed._live import Live
 from funclora.errors import ConfigError
 
 # Smaller tensors stay whole: to gather them takes as long, and they take no memory to speak of.
@@ -120,13 +122,15 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
     divided = dict(params)
     done: dict[Any, Quantized] = {}  # tied weights stay tied
     for name, weight in params.items():
+        if is_sharded(weight):
+            raise ConfigError(f"shard: {name!r} is a DTensor: it is divided already. Pass whole params.")
         if isinstance(weight, Quantized):
             parts, source = weight.parts, weight.source
             place: Any = tuple(map(place_of, parts))
         else:
             parts, source = (weight.detach().reshape(-1),), Source(Dense(), weight.shape, weight.dtype)
             place = place_of(weight) or name
-        if isinstance(source.packing, Sharded) or not weight.is_floating_point() or weight.numel() < LEAST:
+        if isinstance(source.packing, (Sharded, Live)) or not weight.is_floating_point() or weight.numel() < LEAST:
             continue
         if place not in done:
             done[place] = _divided(source, parts, gatherer)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optree
 import torch
 from torch import Tensor
 
 from funclora._torch.functions import is_sharded
+from funclora._torch.mesh import is_cut_once
 from funclora.errors import ParamsError
 from funclora.rules.base import Rule
 
@@ -45,10 +48,27 @@ def refuse_elsewhere(name: str, rule: Rule, weight: Tensor) -> None:
             f"{name!r} is on the meta device: it has a shape, but no values. Load the model's weights first, or move "
             "the adapters and the inputs to the meta device too, if only shapes are wanted."
         )
-    if type(weight) is not Tensor and is_sharded(weight) and not all(map(is_sharded, _leaves(rule))):
+    if type(weight) is not Tensor and is_sharded(weight):
+        _refuse_division(name, rule, weight)
+
+
+def _refuse_division(name: str, rule: Rule, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight is divided over a mesh in a way for which the rule has no part."""
+    if any(map(is_sharded, _leaves(rule))):
         raise ParamsError(
-            f"{name!r} is a DTensor, of which this process holds a part; the adapter's tensors are complete. Put "
-            "its full_tensor() into params, or distribute the adapter over the same mesh."
+            f"adapters[{name!r}] holds DTensors. An adapter is whole in every process, also where its weight is "
+            "divided: pass the full_tensor() of each."
+        )
+    if not is_cut_once(weight):
+        divided: Any = weight
+        raise ParamsError(
+            f"{name!r} is a DTensor with the placements {divided.placements}; an adapter needs a mesh of one "
+            "dimension, and Shard or Replicate. Put its full_tensor() into params, or leave it out of the targets."
+        )
+    if weight.dim() > 2 and not rule.bind_dense:
+        raise ParamsError(
+            f"{name!r} is a DTensor of shape {list(weight.shape)}: weights of experts that are divided over a mesh "
+            "cannot have an adapter. Leave it out of the targets, or use fully_shard or funclora.distributed.shard."
         )
 
 

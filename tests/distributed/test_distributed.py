@@ -64,6 +64,32 @@ def test_a_divided_base_computes_the_same_bits(two: Results, check: str) -> None
         assert all(value < 0.6 for value in shares.values()), shares  # tables of quantised values stay whole
 
 
+def test_adapters_on_a_mesh_compute_what_one_process_does(two: Results) -> None:
+    for each in two:
+        found = each["tensor_parallel"]
+        assert len(found) == 2 * (1 + 2 * 12)
+        assert found.pop("transformers: bytes") == found.pop("torch: bytes") < 0.56
+        assert {name: value for name, value in found.items() if value > 1e-5} == {}
+        assert {name: value for name, value in found.items() if value and "other processes" in name} == {}
+
+
+def test_what_cannot_be_adapted_on_a_mesh_is_refused(two: Results) -> None:
+    expected = {
+        "quantised": "ParamsError: quantize: 'model.layers.0.self_attn.o_proj.weight' is a DTensor",
+        "shard": "ConfigError: shard: 'model.embed_tokens.weight' is a DTensor: it is divided already",
+        "torch.func": "UnsupportedError: params are divided over a mesh, which torch.func does not follow",
+        "adapters on the mesh": "ParamsError: adapters['model.layers.0.self_attn.o_proj.weight'] holds DTensors",
+        "not parallelised": "its input is not a tensor of the mesh",
+        "not parallelised, no gradients": "its input is not a tensor of the mesh",
+        "a share of the gradient": "each process would get its own share of the gradient",
+        "experts": "weights of experts that are divided over a mesh cannot have an adapter",
+        "pissa": "is divided over a mesh: decompose it in one process",
+    }
+    for each in two:
+        found = each["tensor_parallel_refuses"]
+        assert {name: found[name] for name, said in expected.items() if said not in found[name]} == {}
+
+
 def test_the_next_weight_is_on_its_way(two: Results) -> None:
     for each in two:
         found = each["prefetch"]

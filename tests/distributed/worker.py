@@ -25,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
@@ -374,6 +378,129 @@ def in_threads(model: nn.Module, params: dict[str, Tensor], tree: Any) -> float:
         return max(pool.map(run, groups))
 
 
+# Tensor parallelism.
+
+
+def parallel(plan: str, kind: str = "llama") -> Any:
+    """A model over a mesh of all processes: by transformers, or by torch."""
+    folder = saved(kind)
+    cls: Any = type(MODELS[kind]())
+    if plan == "transformers":
+        return cls.from_pretrained(folder, tp_plan="auto").train()
+    model = cls.from_pretrained(folder).train()
+    mesh = init_device_mesh("cpu", (world(),))
+    parts: dict[str, Any] = {
+        "q_proj": 0,
+        "k_proj": 0,
+        "v_proj": 0,
+        "gate_proj": 0,
+        "up_proj": 0,
+        "o_proj": 1,
+        "down_proj": 1,
+    }
+    styles = {
+        name: (RowwiseParallel if parts[last] else ColwiseParallel)()
+        for name, _ in model.named_modules()
+        if (last := name.rpartition(".")[2]) in parts
+    }
+    styles |= {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    styles |= {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    return parallelize_module(model, mesh, styles)
+
+
+def check_tensor_parallel() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    whole = MODELS["llama"]()
+    params = fl.base_params(whole)
+    for plan in ("transformers", "torch"):
+        model = parallel(plan)
+        divided = fl.base_params(model)
+        local = sum(w.to_local().nbytes if isinstance(w, DTensor) else w.nbytes for w in divided.values())
+        results[f"{plan}: bytes"] = local / sum(w.nbytes for w in params.values())
+        for name, value in on_mesh(whole, params, model, divided):
+            results[f"{plan}: {name}"] = value
+    return results
+
+
+def on_mesh(whole: Any, params: Any, model: Any, divided: Any) -> Iterator[tuple[str, float]]:
+    """How far results on a mesh are from those of one process."""
+    batch = ids(4)
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+    for dora in (False, True):
+        kind = "DoRA" if dora else "LoRA"
+        tree = adapters(whole, params, use_dora=dora, target_modules=targets)
+        torch.manual_seed(rank())  # the first process decides
+        config = fl.LoraConfig(r=2, target_modules=targets, use_dora=dora)
+        fresh = fl.init(model, config, params=divided)
+        torch.manual_seed(0)
+        yield f"{kind} init", difference(fresh, fl.init(whole, config, params=params))
+        wanted = fl.value_and_grad(loss_fn)(whole, params, tree, batch)
+        found = fl.value_and_grad(loss_fn)(model, divided, tree, batch)
+        yield f"{kind} gradients", difference(wanted, found)
+        digests: list[Any] = [None] * world()
+        dist.all_gather_object(digests, digest(found))
+        yield f"{kind} gradients, other processes", float(len({*digests}) > 1)
+        optimizer = fl.optim.sgd(0.1)
+        stepped = [
+            fl.train_step(m, loss_fn, optimizer, accumulate=2)(p, tree, optimizer.init(tree), batch)[0]
+            for m, p in ((whole, params), (model, divided))
+        ]
+        yield f"{kind} step", difference(*stepped)
+        members = fl.stack([tree, adapters(whole, params, 2, r=2, use_dora=dora, target_modules=targets)])
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                first, second = fl.apply(whole, params, tree, batch), fl.apply(model, divided, tree, batch)
+                yield f"{kind} apply, gradients {grad}", difference(first.logits, second.logits)
+                rows = fl.route(members, [1, 0, -1, 1])
+                first, second = fl.apply(whole, params, rows, batch), fl.apply(model, divided, rows, batch)
+                yield f"{kind} route, gradients {grad}", difference(first.logits, second.logits)
+        optimizer = fl.optim.per_member(fl.optim.sgd, lr=[0.1, 0.2])
+        stepped = [
+            fl.population_step(m, loss_fn, optimizer, shared=True)(p, members, optimizer.init(members), batch)[0]
+            for m, p in ((whole, params), (model, divided))
+        ]
+        yield f"{kind} population", difference(*stepped)
+        answers = []
+        for m, p in ((whole, params), (model, divided)):
+            bound: Any = fl.bind(m.eval(), p, tree)
+            answers.append(bound.generate(batch[:, :4], max_new_tokens=4, do_sample=False, pad_token_id=0))
+            m.train()
+        yield f"{kind} generate", difference(*answers)
+        merged: Any = fl.merge(divided, tree)
+        full = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in merged.items()}
+        assert [type(w) for w in merged.values()] == [type(w) for w in divided.values()]
+        yield f"{kind} merge", difference(fl.merge(params, tree), full)
+        yield f"{kind} summary", float(fl.summary(params, tree).trainable != fl.summary(divided, tree).trainable)
+
+
+def check_tensor_parallel_refuses() -> dict[str, str]:
+    model = parallel("transformers")
+    params = fl.base_params(model)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tree = {name: adapters(model, params, target_modules=["o_proj"])[name]}
+    plain = {"weight": params[name]}
+    qwen, mixtral = parallel("transformers", "qwen3"), parallel("transformers", "mixtral")
+    norms = fl.init(qwen, fl.LoraConfig(target_modules=["q_proj"], modules_to_save=["q_norm"]))
+    experts = fl.LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"])
+    layer = nn.Linear(64, 64, bias=False)
+    calls: dict[str, Callable[[], Any]] = {
+        "quantised": lambda: fl.quantize(params, [name]),
+        "shard": lambda: fl.distributed.shard(params),
+        "torch.func": lambda: torch.func.grad(lambda a: loss_fn(fl.bind(model, params, a), ids(2)))(tree),
+        "adapters on the mesh": lambda: fl.bind(model, params, optree.tree_map(lambda _: params[name], tree)),
+        "not parallelised": lambda: fl.apply(layer, plain, {"weight": tree[name]}, torch.ones(2, 64)),
+        "a share of the gradient": lambda: fl.bind(qwen, fl.base_params(qwen), norms),
+        "experts": lambda: fl.apply(mixtral, fl.base_params(mixtral), fl.init(mixtral, experts), ids(2)),
+        "pissa": lambda: fl.decompose(
+            model, fl.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa"), params=params
+        ),
+    }
+    results = {name: said(call) for name, call in calls.items()}
+    with torch.no_grad():
+        results["not parallelised, no gradients"] = said(calls["not parallelised"])
+    return results
+
+
 # A folder that is read in pieces.
 
 FOLDER = Path()  # of the launch
@@ -396,6 +523,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
     ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16)),
     "resnet": lambda: ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1])
     ),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from funclora import DoRA, Full, LoRA, LoraConfig, algebra, apply, base_params, bind, init, load_peft, merge, save_peft
 from funclora.errors import ParamsError
@@ -156,28 +156,29 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @by_rule
-def test_sharded_weights_with_whole_adapters_are_refused(mesh: Any, rule: Rule) -> None:
-    model = Layer(torch.ones(4, 6))
+def test_adapters_on_the_mesh_are_refused(mesh: Any, rule: Rule) -> None:
     params = {"weight": distribute_tensor(torch.ones(4, 6), mesh, [Replicate()])}
-    adapters = {"weight": rule}
-    for call in (
-        lambda: apply(model, params, adapters, X),
-        lambda: bind(model, params, adapters),
-        lambda: merge(params, adapters),
-    ):
-        with pytest.raises(ParamsError, match=r"^'weight' is a DTensor, .* full_tensor\(\) into params"):
+    adapters: Any = optree.tree_map(lambda x: distribute_tensor(x, mesh, [Replicate()]), {"weight": rule})
+    for call in (lambda: bind(Layer(torch.ones(4, 6)), params, adapters), lambda: merge(params, adapters)):
+        with pytest.raises(ParamsError, match=r"^adapters\['weight'\] holds DTensors.*full_tensor\(\)"):
             call()
 
 
 @by_rule
-def test_adapters_on_the_mesh_are_merged_there(mesh: Any, rule: Rule) -> None:
-    def there(x: Tensor) -> Tensor:
-        return distribute_tensor(x, mesh, [Replicate()])
-
-    adapters: Any = optree.tree_map(there, {"weight": rule})
-    merged = merge({"weight": there(torch.ones(4, 6))}, adapters)["weight"]
+def test_a_weight_on_the_mesh_stays_there(mesh: Any, rule: Rule) -> None:
+    weight = torch.arange(24.0).view(4, 6) / 24
+    params: Any = {"weight": distribute_tensor(weight, mesh, [Shard(0)])}
+    merged = merge(params, {"weight": rule})["weight"]
     assert isinstance(merged, DTensor)
-    torch.testing.assert_close(merged.full_tensor(), merge({"weight": torch.ones(4, 6)}, {"weight": rule})["weight"])
+    assert merged.placements == params["weight"].placements
+    torch.testing.assert_close(merged.full_tensor(), merge({"weight": weight}, {"weight": rule})["weight"])
+
+
+def test_a_mesh_of_two_dimensions_is_refused(mesh: Any) -> None:
+    squares = init_device_mesh("cpu", (1, 1))
+    params: Any = {"weight": distribute_tensor(torch.ones(4, 6), squares, [Shard(0), Replicate()])}
+    with pytest.raises(ParamsError, match=r"^'weight' is a DTensor with the placements .* a mesh of one dimension"):
+        bind(Layer(torch.ones(4, 6)), params, {"weight": LoRA(torch.ones(1, 6), torch.ones(4, 1))})
 
 
 @by_rule
