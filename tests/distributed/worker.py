@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -398,7 +399,7 @@ def parallel(plan: str, kind: str = "llama") -> Any:
         "o_proj": 1,
         "down_proj": 1,
     }
-    styles = {
+    styles: dict[str, Any] = {
         name: (RowwiseParallel if parts[last] else ColwiseParallel)()
         for name, _ in model.named_modules()
         if (last := name.rpartition(".")[2]) in parts
@@ -454,12 +455,12 @@ def on_mesh(whole: Any, params: Any, model: Any, divided: Any) -> Iterator[tuple
                 rows = fl.route(members, [1, 0, -1, 1])
                 first, second = fl.apply(whole, params, rows, batch), fl.apply(model, divided, rows, batch)
                 yield f"{kind} route, gradients {grad}", difference(first.logits, second.logits)
-        optimizer = fl.optim.per_member(fl.optim.sgd, lr=[0.1, 0.2])
-        stepped = [
-            fl.population_step(m, loss_fn, optimizer, shared=True)(p, members, optimizer.init(members), batch)[0]
+        each = fl.optim.per_member(fl.optim.sgd, lr=[0.1, 0.2])
+        trained = [
+            fl.population_step(m, loss_fn, each, shared=True)(p, members, each.init(members), batch)[0]
             for m, p in ((whole, params), (model, divided))
         ]
-        yield f"{kind} population", difference(*stepped)
+        yield f"{kind} population", difference(*trained)
         answers = []
         for m, p in ((whole, params), (model, divided)):
             bound: Any = fl.bind(m.eval(), p, tree)
@@ -479,6 +480,8 @@ def check_tensor_parallel_refuses() -> dict[str, str]:
     name = "model.layers.0.self_attn.o_proj.weight"
     tree = {name: adapters(model, params, target_modules=["o_proj"])[name]}
     plain = {"weight": params[name]}
+    rule: Any = tree[name]
+    there: Any = {name: replace(rule, a=params[name], b=params[name])}
     qwen, mixtral = parallel("transformers", "qwen3"), parallel("transformers", "mixtral")
     norms = fl.init(qwen, fl.LoraConfig(target_modules=["q_proj"], modules_to_save=["q_norm"]))
     experts = fl.LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"])
@@ -487,7 +490,7 @@ def check_tensor_parallel_refuses() -> dict[str, str]:
         "quantised": lambda: fl.quantize(params, [name]),
         "shard": lambda: fl.distributed.shard(params),
         "torch.func": lambda: torch.func.grad(lambda a: loss_fn(fl.bind(model, params, a), ids(2)))(tree),
-        "adapters on the mesh": lambda: fl.bind(model, params, optree.tree_map(lambda _: params[name], tree)),
+        "adapters on the mesh": lambda: fl.bind(model, params, there),
         "not parallelised": lambda: fl.apply(layer, plain, {"weight": tree[name]}, torch.ones(2, 64)),
         "a share of the gradient": lambda: fl.bind(qwen, fl.base_params(qwen), norms),
         "experts": lambda: fl.apply(mixtral, fl.base_params(mixtral), fl.init(mixtral, experts), ids(2)),
