@@ -13,10 +13,11 @@ import torch
 import funclora as fl
 from funclora._apps.train.adapters import check_head
 from funclora._apps.train.base import context_limit, known_classes, known_problem, load_base, load_tokenizer
+from funclora._apps.train.embedding import embedding, with_pooling
 from funclora._apps.train.examples import Example, read_examples
 from funclora._apps.train.folder import load_config
 from funclora._apps.train.scores import BATCH, Score, scores
-from funclora._apps.train.settings import SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import EMBEDDING, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.setup import check_vocabulary
 from funclora._apps.train.tasks import trained_classes, trained_problem
 from funclora._files.atomic import replace_files
@@ -50,6 +51,13 @@ class Scores:
     scores: list[list[Score]]
     notes: dict[str, list[str]]
 
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over."""
+        if {"recall_at_1", "spearman"} & self.scores[0][0].values.keys() and not self.classes:
+            return "record"
+        return "label" if self.classes else "token"
+
     def rows(self) -> dict[str, list[Score]]:
         """The scores on each file by adapter, the base model first."""
         base = {"(base)": self.base} if self.base else {}
@@ -58,7 +66,7 @@ class Scores:
     def tree(self) -> dict[str, Any]:
         """All scores, by name."""
         first = self.scores[0]
-        counted = "labels" if self.classes else "tokens"
+        counted = f"{self.unit}s"
         tree: dict[str, Any] = {counted: self._by_file(first, lambda score: score.labels)}
         for metric in first[0].values:
             if self.base:
@@ -114,7 +122,7 @@ class Scores:
             self.adapters,
             self.files,
             file,
-            label=f"loss minus loss of {other}, nats per {'label' if self.classes else 'token'} (lower is better)",
+            label=f"loss minus loss of {other}, nats per {self.unit} (lower is better)",
             title=f"Loss of each adapter minus the loss of {other} (bold: best of its column)",
         )
 
@@ -145,6 +153,8 @@ def evaluated(
     """
     names = [str(file) if [f.name for f in files].count(file.name) > 1 else file.name for file in files]
     settings = with_problem(folders, settings)
+    if settings.task == EMBEDDING:
+        settings = with_pooling(settings, folders)
     classes, limit = classes_of(folders, settings), context_limit(settings)
     tokenizer = load_tokenizer(settings)
     examples: list[list[Example]] = []
@@ -155,6 +165,8 @@ def evaluated(
             found = [found[i] for i in torch.linspace(0, len(found) - 1, rows).round().long().tolist()]
         examples.append(found)
     base = load_base(settings, tokenizer, classes)
+    if settings.task == EMBEDDING:
+        base = embedding(base, settings)
     check_vocabulary(base, *examples)
     ticks = len(folders) + sum(math.ceil(len(some) / BATCH) for some in examples)
     members: list[dict[str, fl.Rule]] = [] if base.new else [{}]

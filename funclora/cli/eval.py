@@ -27,12 +27,14 @@ SHOWN = {
     "micro_f1": "{:.1%}",
     "macro_f1": "{:.1%}",
     "span_f1": "{:.1%}",
+    "recall_at_1": "{:.1%}",
+    "recall_at_10": "{:.1%}",
     "pearson": "{:.3f}",
     "spearman": "{:.3f}",
 }
 WORDS = {
     "loss": "loss in nats per {}", "micro_f1": "micro F1", "macro_f1": "macro F1", "span_f1": "F1 of spans",
-    "pearson": "Pearson", "spearman": "Spearman",
+    "pearson": "Pearson", "spearman": "Spearman", "recall_at_1": "recall at 1", "recall_at_10": "recall at 10",
 }  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _report(found: Scores, console: Console) -> None:
     first = found.scores[0]
     counted = " + ".join(f"{score.labels:,}" for score in first)
     metrics = [name for name in SHOWN if name in first[0].values]
-    unit = "label" if found.classes else "token"
+    unit = found.unit
     words = " / ".join(WORDS.get(name, name).format(unit) for name in metrics)
     if "pearson" in metrics:
         words = words.replace("loss in nats per label", "mean squared error")

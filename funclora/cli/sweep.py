@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 SHOWN = 10
 # Besides the loss, and how they are written.
 METRICS = {
-    "accuracy": "{:.1%}", "micro_f1": "{:.1%}", "macro_f1": "{:.1%}", "span_f1": "{:.1%}", "pearson": "{:.3f}",
-    "spearman": "{:.3f}",
-}  # fmt: skip
+    **dict.fromkeys(("accuracy", "recall_at_1", "micro_f1", "macro_f1", "span_f1"), "{:.1%}"),
+    **dict.fromkeys(("pearson", "spearman"), "{:.3f}"),
+}
 OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
 # Keys of a run that are searched, and those that a search does not use.
 SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")

@@ -281,6 +281,8 @@ _SHOWN: Mapping[str, str] = {
     "validation_accuracy": "accuracy {:.1%}",
     "rewards/accuracies": "accuracy {:.1%}",
     "rewards/margins": "margin {:.3f}",
+    "validation_recall_at_1": "recall at 1 {:.1%}",
+    "validation_spearman": "Spearman {:.3f}",
     "validation_rewards/accuracies": "accuracy {:.1%}",
     "validation_rewards/margins": "margin {:.3f}",
     "tokens_per_second": "{:.0f} tokens/s",

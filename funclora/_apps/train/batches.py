@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from funclora._apps.train import preference_rows
+from funclora._apps.train import embedding_rows, preference_rows
 from funclora._apps.train.packing import is_packed, positions
 from funclora._apps.train.preference_rows import padded
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import PREFERENCE, SEQUENCE, Settings
+from funclora._apps.train.settings import EMBEDDING, PREFERENCE, SEQUENCE, Settings
 from funclora._apps.train.stored import sizes
 from funclora._init.fresh import generator_of
 from funclora.errors import ConfigError
@@ -38,7 +38,7 @@ def collate(
         group: of preferences, as for `preference_rows.collate`.
 
     Returns:
-        For preferences, as from `preference_rows.collate`. Otherwise
+        For preferences and embeddings, as from the `collate` of their rows. Otherwise
         `input_ids: [batch, seq]`; `labels`: `[batch, seq]` (seq2seq: the decoder's `[batch, seq']`) padded with
         `IGNORED`, or for sequence-classification `[batch]`, or `[batch, outputs]` in float32 if they are `targets`;
         `token_type_ids: [batch, seq]` if a row has `segments`; and either `attention_mask: [batch, seq]` or, if packed,
@@ -52,6 +52,8 @@ def collate(
         {'input_ids': [[5, 6, 7], [8, 0, 0]], 'labels': [[-100, 6, 7], [8, -100, -100]],
          'attention_mask': [[1, 1, 1], [1, 0, 0]]}
     """
+    if task == EMBEDDING:
+        return embedding_rows.collate(examples, pad)
     if task == PREFERENCE:
         return preference_rows.collate(examples, pad=pad, context=context, group=group)
     batch = {"input_ids": padded([row.ids for row in examples], pad)}

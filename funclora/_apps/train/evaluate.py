@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from funclora._apps.train.batches import evaluation
+from funclora._apps.train.embedding import EmbeddingBase
 from funclora._apps.train.settings import Settings
 from funclora._apps.train.step import autocast, moved
 from funclora._bind.apply import bind
@@ -69,13 +70,16 @@ def evaluate(
         if interrupted():
             return None
         with autocast(settings, base.device):
-            scores = base.score(bound, base.prepared(moved(batch, base.device)))
+            given = base.prepared(moved(batch, base.device))
+            scores = base.by_row(bound, given) if isinstance(base, EmbeddingBase) else base.score(bound, given)
         found.append((base.count(batch), {key: value.cpu().double() for key, value in scores.items()}))
     found = found[: len(range(batches)[part])]
     labels, sums = 0, dict[str, Any]()
-    for count, parts in ranks.dealt(found):  # in their order, so that the sum is the same for any number of processes
+    dealt = ranks.dealt(found)  # in their order, so that the sum is the same for any number of processes
+    for count, parts in dealt:
         labels += count
-        sums = {key: sums.get(key, 0) + value for key, value in parts.items()}
+        if not isinstance(base, EmbeddingBase):  # whose rows are judged together
+            sums = {key: sums.get(key, 0) + value for key, value in parts.items()}
     if examples and not labels:
         raise ConfigError("validation: no position of the validation data has a label. Give other data.")
     samples = []
@@ -84,5 +88,8 @@ def evaluate(
             return None
         with autocast(settings, base.device):
             samples.append((prompt, base.generate(bound, prompt, settings.sample_tokens)))
+    if isinstance(base, EmbeddingBase) and dealt:
+        loss, values = base.judge({name: torch.cat([rows[name] for _, rows in dealt]) for name in dealt[0][1]})
+        return Evaluation({"loss": loss, **values}, samples)
     means = {key: float(value[0] / value[1]) if value.dim() else float(value) / labels for key, value in sums.items()}
     return Evaluation(means, samples)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funclora._apps.train.adapters import Start
 from funclora._apps.train.base import Base
+from funclora._apps.train.embedding import EmbeddingBase
 from funclora._apps.train.examples import Data
 from funclora._apps.train.folder import CLASSES, PROBLEM_TYPES, load_model, positions_after_padding
 from funclora._apps.train.loop import Outcome
@@ -21,6 +22,7 @@ from funclora._apps.train.reading import as_toml
 from funclora._apps.train.rows import Example
 from funclora._apps.train.settings import (
     CAUSAL,
+    EMBEDDING,
     MULTI,
     PREFERENCE,
     REGRESSION,
@@ -39,6 +41,7 @@ from funclora.errors import ConfigError
 from funclora.io.hf.heads import CLASSES_FILE, classes_text
 from funclora.io.hf.library import quiet, transformers
 from funclora.io.hf.origin import write_origin
+from funclora.io.hf.sentence import POOLINGS, write_pooling
 from funclora.io.merge.merge import merge_checkpoint
 from funclora.io.peft.folder import save_peft
 from funclora.rules.base import Rule
@@ -50,6 +53,7 @@ PIPELINES = {
     TOKEN: "token-classification",
     SEQ2SEQ: "text-generation",
     PREFERENCE: "text-generation",
+    EMBEDDING: "sentence-similarity",
 }
 
 
@@ -135,7 +139,16 @@ def write_adapter(folder: Path, start: Start, outcome: Outcome, data: Data, sett
         start.base.tokenizer.save_pretrained(str(folder))
     if start.base.classes:
         _write(folder / CLASSES_FILE, classes_text(start.base.classes, PROBLEM_TYPES[start.base.problem]))
+    _write_pooling(start.base, folder, settings)
     _write(folder / CARD, card(start, outcome, data, settings))
+
+
+def _write_pooling(base: Base, folder: Path, settings: Settings) -> None:
+    """Say how embeddings are made, as sentence-transformers reads it."""
+    if isinstance(base, EmbeddingBase):
+        model: Any = base.model
+        context = settings.context if base.limit is None else min(settings.context, base.limit)
+        write_pooling(folder, base.pooling, model.config.get_text_config().hidden_size, context)
 
 
 def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
@@ -163,6 +176,7 @@ def card(start: Start, outcome: Outcome, data: Data, settings: Settings) -> str:
         **({"started from": str(settings.adapter)} if settings.adapter is not None else {}),
         "steps": f"{outcome.taken:,} ({outcome.stopped})",
         "adapter": outcome.chosen(),
+        **_pooled(base),
         **_losses(outcome, settings, "" if base.problem == REGRESSION else " (nats)"),
     }
     sections = [
@@ -227,6 +241,8 @@ def _usage(base: Base, settings: Settings) -> str:
             'model = PeftModel.from_pretrained(base, "adapter").eval()',
             'tokenizer = AutoTokenizer.from_pretrained("adapter")',
         ]
+        if isinstance(base, EmbeddingBase):
+            code = _sentence_code(base, settings)
         if settings.task == SEQUENCE:  # decoders classify by the last token that is not padding
             code += ["model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
         if base.classes and base.problem != REGRESSION:
@@ -234,6 +250,27 @@ def _usage(base: Base, settings: Settings) -> str:
             names = '["classes"]' if base.problem == MULTI else ""
             code += [f'classes = json.loads(Path("adapter", "{CLASSES_FILE}").read_text()){names}']
     return "\n".join(["```python", *code, "```"])
+
+
+def _pooled(base: Base) -> dict[str, str]:
+    if not isinstance(base, EmbeddingBase):
+        return {}
+    return {"pooling": f"{base.pooling.tokens}, {'' if base.pooling.normalize else 'not '}normalised"}
+
+
+def _sentence_code(base: EmbeddingBase, settings: Settings) -> list[str]:
+    """How sentence-transformers uses the adapter."""
+    normal = ", Normalize()" if base.pooling.normalize else ""
+    return [
+        "from peft import PeftModel",
+        "from sentence_transformers import SentenceTransformer",
+        f"from sentence_transformers.models import {'Normalize, ' if normal else ''}Pooling, Transformer",
+        "",
+        f"body = Transformer({json.dumps(str(settings.model))})",
+        'body.auto_model = PeftModel.from_pretrained(body.auto_model, "adapter").eval()',
+        f'pooling = Pooling(body.get_word_embedding_dimension(), "{POOLINGS[base.pooling.tokens][1]}")',
+        f"model = SentenceTransformer(modules=[body, pooling{normal}])",
+    ]
 
 
 def _meaning(base: Base) -> dict[str, str]:
@@ -274,6 +311,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     if _fits_folder(start):
         with staged_folder(out, replace=True) as draft:
             merge_checkpoint(settings.model, settings.out / ADAPTER, draft)
+            _write_pooling(base, draft, settings)
         return
     # The folder does not have this model: its head is new, or of another kind.
     model, _ = load_model(settings.model, settings.task, classes=base.classes, problem=base.problem, seed=settings.seed)
@@ -284,6 +322,7 @@ def _merge(start: Start, adapters: Mapping[str, Rule], settings: Settings, out: 
     with staged_folder(out, replace=True) as draft, quiet(transformers()):
         model.save_pretrained(str(draft))
         base.tokenizer.save_pretrained(str(draft))
+        _write_pooling(base, draft, settings)
 
 
 def _fits_folder(start: Start) -> bool:

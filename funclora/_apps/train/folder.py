@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funclora._apps.train.settings import CAUSAL, PREFERENCE, PROBLEMS, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN
+from funclora._apps.train.settings import CAUSAL, EMBEDDING, PREFERENCE, PROBLEMS, SEQ2SEQ, SEQUENCE, SINGLE, TOKEN
 from funclora._apps.train.tokenizer import load_config as load_config
 from funclora.errors import ConfigError, FormatError
 from funclora.io.hf.checkpoint import CONFIG_FILE, stored_tensors
@@ -29,6 +30,7 @@ CLASSES = {
     TOKEN: "AutoModelForTokenClassification",
     SEQ2SEQ: "AutoModelForSeq2SeqLM",
     PREFERENCE: "AutoModelForCausalLM",
+    EMBEDDING: "AutoModel",
 }
 PROBLEM_TYPES = dict(zip(PROBLEMS, TYPES, strict=True))  # as transformers calls them
 
@@ -74,8 +76,9 @@ def load_model(
     cls = _class(folder, config, task)
     _check_size(folder, _empty(folder, config, cls, task))
     remedy = " Give a folder with config.json and complete .safetensors files."
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
-    if chosen:
+    chosen = _without_pooler(config, cls, task)
+    if attention != "auto":
+        chosen["attn_implementation"] = attention
         _check_attention(folder, config, cls, attention)
     with torch.random.fork_rng(devices=[]), reading(folder, f"model: transformers cannot load {folder}", remedy):
         torch.default_generator.manual_seed(seed)
@@ -169,6 +172,11 @@ def _class(folder: Path, config: Any, task: str | None) -> Any:
     library = transformers()
     if task is None:
         return named_class(folder, config.architectures)
+    if task == EMBEDDING and config.is_encoder_decoder:
+        raise ConfigError(
+            f"task: a model of type {config.model_type!r} ({folder}) has an encoder and a decoder, so a text has no "
+            "single embedding. Give an encoder or a decoder."
+        )
     if type(config) not in getattr(library, CLASSES[task])._model_mapping:
         fitting = [t for t, name in CLASSES.items() if type(config) in getattr(library, name)._model_mapping]
         raise ConfigError(
@@ -185,8 +193,17 @@ def _empty(folder: Path, config: Any, cls: Any, task: str | None) -> nn.Module:
             with nothing_stored(torch.float32):
                 return cls(config)  # type: ignore[no-any-return]
         with torch.device("meta"):
-            model: nn.Module = cls.from_config(config, trust_remote_code=False)
+            more = _without_pooler(config, cls, task)
+            model: nn.Module = cls.from_config(config, trust_remote_code=False, **more)
     return model
+
+
+def _without_pooler(config: Any, cls: Any, task: str | None) -> dict[str, Any]:
+    """The argument that leaves out the layer of an encoder that makes its own embedding, which is not used."""
+    if task != EMBEDDING:
+        return {}
+    own = cls._model_mapping[type(config)]
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(own.__init__).parameters else {}
 
 
 def _check_attention(folder: Path, config: Any, cls: Any, attention: str) -> None:

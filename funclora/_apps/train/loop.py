@@ -277,7 +277,12 @@ class _Training:
                 f"step {progress.step} of {self.total}: the validation loss is {loss}; {self.run.state()}. Check the "
                 "validation data, or start again with a lower --lr or without --bf16."
             )
-        value = next(means[name] for name in METRICS[self.settings.metric] if name in means)
+        value = next((means[name] for name in METRICS[self.settings.metric] if name in means), None)
+        if value is None:
+            raise ConfigError(
+                f"metric: an evaluation of this data has no {self.settings.metric}, only {', '.join(means)}. Set it to "
+                "loss."
+            )
         if math.isnan(value):
             raise ConfigError(
                 f"metric: no batch of the validation data has both good and bad answers, so there is no "

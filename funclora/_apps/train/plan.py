@@ -6,13 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from funclora._apps.train import preference_rows
+from funclora._apps.train import embedding_rows, preference_rows
 from funclora._apps.train.adapters import Start
 from funclora._apps.train.base import Base
 from funclora._apps.train.examples import Data
 from funclora._apps.train.preference_records import PAIR
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import DECODERS, MULTI, PREFERENCE, REGRESSION, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import (
+    DECODERS,
+    EMBEDDING,
+    MULTI,
+    PREFERENCE,
+    REGRESSION,
+    SEQ2SEQ,
+    SEQUENCE,
+    TOKEN,
+    Settings,
+)
 from funclora._apps.train.setup import Ready
 from funclora._apps.train.step import Steps
 from funclora._apps.train.stored import sizes
@@ -119,10 +129,10 @@ def memory(start: Start, examples: Sequence[Example], settings: Settings) -> Mem
     rows = min(settings.batch, len(examples))
     step = _step_of(start, settings)
     if n * rows <= WHOLE:
-        used = step(_row(longest, n), rows)
+        used = step(_row(base, longest, n), rows)
     else:
         short = min(n, PROBE) // 2 * 2
-        half, one, two = (step(_row(longest, k), r) for k, r in ((short // 2, 1), (short, 1), (short, 2)))
+        half, one, two = (step(_row(base, longest, k), r) for k, r in ((short // 2, 1), (short, 1), (short, 2)))
         whole = two - one
         constant = max(0, one - whole)
         b = max(0.0, (whole - 2 * (half - constant)) / (short**2 / 2))
@@ -151,10 +161,12 @@ def _step_of(start: Start, settings: Settings) -> Callable[[Example, int], int]:
     return run
 
 
-def _row(example: Example, n: int) -> Example:
+def _row(base: Base, example: Example, n: int) -> Example:
     """The first n tokens of an example."""
+    if base.task == EMBEDDING:
+        return embedding_rows.shortened(example, n)
     if len(example.lengths) == 2:
-        parts = [_row(half, min(len(half.ids), max(2, n // 2))) for half in preference_rows.halves(example)]
+        parts = [_row(base, half, min(len(half.ids), max(2, n // 2))) for half in preference_rows.halves(example)]
         if len(parts) == 1:
             return preference_rows.judged(parts[0], bool(example.lengths[0]))
         return preference_rows.compared(*parts)
@@ -179,6 +191,10 @@ def _alone(base: Base, example: Example) -> list[Shown]:
 
 def shown(base: Base, example: Example) -> Shown:
     """An example as text, with its parts with loss."""
+    if base.task == EMBEDDING:
+        texts = [_text(base, ids) for ids in embedding_rows.parts_of(example)]
+        parts = tuple((f"{text}\n" if i < len(texts) - 1 else text, i == 1) for i, text in enumerate(texts))
+        return Shown(example.source, parts, ", ".join(f"{score:g}" for score in example.targets))
     if base.task == SEQUENCE:
         return Shown(example.source, ((_text(base, example.ids), False),), _answer(base, example))
     if base.task == SEQ2SEQ:

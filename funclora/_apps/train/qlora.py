@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._config.config import LoraConfig
 from funclora._config.peft_fields import DECOMPOSITIONS, HEADS
 from funclora._config.targets import select
@@ -22,6 +22,7 @@ TASK_TYPES = {
     TOKEN: "TOKEN_CLS",
     SEQ2SEQ: "SEQ_2_SEQ_LM",
     PREFERENCE: "CAUSAL_LM",
+    EMBEDDING: "FEATURE_EXTRACTION",
 }
 
 

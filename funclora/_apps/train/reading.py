@@ -15,7 +15,7 @@ from typing import Any
 
 from funclora._apps.train.aliases import ALIASES, VALUES, known_as
 from funclora._apps.train.config_file import table
-from funclora._apps.train.settings import CAUSAL, DECODERS, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, DECODERS, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._config.peft_fields import INITIALISERS, is_initialiser
 from funclora._files.atomic import replace_files
 from funclora.errors import ConfigError, near
@@ -30,6 +30,7 @@ ONLY = {
     "label_field": (SEQUENCE, TOKEN, PREFERENCE),
     "problem": (SEQUENCE,),
     **dict.fromkeys((f.name for f in fields(Settings) if f.metadata["group"] == "Preferences"), (PREFERENCE,)),
+    **dict.fromkeys((f.name for f in fields(Settings) if f.metadata["group"] == "Embeddings"), (EMBEDDING,)),
 }
 # Keys that have an effect only with some values of another key.
 NEEDS = {
@@ -42,6 +43,8 @@ NEEDS = {
     "gamma": ("loss", ("simpo",)),
     **dict.fromkeys(("desirable", "undesirable"), ("loss", ("kto",))),
     "reference": ("loss", ("dpo", "ipo", "kto")),
+    "scale": ("objective", ("auto", "in-batch", "cosent")),
+    "margin": ("objective", ("triplet",)),
     "lr_end": ("schedule", ("cosine", "cosine-restarts", "linear", "polynomial", "wsd")),
 }
 # What an adapter in a folder brings.
@@ -334,8 +337,10 @@ def _check_together(settings: Settings, called: Any) -> None:
         )
     if settings.init == "loftq" and settings.quantize not in ("nf4", "fp4"):
         raise ConfigError(f"{called('init')}: loftq compensates for 4-bit quantisation. Set quantize to nf4 or fp4.")
-    if settings.init == "eva" and settings.task == SEQ2SEQ:
-        raise ConfigError(f"{called('init')}: eva needs one text per example, but {SEQ2SEQ} has two. Use another.")
+    if settings.init == "eva" and settings.task in (SEQ2SEQ, EMBEDDING):
+        raise ConfigError(
+            f"{called('init')}: eva needs one text per example, but {settings.task} has several. Use another."
+        )
     for key, tasks in ONLY.items():
         if settings.task not in tasks and getattr(settings, key) != getattr(Settings, key):
             raise ConfigError(
@@ -365,8 +370,17 @@ def _check_together(settings: Settings, called: Any) -> None:
         raise ConfigError(f"{called('attention')}: the demo's base has only one implementation. Leave it out.")
     if settings.sample_tokens != Settings.sample_tokens and not settings.sample:
         raise ConfigError(f"{called('sample_tokens')}: there is no prompt to continue. Give {called('sample')} too.")
-    if settings.sample and settings.task == TOKEN:
-        raise ConfigError(f"{called('sample')}: {TOKEN} cannot continue prompts. Leave it out.")
+    if settings.sample and settings.task in (TOKEN, EMBEDDING):
+        raise ConfigError(f"{called('sample')}: {settings.task} cannot continue prompts. Leave it out.")
+    if settings.chunk and settings.compile:
+        raise ConfigError(
+            f"{called('chunk')}: torch.compile decides what to compute again. Leave one of chunk and compile out."
+        )
+    if settings.task == EMBEDDING and settings.accumulation > 1 and settings.objective not in ("triplet", "cosine"):
+        raise ConfigError(
+            f"{called('accumulation')}: the texts of a batch are compared with each other, so it cannot be divided. "
+            f"Set {called('batch')} to its whole size, and {called('chunk')} to what fits into memory."
+        )
     if settings.patience and not settings.eval_every:
         raise ConfigError(f"{called('patience')}: needs evaluations. Set {called('eval_every')} too.")
     if settings.weights and len(settings.weights) != len(settings.data):

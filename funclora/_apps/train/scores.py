@@ -12,6 +12,7 @@ import torch
 
 from funclora._apps.train.base import THRESHOLD, Base
 from funclora._apps.train.batches import collate
+from funclora._apps.train.embedding import EmbeddingBase
 from funclora._apps.train.metrics import (
     accuracy,
     are_tags,
@@ -45,7 +46,8 @@ class Score:
         values: "loss" in nats per label, or as a squared error for numbers; for texts "perplexity"; for classes
             "accuracy" and "macro_f1"; for tags that mark spans "span_precision", "span_recall" and "span_f1"; for
             several classes of a text "micro_f1", "macro_f1" and "all_right", the share of texts whose classes are all
-            right; for numbers "pearson" and "spearman", the means over the outputs.
+            right; for numbers "pearson" and "spearman", the means over the outputs, and the same for embeddings of
+            scored pairs; for others "recall_at_1" and "recall_at_10".
         by_class: F1 of each class that occurs.
         by_span: F1 of each kind of span.
         confusion: `[class][predicted class]`; empty where a label is not one class.
@@ -99,10 +101,19 @@ def scores(
 
     found: list[dict[str, Any]] = []
     for out in _by_row(base, members, batches, memory) if own else ():
+        if isinstance(base, EmbeddingBase):
+            found.append({name: x.cpu() for name, x in out.items()})
+            progress()
+            continue
         said = {name: out[name].tolist() for name in ("outputs", "predicted") if name in out}
         found.append({"loss": out["loss"].double().sum(1).cpu(), **said})
         progress()
-    for part, out in zip(parts, ranks.dealt(found) if divided else found, strict=True):
+    found = ranks.dealt(found) if divided else found
+    if isinstance(base, EmbeddingBase):
+        whole = {name: torch.cat([some[name] for some in found], 1) for name in found[0]}
+        judged = [base.judge({name: x[m] for name, x in whole.items()}) for m in range(len(members))]
+        return [Score(len(examples), {"loss": loss, **values}) for loss, values in judged]
+    for part, out in zip(parts, found, strict=True):
         nats += out["loss"]
         if "outputs" in out:
             for each, by_example in zip(predicted, out["outputs"], strict=True):

@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ, PREFERENCE = TASKS = (
+CAUSAL, SEQUENCE, TOKEN, SEQ2SEQ, PREFERENCE, EMBEDDING = TASKS = (
     "causal-lm",
     "sequence-classification",
     "token-classification",
     "seq2seq",
     "preference",
+    "embedding",
 )
 DECODERS = (CAUSAL, PREFERENCE)  # the tasks of causal language models
 
 # What the labels of sequence-classification are: one class, several classes, numbers.
 SINGLE, MULTI, REGRESSION = PROBLEMS = ("single-label", "multi-label", "regression")
 AUTO = "auto"
+# What embeddings are trained for, and how one is made of the tokens of a text.
+IN_BATCH, TRIPLET, COSINE, COSENT = OBJECTIVES = ("in-batch", "triplet", "cosine", "cosent")
+MEAN, FIRST, LAST = POOLINGS = ("mean", "first", "last")
 
 RUN_FILE = "run.toml"  # in the folder of a run: its settings
 
@@ -118,6 +122,25 @@ class Settings:
     gamma: float = _key(1.0, "Preferences", "Margin between the answers of a pair (simpo).", least=0.0)
     desirable: float = _key(1.0, "Preferences", "Weight of the good answers (kto).", least=0.0)
     undesirable: float = _key(1.0, "Preferences", "Weight of the bad answers (kto).", least=0.0)
+
+    objective: str = _key(
+        AUTO,
+        "Embeddings",
+        "Loss: in-batch negatives, triplets, or scored pairs (cosine, cosent); auto is in-batch, for scores cosent.",
+        choices=(AUTO, *OBJECTIVES),
+    )
+    scale: float = _key(20.0, "Embeddings", "Scale of the similarities, 1 / temperature (in-batch, cosent).", above=0.0)
+    margin: float = _key(1.0, "Embeddings", "Distance between a positive and a negative (triplet).", above=0.0)
+    pooling: str = _key(
+        AUTO,
+        "Embeddings",
+        "Tokens that an embedding is made of; auto is the adapter's, or last for causal models and mean for others.",
+        choices=(AUTO, *POOLINGS),
+    )
+    normalize: bool = _key(True, "Embeddings", "Give embeddings the length 1.")
+    chunk: int = _key(
+        0, "Embeddings", "Texts computed at a time, and again for the gradient (GradCache); 0: all of a batch.", least=0
+    )
 
     adapter: Path | None = _key(None, "Adapter", "PEFT folder to start from; it decides the rest of this group.")
     method: str = _key("lora", "Adapter", "Method of the adapter.", choices=("lora", "dora"))

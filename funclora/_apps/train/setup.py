@@ -21,12 +21,13 @@ from funclora._apps.train.base import (
 )
 from funclora._apps.train.batches import Batches
 from funclora._apps.train.device import resolved
+from funclora._apps.train.embedding import embedding, with_pooling
 from funclora._apps.train.examples import Data, prepare
 from funclora._apps.train.packing import Packed, check_packing
 from funclora._apps.train.qlora import forget
 from funclora._apps.train.reference import with_preferences
 from funclora._apps.train.rows import Example
-from funclora._apps.train.settings import PREFERENCE, SEQ2SEQ, SEQUENCE, Settings
+from funclora._apps.train.settings import EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, Settings
 from funclora._apps.train.stored import Stored
 from funclora._bind.apply import bind
 from funclora._bind.summary import summary
@@ -88,6 +89,8 @@ def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
     """
     settings = as_adapter(resolved(settings))
     tokenizer = load_tokenizer(settings)
+    if settings.task == EMBEDDING:
+        settings = with_pooling(settings, {} if settings.adapter is None else {str(settings.adapter): settings.adapter})
     classes = adapter_classes(settings) or known_classes(settings)
     settings = replace(settings, problem=known_problem(settings))
     with first_alone():
@@ -98,6 +101,9 @@ def load(settings: Settings, folder: Path) -> tuple[Settings, Data, Base]:
         settings = replace(settings, problem=data.problem)
     base = load_base(settings, tokenizer, data.classes)
     check_vocabulary(base, data.train, data.validation)
+    if settings.task == EMBEDDING:
+        base = embedding(base, settings)
+        data.notes.append(f"Embeddings are made of tokens: {settings.pooling}. --pooling decides it.")
     if settings.packing:
         bound = bind(base.model, base.params, {})
         check_packing(lambda batch: base.logits(bound, batch), vocabulary(base.model), base.name)

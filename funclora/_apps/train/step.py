@@ -217,8 +217,8 @@ def moved(batch: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Ten
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
     """Number of tokens read, without padding if there is a mask."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+    masks = [mask for name, mask in batch.items() if name.startswith("attention_mask")]
+    return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel()
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from funclora._apps.train import preference_rows
+from funclora._apps.train import embedding_rows, preference_rows
 from funclora._apps.train.chat import chats
 from funclora._apps.train.labels import Labels, class_name
 from funclora._apps.train.notes import Notes
 from funclora._apps.train.preference_records import answers, one_kind
 from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED, Example, common
-from funclora._apps.train.settings import DECODERS, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import DECODERS, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.tokenizer import begun, ends_texts
 from funclora.errors import FormatError, UnsupportedError, near
 
@@ -39,6 +39,8 @@ def schema(record: Record, settings: Settings) -> tuple[str, ...]:
         return _all(record, WORDS, settings.label_field)
     if settings.task == SEQ2SEQ:
         return _all(record, *PAIR)
+    if settings.task == EMBEDDING:
+        return embedding_rows.fields_of(there, record, settings.objective)
     if settings.task == PREFERENCE:
         return one_kind([*there], record, settings.loss, settings.label_field)
     if {"chosen", "rejected"} <= there:
@@ -113,6 +115,7 @@ def reader(
         TOKEN: tokens.words,
         SEQ2SEQ: tokens.translation,
         PREFERENCE: tokens.preference,
+        EMBEDDING: tokens.texts,
     }
     return functions.get(settings.task, tokens.causal)
 
@@ -121,6 +124,7 @@ class _Tokens:
     def __init__(self, settings: Settings, tokenizer: Any, context: int, labels: Labels, notes: Notes) -> None:
         self.settings, self.tokenizer, self.context, self.notes = settings, tokenizer, context, notes
         self.classes = labels
+        self.n_texts = 0  # of a record to compare texts of
         self.end: int | None = tokenizer.eos_token_id
         # The demo's tokenizer accepts only a text.
         self.options = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
@@ -260,6 +264,25 @@ class _Tokens:
             return [replace(example, segments=segments) for example in self.kept(ids, [label], record, lost)]
         made = self.kept(ids, ids, record, lost)
         return [replace(example, labels=[], targets=targets, segments=segments) for example in made]
+
+    def texts(self, record: Record) -> list[Example]:
+        """Texts to compare."""
+        fields = schema(record, self.settings)
+        texts = embedding_rows.texts_of(record, fields)
+        score = embedding_rows.score_of(record) if embedding_rows.SCORE in fields else None
+        self.n_texts = self.n_texts or len(texts)
+        if len(texts) != self.n_texts:
+            raise FormatError(
+                f"{record.where}: has {len(texts)} texts, and the first record has {self.n_texts}. Give each record "
+                "the same number of negatives."
+            )
+        found = [self.shortened(self.tokenizer, text) for text in texts]
+        if not all(out["input_ids"] for out, _ in found):
+            self.notes.count("with a text without tokens left out", record.source)
+            return []
+        if any(lost > 0 for _, lost in found):
+            self.notes.count(f"with a text cut off after {self.context} tokens", record.source)
+        return [embedding_rows.joined([out["input_ids"] for out, _ in found], score, record.source)]
 
     @functools.cached_property
     def runs_on(self) -> bool:
