@@ -11,7 +11,7 @@ import text_models
 import torch
 import transformers
 
-from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN
+from funclora._apps.train.settings import CAUSAL, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -124,6 +124,8 @@ RECORDS: dict[str, Sequence[dict[str, Any]]] = {
     ],
     TOKEN: [{"tokens": ["a", word, "x"], "label": ["O", "W", "O"]} for word in WORDS],
     SEQ2SEQ: [{"prompt": f"double {word}", "completion": f"{word} {word}"} for word in WORDS],
+    EMBEDDING: [{"anchor": f"the {word}", "positive": f"{word} {i}"} for i, word in enumerate(WORDS * 2)],
+    "scored": [{"sentence1": f"the {word}", "sentence2": "a", "score": i / 4} for i, word in enumerate(WORDS * 2)],
     PREFERENCE: [{"prompt": f"say {word}:", "chosen": f" {word}", "rejected": f" no {word}"} for word in WORDS],
 }
 
@@ -141,5 +143,6 @@ CLASSES = {
     TOKEN: transformers.AutoModelForTokenClassification,
     SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
     PREFERENCE: transformers.AutoModelForCausalLM,
+    EMBEDDING: transformers.AutoModel,
 }
-KIND = {CAUSAL: "llama", SEQUENCE: "bert", TOKEN: "bert", SEQ2SEQ: "t5", PREFERENCE: "llama"}
+KIND = {CAUSAL: "llama", SEQUENCE: "bert", TOKEN: "bert", SEQ2SEQ: "t5", PREFERENCE: "llama", EMBEDDING: "bert"}

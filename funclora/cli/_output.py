@@ -49,8 +49,8 @@ def write_lines(file: Path, values: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def claimed_out(file: Path, *, overwrite: bool) -> Iterator[None]:
-    """Keep other processes from writing the file `--out`, before anything is computed for it.
+def claimed_out(file: Path, *, overwrite: bool, option: str = "--out") -> Iterator[None]:
+    """Keep other processes from writing the file that an option names, before anything is computed for it.
 
     Raises:
         ConfigError: another process writes it; or it exists, and may not be replaced.
@@ -59,10 +59,10 @@ def claimed_out(file: Path, *, overwrite: bool) -> Iterator[None]:
     from funclora._files.locks import claimed_file
     from funclora.errors import ConfigError
 
-    busy = ConfigError(f"--out: another process is writing {file} at this moment. Wait for it to end.")
+    busy = ConfigError(f"{option}: another process is writing {file} at this moment. Wait for it to end.")
     with claimed_file(file, busy):
         if file.exists() and not overwrite:
-            raise ConfigError(f"--out: {file} already exists. Give another file, or --overwrite.")
+            raise ConfigError(f"{option}: {file} already exists. Give another file, or --overwrite.")
         yield
 
 

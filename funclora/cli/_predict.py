@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ from funclora._apps.train.notes import Notes
 from funclora._apps.train.records import Record, read
 from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.scores import Score, agreement, agreement_of_outputs
-from funclora._apps.train.settings import AUTO, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
+from funclora._apps.train.settings import AUTO, EMBEDDING, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
 from funclora._apps.train.setup import check_vocabulary
 from funclora._apps.train.step import moved
 from funclora._apps.train.tasks import trained_task
@@ -31,6 +31,7 @@ from funclora.cli._scores import classes_of, with_problem
 from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError, FormatError, UnsupportedError, near
 
+V = TypeVar("V")
 RESULTS = ("predicted", "scores")  # what the result of a record has besides its adapter
 
 
@@ -73,17 +74,17 @@ def task_of(folders: Mapping[str, Path], model: Path | None, task: str | None) -
     """The task of the adapters, or else of the model's own head.
 
     Raises:
-        ConfigError: it has no classes.
+        ConfigError: it has neither classes nor embeddings.
     """
     if not folders and task is None and model is not None:
         heads = {CLASSES[each].removeprefix("AutoModel"): each for each in (SEQUENCE, TOKEN)}
         names = load_config(model).architectures or ()
         task = next((heads[head] for name in names for head in heads if str(name).endswith(head)), None)
     found = trained_task(folders, model, task)
-    if found not in (SEQUENCE, TOKEN):
+    if found not in (SEQUENCE, TOKEN, EMBEDDING):
         raise ConfigError(
-            f"task: {found} has no classes. Give adapters of sequence-classification or token-classification; for "
-            "answers use funclora generate, for losses funclora eval."
+            f"task: {found} has no classes. Give adapters of sequence-classification, token-classification or "
+            "embedding; for answers use funclora generate, for losses funclora eval."
         )
     return found
 
@@ -193,26 +194,17 @@ class Predictor:
             )
         loader = Loader(base, self._folders, self._settings.model)
         found = [Prediction([], [])] * len(rows)
-        order = sorted(
-            (i for i, row in enumerate(rows) if row.example is not None), key=lambda i: -len(_example(rows[i]).ids)
+        there = [i for i, row in enumerate(rows) if row.example is not None]
+        progress(len(rows) - len(there))
+        made = in_batches(
+            [rows[i].adapter for i in there],
+            [len(_example(rows[i]).ids) for i in there],
+            batch,
+            lambda some: self._classified(base, loader, [rows[there[i]] for i in some]),
+            progress,
         )
-        progress(len(rows) - len(order))
-
-        def classified(some: list[int]) -> dict[int, Prediction]:
-            try:
-                groups = [some]
-                made = [self._classified(base, loader, [rows[i] for i in some])]
-            except UnsupportedError:  # the model loses track of which row is whose
-                names = dict.fromkeys(rows[i].adapter for i in some)
-                groups = [[i for i in some if rows[i].adapter == name] for name in names]
-                made = [self._classified(base, loader, [rows[i] for i in group]) for group in groups]
-            progress(len(some))
-            return dict(zip(itertools.chain(*groups), itertools.chain(*made), strict=True))
-
-        batches = [order[start : start + batch] for start in range(0, len(order), batch)]
-        for predictions in ranks.computed(batches, classified):
-            for i, prediction in predictions.items():
-                found[i] = prediction
+        for i, prediction in zip(there, made, strict=True):
+            found[i] = prediction
         return found
 
     def _classified(self, base: Base, loader: Loader, rows: Sequence[Row]) -> list[Prediction]:
@@ -259,6 +251,45 @@ class Predictor:
             if row.right is not None
         ]
         return agreement(self.classes, pairs) if any(pairs) else None
+
+
+def in_batches(
+    adapters: Sequence[str | None],
+    lengths: Sequence[int],
+    batch: int,
+    compute: Callable[[list[int]], Sequence[V]],
+    progress: Callable[[int], None],
+) -> list[V]:
+    """What a function gives for rows that run together, each with its own adapter.
+
+    Args:
+        adapters: the adapter of each row.
+        lengths: of the rows; rows of about one length run together.
+        batch: number of rows that run together.
+        compute: numbers of rows -> what there is for each of them.
+        progress: called with a number of finished rows.
+
+    Returns:
+        In the order of the rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def computed(some: list[int]) -> dict[int, V]:
+        try:
+            groups = [some]
+            made = [compute(some)]
+        except UnsupportedError:  # the model loses track of which row is whose
+            names = dict.fromkeys(adapters[i] for i in some)
+            groups = [[i for i in some if adapters[i] == name] for name in names]
+            made = [compute(group) for group in groups]
+        progress(len(some))
+        return dict(zip(itertools.chain(*groups), itertools.chain(*made), strict=True))
+
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    found: dict[int, V] = {}
+    for values in ranks.computed(batches, computed):
+        found |= values
+    return [found[i] for i in range(len(lengths))]
 
 
 def _tags(example: Example, shares: Sequence[Sequence[float]]) -> Prediction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from funclora.distributed._ranks import is_first
 
 if TYPE_CHECKING:
     from funclora._apps.train.scores import Score
+    from funclora._apps.train.settings import Settings
 
 
 def predict(
@@ -53,20 +54,26 @@ def predict(
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSONL file for the predictions.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file --out.")] = False,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="File for the embeddings of the texts: .npy, .safetensors or .jsonl.", show_default=False),
+    ] = None,
     plot: Plot = None,
     json: AsJson = False,
 ) -> None:
-    """Classify texts, or tag their words; each row of a batch can use a different adapter.
+    """Classify texts, tag their words, or embed them; each row of a batch can use a different adapter.
 
     A record has a text, perhaps a second one under text_pair, or words under tokens, and optionally adapter; null is
     the base model. The result is the record with the predicted class and the scores of all classes, with all classes
     from --threshold on, with the number of a regression, or with the predicted tags and the score of each. Where
     records have the right answer too, its metrics are computed: accuracy, F1 by class and, for tags such as B-PER, of
-    spans, or Pearson's and Spearman's correlations. --plot draws how often each class was predicted as which.
+    spans, or Pearson's and Spearman's correlations. --plot draws how often each class was predicted as which. For
+    adapters that embed texts, --embeddings gets a row for each record: as a table, or in .jsonl the records with it.
 
     Examples:
         funclora predict adapter --model model --data reviews.jsonl --out predicted.jsonl
         funclora predict topics moods --model model --data mixed.jsonl --plot confusion.png
+        funclora predict search --model model --data passages.jsonl --embeddings passages.npy
     """
     out, plot = (out, plot) if is_first() else (None, None)
     check_plot(plot)
@@ -74,7 +81,7 @@ def predict(
 
     from funclora._apps.train.console import Console
     from funclora._apps.train.reading import read
-    from funclora._apps.train.settings import SINGLE
+    from funclora._apps.train.settings import EMBEDDING, SINGLE
     from funclora.cli._adapters import adapter_folders
     from funclora.cli._converse import BASE
     from funclora.cli._output import claimed_out, write_lines
@@ -92,6 +99,16 @@ def predict(
     }  # fmt: skip
     read_as = {"text_field": text_field, "label_field": label_field, "fields": fields, "problem": problem}
     given |= {key: value for key, value in read_as.items() if value is not None}
+    if (given["task"] == EMBEDDING) != (embeddings is not None):
+        raise ConfigError(
+            f"--embeddings: the task is {given['task']}. "
+            + ("Give a file for the embeddings." if embeddings is None else "Leave it out.")
+        )
+    if embeddings is not None:
+        if out is not None or plot is not None:
+            raise ConfigError(f"--{'out' if out else 'plot'}: with --embeddings nothing is classified. Leave it out.")
+        _embed(folders, read(None, given), data, default, embeddings, batch, overwrite=overwrite, as_json=json)
+        return
     with contextlib.nullcontext() if out is None else claimed_out(out, overwrite=overwrite):
         predictor = Predictor(folders, read(None, given), threshold)
         if plot is not None and predictor.problem != SINGLE:
@@ -131,6 +148,36 @@ def predict(
     if score is not None:
         _report(score, labelled, len(rows))
     for note in facts["notes"]:
+        typer.echo(note)
+
+
+def _embed(
+    folders: Mapping[str, Path],
+    settings: Settings,
+    data: Path,
+    default: str | None,
+    out: Path,
+    batch: int,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the embeddings of the texts of a file."""
+    from funclora.cli._output import claimed_out
+    from funclora.cli._vectors import check_suffix, vectors, write
+
+    check_suffix(out)
+    first = is_first()
+    with claimed_out(out, overwrite=overwrite, option="--embeddings") if first else contextlib.nullcontext():
+        found = vectors(folders, settings, data, default, batch)
+        if first:
+            write(out, found)
+    n, size = found.values.shape
+    if as_json:
+        print_json({"embeddings": out, "records": n, "size": size, "notes": found.notes})
+        return
+    typer.echo(f"{out}: {n:,} embeddings of {size:,} numbers")
+    for note in found.notes:
         typer.echo(note)
 
 

@@ -91,6 +91,7 @@ def cosine(first: Tensor, second: Tensor, scores: Tensor) -> Tensor:
         tensor([0.0000, 0.2500])
     """
     _check_alike("cosine", first, second)
+    _check_scores("cosine", scores, first)
     return (F.cosine_similarity(first, second) - scores).square()
 
 
@@ -118,6 +119,7 @@ def cosent(first: Tensor, second: Tensor, scores: Tensor, *, scale: float = 20.0
         (tensor(0.3133), tensor(1.3133))
     """
     _check_alike("cosent", first, second)
+    _check_scores("cosent", scores, first)
     similarities = scale * F.cosine_similarity(first, second)
     wrong = similarities[:, None] - similarities[None, :]
     wrong = wrong.masked_fill(scores[:, None] >= scores[None, :], -torch.inf).flatten()
@@ -130,3 +132,8 @@ def _check_alike(name: str, first: Tensor, *others: Tensor) -> None:
             raise ConfigError(
                 f"{name}: expected embeddings of one shape, [n, dim], got {list(first.shape)} and {list(other.shape)}."
             )
+
+
+def _check_scores(name: str, scores: Tensor, first: Tensor) -> None:
+    if scores.shape != first.shape[:1]:
+        raise ConfigError(f"{name}: scores: expected one for each of {len(first)} pairs, got {list(scores.shape)}.")

@@ -242,12 +242,12 @@ def test_adapters_of_different_tasks_have_no_loss_in_common(folder: Path, tmp_pa
 
     causal, texts = adapter("causal", "CAUSAL_LM"), adapter("texts", "SEQ_CLS", ["a", "b"])
     others, unknown = adapter("others", "SEQ_CLS", ["b", "a"]), adapter("unknown", None, ["a"])
-    embeds, broken = adapter("embeds", "FEATURE_EXTRACTION"), adapter("broken", "SEQ_CLS", ["a", "a"])
+    asks, broken = adapter("asks", "QUESTION_ANS"), adapter("broken", "SEQ_CLS", ["a", "a"])
     cases: list[tuple[list[object], str]] = [
         ([causal, texts], "causal was trained for causal-lm, texts for sequence-classification, which have no loss"),
         ([texts, others], 'texts has the classes ["a", "b"], others has ["b", "a"].'),
         ([unknown], "adapter_config.json does not say the task of these classes. Give it with --task."),
-        ([embeds], "was trained for 'FEATURE_EXTRACTION', which has no loss here."),
+        ([asks], "was trained for 'QUESTION_ANS', which has no loss here."),
         ([broken], "classes.json: expected a list of the names of the classes, without repetition."),
         ([causal, "--task", "speech"], "--task: expected one of causal-lm, "),
     ]

@@ -92,6 +92,9 @@ def run_page(page: Path) -> list[str]:
             continue
         if block.language == "json":  # a line of a file
             continue
+        if block.language == "python":
+            exec(block.code, {})
+            continue
         assert block.language == "console", block.place
         together: list[str] = []  # a command in the background and the next one are one job
         for command, shown in steps(block.code):
@@ -115,6 +118,18 @@ def test_the_page_on_classifying_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     Path("make.py").write_text(script, encoding="utf-8")
     spoken("python make.py 2> log", [])
     ran = run_page(DOCS / "classification.md")
+    assert {"train", "eval", "predict"} <= {command.split()[1] for command in ran if command.startswith("funclora ")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_the_page_on_embeddings_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model that the session makes; and the Python of its end."""
+    monkeypatch.chdir(tmp_path)
+    (script,) = (block.code for block in blocks(PAGE) if block.title == "make.py")
+    Path("make.py").write_text(script, encoding="utf-8")
+    spoken("python make.py 2> log", [])
+    ran = run_page(DOCS / "embeddings.md")
     assert {"train", "eval", "predict"} <= {command.split()[1] for command in ran if command.startswith("funclora ")}
 
 

@@ -70,6 +70,16 @@ def test_cnn_conv_adapters() -> None:
         assert result.accuracy > 0.7, name
 
 
+@pytest.mark.parametrize("options", [[], ["--dora"]], ids=["lora", "dora"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # in sentence-transformers
+def test_sentence_trainer(options: list[str]) -> None:
+    result = run("sentence_trainer", *options)
+    assert result.before < 0.5
+    assert result.after > 0.7
+    assert result.difference < 1e-5
+    assert result.base_unchanged
+
+
 @pytest.mark.parametrize("model", ["unet", "transformer"])
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' schedulers
 def test_styles_in_one_batch(model: str) -> None:

@@ -25,6 +25,7 @@ SHOWN = {"text", "json", "jsonl", "yaml", "toml"}  # what stands in a file, or i
 
 SESSIONS = {
     "classification.md",
+    "embeddings.md",
     "many-devices.md",
     "serve.md",
     "session.md",

@@ -261,14 +261,15 @@ def _pooled(base: Base) -> dict[str, str]:
 def _sentence_code(base: EmbeddingBase, settings: Settings) -> list[str]:
     """How sentence-transformers uses the adapter."""
     normal = ", Normalize()" if base.pooling.normalize else ""
+    names = "Normalize, Pooling, Transformer" if normal else "Pooling, Transformer"
     return [
         "from peft import PeftModel",
         "from sentence_transformers import SentenceTransformer",
-        f"from sentence_transformers.models import {'Normalize, ' if normal else ''}Pooling, Transformer",
+        f"from sentence_transformers.sentence_transformer.modules import {names}",
         "",
         f"body = Transformer({json.dumps(str(settings.model))})",
-        'body.auto_model = PeftModel.from_pretrained(body.auto_model, "adapter").eval()',
-        f'pooling = Pooling(body.get_word_embedding_dimension(), "{POOLINGS[base.pooling.tokens][1]}")',
+        'body.model = PeftModel.from_pretrained(body.model, "adapter").eval()',
+        f'pooling = Pooling(body.get_embedding_dimension(), "{POOLINGS[base.pooling.tokens][1]}")',
         f"model = SentenceTransformer(modules=[body, pooling{normal}])",
     ]
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from funclora._apps.train.batches import Batches, collate, evaluation
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
+from funclora._apps.train.settings import CAUSAL, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TASKS, TOKEN
 from funclora.errors import ConfigError
 
 PAD = 99
 
 
-ALONE = [task for task in TASKS if task != PREFERENCE]  # tasks of which an example is one row
+ALONE = [task for task in TASKS if task not in (PREFERENCE, EMBEDDING)]  # tasks of which an example is one row
 
 
 def row(i: int, length: int, task: str = CAUSAL) -> Example:
