@@ -3,6 +3,7 @@
     python examples/benchmark_many.py                 everything; writes docs/benchmarks-many.md, .png and .json
     python examples/benchmark_many.py --quick         tiny sizes and two rounds: shows that it runs, measures nothing
     python examples/benchmark_many.py --only train    forward, change, train, memory or ranks; or a size: "(16, 1, 1)"
+    python examples/benchmark_many.py --compile       training steps with torch.compile too; tracing takes minutes
 
 The contenders take turns as in benchmark.py. Before anything is timed, the routed batch must agree with PEFT's.
 """
@@ -64,8 +65,9 @@ class Cell:
 class Setup:
     """The base model and as many members as are asked for."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, *, compiled: bool = False) -> None:
         torch.manual_seed(0)
+        self.compiled = compiled
         sizes = (32, 48, 2, 64, 1) if bench.quick else (512, 1376, 8, 4000, 6)
         self.model = llama(*sizes).to(bench.device).eval()
         self.vocab = sizes[3]
@@ -184,6 +186,8 @@ def train(setup: Setup, bench: Bench, size: tuple[int, int, int], rounds: int, t
     runs: dict[str, Run] = {"base, forward and backward": both_passes(setup, x.flatten(0, 1), y.flatten(0, 1))}
     for name, method in (("rows", "LoRA"), ("rows, DoRA", "DoRA")):
         runs[name] = population(setup, setup.members(n, method), (x, y))
+    if setup.compiled:
+        runs["rows, compiled"] = population(setup, setup.members(n), (x, y), compiled=True)
     single = fl.train_step(setup.model, loss, fl.optim.adamw(LR))
     alone = [setup.member(i) for i in range(n)]
     states = [fl.optim.adamw(LR).init(adapters) for adapters in alone]
@@ -238,9 +242,11 @@ def both_passes(setup: Setup, x: Tensor, y: Tensor) -> Run:
     return run
 
 
-def population(setup: Setup, members: fl.Stack[Any], batch: tuple[Tensor, Tensor]) -> Run:
+def population(setup: Setup, members: fl.Stack[Any], batch: tuple[Tensor, Tensor], *, compiled: bool = False) -> Run:
     optimizer = fl.optim.per_member(fl.optim.adamw, lr=[LR] * len(members))
     step = fl.population_step(setup.model, loss, optimizer)
+    if compiled:
+        step = torch.compile(step, fullgraph=True)
     state = optimizer.init(members)
 
     def run() -> None:
@@ -456,6 +462,7 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="run what has this in its name")
     parser.add_argument("--jax", action="store_true", help="JAX too: pip install 'funclora[bench]'")
+    parser.add_argument("--compile", action="store_true", help="training steps under torch.compile too")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.jax and importlib.util.find_spec("optax") is None:
@@ -474,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> list[Cell]:
         "machine": machine(bench.device), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "command": shlex.join(words),
     }  # fmt: skip
-    chosen = [job for job in jobs(bench, Setup(bench), cells, peaks) if bench.wants(job.name)]
+    chosen = [job for job in jobs(bench, Setup(bench, compiled=options.compile), cells, peaks) if bench.wants(job.name)]
     start = time.perf_counter()
     with progress(sum(job.ticks for job in chosen)) as tick:
         for job in chosen:

@@ -17,8 +17,9 @@ from funclora._bind.rewrite import rewritten
 from funclora._lazy.weight import Placeholders
 from funclora._quant.quantize import of_bitsandbytes, read_any_weight, reads_packed_weights
 from funclora._torch.functions import in_transform, is_sharded
+from funclora._tracking.batch import Batch
 from funclora._tracking.crossing import let_cross
-from funclora._tracking.entry import Entrance
+from funclora._tracking.entry import Entrance, argument_names
 from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params
 from funclora.rules.tokens import untied
@@ -151,6 +152,30 @@ def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kw
         return bound(*args, **kwargs)
     with unwritten(params, adapters):
         return bound(*args, **kwargs)
+
+
+def called(bound: Any, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch | None) -> Any:
+    """A call of a bound model with routed adapters, or of its method at a path, on a batch other than that of `route`.
+
+    Args:
+        bound: the result of `bind`.
+        path: the names of the method, with dots; "" for the model itself.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        batch: how they hold the rows; None for the batch of `route`.
+
+    Returns:
+        As `with_rows`. Adapters of one row are not tracked: then the outputs are plain tensors.
+    """
+    if isinstance(bound, TracedModule):
+        return bound.called(path, args, kwargs, batch)
+    function = bound
+    for name in path.split(".") if path else ():
+        function = getattr(function, name)
+    entrance = getattr(bound.__dict__.get("forward"), "entrance", None)
+    if entrance is None:
+        return function(*args, **kwargs)
+    return entrance.call(function, args, kwargs, names=argument_names(function), batch=batch)
 
 
 def trace_targets(

@@ -11,6 +11,7 @@ from funclora._bind.checks import batch_of
 from funclora._bind.rewrite import rewritten
 from funclora._quant.quantize import reads_packed_weights
 from funclora._quant.tensor import plain_weight
+from funclora._tracking.batch import Batch
 from funclora._tracking.entry import with_rows
 from funclora.errors import UnsupportedError
 from funclora.rules.base import Adapters, Params
@@ -25,6 +26,11 @@ class TracedModule:
     def __init__(self, model: nn.Module, params: Params, adapters: Adapters) -> None:
         self._model = model
         self._batch = batch_of(adapters)
+        if self._batch is not None and self._batch.tokens is not None:
+            raise UnsupportedError(
+                "ids or weights for each token are not supported under torch.compile, which cannot compare who the "
+                "tokens belong to. Call apply outside the compiled function, or route by row."
+            )
         self._tensors = {}
         places: dict[tuple[int, str], str] = {}
         for name, given in params.items():
@@ -49,10 +55,21 @@ class TracedModule:
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.called("", args, kwargs, None)
+
+    def called(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch | None) -> Any:
+        """The model on inputs that hold the rows as `batch` says; None for the batch of `route`."""
+        if path:
+            getattr(self, path)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             return torch.func.functional_call(self._model, self._tensors, args, kwargs, tie_weights=False)
 
-        return call(*args, **kwargs) if self._batch is None else with_rows(call, args, kwargs, self._batch, {})
+        if self._batch is None:
+            return call(*args, **kwargs)
+        code = type(self._model).forward.__code__
+        names = code.co_varnames[1 : code.co_argcount]
+        return with_rows(call, args, kwargs, batch or self._batch, {}, names=names)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)

@@ -105,7 +105,8 @@ def _rows_of_members(group: RoutedGroup, place: Place | Owners) -> Iterator[tupl
     if group.rows is None:
         yield from ((j, None) for j in range(m))
         return
-    plan = [Members(list(range(m)), group.rows)] if isinstance(place, Place) else members_of(group, m, place)
+    every = Members(list(range(m)), group.rows, group.rows.first())
+    plan = [every] if isinstance(place, Place) else members_of(group, m, place)
     for some in plan:
         for i, j in enumerate(some.chosen):
             rows = some.rows.of_member(i, device)

@@ -57,11 +57,24 @@ def _view(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         return _gathered(x, args[0])
     views, base = seen(func, tuple(x.base.shape), args, kwargs), x.base
     if views is None:
-        raise NoFormError
+        if func not in RESHAPES:
+            raise NoFormError
+        return _in_groups(x, func(base, *args, **kwargs))
     if isinstance(views, View):
         return x if views.is_whole(base.shape) else x.like(func(base, *args, **kwargs), _rule(x, views))
     rules = [_rule(x, view) for view in views]
     return tuple(x.like(part, rule) for part, rule in zip(func(base, *args, **kwargs), rules, strict=True))
+
+
+def _in_groups(x: Any, base: Tensor) -> Any:
+    """A weight `[out, in]` as `[groups, out / groups, in]`: one matrix for each group of output units."""
+    shape = tuple(x.base.shape)
+    if base.dim() != 3 or len(shape) != 2 or base.shape[-1] != shape[-1]:
+        raise NoFormError
+    rule = x.rule.split_outputs(base.shape[0]) or x.rule.prepared(x.base).split_outputs(base.shape[0])
+    if rule is None:
+        raise NoFormError
+    return x.like(base, rule)
 
 
 def _rule(lazy: Any, view: View | None) -> Rule:

@@ -15,7 +15,7 @@ from funclora._many.stack import Group, Stack, check_stack, unscaled
 from funclora._tracking.batch import Batch, RowsOf
 from funclora._tracking.groups import PADDED, Assignment, RoutedGroup, RoutedGroups, alike
 from funclora._tracking.routed import Routed
-from funclora.errors import ConfigError
+from funclora.errors import ConfigError, UnsupportedError
 from funclora.rules.base import Rule
 from funclora.rules.layouts import padded
 from funclora.rules.low_rank import LowRank, low_rank_of
@@ -40,8 +40,8 @@ def route(
     model whatever keeps packed sequences apart, such as `position_ids` that start again or a mask of blocks.
 
     With a list of ids, rows of one member are computed together. With a tensor of ids, every row gets a copy of its
-    adapter, and no shape depends on the values of the ids, so a compiled `apply` needs only one graph for all choices.
-    Call `route` itself outside the compiled function.
+    adapter, and no shape depends on the values of the ids, so a compiled function, with or without `route` in it, needs
+    only one graph for all choices.
 
     Every position of every adapted layer is read by its own adapter: tensors are tracked through the model, also where
     it sorts tokens by expert. What the base model mixes, such as attention in a packed row, is its own business. A
@@ -81,9 +81,11 @@ def route(
         raise ConfigError("route: expected either ids or weights.")
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise ConfigError(f"route: repeats: expected a positive integer, got {repeats!r}.")
-    told = _checked_rows_of(rows_of)
+    told = checked_rows_of(rows_of)
     if weights is not None:
         return _weighted(stack, weights, repeats, told)
+    if isinstance(ids, Tensor) and torch.compiler.is_compiling():
+        return _copied(stack, _unread(ids, len(stack)), Batch(len(ids), repeats, rows_of=told))
     members, shape = _checked(ids, len(stack))
     if len(shape) == 2:
         if repeats != 1 or any(rows is not None for rows in told.values()):
@@ -133,8 +135,9 @@ def in_groups(stack: Stack[dict[str, Rule]]) -> list[int]:
     """The members, ordered so that members that `route` computes together follow each other."""
 
     def kind(group: Group[dict[str, Rule]]) -> list[tuple[str, str, tuple[int, ...]]]:
-        rules = sorted(group.tree().items())
-        return [(type(rule).__name__, name, getattr(rule, rule.leaf_names[0]).shape[1:]) for name, rule in rules]
+        tree = group.tree()
+        each = [(name, tree[name]) for name in sorted(tree)]
+        return [(type(rule).__name__, name, tuple(getattr(rule, rule.leaf_names[0]).shape[1:])) for name, rule in each]
 
     return [member for group in sorted(stack.groups, key=kind) for member in group.members]
 
@@ -163,6 +166,16 @@ def _copied(stack: Stack[dict[str, Rule]], ids: Tensor, batch: Batch) -> dict[st
     }
 
 
+def _unread(ids: Tensor, n_members: int) -> Tensor:
+    """The ids of a compiled function, which cannot read them: the lookup of one that is out of range fails there."""
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UnsupportedError(
+            "route under torch.compile: expected ids as a tensor of whole numbers [n_rows]. Call route outside of the "
+            "compiled function for other ids."
+        )
+    return torch.where((ids < -1) | (ids >= n_members), n_members + 1, ids)
+
+
 def _checked(ids: Any, n_members: int) -> tuple[list[int], tuple[int, ...]]:
     """The ids in order, and their shape."""
     if not isinstance(ids, (Tensor, Sequence)) or isinstance(ids, str):
@@ -187,7 +200,8 @@ def _checked(ids: Any, n_members: int) -> tuple[list[int], tuple[int, ...]]:
     return members, (len(given), len(given[0])) if by_token else (len(given),)
 
 
-def _checked_rows_of(rows_of: Any) -> RowsOf:
+def checked_rows_of(rows_of: Any) -> RowsOf:
+    """Where inputs hold the rows, by name."""
     if rows_of is None:
         return {}
     expected = "a dict from names of inputs to a dimension, the row of each position, or None"

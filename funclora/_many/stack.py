@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import optree
@@ -31,15 +31,25 @@ class TreeSpecs(StaticTensors):
 
     each: tuple[Any, ...]
 
+    @functools.cached_property
+    def first(self) -> Any:
+        """The first member's tree, with the number of each leaf in its place."""
+        return optree.tree_unflatten(self.each[0], range(self.each[0].num_leaves))
+
+    def ready(self) -> TreeSpecs:
+        """These, with everything computed that torch.compile cannot trace."""
+        _ = self.first, self.scalings
+        return self
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TreeSpecs:
         trees: list[Any] = [optree.tree_unflatten(spec, [0] * spec.num_leaves) for spec in self.each]
-        return TreeSpecs(tuple(optree.tree_structure(map_frozen(function, tree)) for tree in trees))
+        return TreeSpecs(tuple(optree.tree_structure(map_frozen(function, tree)) for tree in trees)).ready()
 
     @functools.cached_property
     def scalings(self) -> dict[str, list[float]]:
-        trees: list[Any] = [optree.tree_unflatten(spec, [None] * spec.num_leaves) for spec in self.each]
-        if not isinstance(trees[0], dict):
+        if not isinstance(self.first, dict) or not all(isinstance(rule, Rule) for rule in self.first.values()):
             return {}
+        trees: list[Any] = [optree.tree_unflatten(spec, [None] * spec.num_leaves) for spec in self.each]
         trees = [untied(tree) for tree in trees]
         scaled = [name for name, rule in trees[0].items() if isinstance(rule, Rule) and has_own_scaling(rule)]
         return {name: [tree[name].scaling for tree in trees] for name in scaled}
@@ -69,8 +79,19 @@ class Group(Generic[T]):
 
     def tree(self) -> T:
         """All members as one tree with leaves `[n_members, *]`; other values come from the first member."""
+        if torch.compiler.is_compiling():  # the tracer knows optree's functions, but not its specs
+            return cast(T, optree.tree_map(lambda i: self.values[i], self.specs.first))
         tree: Any = optree.tree_unflatten(self.specs.each[0], self.values)
         return cast(T, tree)
+
+    def with_tree(self, tree: Any) -> Group[Any]:
+        """The same members with another tree `[n_members, *]`, in most cases of the same structure."""
+        if torch.compiler.is_compiling():  # which raises if the structure changes
+            before: Any = self.tree()
+            return replace(self, values=tuple(optree.tree_leaves(optree.tree_map(lambda _, x: x, before, tree))))
+        leaves, spec = optree.tree_flatten(tree)
+        specs = self.specs if spec == self.specs.each[0] else TreeSpecs((spec,) * len(self.members)).ready()
+        return Group(tuple(leaves), specs, self.members)
 
     def scalings(self) -> dict[str, list[float]]:
         """The members' scalings, for each rule that has one."""
@@ -144,6 +165,15 @@ class Stack(Generic[T]):
             positions.append(position)
         return Stack(tuple(_selected(*each) for each in chosen.values()))
 
+    def leaves(self) -> list[Tensor]:
+        """The leaves of the groups, `[members of the group, *]` each."""
+        return [value for group in self.groups for value in group.values]
+
+    def with_leaves(self, leaves: Iterable[Tensor]) -> Stack[T]:
+        """The same members with other leaves."""
+        given = iter(leaves)
+        return Stack(tuple(replace(group, values=tuple(next(given) for _ in group.values)) for group in self.groups))
+
     def in_order(self, by_group: Tensor) -> Tensor:
         """Values of the members `[n_members, *]`, given group by group, in the members' own order."""
         order = torch.tensor([i for group in self.groups for i in group.members]).argsort()
@@ -157,7 +187,7 @@ def _selected(group: Group[T], inside: list[int], positions: list[int]) -> Group
     values = group.values
     if inside != list(range(len(group.members))):
         values = tuple(value[torch.tensor(inside, device=value.device)] for value in values)
-    return Group(values, TreeSpecs(tuple(group.specs.each[k] for k in inside)), tuple(positions))
+    return Group(values, TreeSpecs(tuple(group.specs.each[k] for k in inside)).ready(), tuple(positions))
 
 
 def stack(members: Iterable[T]) -> Stack[T]:
@@ -201,7 +231,7 @@ def stack(members: Iterable[T]) -> Stack[T]:
     if not groups:
         raise ConfigError("stack: expected at least one member, got none.")
     return Stack(tuple(
-        Group(tuple(map(torch.stack, zip(*values, strict=True))), TreeSpecs(tuple(specs)), tuple(positions))
+        Group(tuple(map(torch.stack, zip(*values, strict=True))), TreeSpecs(tuple(specs)).ready(), tuple(positions))
         for values, specs, positions in groups.values()
     ))  # fmt: skip
 

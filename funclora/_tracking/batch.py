@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ class Batch:
         rows_of: for inputs by name the dimension that counts rows, the row of each position of the first dimension, or
             None for an input that holds no rows.
         known: owners of inputs, found before.
+        apart: results that combine rows, as attention between packed sequences does, are lost.
     """
+
+    apart: ClassVar[bool] = False
 
     n: int
     repeats: int = 1
@@ -81,7 +84,7 @@ class Batch:
             self.known[key] = settled(index, self.n, True)
         return self.known[key]  # type: ignore[no-any-return]
 
-    def other_owner(self, x: Tensor, owners: Owners) -> tuple[int, int] | None:
+    def _other_owner(self, x: Tensor, owners: Owners) -> tuple[int, int] | None:
         """A row of an output whose first dimension counts the rows, and another row to which a part of it belongs."""
         if self.tokens is not None or x.shape[0] not in (self.n, self.n * self.repeats):
             return None
@@ -90,9 +93,52 @@ class Batch:
         wrong = ((index != rows) & (index >= 0)).nonzero()
         return (int(wrong[0, 0]), int(index[tuple(wrong[0])])) if len(wrong) else None
 
+    def refusal(self, x: Tensor, owner: Owner | str) -> str:
+        """Why an output with those owners cannot be given to the caller; "" if it can."""
+        if isinstance(owner, str) and owner and x.dim() and x.is_floating_point():
+            where = f" ({owner.where})" if isinstance(owner, Lost) and owner.where else ""
+            return (
+                f"the model returns a tensor of shape {list(x.shape)} whose rows {owner}{where} may have mixed or "
+                "reordered. Call the model once for each member, or use funclora.vmap over the stack."
+            )
+        if isinstance(owner, Owners) and (other := self._other_owner(x, owner)) is not None:
+            return (
+                f"the model returns a tensor of shape {list(x.shape)} whose row {other[0]} holds values of row "
+                f"{other[1]}: the model takes the rows of some inputs in another order than those of others. Call the "
+                "model once for each member, or use funclora.vmap over the stack."
+            )
+        return ""
+
     def describe(self) -> str:
         """What the inputs must look like, for messages."""
         if self.tokens is not None:
             return f"{list(self.tokens.shape)} rows and tokens, and no input tensor begins with these dimensions"
         sizes = f"{self.n}" if self.repeats == 1 else f"{self.n} or {self.n * self.repeats}"
         return f"{self.n} rows, and no input tensor has {sizes} as its first dimension"
+
+
+@dataclass(frozen=True, eq=False)
+class Members(Batch):
+    """The inputs of all members of a population: their parts follow each other, as many positions for each member.
+
+    Attributes:
+        tables: inputs that hold no parts, since all members share them.
+    """
+
+    apart: ClassVar[bool] = True
+
+    tables: Sequence[Tensor] = ()
+
+    def owner_of(self, name: str | None, x: Tensor) -> Owner | Lost | None:
+        if (name is not None and ("mask" in name or name in self.rows_of)) or x.dtype == torch.bool or not x.dim():
+            return None
+        return None if any(x is table for table in self.tables) else Place(0, x.shape[0] // self.n)
+
+    def refusal(self, x: Tensor, owner: Owner | str) -> str:
+        if isinstance(owner, Place):
+            return ""
+        return super().refusal(x, owner) or (
+            f"the model returns a tensor of shape {list(x.shape)} for {self.n} members, which does not hold the rows "
+            "of each member in order: the model reorders them, joins the members' results, or gives the same for all "
+            "of them. Compute the loss outside of the model, from outputs that hold each member's rows."
+        )

@@ -7,16 +7,48 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from funclora._tracking.batch import Batch
 from funclora._tracking.calls import Owner
-from funclora._tracking.owners import Lost, Owners, Place
 from funclora._tracking.tensor import ForwardCall, RowTensor, rows_of
 from funclora.errors import UnsupportedError
+
+
+class Part(NamedTuple):
+    """An output that holds a part for each member of a population, in order along a dimension."""
+
+    value: Tensor
+    dim: int
+
+
+class Mixed:
+    """An output that holds no part for each member of a population: any use of it raises `UnsupportedError`."""
+
+    def __init__(self, refusal: str) -> None:
+        self._refusal = refusal
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise the error."""
+        raise UnsupportedError(self._refusal)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Mixed):
+                x.refuse()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.refuse()
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __invert__ = __abs__ = refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = refuse
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = refuse
 
 
 class Entrance:
@@ -24,7 +56,7 @@ class Entrance:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.known: dict[Any, Owner] = {}
+        self.known: dict[bool, dict[Any, Owner]] = {False: {}, True: {}}  # by whether owners are kept apart
         self.inside = threading.local()
 
     def guard(self, module: nn.Module) -> None:
@@ -50,14 +82,15 @@ class Entrance:
         kwargs: dict[str, Any],
         *,
         names: tuple[str, ...] = (),
-        alone: bool = False,
+        batch: Batch | None = None,
     ) -> Any:
         """`function(*args, **kwargs)`; rows are tracked from here on, unless this is inside another tracked call."""
         if getattr(self.inside, "now", False):
             return function(*args, **kwargs)
         self.inside.now = True
         try:
-            return with_rows(function, args, kwargs, self.batch, self.known, names=names, alone=alone)
+            batch = batch or self.batch
+            return with_rows(function, args, kwargs, batch, self.known[batch.apart], names=names)
         finally:
             self.inside.now = False
 
@@ -70,7 +103,6 @@ def with_rows(
     known: dict[Any, Owner],
     *,
     names: tuple[str, ...] = (),
-    alone: bool = False,
 ) -> Any:
     """`function(*args, **kwargs)` on tracked inputs.
 
@@ -81,9 +113,11 @@ def with_rows(
         batch: how they hold the rows.
         known: results of earlier propagations.
         names: the names of its arguments.
-        alone: the rows must be dimension 0 of every output.
+
+    Returns:
+        The outputs as they are; for the members of a population a `Part` or `Mixed` in the place of each tensor.
     """
-    scope = ForwardCall(batch.n, known)
+    scope = ForwardCall(batch.n, known, apart=batch.apart)
     entered: list[Tensor] = []
 
     def enter(x: Any, name: str | None) -> Any:
@@ -117,25 +151,11 @@ def with_rows(
         if not isinstance(x, Tensor):
             return strip(x)
         plain, place = rows_of(x)
-        if isinstance(place, str) and place and x.dim() and x.is_floating_point():
-            where = f" ({place.where})" if isinstance(place, Lost) and place.where else ""
-            raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} whose rows {place}{where} may have mixed or "
-                "reordered. Call the model once for each member, or use funclora.vmap over the stack."
-            )
-        if isinstance(place, Owners) and (other := batch.other_owner(x, place)) is not None:
-            raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} whose row {other[0]} holds values of row "
-                f"{other[1]}: the model takes the rows of some inputs in another order than those of others. Call the "
-                "model once for each member, or use funclora.vmap over the stack."
-            )
-        if alone and place != Place(0, 1):
-            raise UnsupportedError(
-                f"the model returns a tensor of shape {list(x.shape)} for {batch.n} rows, whose first dimension does "
-                "not hold the rows in order: the model reorders them, joins the members' results, or gives the same "
-                "for all of them. Compute the loss outside of the model, from outputs with examples as their first "
-                "dimension."
-            )
+        refusal = batch.refusal(x, place)
+        if batch.apart:
+            return Mixed(refusal) if refusal else Part(plain, place.dim)  # type: ignore[union-attr]
+        if refusal:
+            raise UnsupportedError(refusal)
         return plain if isinstance(x, RowTensor) else x
 
     try:

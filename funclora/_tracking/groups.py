@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +91,13 @@ class Assignment:
         firsts: list[int] = self.table[:: self.count].tolist()
         return firsts
 
+    def counts(self, m: int) -> list[int]:
+        """The number of rows of each of m members."""
+        if self.kept is None:
+            return [self.count] * m
+        counts: list[int] = (self.kept // self.count).bincount(minlength=m).tolist()
+        return counts
+
     def of_member(self, j: int, device: torch.device) -> Tensor:
         """The rows of the j-th member."""
         positions = torch.arange(j * self.count, (j + 1) * self.count, device=device)
@@ -125,6 +133,7 @@ class RoutedGroup(NamedTuple):
         scalings: `[m]`.
         unscaled: all of them are 1.
         lease: held while the rule exists: what keeps the memory of its tensors from other uses.
+        owners: the owner of each member's first row, if the rows are positions of a tensor; else that is the row.
         rows: which rows use which member; None if `weights` are given.
         weights: `[n, m]`, each row's weights of the members.
         present: `[n]`, if m is the number of rows: whether the row has a member.
@@ -138,6 +147,7 @@ class RoutedGroup(NamedTuple):
     apart: bool = False
     unscaled: bool = False
     lease: object = None
+    owners: Sequence[int] | None = None
 
     def with_scalings(self, scalings: Tensor) -> RoutedGroup:
         """The same rows and members with other scalings."""
@@ -158,10 +168,12 @@ class Members(NamedTuple):
     Attributes:
         chosen: the members, by their number in the group.
         rows: the positions of each.
+        owners: the owner of the first position of each.
     """
 
     chosen: list[int]
     rows: Assignment
+    owners: Sequence[int]
 
     def taken(self, values: Tensor) -> Tensor:
         """The values `[m, *]` of these members."""
@@ -182,8 +194,13 @@ def members_of(group: RoutedGroup, m: int, owners: Owners) -> list[Members]:
         for position, member in enumerate(positions):
             if member >= 0:
                 found.setdefault(member, []).append(position)
+        of_position = owners.index.flatten().tolist()
         owners.plans[key] = [
-            Members(some, Assignment.of([found[k] for k in some], len(positions), group.scalings.device))
+            Members(
+                some,
+                Assignment.of([found[k] for k in some], len(positions), group.scalings.device),
+                [of_position[found[k][0]] for k in some],
+            )
             for some in alike([(k, len(each)) for k, each in found.items()])
         ]
     plan: list[Members] = owners.plans[key]

@@ -115,12 +115,24 @@ def without_last(call: OpCall) -> Places:
     return call.settled(owner.index.squeeze(-1)) if isinstance(owner, Owners) else owner
 
 
+def patches(call: OpCall) -> Places:
+    """unfold: the patches of pictures as the columns of a matrix."""
+    owner = within(3)(call)
+    return call.settled(owner.index.squeeze(-1)) if isinstance(owner, Owners) else owner
+
+
 def matrices(call: OpCall) -> Places:
     """Functions of matrices in the last two dimensions, each of one owner."""
     owned = call.owned()
     if any(_varies(owner, x, 2) for x, owner in owned):
         raise LostError
     return broadcast(call, owned)
+
+
+def _combined(call: OpCall) -> None:
+    """Each position of the result depends on positions of several owners, as in attention between packed sequences."""
+    if call.scope is not None and call.scope.apart:
+        raise LostError
 
 
 def product(first: int) -> Propagation:
@@ -141,6 +153,7 @@ def product(first: int) -> Propagation:
             if _varies(owner, left, 1):
                 raise LostError
             if call.is_owned(right) and _varies(call.owner_of(right), right, 2):
+                _combined(call)
                 owned = [each for each in owned if each[0] is not right]
         elif call.is_owned(right) and call.index(right).shape[-2] > 1:
             raise LostError
@@ -188,9 +201,11 @@ def einsum(call: OpCall) -> Places:
         if not varying <= set(result):
             if not seen:
                 raise LostError
+            _combined(call)
             continue  # the values and keys of attention
         crossed = {letter for letter in varying if seen and letter not in seen}
         if crossed and parts:
+            _combined(call)
             continue
         order = [letter for letter in every if letter in term]
         index = index.permute([term.index(letter) for letter in order])
@@ -208,9 +223,24 @@ def attention(call: OpCall) -> Places:
     if _varies(owner, query, 1) or call.out.dim() != query.dim():
         raise LostError
     for x in (key, value):
-        if call.is_owned(x) and not _varies(call.owner_of(x), x, 2):
+        if call.is_owned(x) and _varies(call.owner_of(x), x, 2):
+            if not _masks_others(call, query, x):
+                _combined(call)
+        elif call.is_owned(x):
             broadcast(call, [(query, owner), (x, call.owner_of(x))])  # of the same batch
     return owner
+
+
+def _masks_others(call: OpCall, query: Tensor, key: Tensor) -> bool:
+    """Whether the mask of an attention lets every query see keys of its own owner only."""
+    mask = call.arg(3, "attn_mask")
+    if call.scope is None or not call.scope.apart or not isinstance(mask, Tensor):
+        return False
+    seen = call.values(mask)
+    seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    own, other = (call.index(x, seen)[..., 0] for x in (query, key))
+    mixed = (own.unsqueeze(-1) != other.unsqueeze(-2)) & (other.unsqueeze(-2) >= 0)
+    return not bool((seen & mixed).any())
 
 
 def sorted_product(call: OpCall) -> Places:

@@ -128,7 +128,8 @@ for _n in (1, 2, 3):
     _know(products.batched(_n), f"conv{_n}d conv_transpose{_n}d max_pool{_n}d avg_pool{_n}d adaptive_avg_pool{_n}d "
           f"adaptive_max_pool{_n}d dropout{_n}d", F)  # fmt: skip
 _know(products.batched(0), "group_norm interpolate grid_sample", F)
-_know(products.within(3), "pixel_shuffle pixel_unshuffle unfold", F)
+_know(products.within(3), "pixel_shuffle pixel_unshuffle", F)
+_know(products.patches, "unfold", F)
 _know(products.batch_norm, "batch_norm", F)
 _know(products.instance_norm, "instance_norm", F)
 _know(products.cosine, "cosine_similarity", F, torch)

@@ -113,6 +113,9 @@ class Routed(Rule):
     def narrow(self, shape: tuple[int, ...], dim: int, start: int, length: int) -> Rule | None:
         return self.of_each(lambda rule: rule.narrow(shape, dim, start, length))
 
+    def split_outputs(self, groups: int) -> Rule | None:
+        return self.of_each(lambda rule: rule.split_outputs(groups))
+
     def select_experts(self, index: Any) -> Rule | None:
         return self.of_each(lambda rule: rule.select_experts(index))
 
@@ -170,6 +173,7 @@ class PreparedRouted(Rule):
     dropout_p = Routed.dropout_p
     transposed = Routed.transposed
     narrow = Routed.narrow
+    split_outputs = Routed.split_outputs
     select_experts = Routed.select_experts
     of_each = Routed.of_each
 
@@ -185,7 +189,8 @@ class PreparedRouted(Rule):
     def apply_op(self, op: Any, weight: Tensor, dropout: float) -> Tensor:
         out: Tensor
         x, place = rows_of(op.x)
-        if not dropout and place == ROWS_FIRST and (plan := self._plan(op, x, weight)) is not None:
+        kept = place == ROWS_FIRST and not dropout and not torch.compiler.is_compiling()
+        if kept and (plan := self._plan(op, x, weight)) is not None:
             entered: Tensor = op.x.scope.enter(plan.run(op.with_input(x), weight), place)
             return entered
         if self.n == 1:
@@ -193,7 +198,7 @@ class PreparedRouted(Rule):
         if isinstance(place, str):
             raise LostRowsError("is read", place)
         given = op.with_input(x)
-        if dropout and op.takes_dropout and (isinstance(place, Owners) or isinstance(given, GroupedMatmulOp)):
+        if dropout and op.takes_dropout and isinstance(given, GroupedMatmulOp):
             refuse_seeds()
         if isinstance(given, GroupedMatmulOp):
             out = by_expert(self.pairs(), given, place, weight, self.n, dropout)
@@ -238,7 +243,7 @@ class PreparedRouted(Rule):
                 leaves: Any = {leaf: some.taken(getattr(rule, leaf)) for leaf in rule.leaf_names}
                 rules.append(replace(rule, **leaves))
                 scalings = some.taken(group.scalings)
-                groups.append(group._replace(scalings=scalings, rows=some.rows, present=None))
+                groups.append(group._replace(scalings=scalings, rows=some.rows, present=None, owners=some.owners))
         n, each = positions.numel(), RoutedGroups(groups)
         return PreparedRouted(tuple(rules), each, n, in_succession(each, n), Repeated())
 
@@ -291,7 +296,7 @@ class PreparedRouted(Rule):
             assert rows is not None
             out = op.add_grouped(rows.split(base), *self._grouped(i, op, rows.split(inputs), dropout))
             if scale is not None and not op.transposed:
-                out = _scaled(op, out, scale)
+                out = _scaled(op, out, scale, before=2)
             outs.append(out.flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -308,7 +313,8 @@ class PreparedRouted(Rule):
         rule, group = self.rules[i], self.groups[i]
         assert group.rows is not None
         if dropout and rule.dropout and op.takes_dropout:
-            inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, group.rows.first(), group.rows.n)
+            owners = group.rows.first() if group.owners is None else group.owners
+            inputs = dropped(inputs.to(rule.a.dtype), rule.dropout, owners, group.rows.counts(len(inputs)))
         if op.transposed:
             return inputs, rule.a, rule.b, None if group.unscaled else group.scalings
         return inputs, rule.a, *self.repeated.factor(i, group, rule.b, inputs.shape[1:-1].numel())
@@ -356,19 +362,26 @@ class PreparedRouted(Rule):
         return of_rows if mixed is None or of_rows is None else of_rows + mixed
 
 
-def _scaled(op: Any, rows: Tensor, scale: Tensor | None) -> Tensor:
-    """Rows `[n, *]`, a temporary, times the scales of their output units, `[n, out]`."""
+def _scaled(op: Any, rows: Tensor, scale: Tensor | None, before: int = 1) -> Tensor:
+    """Rows, a temporary, times the scales of their output units, as `_spread_scale`."""
     if scale is None:
         return rows
-    factor = _spread_scale(op, rows, scale)
+    factor = _spread_scale(op, rows, scale, before)
     return overwriting()(torch.mul, rows, factor) if rows.dtype == factor.dtype else rows * factor
 
 
-def _spread_scale(op: Any, rows: Tensor, scale: Any) -> Tensor:
-    """The scales of the output units, `[n, *lead, out]`, to broadcast over rows `[n, *]`."""
+def _spread_scale(op: Any, rows: Tensor, scale: Any, before: int = 1) -> Tensor:
+    """The scales of the output units, `[n, *lead, out]`, to broadcast over rows.
+
+    Args:
+        op: the operation.
+        rows: `[n, *]`, or with `before=2` `[n, count, *]`.
+        scale: the scales.
+        before: the number of dimensions before those of a single row.
+    """
     if scale.dim() > 2:  # of experts
         lead = scale.shape[1:-1]
-        return spread(scale, rows, (*lead, *[1] * (rows.dim() - 2 - len(lead)), scale.shape[-1]))
+        return spread(scale, rows, (*lead, *[1] * (rows.dim() - before - 1 - len(lead)), scale.shape[-1]))
     return spread(scale, rows, op.per_output(scale[0]).shape)
 
 

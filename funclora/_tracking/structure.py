@@ -89,13 +89,29 @@ def _eager() -> None:
 _sliced = view(Tensor.__getitem__)
 
 
+_UNKNOWN = -2
+
+
 def strided(call: OpCall) -> Places:
-    """as_strided: overlapping parts of a tensor in memory."""
-    index = call.index(call.x).expand(call.x.shape)
+    """as_strided: any parts of the tensor in memory, which may overlap; its owners are laid out in memory as it is."""
+    x, out = call.x, call.out
+    index = call.index(x)
     _eager()
-    if not call.x.is_contiguous() or call.arg(3, "storage_offset") is not None:
+    if not x.numel() or not out.numel():
         raise LostError
-    return call.settled(index.contiguous().as_strided(call.out.shape, call.out.stride()))
+    start = out.storage_offset() - x.storage_offset()
+    memory = index.new_full((max(_last(x), start + _last(out)) + 1,), _UNKNOWN)
+    as_x = memory.as_strided(x.shape, x.stride())
+    as_x.copy_(index.expand(x.shape))
+    found = memory.as_strided(out.shape, out.stride(), start) if start >= 0 else memory
+    if start < 0 or not bool((as_x == index).all()) or bool((found == _UNKNOWN).any()):
+        raise LostError  # positions that share memory, or memory outside of the tensor
+    return call.settled(found)
+
+
+def _last(x: Tensor) -> int:
+    """How far from its first element the last one is in memory."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def indexed(call: OpCall) -> Places:

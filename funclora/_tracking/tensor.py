@@ -42,6 +42,7 @@ class ForwardCall:
         spoilt: memory that values of unknown owners were written to.
         adopted: memory without owners that values of known ones were written to.
         taken: the tensors that `take` took.
+        apart: results that combine positions of several owners are lost.
         read: the operation that gave values to Python that may come back as a tensor, "" if none did.
     """
 
@@ -52,6 +53,7 @@ class ForwardCall:
     adopted: dict[int, Adopted] = field(default_factory=dict)
     read: str = ""
     taken: list[RowTensor] = field(default_factory=list)
+    apart: bool = False
 
     def lost(self, x: Tensor) -> str:
         """What lost the owners of a tensor, other than the operation that made it; "" if nothing did."""
@@ -99,12 +101,13 @@ class ForwardCall:
         return self.enter_as(x.as_subclass(RowTensor), place)
 
 
-_streams: ContextVar[list[torch.Generator] | None] = ContextVar("funclora.streams", default=None)
+Streams = Sequence["torch.Generator | None"]
+_streams: ContextVar[Streams | None] = ContextVar("funclora.streams", default=None)
 
 
 @contextlib.contextmanager
-def streams(generators: list[torch.Generator] | None) -> Iterator[None]:
-    """Draw dropout from one generator for each member of a population, whose rows follow each other."""
+def streams(generators: Streams | None) -> Iterator[None]:
+    """Draw dropout from one generator for each owner; None for an owner whose positions nobody reads."""
     token = _streams.set(generators)
     try:
         yield
@@ -112,18 +115,23 @@ def streams(generators: list[torch.Generator] | None) -> Iterator[None]:
         _streams.reset(token)
 
 
-def dropped(x: Tensor, p: float, first_rows: Sequence[int], n: int) -> Tensor:
-    """Dropout on `[members, *]`, of members whose rows begin at `first_rows` of n: each draws as in its own run."""
-    generators = _streams.get()
+def streams_of_owners() -> Streams | None:
+    """The generators of `streams`. The compiler, which cannot trace them, has none."""
+    return None if torch.compiler.is_compiling() else _streams.get()
+
+
+def dropped(x: Tensor, p: float, owners: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Dropout on `[m, count, *]`: each owner draws for its first positions as it would in a run of its own."""
+    generators = streams_of_owners()
     if generators is None:
         return F.dropout(x, p)
     keep = 1 - p
-    by_member = n // len(generators)
-    masks = [
-        torch.empty_like(x[i]).bernoulli_(keep, generator=generators[row // by_member]).div_(keep)
-        for i, row in enumerate(first_rows)
-    ]
-    return x * torch.stack(masks)
+    mask = torch.ones_like(x)
+    for own, owner, count in zip(mask, owners, counts, strict=True):
+        generator = generators[owner] if 0 <= owner < len(generators) else None
+        if generator is not None:
+            own[:count] = torch.empty_like(own[:count]).bernoulli_(keep, generator=generator).div_(keep)
+    return x * mask
 
 
 class RowTensor(torch.Tensor):
@@ -155,10 +163,12 @@ class RowTensor(torch.Tensor):
         if propagation is question:
             with plain_tensors():
                 return func(*args, **kwargs)
-        if func is F.dropout and _streams.get() is not None:
+        if func is F.dropout and streams_of_owners() is not None:
             return _dropout(*args, **kwargs)
         if propagation is None and isinstance(func, types.FunctionType) and func.__module__ != "torch.functional":
             return undispatched(func)(*args, **kwargs)  # Python code: each operation in it has its propagation
+        if func in _PYTHON and torch.compiler.is_compiling():  # which would dispatch in vain to its arguments
+            constants = True
         if constants:  # their own class computes on plain tensors; the place of the rows is added here
             out = func(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
             with plain_tensors():
@@ -186,6 +196,8 @@ class RowTensor(torch.Tensor):
             return scope.enter_as(cast(RowTensor, out), place)
 
 
+# Functions of torch that are written in Python.
+_PYTHON = frozenset(func for func in propagations if isinstance(func, types.FunctionType))
 _MAY_RETURN_SELF = frozenset((Tensor.to, Tensor.contiguous, Tensor.float, Tensor.type_as))
 _NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, type(...)))
 
@@ -280,29 +292,42 @@ def rows_back(x: Tensor, place: Owner) -> Tensor:
 
 def refuse_seeds() -> None:
     """Raise `UnsupportedError` if each member draws dropout by its own generator, where rows are not in order."""
-    if _streams.get() is not None:
+    if streams_of_owners() is not None:
         raise seeds_error()
 
 
 def seeds_error() -> UnsupportedError:
     return UnsupportedError(
-        "dropout with a seed for each member needs the rows of the members one after the other, and the model "
-        "sorts or mixes them here, as experts do. Leave out the seeds, or set the dropout to 0."
+        "dropout with a seed for each member needs to know whose positions it drops, and the model sorts or mixes them "
+        "here, as experts do. Leave out the seeds, or set the dropout to 0."
     )
 
 
 def _dropout(input: RowTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`F.dropout` with separate draws for each member of a population."""
-    generators, x = _streams.get(), input
+    """`F.dropout` with separate draws for each owner."""
+    generators = _streams.get()
     if not training or p == 0 or generators is None or not input.scope.active:
         return input
-    plain, place = rows_of(x)
-    if not isinstance(place, Place):
+    plain, place = rows_of(input)
+    if isinstance(place, str):
         raise seeds_error()
     n = input.scope.n
-    rows = rows_first(plain, place, n).unflatten(0, (len(generators), -1))
-    out = dropped(rows, p, range(0, n, n // len(generators)), n).flatten(0, 1)
+    rows = rows_first(plain, place, n)
+    if isinstance(place, Place):
+        out = dropped(rows.unsqueeze(1) if place.inner == 1 else rows, p, range(n), [max(place.inner, 1)] * n)
+        out = out.reshape(rows.shape)
+    else:
+        order = place.index.flatten().argsort(stable=True)
+        parts = [part[None] for part in rows[order].split(_counts(place, n))]
+        drawn = [dropped(part, p, [owner], [part.shape[1]])[0] for owner, part in enumerate(parts, -1)]
+        out = torch.cat(drawn)[order.argsort()]
     return input.scope.enter(rows_back(out, place), place)
+
+
+def _counts(owners: Owners, n: int) -> list[int]:
+    """The number of positions of nobody, and of each owner."""
+    counts: list[int] = (owners.index.flatten() + 1).bincount(minlength=n + 1).tolist()
+    return counts
 
 
 def _placed(

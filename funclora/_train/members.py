@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from funclora._bind.apply import bind
-from funclora._many.route import in_groups, route
+from funclora._bind.apply import bind, called
+from funclora._many.route import checked_rows_of, in_groups, route
 from funclora._many.stack import Stack
-from funclora._tracking.entry import argument_names
+from funclora._torch.levels import outside_of_vmap
+from funclora._tracking.batch import Members
+from funclora._tracking.entry import Part
 from funclora.errors import ConfigError, UnsupportedError
 from funclora.rules.base import Params, Rule
 
@@ -22,46 +23,110 @@ Population = Stack[dict[str, Rule]]
 
 
 class BatchedModel:
-    """The model for all members, bound once for each number of rows per member.
+    """The model for all members, bound once. Its inputs hold the members' parts one after the other.
 
     Attributes:
-        order: the members in the order of their rows: members that are computed together are adjacent.
-        back: the position of each member in `order`.
+        n: the number of members.
+        owners: the member of each owner of positions, here in the order of their parts: members that are computed
+            together are adjacent.
     """
 
-    def __init__(self, model: nn.Module, params: Params, members: Population) -> None:
+    def __init__(
+        self, model: nn.Module, params: Params, members: Population, rows_of: Mapping[str, None] | None = None
+    ) -> None:
         self.model = model
-        self.params = params
-        self.members = members
-        self.bound: dict[int, nn.Module] = {}
-        self.order = in_groups(members)
-        self.back = sorted(range(len(members)), key=self.order.__getitem__)
+        self.n = len(members)
+        self.rows_of = checked_rows_of(rows_of)
+        if any(rows is not None for rows in self.rows_of.values()):
+            raise ConfigError(
+                "population_step: rows_of: expected None for each name: members have parts of all inputs."
+            )
+        self.owners: Sequence[int] = ()
+        self.bound: Any = bind(model, params, self.routed(members))
 
-    def of(self, count: int) -> nn.Module:
-        if count not in self.bound:
-            ids = [i for i in self.order for _ in range(count)]
-            self.bound[count] = bind(self.model, self.params, route(self.members, ids))
-        return self.bound[count]
+    def routed(self, members: Population) -> dict[str, Rule]:
+        self.owners = in_groups(members)
+        return route(members, self.owners)
+
+    def run(self, call: _Call, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> Outputs:
+        """The outputs of one call, for inputs that hold the members along `dims`."""
+        counts = {x.movedim(d, 0).shape[1] for x, d in zip(tensors, dims, strict=True) if d is not None and x.dim() > 1}
+        if not counts:
+            counts = {x.shape[0] for x in tensors if x.dim()}
+            if len(counts) > 1:
+                raise ConfigError(
+                    f"the loss calls the model on tensors with first dimensions of the sizes {sorted(counts)}, which "
+                    "all members share: nobody can tell which of them hold examples. Give each member its own: tensors "
+                    "`[n_members, n_rows, *]`."
+                )
+        if 0 in counts or not counts:
+            raise ConfigError("the loss calls the model on no examples: every tensor is empty, or there is none.")
+        tables: list[Tensor] = []
+        inputs = [self._as_parts(x, d, counts, tables) for x, d in zip(tensors, dims, strict=True)]
+        back = sorted(range(self.n), key=self.owners.__getitem__)
+        outs = call.on(self.bound, inputs, Members(self.n, rows_of=self.rows_of, tables=tables))
+        return [
+            (_taken(part.value.unflatten(part.dim, (self.n, -1)), back, part.dim), part.dim)
+            if isinstance(part, Part)
+            else (part.unsqueeze(0), 0)  # of the only member
+            for part in outs
+        ]
+
+    def _as_parts(self, x: Tensor, dim: int | None, counts: set[int], tables: list[Tensor]) -> Tensor:
+        """An input with the members' parts along its first dimension, in order; noted if it is none."""
+        if dim is not None:
+            if x.dim() < 2:
+                raise ConfigError(
+                    "the loss calls the model on a tensor without dimensions. The first dimension must count examples."
+                )
+            return _taken(x.movedim(dim, 0), self.owners, 0).flatten(0, 1)
+        if x.dim() and x.shape[0] in counts:
+            return x.expand(self.n, *x.shape).flatten(0, 1)
+        tables.append(x)
+        return x
 
 
-class PackedModel(BatchedModel):
-    """The model for a batch whose tokens belong to members, bound once; every member gets the outputs of all tokens."""
+class MixedModel(BatchedModel):
+    """The model for a batch whose rows or tokens belong to members; every member gets the outputs of all of them."""
 
-    def __init__(self, model: nn.Module, params: Params, members: Population, ids: Any) -> None:
-        super().__init__(model, params, members)
-        self.bound[0] = bind(model, params, route(members, ids))
+    def __init__(
+        self, model: nn.Module, params: Params, members: Population, rows_of: Mapping[str, None] | None, ids: Any
+    ) -> None:
+        compiling = torch.compiler.is_compiling()
+        self.ids = ids.tolist() if isinstance(ids, Tensor) and not compiling else ids
+        super().__init__(model, params, members, rows_of)
 
-    def of(self, count: int) -> nn.Module:
-        return self.bound[0]
+    def routed(self, members: Population) -> dict[str, Rule]:
+        routed = route(members, self.ids, rows_of=self.rows_of)
+        if not isinstance(self.ids, Tensor):
+            by_token = isinstance(self.ids[0], (list, tuple))
+            self.owners = sorted({member for row in self.ids for member in row}) if by_token else self.ids
+        return routed
+
+    def mine(self) -> Tensor:
+        """For each member, which rows or tokens are its own."""
+        ids = torch.as_tensor(self.ids)
+        return ids == torch.arange(self.n, device=ids.device).view(-1, *[1] * ids.dim())
+
+    def run(self, call: _Call, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> Outputs:
+        if any(dim is not None for dim in dims):
+            raise ConfigError(
+                "with ids, the loss calls the model on tensors that differ by member. Pass it the tensors of the "
+                "batch, and use `mine` for its outputs."
+            )
+        return [(x, None) for x in call.on(self.bound, tensors, None)]
 
 
 class AloneModel(BatchedModel):
     """The model for a single member, whose rows the model may mix."""
 
-    def of(self, count: int) -> nn.Module:
-        if not self.bound:
-            self.bound[0] = bind(self.model, self.params, self.members[0])
-        return self.bound[0]
+    def routed(self, members: Population) -> dict[str, Rule]:
+        self.owners = [0]
+        return members[0]
+
+
+# The tensors that a call gives to the members, and the dimension that counts them; None if all members share it.
+Outputs = list[tuple[Tensor, "int | None"]]
 
 
 class MemberModel:
@@ -74,11 +139,12 @@ class MemberModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs: Any = (args, kwargs)
-        leaves, spec = optree.tree_flatten(inputs, none_is_leaf=True)
+        leaves, spec = pytree.tree_flatten(inputs)
         call = _Call(self._rows, self._path, leaves, spec)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        outs = _BatchMembers.apply(call, self._member, *tensors)  # type: ignore[no-untyped-call]
-        return call.joined(outs)
+        if torch.compiler.is_compiling():
+            return call.joined(outside_of_vmap(call.run, self._rows.n, tensors))
+        return call.joined(_BatchMembers.apply(call, self._member, *tensors))  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         path = f"{self._path}.{name}" if self._path else name
@@ -103,74 +169,37 @@ class _Call:
         self.leaves = leaves
         self.spec = spec
 
-    def run(self, n: int, tensors: list[Tensor], dims: Sequence[int | None]) -> tuple[Tensor, ...]:
-        """The outputs that are tensors, `[n_members, n_rows, *]`, for inputs with members along `dims`."""
-        counts = {x.movedim(d, 0).shape[1] for x, d in zip(tensors, dims, strict=True) if d is not None and x.dim() > 1}
-        if not counts:
-            counts = {x.shape[0] for x in tensors if x.dim()}
-        if len(counts) != 1:
-            raise ConfigError(
-                f"the loss calls the model on tensors with first dimensions of the sizes {sorted(counts)}. The first "
-                "dimension of each tensor must count the member's examples."
-            )
-        (count,) = counts
-        if isinstance(self.rows, PackedModel):
-            if any(dim is not None for dim in dims):
-                raise ConfigError(
-                    "with ids, the loss calls the model on tensors that differ by member. Pass it the tensors of the "
-                    "batch, and use `mine` for its outputs."
-                )
-            return self._outputs(count, tensors, alone=False)
-        rows = [self._as_rows(x, d, n, count, self.rows.order) for x, d in zip(tensors, dims, strict=True)]
-        outs = self._outputs(count, rows, alone=True)
-        for x in outs:
-            if not x.dim() or x.shape[0] != n * count:
-                raise UnsupportedError(
-                    f"the model returns a tensor of shape {list(x.shape)} for {n} members with {count} examples each: "
-                    "it mixes the members' results. Compute the loss outside of the model, from outputs whose first "
-                    "dimension counts examples."
-                )
-        return tuple(_taken(x.unflatten(0, (n, count)), self.rows.back) for x in outs)
+    def run(self, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> Outputs:
+        """The outputs of the call, for inputs that hold the members along `dims`."""
+        return self.rows.run(self, tensors, dims)
 
-    def _outputs(self, count: int, tensors: list[Tensor], *, alone: bool) -> tuple[Tensor, ...]:
-        """The outputs of the bound model that are tensors, for these inputs."""
+    def on(self, bound: Any, tensors: Sequence[Tensor], batch: Members | None) -> list[Any]:
+        """The outputs of the bound model on these inputs that are tensors, or a `Part` of one."""
         given = iter(tensors)
-        args, kwargs = self.spec.unflatten([next(given) if isinstance(x, Tensor) else x for x in self.leaves])
-        bound = self.rows.of(count)
-        function = _get(bound, self.path)
-        entrance = getattr(bound.__dict__.get("forward"), "entrance", None)  # None if there is only one row
-        if entrance is None:
-            out = function(*args, **kwargs)
-        else:
-            out = entrance.call(function, args, kwargs, names=argument_names(function), alone=alone)
-        self.out_leaves, self.out_spec = pytree.tree_flatten(out)
-        return tuple(x for x in self.out_leaves if isinstance(x, Tensor))
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if isinstance(x, Tensor) else x for x in self.leaves], self.spec
+        )
+        out = called(bound, self.path, args, kwargs, batch)
+        self.out_leaves, self.out_spec = pytree.tree_flatten(out, is_leaf=_is_part)
+        return [x for x in self.out_leaves if _is_part(x) or isinstance(x, Tensor)]
 
-    @staticmethod
-    def _as_rows(x: Tensor, dim: int | None, n: int, count: int, order: list[int]) -> Tensor:
-        if dim is not None:
-            if x.dim() < 2:
-                raise ConfigError(
-                    "the loss calls the model on a tensor without dimensions. The first dimension must count examples."
-                )
-            return _taken(x.movedim(dim, 0), order).flatten(0, 1)
-        if x.dim() and x.shape[0] == count:
-            return x.expand(n, *x.shape).flatten(0, 1)
-        return x
-
-    def joined(self, outs: tuple[Tensor, ...]) -> Any:
+    def joined(self, outs: Sequence[Tensor]) -> Any:
         found = iter(outs)
-        leaves = [next(found) if isinstance(x, Tensor) else x for x in self.out_leaves]
+        leaves = [next(found) if _is_part(x) or isinstance(x, Tensor) else x for x in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 
-def _taken(x: Tensor, order: list[int]) -> Tensor:
-    """The members of x `[n_members, *]` in the given order."""
-    return x if order == sorted(order) else x.index_select(0, torch.tensor(order, device=x.device))
+def _is_part(x: Any) -> bool:
+    return isinstance(x, Part)
+
+
+def _taken(x: Tensor, order: Sequence[int], dim: int) -> Tensor:
+    """The members of a tensor, which are along a dimension, in the given order."""
+    return x if list(order) == sorted(order) else x.index_select(dim, torch.tensor(list(order), device=x.device))
 
 
 class _BatchMembers(torch.autograd.Function):
-    """A call of the model. Under `vmap`, the inputs of all members become the rows of one batch."""
+    """A call of the model. Under `vmap`, the inputs of all members become one batch."""
 
     @staticmethod
     def forward(call: _Call, member: Tensor, *tensors: Tensor) -> Any:
@@ -182,5 +211,5 @@ class _BatchMembers(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, member: Tensor, *tensors: Tensor) -> Any:
-        outs = call.run(info.batch_size, list(tensors), in_dims[2:])
-        return outs, (None if isinstance(call.rows, PackedModel) else 0,) * len(outs)
+        outs = call.run(tensors, in_dims[2:])
+        return tuple(x for x, _ in outs), tuple(dim for _, dim in outs)

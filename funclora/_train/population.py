@@ -7,7 +7,8 @@ once for all members, attention kernels and activation checkpointing work as usu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import optree
@@ -18,7 +19,7 @@ from funclora._api.arguments import check_integer, check_model, check_numbers, c
 from funclora._bind.checks import unwritten
 from funclora._many.stack import Group, Stack, TreeSpecs, check_stack
 from funclora._tracking.tensor import streams
-from funclora._train.members import BatchedModel, MemberModel, PackedModel, Population
+from funclora._train.members import BatchedModel, MemberModel, MixedModel, Population
 from funclora._train.step import LossFn, autograd, averaged, check_bindable, checked_loss, micro_batches, micro_seeds
 from funclora.distributed._mean import Mean
 from funclora.errors import ConfigError
@@ -36,6 +37,7 @@ def population_step(
     accumulate: int = 1,
     shared: bool = False,
     reduce: Mean | None = None,
+    rows_of: Mapping[str, None] | None = None,
 ) -> Callable[..., tuple[Population, Any, dict[str, Any]]]:
     """One step of training for every member of a stack, as a pure function: `train_step` for populations.
 
@@ -45,23 +47,27 @@ def population_step(
     Args:
         model: the module that defines the computation; never changed.
         loss_fn: `loss_fn(bound, batch)` for one member, as for `train_step`. It runs under `torch.func.vmap`; calls of
-            the bound model inside run on the rows of all members together. The first dimension of their tensors must
-            count examples, and the loss must be computed outside of the model.
+            the bound model inside run on the rows of all members together. What the first dimension of their tensors
+            counts, examples or patches of pictures, is the same number for each member, and the loss must be computed
+            outside of the model.
         optimizer: a pair of functions `init(params)` and `update(grads, state, params=...)`, used for each member
             separately; `optim.per_member` gives each member its own hyperparameters.
         has_aux: whether `loss_fn` returns anything besides the loss.
         accumulate: number of micro-batches, as for `train_step`.
         shared: all members see the same batch, of tensors `[n_rows, *]`.
         reduce: `distributed.mean()`: the mean over the micro-batches of all processes, as for `train_step`.
+        rows_of: names of inputs of the model that no adapted layer reads by row, such as the sizes of pictures, each
+            with None, as for `route`.
 
     Returns:
-        `step(params, stack, state, batch, *, seeds=None) -> (stack, state, metrics)`, where `state` starts as
-        `per_member(...).init(stack)`, and the tensors of the batch are `[n_members, n_rows, *]` unless `shared`. With
-        `seeds`, one int for each member, its dropout is that of `train_step` with that seed. With
-        `step(..., ids=ids)`, ids `[n_rows, n_tokens]` as for `route`, the batch is packed: its tensors are
-        `[n_rows, n_tokens, *]`, every token is read by the adapter of its member, and the model runs once for all. The
-        loss is then `loss_fn(bound, batch, mine)`, where `mine`, `[n_rows, n_tokens]`, is true for the tokens of the
-        member; it must depend on the outputs at no others. Metrics: "loss",
+        `step(params, stack, state, batch, *, seeds=None, ids=None) -> (stack, state, metrics)`, where `state` starts
+        as `per_member(...).init(stack)`, and the tensors of the batch are `[n_members, n_rows, *]` unless `shared`.
+        With `seeds`, one int for each member, its dropout is that of `train_step` with that seed. With ids `[n_rows]`
+        or `[n_rows, n_tokens]`, as for `route`, members have different numbers of rows, or of tokens in packed rows.
+        The batch is then one for all, of tensors `[n_rows, *]`. Every row or token is read by the adapter of its
+        member, the model runs once for each micro-batch, and the loss is `loss_fn(bound, batch, mine)`, where `mine` is
+        true for the member's rows or tokens, in the shape of ids; it must depend on the outputs at no others. With
+        `seeds`, each member then draws dropout for its own positions. Metrics: "loss",
         "grad_norm" and "finite" (whether both are), `[n_members]` each, and "aux" with `has_aux`. The state is a
         stack: use `stack[kept], state[kept]` to continue with some of the members, in this order.
 
@@ -92,19 +98,23 @@ def population_step(
         batch: Any,
         *,
         seeds: Sequence[int] | None = None,
-        ids: Sequence[Sequence[int]] | Tensor | None = None,
+        ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     ) -> tuple[Population, Any, dict[str, Any]]:
         check_params(params)
-        if ids is not None and (seeds is not None or accumulate != 1 or reduce is not None):
-            raise ConfigError("population_step: ids go with accumulate=1, and without seeds and reduce.")
+        if seeds is not None and torch.compiler.is_compiling():
+            raise ConfigError(
+                "population_step: seeds: torch.compile cannot trace generators. Compile the step without seeds, or set "
+                "torch.manual_seed before it."
+            )
         dim = None if shared or ids is not None else 0
         check_members("population_step", members, batch, None if batch is None and reduce else dim)
         every = micro_generators(seeds, members, accumulate, reduce)
-        members = cast(Population, optree.tree_map(Tensor.detach, cast(Any, members)))
+        members = members.with_leaves([leaf.detach() for leaf in members.leaves()])
         batches = micro_batches(batch, accumulate, dim=1 if dim == 0 else 0, reduce=reduce)
+        packed = micro_ids(ids, accumulate)
         parts = [
-            _value_and_grad(loss_fn, model, params, members, part, dim, generators, ids)
-            for part, generators in zip(batches, every, strict=False)
+            _value_and_grad(loss_fn, model, params, members, part, dim, generators, own, rows_of)
+            for part, generators, own in zip(batches, every, packed, strict=False)
         ]
         aux = [aux for _, aux, _ in parts]
         loss, grads = averaged([(loss, grads) for loss, _, grads in parts], batches, members, reduce)
@@ -175,25 +185,65 @@ def _value_and_grad(
     dim: int | None,
     generators: list[torch.Generator] | None,
     ids: Any = None,
+    rows_of: Mapping[str, None] | None = None,
 ) -> tuple[Tensor, Any, Population]:
     """Losses `[n_members]`, aux, and the gradients of all members."""
     params = {name: tensor.detach() for name, tensor in params.items()}
 
     def losses_and_aux(members: Population) -> tuple[Tensor, Any]:
-        rows = BatchedModel(model, params, members) if ids is None else PackedModel(model, params, members, ids)
-        mine = () if ids is None else (torch.as_tensor(ids) == torch.arange(len(members))[:, None, None],)
+        if ids is None:
+            rows = BatchedModel(model, params, members, rows_of)
+        else:
+            rows = MixedModel(model, params, members, rows_of, ids)
+        mine = (rows.mine(),) if isinstance(rows, MixedModel) else ()
 
         def one(member: Tensor, batch: Any, *mine: Tensor) -> tuple[Tensor, Any]:
             return loss_fn(MemberModel(rows, member), batch, *mine)  # type: ignore[no-any-return]
 
-        with streams(generators and [generators[i] for i in rows.order]), unwritten(params, {}):
-            dims = (0, batch_dims(batch, dim), *[0] * len(mine))
-            by_member = torch.func.vmap(one, in_dims=dims, randomness="different")
+        dims = (0, batch_dims(batch, dim), *[0] * len(mine))
+        by_member = torch.func.vmap(one, in_dims=dims, randomness="different")
+        if torch.compiler.is_compiling():  # a graph has no versions to compare
             losses, aux = by_member(torch.arange(len(members)), batch, *mine)
+        else:
+            with drawing(generators, rows.owners), unwritten(params, {}):
+                losses, aux = by_member(torch.arange(len(members)), batch, *mine)
         return losses.sum(), (losses.detach(), aux)
 
-    _, (losses, aux), grads = autograd(losses_and_aux, members)
+    if torch.compiler.is_compiling():
+
+        def of_leaves(leaves: list[Tensor]) -> tuple[Tensor, Any]:
+            return losses_and_aux(members.with_leaves(leaves))
+
+        found, (_, (losses, aux)) = torch.func.grad_and_value(of_leaves, has_aux=True)(members.leaves())
+        return losses, aux, members.with_leaves(found)
+    _, (losses, aux), grads = autograd(losses_and_aux, members, whole=ids is None)
     return losses, aux, grads
+
+
+@contextlib.contextmanager
+def drawing(generators: list[torch.Generator] | None, owners: Sequence[int]) -> Iterator[None]:
+    """Draw the randomness of the model from one generator for each member.
+
+    Args:
+        generators: those of the members; None for the global ones.
+        owners: the member of each owner; -1 for the base model.
+    """
+    if generators is None or len(owners) > 1:
+        with streams(generators and [generators[i] if i >= 0 else None for i in owners]):
+            yield
+        return
+    if owners[0] < 0:
+        yield
+        return
+    own = generators[owners[0]]  # the rows of a single member are not tracked
+    device = own.device
+    common = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        common.set_state(own.get_state())
+        try:
+            yield
+        finally:
+            own.set_state(common.get_state())
 
 
 def _norms(leaves: Sequence[Tensor]) -> Tensor:
@@ -238,6 +288,16 @@ def micro_generators(
         return [generators] * n
     every = zip(*(micro_seeds(seed, n, reduce) for seed in seeds), strict=True)
     return [_generators(cast("Sequence[int]", own), members) for own in every]
+
+
+def micro_ids(ids: Any, n: int) -> list[Any]:
+    """The ids for each token of each micro-batch: equal parts of the rows."""
+    if ids is None or n == 1:
+        return [ids] * n
+    if len(ids) % n:
+        raise ConfigError(f"accumulate={n} does not divide the {len(ids)} rows of ids.")
+    size = len(ids) // n
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def _generators(seeds: Sequence[int] | None, members: Stack[Any]) -> list[torch.Generator] | None:

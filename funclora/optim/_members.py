@@ -14,7 +14,7 @@ from torch import Tensor
 from funclora._api.arguments import check_function, refuse
 from funclora._many.stack import Group, Stack, TreeSpecs, check_stack, stack, unscaled
 from funclora.errors import ConfigError
-from funclora.optim._transforms import SteppingTransformation, apply_updates
+from funclora.optim._transforms import GradientTransformation, SteppingTransformation, apply_updates
 
 
 class Optimizer(Protocol):
@@ -45,6 +45,8 @@ def check_optimizer(optimizer: object, where: str = "optimizer") -> None:
 
 def is_pure(optimizer: Optimizer) -> dict[str, bool]:
     """The extra arguments with which an optimizer changes no argument: TorchOpt's do by default."""
+    if isinstance(optimizer, GradientTransformation):
+        return {}
     return {"inplace": False} if "inplace" in inspect.signature(optimizer.update).parameters else {}
 
 
@@ -140,12 +142,12 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
 
         groups: list[tuple[Group[Any], ...]] = list(zip(*(s.groups for s in stacks if s is not None), strict=True))
         results, after = [], []
-        for some, own in zip(groups, _like(state, cast(Stack[Any], stacks[0])), strict=True):
+        for some, own in zip(groups, _like(state, cast("Stack[Any]", stacks[0])), strict=True):
             # A group's tree has the scaling of its first member, which may be another one than in `init`.
             trees = [unscaled(group.tree()) for group in some]
             tree, inner = _mapped(one, own.tree(), *trees, *[None] * (len(stacks) - len(trees)))
             results.append(replace(some[0], values=tuple(optree.tree_leaves(tree))))
-            after.append(_group(inner, some[0].members))
+            after.append(replace(own.with_tree(inner), members=some[0].members))
         return Stack(tuple(results)), Stack(tuple(after))
 
     return MemberTransformation(init, update, step)
@@ -179,7 +181,7 @@ def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
 
 def _group(tree: Any, members: tuple[int, ...]) -> Group[Any]:
     leaves, spec = optree.tree_flatten(tree)
-    return Group(tuple(leaves), TreeSpecs((spec,) * len(members)), members)
+    return Group(tuple(leaves), TreeSpecs((spec,) * len(members)).ready(), members)
 
 
 def _like(state: Stack[Any], members: Stack[Any]) -> list[Group[Any]]:

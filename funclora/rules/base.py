@@ -174,6 +174,11 @@ class Rule(ABC):
         lora = self.as_lora()
         return None if lora is None else lora.narrow_inputs(start, length)
 
+    def split_outputs(self, groups: int) -> Rule | None:
+        """The rule of `weight.view(groups, -1, n_in)`; None if there is no such rule."""
+        lora = self.as_lora()
+        return None if lora is None else lora.split_outputs(groups)
+
     def select_experts(self, index: Any) -> Rule | None:
         """The rule of `weight[index]`, where the index selects among leading dimensions (experts); None if none."""
         lora = self.as_lora()

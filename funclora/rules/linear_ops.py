@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,10 @@ class LinearOp(ABC):
     transposed: bool = False
     takes_dropout: bool = True
     feature_dim: int = -1
+    _attributes: ClassVar[tuple[str, ...]]  # as its __init__ names them
+
+    def __init_subclass__(cls) -> None:
+        cls._attributes = tuple(inspect.signature(cls).parameters)
 
     @abstractmethod
     def dense(self, weight: Tensor, *, bias: bool) -> Tensor:
@@ -146,7 +151,8 @@ class LinearOp(ABC):
     def with_input(self, x: Tensor) -> LinearOp:
         """The same operation on another input."""
         new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
+        for name in self._attributes:  # not through __dict__, which torch 2.10 cannot trace
+            setattr(new, name, getattr(self, name))
         new.x = x
         return new
 
@@ -385,14 +391,14 @@ class EmbeddingOp(LinearOp):
 
     def __init__(
         self,
-        ids: Tensor,
+        x: Tensor,
         n_rows: int,
         padding_idx: int | None,
         max_norm: float | None,
         norm_type: float,
         scale_grad_by_freq: bool,
     ) -> None:
-        self.x = ids
+        self.x = x
         self.n_rows = n_rows
         self.padding_idx = padding_idx
         self.max_norm = max_norm

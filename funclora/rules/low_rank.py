@@ -150,6 +150,13 @@ class LowRank(Rule):
         vectors = {name: getattr(self, name).narrow(-1, start, length) for name in self.leaf_names[2:]}
         return replace(self, b=self.b.narrow(dim, start, length), **vectors, layout=layout)
 
+    def split_outputs(self, groups: int) -> LowRank | None:
+        if not isinstance(self.layout, Matrices) or self.layout.transposed or self.a.dim() != 2:
+            return None
+        vectors = {name: getattr(self, name).unflatten(-1, (groups, -1)) for name in self.leaf_names[2:]}
+        a, b = self.a.expand(groups, *self.a.shape), self.b.unflatten(0, (groups, -1))
+        return replace(self, a=a, b=b, **vectors, layout=Parameter(stored_transposed=False))
+
     def narrow_inputs(self, start: int, length: int) -> LowRank | None:
         of_inputs = type(self).output_scale not in (Rule.output_scale, ScaledLowRank.output_scale)  # such as a norm
         if of_inputs or not isinstance(self.layout, Matrices):

@@ -17,9 +17,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from funclora import LoraConfig, apply, base_params, init, optim, route, stack, train_step, value_and_grad
+from funclora import (
+    LoraConfig,
+    apply,
+    base_params,
+    init,
+    optim,
+    population_step,
+    route,
+    stack,
+    train_step,
+    value_and_grad,
+)
 from funclora.demo.model import ByteLM, ByteLMConfig
-from funclora.errors import strict
+from funclora.errors import ConfigError, strict
 from funclora.rules.layouts import Embedding, Linear, Parameter
 
 pytestmark = [
@@ -39,7 +50,7 @@ def _no_graphs_of_other_tests() -> Iterator[None]:
 class Subject(NamedTuple):
     model: Any
     params: dict[str, Tensor]
-    adapters: dict[str, Any]  # LoRA and DoRA in turn
+    adapters: Any  # LoRA and DoRA in turn, or a stack of members
     ids: Tensor
 
 
@@ -77,6 +88,17 @@ def subject(name: str) -> Subject:
     return Subject(model, params, adapters, torch.randint(17, (4, 6)))
 
 
+def several(name: str) -> Subject:
+    """Members of two methods and two ranks, and a batch for each."""
+    s = subject(name)
+    kinds = {2: "lora", 3: "dora", 1: "lora"}
+    members = [
+        {n: make_rule(kind, rule.layout, s.params[n], gen(r), r=r) for n, rule in s.adapters.items()}
+        for r, kind in kinds.items()
+    ]
+    return s._replace(adapters=stack([*members, scaled(members[0], 0.5)]), ids=torch.randint(17, (4, 2, 6)))
+
+
 def logits(output: Any) -> Tensor:
     return getattr(output, "logits", output)
 
@@ -110,6 +132,19 @@ def step(s: Subject) -> Entry:
     def one(params: Any, adapters: Any, ids: Tensor) -> Any:
         adapters, _, metrics = run(params, adapters, state, ids)
         return adapters, metrics
+
+    return one
+
+
+def population(s: Subject, **options: Any) -> Entry:
+    """A step of a population that starts from moments that are not zero."""
+    optimizer = optim.per_member(optim.adamw, lr=[0.1, 0.02, 0.3, 0.05])
+    run = population_step(s.model, loss_of, optimizer, **options)
+    _, state, _ = run(s.params, s.adapters, optimizer.init(s.adapters), s.ids)
+
+    def one(params: Any, members: Any, ids: Tensor) -> Any:
+        members, _, metrics = run(params, members, state, ids)
+        return members, metrics["loss"], metrics["grad_norm"]
 
     return one
 
@@ -214,9 +249,9 @@ def test_gradients_under_vmap(entry: Callable[[Subject], Entry], name: str) -> N
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="inductor needs a C++ compiler"
 )
-@pytest.mark.parametrize("entry", [forward, step, grads_of_adapters], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("entry", [forward, step, grads_of_adapters, population], ids=lambda f: f.__name__)
 def test_inductor(entry: Callable[[Subject], Entry]) -> None:
-    s = subject("tiny")
+    s = several("tiny") if entry is population else subject("tiny")
     check(s, entry(s), "inductor", 1e-4)
 
 
@@ -361,17 +396,116 @@ def test_two_weights_for_one_shared_module_are_refused() -> None:
         compiled(adapters, torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_mixed_batch_is_one_graph_for_all_ids(kind: str) -> None:
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    params = base_params(model)
-    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, use_dora=kind == "dora")
-    members = stack([init(model, config) for _ in range(3)])
+# --- many adapters ----------------------------------------------------------------------------------------------
+
+
+def test_population_step() -> None:
+    s = several("llama")
+    check(s, population(s), "eager")
+
+
+@pytest.mark.parametrize("options", [{"shared": True}, {"accumulate": 2}], ids=lambda options: next(iter(options)))
+def test_population_step_with_options(options: dict[str, Any]) -> None:
+    s = several("tiny")
+    s = s._replace(ids=s.ids[0]) if options.get("shared") else s
+    check(s, population(s, **options), "eager")
+
+
+def test_a_compiled_population_goes_on_from_its_own_results() -> None:
+    s = several("tiny")
+    optimizer = optim.per_member(optim.adamw, lr=[0.1, 0.02, 0.3, 0.05])
+    step = population_step(s.model, loss_of, optimizer)
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(lambda routed, x: apply(model, params, routed, x), fullgraph=True, backend=counter)
-    x = torch.randn(3, 2, 6)
-    for ids in ([0, 1, -1], [2, 2, 0], [1, 0, 2]):
-        found = compiled(route(members, torch.tensor(ids)), x)
-        for row, member in enumerate(ids):
-            torch.testing.assert_close(found[row], apply(model, params, members[member] if member >= 0 else {}, x[row]))
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    results = []
+    members: Any = None
+    state: Any = None
+    metrics: dict[str, Any] = {}
+    for run in (step, compiled):
+        members, state = s.adapters, optimizer.init(s.adapters)
+        for _ in range(3):
+            members, state, metrics = run(s.params, members, state, s.ids)
+        results.append((members, state, metrics["loss"]))
+    close(results[1], results[0], 1e-5)
+    assert [list(rules) for rules in results[1][0]] == [list(rules) for rules in s.adapters]
     assert counter.frame_count == 1
+    kept = [2, 0]
+    some = s.params, members[kept], state[kept], s.ids[kept]
+    close(compiled(*some)[:2], step(*some)[:2], 1e-5)
+
+
+def test_a_population_step_on_mixed_rows_is_one_graph_for_all_ids() -> None:
+    s = several("tiny")
+    optimizer = optim.per_member(optim.adamw, lr=[0.1, 0.02, 0.3, 0.05])
+
+    def loss(bound: Any, ids: Tensor, mine: Tensor) -> Tensor:
+        each = F.cross_entropy(bound(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+        return torch.where(mine, each, 0.0).sum()
+
+    step, state = population_step(s.model, loss, optimizer), optimizer.init(s.adapters)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for ids in ([0, 3, 1, 2], [2, 2, 0, -1], [1, 0, 2, 3]):
+        given = s.params, s.adapters, state, s.ids[:, 0]
+        after, _, metrics = compiled(*given, ids=torch.tensor(ids))
+        wanted, _, expected = step(*given, ids=ids)
+        close((after, metrics["loss"]), (wanted, expected["loss"]), 1e-4)
+    assert counter.frame_count == 1
+
+
+def test_dropout_in_a_compiled_population_is_that_of_eager_mode() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 4)).train()
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, lora_dropout=0.4)
+    members, sgd = stack([init(model, config) for _ in range(3)]), optim.per_member(optim.sgd, lr=[0.1] * 3)
+    step = population_step(model, lambda bound, x: F.dropout(bound(x), 0.3).square().mean(), sgd)
+    x, state = torch.ones(3, 2, 6), sgd.init(members)
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="eager")):
+        torch.manual_seed(0)
+        after, _, metrics = run(base_params(model), members, state, x)
+        results.append((after, metrics["loss"]))
+    close(results[1], results[0], 1e-6)
+    assert distance(results[0][1][:1], results[0][1][1:2]) > 1e-3
+    with pytest.raises(Exception, match="cannot trace generators"):
+        torch.compile(step, fullgraph=True, backend="eager")(base_params(model), members, state, x, seeds=[0, 1, 2])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_a_mixed_batch_is_one_graph_for_all_ids(inside: bool) -> None:
+    s = several("tiny")
+    counter = CompileCounterWithBackend("eager")
+    if inside:
+        compiled = torch.compile(
+            lambda ids, x: apply(s.model, s.params, route(s.adapters, ids), x), fullgraph=True, backend=counter
+        )
+    else:
+        of_routed = torch.compile(
+            lambda routed, x: apply(s.model, s.params, routed, x), fullgraph=True, backend=counter
+        )
+
+        def compiled(ids: Tensor, x: Tensor) -> Any:
+            return of_routed(route(s.adapters, ids), x)
+
+    x = s.ids[:3, 0]
+    for ids in ([0, 1, -1], [2, 2, 0], [1, 3, 2]):
+        found = compiled(torch.tensor(ids), x)
+        for row, member in enumerate(ids):
+            alone = apply(s.model, s.params, s.adapters[member] if member >= 0 else {}, x[row : row + 1])
+            close(found[row], alone[0], 1e-5)
+    assert counter.frame_count == 1
+    for wrong in (-2, 4):
+        with pytest.raises((IndexError, ConfigError), match=r"out of|is -2|is 4"):
+            compiled(torch.tensor([0, wrong, 1]), x)
+
+
+def test_ids_for_each_token_are_refused() -> None:
+    s = several("tiny")
+    ids = torch.tensor([[0, 1, 2, 0, 1, 2]] * 3)
+    inside = torch.compile(
+        lambda ids, x: apply(s.model, s.params, route(s.adapters, ids), x), backend="eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match=r"whole numbers \[n_rows\]"):
+        inside(ids, s.ids[:3, 0])
+    outside = torch.compile(lambda routed, x: apply(s.model, s.params, routed, x), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="for each token are not supported"):
+        outside(route(s.adapters, ids), s.ids[:3, 0])

@@ -14,7 +14,7 @@ from oracle import close
 from torch import Tensor, nn
 
 import funclora as fl
-from funclora.errors import UnsupportedError
+from funclora.errors import UnsupportedError, strict
 
 F64 = torch.float64
 IDS = [2, 0, 1, -1]
@@ -397,3 +397,52 @@ def test_a_refusal_names_the_layer_the_line_and_a_remedy() -> None:
         alone = members(model, "all-linear")
         with pytest.raises(UnsupportedError, match=rf"'(l|two)\.weight' is read, .*{cause}.*funclora\.vmap"):
             fl.apply(model, fl.base_params(model), fl.route(fl.stack(alone), IDS), X)
+
+
+class InGroups(nn.Module):
+    """A linear layer whose output units are in groups, each with its own inputs, as in DeepSeek-V4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.groups, self.last = nn.Linear(4, 6), nn.Linear(3, 8, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.groups.weight.view(2, -1, 3).transpose(1, 2)
+        y = torch.bmm(self.first(x).reshape(-1, 2, 3).transpose(0, 1), weight).transpose(0, 1)
+        out: Tensor = self.last(y.reshape(*x.shape[:-1], 8))
+        return out
+
+
+@pytest.mark.parametrize("ids", [[1, 0], [1, 1], [1, 0, -1], [0, 1, 1, 0]], ids=str)
+def test_groups_of_output_units_have_the_weights_of_their_row(ids: list[int]) -> None:
+    model = InGroups().to(F64)
+    params, alone, x = fl.base_params(model), members(model, "all-linear"), torch.randn(len(ids), 5, 4, dtype=F64)
+    with strict():
+        together = fl.apply(model, params, fl.route(fl.stack(alone), ids), x)
+        for i, member in enumerate(ids):
+            own = alone[member] if member >= 0 else {}
+            close(together[i], fl.apply(model, params, own, x[i : i + 1])[0], 1e-10)
+            close(together[i], torch.func.functional_call(model, fl.merge(params, own), (x[i : i + 1],))[0], 1e-10)
+
+
+def test_patches_of_memory_belong_to_the_owners_of_their_elements() -> None:
+    class Overlapping(nn.Module):
+        """Chunks of tokens that overlap, as in Longformer, of a tensor that is not contiguous."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, cut: Any = (), start: int = 0) -> Tensor:
+            y = self.first(x).transpose(0, 1)[cut]  # [tokens, rows, 3]
+            stride = y.stride()
+            chunks = y.as_strided((3, 4, len(x), 3), (2 * stride[0], *stride), y.storage_offset() + start)
+            out: Tensor = self.last(chunks).sum(0).transpose(0, 1)
+            return out
+
+    check(Overlapping(), torch.randn(4, 8, 4, dtype=F64))
+    model = Overlapping().to(F64)
+    routed = fl.route(fl.stack(members(model, "all-linear")), IDS)
+    for outside in ((slice(2, None), -6), ((..., slice(2)), 0)):
+        with pytest.raises(UnsupportedError, match="as_strided"):
+            fl.apply(model, fl.base_params(model), routed, torch.randn(4, 8, 4, dtype=F64), *outside)

@@ -191,8 +191,3 @@ def test_what_does_not_go_with_ids_for_each_token_is_refused() -> None:
     ):
         with pytest.raises(UnsupportedError, match=message):
             fl.apply(model, params, fl.route(stack, IDS), given)
-    sgd = fl.optim.sgd(0.1)
-    step = fl.population_step(model, lambda bound, x, mine: bound(x).logits.mean(), sgd)
-    state = fl.optim.per_member(lambda: sgd).init(stack)
-    with pytest.raises(ConfigError, match="without seeds"):
-        step(params, stack, state, tokens(2, 18), ids=IDS, seeds=[0, 1, 2])

@@ -1,0 +1,43 @@
+"""`torch.func.vmap` while torch.compile traces, which ignores the rule for `vmap` of an `autograd.Function`.
+
+The compiler writes the entering and leaving of a transform into its graph as calls of these private functions. With
+them, a function inside of `vmap` can compute on all members at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._functorch.predispatch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+)
+
+Dims = Sequence["int | None"]
+
+
+def outside_of_vmap(
+    function: Callable[[list[Tensor], Dims], Sequence[tuple[Tensor, int | None]]], n: int, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """`function(tensors, dims)` outside of the innermost `vmap`, with randomness "different", over n members.
+
+    Args:
+        function: gets the tensors with the members along `dims`, None where all share one; returns such pairs.
+        n: the number of members.
+        tensors: as they are inside of the `vmap`.
+
+    Returns:
+        The results, as they are inside of it.
+    """
+    level = _vmap_decrement_nesting()
+    dims = [0 if torch._C._functorch.is_batchedtensor(x) else None for x in tensors]
+    whole = [x if d is None else _remove_batch_dim(x, level, n, 0) for x, d in zip(tensors, dims, strict=True)]
+    try:
+        outs = function(whole, dims)
+    finally:
+        _vmap_increment_nesting(n, "different")
+    return [x if d is None else _add_batch_dim(x, d, level) for x, d in outs]
