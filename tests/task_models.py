@@ -126,6 +126,10 @@ RECORDS: dict[str, Sequence[dict[str, Any]]] = {
     SEQ2SEQ: [{"prompt": f"double {word}", "completion": f"{word} {word}"} for word in WORDS],
     EMBEDDING: [{"anchor": f"the {word}", "positive": f"{word} {i}"} for i, word in enumerate(WORDS * 2)],
     "scored": [{"sentence1": f"the {word}", "sentence2": "a", "score": i / 4} for i, word in enumerate(WORDS * 2)],
+    "verdicts": [
+        {"prompt": f"say {word}:", "completion": f" {word}" if i % 2 else f" no {word}", "label": i % 2 == 1}
+        for i, word in enumerate(WORDS)
+    ],
     PREFERENCE: [{"prompt": f"say {word}:", "chosen": f" {word}", "rejected": f" no {word}"} for word in WORDS],
 }
 

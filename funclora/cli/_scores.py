@@ -16,8 +16,9 @@ from funclora._apps.train.base import context_limit, known_classes, known_proble
 from funclora._apps.train.embedding import embedding, with_pooling
 from funclora._apps.train.examples import Example, read_examples
 from funclora._apps.train.folder import load_config
+from funclora._apps.train.reference import WORDS, load_reference, preferring
 from funclora._apps.train.scores import BATCH, Score, scores
-from funclora._apps.train.settings import EMBEDDING, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import EMBEDDING, PREFERENCE, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.setup import check_vocabulary
 from funclora._apps.train.tasks import trained_classes, trained_problem
 from funclora._files.atomic import replace_files
@@ -54,9 +55,17 @@ class Scores:
     @property
     def unit(self) -> str:
         """What the loss is a mean over."""
+        if "rewards/accuracies" in self.metrics:
+            return "answer" if "kl" in self.metrics else "pair"
         if {"recall_at_1", "spearman"} & self.scores[0][0].values.keys() and not self.classes:
             return "record"
         return "label" if self.classes else "token"
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the values that all scores have."""
+        every = [score.values for row in self.scores for score in row]
+        return [name for name in every[0] if all(name in values for values in every)]
 
     def rows(self) -> dict[str, list[Score]]:
         """The scores on each file by adapter, the base model first."""
@@ -66,13 +75,12 @@ class Scores:
     def tree(self) -> dict[str, Any]:
         """All scores, by name."""
         first = self.scores[0]
-        counted = f"{self.unit}s"
-        tree: dict[str, Any] = {counted: self._by_file(first, lambda score: score.labels)}
-        for metric in first[0].values:
+        tree: dict[str, Any] = {f"{self.unit}s": self._by_file(first, lambda score: score.labels)}
+        for metric in self.metrics:
             if self.base:
                 base = tree.setdefault("base", {})
                 base[metric] = self._by_file(self.base, lambda score, metric=metric: score.values[metric])  # type: ignore[misc]
-        for metric in first[0].values:
+        for metric in self.metrics:
             tree[metric] = self._by_adapter(lambda score, metric=metric: score.values[metric])  # type: ignore[misc]
         if first[0].by_class:
             tree["classes"] = self.classes
@@ -168,6 +176,8 @@ def evaluated(
     if settings.task == EMBEDDING:
         base = embedding(base, settings)
     check_vocabulary(base, *examples)
+    if settings.task == PREFERENCE:
+        base = preferring(base, {} if settings.reference in WORDS else load_reference(base, settings), settings)
     ticks = len(folders) + sum(math.ceil(len(some) / BATCH) for some in examples)
     members: list[dict[str, fl.Rule]] = [] if base.new else [{}]
     for name, folder in folders.items():

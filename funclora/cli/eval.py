@@ -31,10 +31,13 @@ SHOWN = {
     "recall_at_10": "{:.1%}",
     "pearson": "{:.3f}",
     "spearman": "{:.3f}",
+    "rewards/accuracies": "{:.1%}",
+    "rewards/margins": "{:.3f}",
 }
 WORDS = {
     "loss": "loss in nats per {}", "micro_f1": "micro F1", "macro_f1": "macro F1", "span_f1": "F1 of spans",
     "pearson": "Pearson", "spearman": "Spearman", "recall_at_1": "recall at 1", "recall_at_10": "recall at 10",
+    "rewards/accuracies": "accuracy", "rewards/margins": "margin",
 }  # fmt: skip
 
 
@@ -59,6 +62,16 @@ def evaluate(
     train_on: Annotated[str | None, setting("train_on")] = None,
     turns: Annotated[str | None, setting("turns")] = None,
     chat_template: Annotated[Path | None, setting("chat_template")] = None,
+    loss: Annotated[str | None, setting("loss")] = None,
+    beta: Annotated[str | None, setting("beta")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What preferences are compared with: the base, or a PEFT folder.", show_default="the base"),
+    ] = None,
+    label_smoothing: Annotated[str | None, setting("label_smoothing")] = None,
+    gamma: Annotated[str | None, setting("gamma")] = None,
+    desirable: Annotated[str | None, setting("desirable")] = None,
+    undesirable: Annotated[str | None, setting("undesirable")] = None,
     context: Annotated[
         int, typer.Option(min=1, help="Maximum length of an example in tokens; longer plain texts are split.")
     ] = 512,
@@ -81,11 +94,14 @@ def evaluate(
     Data is read as for training: the loss of a chat or of a prompt with its completion is that of the answers. Texts
     have loss and perplexity; classes also have accuracy and F1, tags the F1 of their spans, texts with several classes
     micro and macro F1, and numbers Pearson's and Spearman's correlations. The first row is the base model, if it has a
-    head for the task. --out gets eval.json, heatmap.png for several files, and confusion.png for classes.
+    head for the task. With --task preference, two answers are compared: is the better one also likelier than it was
+    for the base, or for the adapter of --reference? --out gets eval.json, heatmap.png for several files, and
+    confusion.png for classes.
 
     Examples:
         funclora eval adapters --data heldout.txt
         funclora eval english french --model model --data chats.jsonl,pairs.jsonl --out results
+        funclora eval preferred --task preference --data pairs.jsonl --model model --reference tuned/adapter
         funclora eval code prose --data code.jsonl --data prose.jsonl --model model --rows 64
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -119,7 +135,9 @@ def evaluate(
         }  # fmt: skip
         read_as = {
             "fields": fields, "roles": roles, "text_field": text_field, "label_field": label_field, "problem": problem,
-            "train_on": train_on, "turns": turns, "chat_template": chat_template,
+            "train_on": train_on, "turns": turns, "chat_template": chat_template, "loss": loss, "beta": beta,
+            "reference": reference, "label_smoothing": label_smoothing, "gamma": gamma, "desirable": desirable,
+            "undesirable": undesirable,
         }  # fmt: skip
         given |= {key: value for key, value in read_as.items() if value is not None}
         found = evaluated(
@@ -160,9 +178,11 @@ def _report(found: Scores, console: Console) -> None:
 
     first = found.scores[0]
     counted = " + ".join(f"{score.labels:,}" for score in first)
-    metrics = [name for name in SHOWN if name in first[0].values]
+    metrics = [name for name in SHOWN if name in found.metrics]
     unit = found.unit
     words = " / ".join(WORDS.get(name, name).format(unit) for name in metrics)
+    if unit in ("pair", "answer"):
+        words = words.replace("loss in nats per", "loss of each")
     if "pearson" in metrics:
         words = words.replace("loss in nats per label", "mean squared error")
     console.print(

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 SHOWN = 10
 # Besides the loss, and how they are written.
 METRICS = {
-    **dict.fromkeys(("accuracy", "recall_at_1", "micro_f1", "macro_f1", "span_f1"), "{:.1%}"),
-    **dict.fromkeys(("pearson", "spearman"), "{:.3f}"),
+    **dict.fromkeys(("accuracy", "recall_at_1", "micro_f1", "macro_f1", "span_f1", "rewards/accuracies"), "{:.1%}"),
+    **dict.fromkeys(("pearson", "spearman", "rewards/margins"), "{:.3f}"),
 }
-OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
+OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "beta", "seed")
 # Keys of a run that are searched, and those that a search does not use.
-SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
+SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "beta", "seed")
 UNUSED = (
     "adapter", "compile", "shard", "sample", "sample_tokens", "out", "resume", "save_every", "keep", "merge",
     "log_every", "tensorboard", "wandb", "mlflow",
@@ -71,6 +71,9 @@ def sweep(
     ] = None,
     dropout: Annotated[
         Lists, typer.Option(help="Dropout probabilities on the inputs of the adapters.", show_default="0")
+    ] = None,
+    beta: Annotated[
+        Lists, typer.Option(help="Betas of the loss of preferences, or a range.", show_default="that of the loss")
     ] = None,
     seeds: Annotated[
         Lists, typer.Option(help="Seeds of initial values, dropout and data order.", show_default="0")
@@ -117,7 +120,7 @@ def sweep(
         return
     lists = {
         "lr": lr, "rank": rank, "alpha": alpha, "targets": targets, "method": method, "init": init, "dropout": dropout,
-        "seeds": seeds,
+        "beta": beta, "seeds": seeds,
     }  # fmt: skip
     settings, space = _read(config, {k: v for k, v in options.items() if v is not None and v != []}, lists, domain)
     members = space.draws(random, seed) if random else space.grid()
@@ -154,6 +157,7 @@ def _read(
 
     from funclora._apps.sweep.space import Space
     from funclora._apps.train.reading import read
+    from funclora._apps.train.settings import PREFERENCE
     from funclora.errors import ConfigError, near
 
     settings = read(config, given)
@@ -171,10 +175,16 @@ def _read(
             raise ConfigError(f"{config}: {f.name} has no effect in a search. Leave it out.")
     if settings.optimizer == "adamw-8bit":
         raise ConfigError("optimizer: adamw-8bit cannot update several members at once. Set another one.")
+    if lists["beta"] is not None and settings.task != PREFERENCE:
+        raise ConfigError(f"--beta: only {PREFERENCE} uses it, and the task is {settings.task}. Leave it out.")
     own: dict[str, str] = {}
     if config is not None:  # what is not searched is as in the file
         alone = {name: getattr(settings, name) for name in SEARCHED}
-        own = {name: str(value) for name, value in alone.items() if name not in ("targets", "seed")}
+        own = {
+            name: "auto" if value is None else str(value)
+            for name, value in alone.items()
+            if name not in ("targets", "seed")
+        }
         own |= {"targets": "+".join(settings.targets), "seeds": str(settings.seed)}
     elif demo:
         settings = read(None, {**DEMO, **given})

@@ -135,6 +135,20 @@ def test_the_page_on_embeddings_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_the_page_on_preferences_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From answers to preferences, to scores, to a merged model; with the model that the session makes."""
+    monkeypatch.chdir(tmp_path)
+    (script,) = (block.code for block in blocks(PAGE) if block.title == "make.py")
+    Path("make.py").write_text(script, encoding="utf-8")
+    spoken("python make.py 2> log", [])
+    ran = run_page(DOCS / "preferences.md")
+    assert {"train", "eval", "generate", "merge"} <= {
+        command.split()[1] for command in ran if command.startswith("funclora ")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
 def test_the_session_runs_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = run_page(PAGE)

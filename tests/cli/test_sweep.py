@@ -35,7 +35,7 @@ from funclora._apps.train.evaluate import evaluate
 from funclora._apps.train.examples import Data, Example
 from funclora._apps.train.reading import read
 from funclora._apps.train.run import run as train
-from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.step import Steps
 from funclora._files import atomic as _files
 from funclora._files.seal import BLANK, sealed
@@ -240,7 +240,7 @@ def test_each_member_goes_the_way_it_would_go_alone(tmp_path: Path, task: Task) 
 
 KINDS = {
     "text": CAUSAL, "prompt": CAUSAL, "messages": CAUSAL, SEQUENCE: SEQUENCE, TOKEN: TOKEN, SEQ2SEQ: SEQ2SEQ,
-    "numbers": SEQUENCE, "several": SEQUENCE,
+    "numbers": SEQUENCE, "several": SEQUENCE, PREFERENCE: PREFERENCE, "verdicts": PREFERENCE,
 }  # fmt: skip
 
 
@@ -253,8 +253,9 @@ def test_the_winners_settings_train_it_again(kind: str, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps({k: 0.0 if "drop" in k else v for k, v in config.items()}))
     data = task_models.data(tmp_path / "data.jsonl", kind)
     out = tmp_path / "search"
-    targets = {CAUSAL: "q_proj+v_proj", SEQ2SEQ: "q+v"}.get(task, "query+value")
+    targets = {CAUSAL: "q_proj+v_proj", PREFERENCE: "q_proj+v_proj", SEQ2SEQ: "q+v"}.get(task, "query+value")
     options = f"--steps 5 --batch 3 --eval-every 2 --halving 0 --save 4 --rank 2 --lr 1e-2,5e-2 --targets {targets}"
+    options += " --loss kto" * (kind == "verdicts")
     result = invoke(
         "sweep", "--model", str(model), "--task", task, "--data", str(data), "--validation", str(data), "--json",
         "--out", str(out), "--dropout", "0.2", "--seeds", "3,4", "--method", "lora", *options.split(),
@@ -263,6 +264,7 @@ def test_the_winners_settings_train_it_again(kind: str, tmp_path: Path) -> None:
     board = json.loads(result.stdout)["leaderboard"]
     assert len(board) == 4
     assert ("accuracy" in board[0]) == (kind in (SEQUENCE, TOKEN))
+    assert ("rewards/accuracies" in board[0]) == (task == PREFERENCE)
     assert ("pearson" in board[0], "micro_f1" in board[0]) == (kind == "numbers", kind == "several")
     for row in board[::3]:
         (folder,) = (out / "adapters").glob(f"*-member-{row['member']:03d}")
@@ -279,6 +281,37 @@ def test_the_winners_settings_train_it_again(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=2e-3)
         for name in ("README.md", "tokenizer.json", "base.json", *(["classes.json"] if "accuracy" in row else [])):
             assert (folder / name).is_file(), name
+
+
+def test_members_have_betas_of_their_own(tmp_path: Path) -> None:
+    """They are compared by the loss of one beta."""
+    model = task_models.save(tmp_path / "model", "llama")
+    data = task_models.data(tmp_path / "data.jsonl", PREFERENCE)
+    given = ["--model", str(model), "--task", PREFERENCE, "--data", str(data), "--validation", str(data)]
+    options = ["--steps", "4", "--batch", "3", "--rank", "2", "--targets", "q_proj", "--method", "lora", "--lr", "5e-2"]
+    out = tmp_path / "search"
+    result = invoke(
+        "sweep", *given, *options, "--beta", "0.1,5", "--halving", "0", "--save", "2", "--json", "--out", str(out)
+    )
+    assert result.exit_code == 0, result.output
+    board = json.loads(result.stdout)["leaderboard"]
+    assert {row["beta"] for row in board} == {0.1, 5.0}
+    for row in board:
+        (folder,) = (out / "adapters").glob(f"*-member-{row['member']:03d}")
+        settings = read(folder / "run.toml", {"out": str(tmp_path / f"again-{row['member']}"), "final": "last"})
+        assert settings.beta == row["beta"]
+        train(settings, quiet=True)
+        ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (folder, settings.out / "adapter"))
+        if row["best_step"] == 4:
+            for name, tensor in ours.items():
+                torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=2e-3)
+        scored = invoke("eval", str(folder), *given[:6], "--beta", "0.1", "--json")
+        (loss,) = json.loads(scored.stdout)["loss"][folder.name].values()
+        assert loss == pytest.approx(row["heldout_loss"], rel=1e-3)
+    refused = invoke("sweep", *given, "--init", "false", "--out", str(tmp_path / "other"))
+    assert "init: with false each member starts from another adapter" in refused.stderr
+    refused = invoke("sweep", "--beta", "0.2", "--out", str(tmp_path / "other"))
+    assert "--beta: only preference uses it, and the task is causal-lm" in refused.stderr
 
 
 def test_a_member_stops_by_itself_and_its_best_adapter_counts(tmp_path: Path, task: Task) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -187,6 +188,45 @@ def test_merge_sharded_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.report.verification.logits is not None
     assert set(result.extracted.saved) == {"lm_head.weight"}
     assert "untied: lm_head.weight" in capsys.readouterr().out
+
+
+def test_preference(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("preference", "--steps=5")
+    assert result["loss"] == pytest.approx(result["two passes"], rel=1e-5)
+    assert result["gap"] < 1e-5
+    assert all(margin > 0 for margin in result["margins"])
+    assert "the gradients differ by at most" in capsys.readouterr().out
+    # The reference may be another adapter, or the policy itself; only the policy gets a gradient.
+    example: Any = load("preference")
+    model = example.load_base()
+    params = fl.base_params(model)
+    for method in (False, True):
+        config = fl.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, use_dora=method)
+        policy, other = (fl.init(model, config, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+        ids, labels = example.rows(example.PAIRS[:2])
+        batch = {"ids": ids, "labels": labels, "beta": torch.full((4,), 0.3)}
+        for reference in (None, other, policy):
+            batch["reference"] = example.said_by(model, params, reference, ids, labels)
+            want, wanted = fl.value_and_grad(example.two_passes)(model, params, policy, batch)
+            tree: Any = policy
+            leaves, spec = optree.tree_flatten(tree)
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            loss = example.preference_loss(model, params, spec.unflatten(leaves), reference, ids, labels, beta=0.3)
+            torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+            wanted_tree: Any = wanted
+            for got, expected in zip(torch.autograd.grad(loss, leaves), optree.tree_leaves(wanted_tree), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_benchmark_preference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--dim=32", "--layers=1", "--vocabulary=99", "--tokens=16", "--pairs=2", "--rounds=1", "--threads=1")
+    results = run("benchmark_preference", *options, f"--page={tmp_path / 'page.md'}")
+    assert [*results] == ["LoRA", "DoRA"]
+    for rows in results.values():
+        ours, theirs = rows.values()
+        assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
+    assert "| LoRA |" in (tmp_path / "page.md").read_text()
+    assert "TRL + PEFT" in capsys.readouterr().out
 
 
 def test_benchmark_merge(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

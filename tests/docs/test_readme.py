@@ -27,6 +27,7 @@ SESSIONS = {
     "classification.md",
     "embeddings.md",
     "many-devices.md",
+    "preferences.md",
     "serve.md",
     "session.md",
     "training.md",

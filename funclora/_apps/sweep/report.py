@@ -33,7 +33,7 @@ from funclora.analysis._figure import colors_of
 
 COLORS = mpl.colormaps["viridis"]  # the darker, the lower the loss
 SPREAD = 0.05
-AXES = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "seed")
+AXES = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "beta", "seed")
 NAMED = 6  # members with a colour
 MOST_LINES = 20  # in a legend
 

@@ -293,7 +293,7 @@ class Search:
     def _stepped(self, members: Population, state: Any, group: list[int], step: int) -> tuple[Population, Any, Any]:
         """A step of some members, each with its own rows and dropout."""
         own = [self.members[i] for i in group]
-        batch = self.task.batch([member.seed for member in own], step)
+        batch = self.task.batch([member.seed for member in own], step, [member.beta for member in own])
         seeds = self.task.seeds(own, step)
         with seeded(seeds[0], members[0]):  # the model's own dropout, which is drawn for all members at once
             return self.step(self.task.base.params, members, state, batch, seeds=seeds)

@@ -35,6 +35,7 @@ class Member:
         init: PEFT's `init_lora_weights`, in lower case.
         seed: determines the adapter's initial values, its dropout and the order of its data.
         dropout: probability on the inputs of the adapter.
+        beta: of the loss of preferences; None for its default.
     """
 
     id: int
@@ -46,6 +47,7 @@ class Member:
     init: str
     seed: int
     dropout: float = 0.0
+    beta: float | None = None
 
     def config(self, **more: Any) -> LoraConfig:
         """The adapter's configuration, with further fields."""
@@ -101,6 +103,7 @@ class Space:
         init: of `INITS`.
         seeds: integers.
         dropout: numbers from 0, below 1.
+        beta: `auto`, or numbers, or a range.
     """
 
     lr: str = "1e-3,3e-3,1e-2,3e-2"
@@ -111,6 +114,7 @@ class Space:
     init: str = "true"
     seeds: str = "0"
     dropout: str = "0"
+    beta: str = "auto"
 
     def dimensions(self) -> tuple[Dimension[Any], ...]:
         """The options, parsed.
@@ -127,6 +131,7 @@ class Space:
             _names("init", self.init, INITS),
             Dimension("seeds", [_number("seeds", text, int) for text in _listed("seeds", self.seeds)]),
             Dimension("dropout", [_number("dropout", text, float) for text in _listed("dropout", self.dropout)]),
+            Dimension("beta", [None]) if self.beta == "auto" else _numbers("beta", self.beta, float),
         )
 
     def grid(self) -> list[Member]:
@@ -165,9 +170,9 @@ def _draw(dimension: Dimension[Any], rng: random.Random) -> Any:
 
 
 def _member(i: int, chosen: Sequence[Any]) -> Member:
-    lr, rank, alpha, targets, method, init, seed, dropout = chosen
+    lr, rank, alpha, targets, method, init, seed, dropout, beta = chosen
     alpha = alpha(rank) if callable(alpha) else alpha
-    member = Member(i, lr, rank, float(alpha), targets, method, init, seed, dropout)
+    member = Member(i, lr, rank, float(alpha), targets, method, init, seed, dropout, beta)
     member.config()  # for its errors, before anything was trained
     return member
 

@@ -20,9 +20,11 @@ from funclora._apps.train.examples import Data
 from funclora._apps.train.folder import load_model
 from funclora._apps.train.optimizer import Vectors, joins, optimizer, total_steps
 from funclora._apps.train.packing import is_packed
+from funclora._apps.train.preference_loss import beta_of
+from funclora._apps.train.reference import START, WORDS, load_reference, preferring
 from funclora._apps.train.rows import Example
 from funclora._apps.train.scores import Score, scores
-from funclora._apps.train.settings import SEQ2SEQ, Settings
+from funclora._apps.train.settings import PREFERENCE, SEQ2SEQ, Settings
 from funclora._apps.train.setup import load
 from funclora._apps.train.step import autocast, moved, step_seed, training_model
 from funclora._bind.params import base_params
@@ -79,15 +81,22 @@ class Task:
             self._by_seed[seed] = Batches.of(own, self.data.train, self.base.tokenizer.pad_token_id, self.data.shares)
         return self._by_seed[seed]
 
-    def batch(self, seeds: Sequence[int], step: int) -> dict[str, Tensor]:
+    def batch(self, seeds: Sequence[int], step: int, betas: Sequence[float | None] = ()) -> dict[str, Tensor]:
         """The rows of a step for members with these seeds: those that training has.
+
+        Args:
+            seeds: the members'.
+            step: which.
+            betas: of preferences, the members'; those of the settings if None.
 
         Returns:
             As from `collate`, `[n_members, n_rows, *]`, and `scale`, 1 / the number of the member's labels.
         """
         rows = [row for seed in seeds for row in self._batches(seed).rows(step)]
         pad, task = self.base.tokenizer.pad_token_id, self.base.task
-        batch = collate(rows, pad=pad, task=task, packed=is_packed(self.data.train))
+        context, group = self.settings.context, len(rows) // len(seeds)
+        batch = collate(rows, pad=pad, task=task, packed=is_packed(self.data.train), context=context, group=group)
+        batch = dict(self.base.prepared(moved(batch, self.device)))
         if task == SEQ2SEQ:
             batch["decoder_input_ids"] = self.base.decoder_ids(batch["labels"])
         batch = {key: x.unflatten(0, (len(seeds), -1)) for key, x in batch.items()}
@@ -97,6 +106,9 @@ class Task:
             raise ConfigError(f"data: no position of step {step + 1} has a label. Its examples: {sources}.")
         n_rows = batch["input_ids"].shape[1]
         batch["scale"] = (1 / torch.tensor(labels, dtype=torch.float32))[:, None].expand(-1, n_rows).contiguous()
+        if any(beta is not None for beta in betas):
+            own = torch.tensor([beta_of(self.settings) if beta is None else beta for beta in betas])
+            batch["beta"] = own[:, None].expand(-1, n_rows).contiguous()
         return dict(moved(batch, self.device))
 
     def loss(self, bound: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -119,7 +131,16 @@ class Task:
         return scores(self.base, members, self.heldout)
 
     def start(self, member: Member) -> Start:
-        """What a member starts from."""
+        """What a member starts from.
+
+        Raises:
+            ConfigError: it is not what the base says, which is the reference of all members.
+        """
+        if self.settings.task == PREFERENCE and (member.init, self.settings.reference) == ("false", START):
+            raise ConfigError(
+                "init: with false each member starts from another adapter, and all have the same reference. Set "
+                "--reference to base, or leave false out."
+            )
         return begin(self._base_of(member.seed), self.member_settings(member))
 
     def member_settings(self, member: Member) -> Settings:
@@ -133,6 +154,7 @@ class Task:
             method=member.method,
             init=member.init,
             dropout=member.dropout,
+            beta=member.beta,
             seed=member.seed,
         )
 
@@ -180,6 +202,9 @@ def load_task(settings: Settings, folder: Path, rows: int | None = None) -> Task
         )
     if rows is not None and len(heldout) > rows:
         heldout = [heldout[i] for i in torch.linspace(0, len(heldout) - 1, rows).round().long().tolist()]
+    if settings.task == PREFERENCE:
+        reference = {} if settings.reference in WORDS else load_reference(base, settings)
+        base = preferring(base, reference, settings)
     return Task(base, data, settings, heldout)
 
 

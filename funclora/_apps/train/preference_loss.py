@@ -94,6 +94,7 @@ class PreferenceBase(Base):
 
     def by_row(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
         """The log-probabilities of each pair or answer, `[batch, 2]`, and of what `judge` needs with them."""
+        batch = self.prepared(batch)
         given = {name: batch[name] for name in ("reference", "desirable") if name in batch}
         return {"policy": self._answers(bound, batch), "lengths": _lengths(batch), **given}
 

@@ -19,7 +19,7 @@ from funclora.io.peft.folder import load_peft
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.low_rank import LowRank
 
-START, BASE = "start", "base"  # of settings.reference; all else is a folder
+START, BASE = WORDS = ("start", "base")  # of settings.reference; all else is a folder
 
 
 def with_preferences(start: Start, settings: Settings) -> Start:

@@ -24,6 +24,7 @@ from funclora._apps.train.metrics import (
     span_scores,
     spearman,
 )
+from funclora._apps.train.preference_loss import PreferenceBase
 from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.settings import DECODERS, REGRESSION, SEQ2SEQ, TOKEN
 from funclora._apps.train.step import moved
@@ -43,11 +44,11 @@ class Score:
 
     Attributes:
         labels: number of positions with a label.
-        values: "loss" in nats per label, or as a squared error for numbers; for texts "perplexity"; for classes
-            "accuracy" and "macro_f1"; for tags that mark spans "span_precision", "span_recall" and "span_f1"; for
-            several classes of a text "micro_f1", "macro_f1" and "all_right", the share of texts whose classes are all
-            right; for numbers "pearson" and "spearman", the means over the outputs, and the same for embeddings of
-            scored pairs; for others "recall_at_1" and "recall_at_10".
+        values: "loss" in nats per label, or as a squared error for numbers, or of each pair of answers, with their
+            rewards; for texts "perplexity"; for classes "accuracy" and "macro_f1"; for tags that mark spans
+            "span_precision", "span_recall" and "span_f1"; for several classes of a text "micro_f1", "macro_f1" and
+            "all_right", the share of texts whose classes are all right; for numbers "pearson" and "spearman", the means
+            over the outputs, and the same for embeddings of scored pairs; for others "recall_at_1" and "recall_at_10".
         by_class: F1 of each class that occurs.
         by_span: F1 of each kind of span.
         confusion: `[class][predicted class]`; empty where a label is not one class.
@@ -84,6 +85,8 @@ def scores(
         divided: whether the processes divide the examples; otherwise each computes all that it is given.
         progress: called after each batch of `BATCH` examples.
     """
+    if isinstance(base, PreferenceBase):
+        return _preferences(base, members, examples, memory, progress)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
     nats = torch.zeros(len(members), dtype=torch.float64)
     labels = sum(1 for example in examples for label in example.labels[base.task in DECODERS :] if label != IGNORED)
@@ -127,6 +130,35 @@ def scores(
         _score(base, labels, float(loss), examples, own, threshold)
         for loss, own in zip((nats / max(1, labels)).tolist(), predicted, strict=True)
     ]
+
+
+def _preferences(
+    base: PreferenceBase,
+    members: Sequence[Adapters],
+    examples: Sequence[Example],
+    memory: int | None,
+    progress: Callable[[], None],
+) -> list[Score]:
+    """The scores of every member on pairs of answers, or on single ones."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids), reverse=True)
+    starts = [*range(0, len(order), BATCH)]
+    if len(starts) > 1 and len(order) % BATCH == 1:
+        starts.pop()  # a single answer would have no other
+    parts = [order[start:end] for start, end in itertools.pairwise([*starts, len(order)])]
+
+    def batches() -> Iterator[Any]:
+        for part in parts:
+            yield moved(
+                collate([examples[i] for i in part], pad=base.tokenizer.pad_token_id, task=base.task), base.device
+            )
+
+    found: list[Any] = []
+    for out in _by_row(base, members, batches, memory):
+        found.append(out)
+        progress()
+    rows = {name: torch.cat([out[name] for out in found], 1) for name in found[0]}
+    judged = [base.judge({name: x[i] for name, x in rows.items()}) for i in range(len(members))]
+    return [Score(len(examples), {"loss": loss, **values}) for loss, values in judged]
 
 
 def _by_row(

@@ -146,7 +146,9 @@ def test_twenty_steps_are_those_of_trl(
     names = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected"]
     names += ["kl"] if loss == "kto" else ["rewards/margins", "rewards/accuracies"]
     for name in names:
-        got, want = ([line.get(name, 0.0) for line in run] for run in (found, wanted))
+        # At the start policy and reference are equal up to rounding, which then decides what is right.
+        first = 1 if name == "rewards/accuracies" else 0
+        got, want = ([line.get(name, 0.0) for line in run][first:] for run in (found, wanted))
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-5, msg=name)
     assert abs(found[-1]["rewards/chosen"]) > 0.01
     assert {*adapters} == {*done}
