@@ -39,6 +39,10 @@ from funclora._apps.train.setup import Ready, ready
 from funclora._apps.train.step import Steps
 from funclora._torch.memory import Peak
 
+WHY = """The arithmetic of the layers is the same for both: two passes forward, one of them without gradients, and
+one backward. The output layer is not: `funclora.losses.token_log_probs` computes logits for the tokens of the answers
+only, a part of them at a time, and with them what the gradient needs. On a CPU, TRL's fused output layer computes
+them for all positions, and again in backward."""
 OURS, THEIRS = "funclora train", "TRL + PEFT"
 REACH = {"time": 0.75, "memory": 0.8}
 
@@ -186,6 +190,8 @@ def page(results: dict[str, dict[str, Row]], options: argparse.Namespace, comman
         *table,
         "",
         f"Asked for are {REACH['time']} × the time and {REACH['memory']} × the memory.",
+        "",
+        WHY,
         "",
     ])  # fmt: skip
 

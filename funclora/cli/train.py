@@ -57,6 +57,7 @@ def train(
         funclora train run.toml --lr 1e-4 --dry-run
         funclora train --model llama --data chat.jsonl --quantize nf4 --method dora --merge
         funclora train --model bert --task sequence-classification --data reviews.csv --eval-every 50 --patience 3
+        funclora train --model llama --task preference --data pairs.jsonl --adapter tuned/adapter --out preferred
         funclora train --from axolotl.yml --dry-run
         funclora train --out tuned --resume
     """

@@ -96,10 +96,8 @@ def _chunked(bound: nn.Module, tail: Tail, hidden: Tensor, labels: Tensor, at_on
     places = has.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]
     some = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
     wanted = labels.gather(1, places)
-    with torch.no_grad():
-        first = tail(some[:, :1])
-    size = max(1, at_once // (first.shape[-1] * len(labels)))
-    adapted = torch.is_grad_enabled() and tail(some[:, :1].detach()).requires_grad
+    first = tail(some[:, :1].detach())
+    size, adapted = max(1, at_once // (first.shape[-1] * len(labels))), first.requires_grad
     if not torch.is_grad_enabled() or not (adapted or some.requires_grad):
         parts = [_of(tail(x), y) for x, y in zip(some.split(size, 1), wanted.split(size, 1), strict=True)]
         values = torch.cat(parts, 1)

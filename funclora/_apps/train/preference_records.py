@@ -127,7 +127,7 @@ def one_kind(there: Sequence[str], record: Record, loss: str, label_field: str) 
             if "messages" in there
             else ("completion", "prompt", label_field)
         )
-    names = ", ".join(map(reprlib.repr, there)) or "no fields"
+    names = ", ".join(map(reprlib.repr, sorted(there))) or "no fields"
     raise FormatError(
         f"{record.where}: expected prompt, chosen and rejected, or for kto an answer with {label_field!r}; it has "
         f"{names}. Give other names with --fields, such as chosen=good."

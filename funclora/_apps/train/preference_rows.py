@@ -82,9 +82,7 @@ def collate(examples: Sequence[Example], *, pad: int, context: int | None = None
 def _elsewhere(own: Example, other: Example) -> Example:
     """The answer of another example after the prompt of this one."""
     start, begin = _start(own), _start(other)
-    return Example(
-        own.ids[:start] + other.ids[begin:], own.labels[:start] + other.labels[begin:], (0,), f"{other.source}"
-    )
+    return Example(own.ids[:start] + other.ids[begin:], own.labels[:start] + other.labels[begin:], (0,), own.source)
 
 
 def _start(answer: Example) -> int:
