@@ -55,6 +55,7 @@ bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/b
 	@$(BIN)/python examples/benchmark_many.py $(ARGS)
 	@$(BIN)/python examples/benchmark_serving.py $(ARGS)
 	@$(BIN)/python examples/benchmark_preference.py --page docs/benchmarks-preference.md
+	@$(BIN)/python examples/benchmark_embeddings.py $(ARGS)
 
 gpu: $(VENV)/.has-test ## test and measure on a GPU, into docs/benchmarks-gpu.md; without one, only say so
 	@if [ $(DEVICE) = cuda ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

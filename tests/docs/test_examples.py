@@ -229,6 +229,26 @@ def test_benchmark_preference(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "TRL + PEFT" in capsys.readouterr().out
 
 
+def test_benchmark_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = load("benchmark_embeddings")
+    results = module.main(["--quick", "--threads=1", f"--out={tmp_path}"])
+    assert [*results] == ["LoRA, parts of 4", "DoRA, parts of 4", "LoRA, whole batch"]
+    for result in results.values():
+        assert result.losses[module.OURS] == pytest.approx(result.losses[module.THEIRS], rel=1e-4)
+    # Parts save memory in both, so both have been measured in them.
+    for name in (module.OURS, module.THEIRS):
+        assert results["LoRA, parts of 4"].peaks[name] < 0.7 * results["LoRA, whole batch"].peaks[name]
+    assert "| LoRA, parts of 4 |" in (tmp_path / "benchmarks-embeddings.md").read_text(encoding="utf-8")
+    # Nothing is timed that computes something else.
+    runs = {
+        name: module.Contender(lambda x=x: (1.0, {"a": torch.tensor([x, 1.0])}), lambda: 1.0)
+        for name, x in ((module.OURS, 0.5), (module.THEIRS, 0.6))
+    }
+    with pytest.raises(RuntimeError, match=r"The gradients differ, in a by 1\.0e-01 of the largest value"):
+        module.agree(runs)
+
+
 def test_benchmark_merge(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = run("benchmark_merge", "--size=0.02", "--rounds=1", "--no-peft", f"--folder={tmp_path}")
     assert all(cost.done for cost in results.values())
