@@ -246,7 +246,7 @@ def population(setup: Setup, members: fl.Stack[Any], batch: tuple[Tensor, Tensor
     optimizer = fl.optim.per_member(fl.optim.adamw, lr=[LR] * len(members))
     step = fl.population_step(setup.model, loss, optimizer)
     if compiled:
-        step = torch.compile(step, fullgraph=True)
+        step = torch.compile(step, fullgraph=True, dynamic=False)
     state = optimizer.init(members)
 
     def run() -> None:

@@ -115,7 +115,10 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         def group_of(group: Group[Any]) -> Group[Any]:
             device = group.values[0].device
             own = {name: tensor[list(group.members)].to(device) for name, tensor in tensors.items()}
-            return _group(_mapped(one, unscaled(group.tree()), own), group.members)
+            state = _mapped(one, unscaled(group.tree()), own)
+            # In memory as after a step: a compiled step is not compiled again for the second one.
+            state = optree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), state)
+            return _group(state, group.members)
 
         return Stack(tuple(map(group_of, members.groups)))
 

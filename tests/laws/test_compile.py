@@ -416,7 +416,7 @@ def test_a_compiled_population_goes_on_from_its_own_results() -> None:
     optimizer = optim.per_member(optim.adamw, lr=[0.1, 0.02, 0.3, 0.05])
     step = population_step(s.model, loss_of, optimizer)
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=counter)
     results = []
     members: Any = None
     state: Any = None
