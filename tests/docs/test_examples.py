@@ -1,7 +1,9 @@
 """The example scripts, at a small size: what each of them sets out to show is so."""
 
+import functools
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,88 @@ def test_preference(capsys: pytest.CaptureFixture[str]) -> None:
             wanted_tree: Any = wanted
             for got, expected in zip(torch.autograd.grad(loss, leaves), optree.tree_leaves(wanted_tree), strict=True):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grpo(capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = run("grpo", "--rank=1", "--steps=6").values()
+    assert sum(result.rewards[-2:]) > sum(result.rewards[:2]) + 0.2
+    assert result.after > result.before
+    assert "rank 1, 7,296 values" in capsys.readouterr().out
+
+
+def test_grpo_rewards_lines_of_python() -> None:
+    example: Any = load("grpo")
+    assert [example.reward(line) for line in (b"x = 1\n", b"x = 1", b"x =\n", b"x = '\\d'\n", b"\0\n")] == [
+        1,
+        0,
+        0,
+        1,
+        0,
+    ]
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    expected = torch.tensor([[2.0, -1.0, -1.0], [0.0, 0.0, 0.0]]) / 3**0.5
+    torch.testing.assert_close(example.advantages(rewards), expected.flatten(), rtol=1e-3, atol=1e-5)
+    ids, labels, lines = example.sample(example.load_base(), ["if ", "print("], 9, torch.Generator().manual_seed(0))
+    for row, wanted, line, prompt in zip(
+        ids.tolist(), labels.tolist(), lines, [b"if "] * 9 + [b"print("] * 9, strict=True
+    ):
+        assert line.startswith(prompt)
+        assert line.count(b"\n") <= 1
+        assert bytes(token for token in wanted if token != -100) == line[len(prompt) :]
+        assert all(b in (a, -100) for a, b in zip(row, wanted, strict=True))
+        assert bytes(row).lstrip().startswith(line)
+        assert line.endswith(b"\n") or len(line) == len(prompt) + example.LENGTH
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, -0.3], ids=["same-policy", "likelier", "less-likely"])
+def test_grpo_has_the_gradient_of_the_paper(shift: float) -> None:
+    """A token weighs ratio * advantage, or nothing where that is clipped, plus beta * (exp(log ref - log p) - 1)."""
+    example: Any = load("grpo")
+    model = example.load_base()
+    params = {name: tensor.double() for name, tensor in fl.base_params(model).items()}
+    config = fl.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    policy: Any = fl.init(model, config, generator=torch.Generator().manual_seed(0))
+    policy = optree.tree_map(lambda x: x.double(), policy)
+    prompts = ["x = ", "print("]
+    ids, labels, _ = example.sample(model, prompts, 3, torch.Generator().manual_seed(0))
+    old, reference = example.scored(model, params, policy, ids, labels)
+    for log_probs, adapters in ((old, policy), (reference, {})):
+        alone = fl.losses.token_log_probs(fl.bind(model, params, adapters), ids, labels)
+        torch.testing.assert_close(log_probs, alone, rtol=1e-8, atol=1e-8)
+    advantages = torch.tensor([1.5, -0.5, -1.0, 0.7, 0.7, -1.4], dtype=torch.float64)
+    batch = {"ids": ids, "labels": labels, "old": old - shift, "reference": reference, "advantages": advantages}
+    loss = functools.partial(example.grpo_loss, beta=0.5)
+    grads: Any
+    (value, divergence), grads = fl.value_and_grad(loss, has_aux=True)(model, params, policy, batch)
+
+    tree: Any
+    leaves, tree = optree.tree_flatten(policy)
+    leaves = [x.requires_grad_() for x in leaves]
+    weights = dict(params)
+    for name, rule in tree.unflatten(leaves).items():
+        weights[name] = params[name] + rule.scaling * rule.b @ rule.a
+    logits = torch.func.functional_call(model, weights, (ids,)).log_softmax(-1)
+    weighed, expected, far = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    for row, advantage in enumerate(advantages.tolist()):
+        places = (labels[row] != -100).nonzero().flatten().tolist()
+        for place in places:
+            log_prob = logits[row, place - 1, ids[row, place]]
+            ratio = math.exp(log_prob.item() - batch["old"][row, place].item())
+            behind = reference[row, place].item() - log_prob.item()
+            kl = math.exp(behind) - behind - 1
+            gain = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            clipped = ratio > 1.2 if advantage > 0 else ratio < 0.8
+            slope = (0 if clipped else ratio * advantage) + 0.5 * (math.exp(behind) - 1)
+            share = 1 / len(places) / len(ids)
+            weighed = weighed - share * slope * log_prob
+            expected += share * (0.5 * kl - gain)
+            far += share * kl
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    assert divergence.item() == pytest.approx(far, rel=1e-6)
+    assert far > 0.01
+    for got, want in zip(optree.tree_leaves(grads), torch.autograd.grad(weighed, leaves), strict=True):
+        assert want.abs().max() > 1e-4
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
 
 
 def test_benchmark_preference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import funclora as fl
 
@@ -225,6 +225,37 @@ def test_sft_trainer_trains_an_adapter_on_the_head(base: Any, use_dora: bool, tm
     for name, rule in expected.items():
         close([got[name].a, got[name].b], [rule.a, rule.b], 1e-4)  # type: ignore[attr-defined]
     sft_of(module_of(base, config), tmp_path).train()
+
+
+# --- TRL's GRPOTrainer -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(("config", "beta"), [(lora(), 0.0), (lora(use_dora=True), 0.0), (None, 0.1)])
+def test_grpo_trainer_has_the_rewards_of_peft(
+    base: Any, config: fl.LoraConfig | None, beta: float, tmp_path: Path
+) -> None:
+    """With a beta, TRL loads the base again, from its folder, as the reference; PEFT's is the adapter at the start."""
+    copy.deepcopy(base).save_pretrained(tmp_path / "base")  # which writes into the configuration
+    model = type(base).from_pretrained(tmp_path / "base")
+    config = config or fl.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])  # which starts as the base
+    keys = ("loss", "grad_norm", "reward", "entropy", *(("kl",) if beta else ()))
+    runs = []
+    for each in (module_of(model, config), peft_of(model, config, tmp_path / "adapter")):
+        trainer = GRPOTrainer(
+            model=each, processing_class=tokenizer(), train_dataset=Dataset.from_dict({"prompt": ["abc", "bad"] * 8}),
+            reward_funcs=lambda completions, **_: [text.count("a") / 8 for text in completions],
+            args=GRPOConfig(
+                **options(tmp_path, max_steps=3, per_device_train_batch_size=8), bf16=False, num_generations=4,
+                max_completion_length=8, beta=beta,
+            ),
+        )  # fmt: skip
+        trainer.train()
+        runs.append(history(trainer, *keys))
+    for key, got, want in zip(keys, *runs, strict=True):
+        assert len(got) == 3
+        assert any(want), key
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-5, msg=key)
 
 
 # --- accelerate and Lightning ----------------------------------------------------------------------------------
