@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from funclora._api.arguments import check_function, check_integer, check_model, check_params
 from funclora._bind.apply import bind
 from funclora._bind.checks import check_rules, unwritten
+from funclora._many.stack import Stack
 from funclora._torch.functions import in_transform
 from funclora.distributed._mean import Mean, tree_sum
 from funclora.errors import ConfigError, UnusedAdapterWarning
@@ -295,9 +296,15 @@ def averaged(parts: list[tuple[Tensor, Any]], batches: list[Any], like: Any, red
         return reduce(parts, [(batch,) for batch in batches], like)
     if len(parts) == 1:
         return parts[0]
-    trees: list[Any] = list(parts)
-    mean: Any = optree.tree_map(lambda *leaves: tree_sum(leaves) / len(leaves), *trees)
-    return cast("tuple[Tensor, Any]", mean)
+
+    def mean(leaves: Sequence[Tensor]) -> Tensor:
+        return tree_sum(leaves) / len(leaves)
+
+    losses, trees = zip(*parts, strict=True)
+    if isinstance(like, Stack):  # whose structure torch 2.10 cannot compare while it compiles
+        every = zip(*(tree.leaves() for tree in trees), strict=True)
+        return mean(losses), like.with_leaves(map(mean, every))
+    return mean(losses), optree.tree_map(lambda *leaves: mean(leaves), *trees)
 
 
 def micro_seeds(seed: int | None, n: int, reduce: Mean | None) -> list[int | None]:
