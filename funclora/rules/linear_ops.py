@@ -151,8 +151,11 @@ class LinearOp(ABC):
     def with_input(self, x: Tensor) -> LinearOp:
         """The same operation on another input."""
         new = object.__new__(type(self))
-        for name in self._attributes:  # not through __dict__, which torch 2.10 cannot trace
-            setattr(new, name, getattr(self, name))
+        if torch.compiler.is_compiling():  # torch 2.10 cannot trace __dict__
+            for name in self._attributes:
+                setattr(new, name, getattr(self, name))
+        else:
+            new.__dict__.update(self.__dict__)
         new.x = x
         return new
 

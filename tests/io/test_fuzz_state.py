@@ -178,7 +178,7 @@ SEEDS: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"metrics": -1}, "0 at least"),
     "huge": ({"metrics": 2**62}, "expected 4611686018427387904 bytes"),
     "larger than any": ({"tokens": 2**70}, "tokens: expected int"),
-    "no numbers": ({"pending": [["a", 1]]}, r"pending\[0\]: expected float, got 'a'"),
+    "no numbers": ({"pending": [["a", 1]]}, r"pending\[0\]\[0\]: expected float, got 'a'"),
     "more": ({"x": 1}, "'x' is missing or unknown"),
     "a list": ({"stopped": []}, "stopped: expected str"),
 }

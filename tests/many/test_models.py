@@ -48,8 +48,8 @@ REFUSED: Reasons = {
     "Wav2Vec2ConformerForSequenceClassification": CONSTANT,
     "ZayaForCausalLM": CONSTANT,
 }
-# The same for populations of models that take mixed batches.
-NO_POPULATION: Reasons = {}
+# The same for populations, where the error says something else, or the model takes mixed batches.
+NO_POPULATION: Reasons = {"TimesformerForVideoClassification": "mixed or reordered the rows"}
 
 
 def result(model: Any, out: Any) -> Tensor:
@@ -185,7 +185,7 @@ def close_leaf(before: Tensor, found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_member_of_a_population_is_trained_as_if_alone(name: str) -> None:
-    checked(name, populate, REFUSED, NO_POPULATION)
+    checked(name, populate, NO_POPULATION, REFUSED)
 
 
 def generate(name: str) -> None:
@@ -220,7 +220,8 @@ def table() -> str:
             ", ".join(f"`{n}`" for n in works) + ".",
             "",
         ]
-    for title, reasons in (("Refused", REFUSED), ("Only populations are refused", NO_POPULATION)):
+    only_populations = {name: reason for name, reason in NO_POPULATION.items() if name not in REFUSED}
+    for title, reasons in (("Refused", REFUSED), ("Only populations are refused", only_populations)):
         rows = [f"| `{name}` | {reasons[name]} |" for name in MODELS if name in reasons]
         if not rows:
             continue
@@ -235,7 +236,7 @@ def test_the_page_says_what_the_tests_say() -> None:
 
 def test_the_tables_name_models() -> None:
     assert {*REFUSED, *NO_POPULATION} <= {*MODELS}
-    assert not {*REFUSED} & {*NO_POPULATION}
+    assert all(REFUSED.get(name) != reason for name, reason in NO_POPULATION.items())
 
 
 if __name__ == "__main__":

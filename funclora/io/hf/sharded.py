@@ -248,8 +248,7 @@ def _finish(model: Any, folder: Path, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         with reading(folder, f"transformers cannot read generation_config.json in {folder}"):
-            local = {"local_files_only": OPTIONS["local_files_only"]}
-            model.generation_config = transformers().GenerationConfig.from_pretrained(str(folder), **local)
+            model.generation_config = transformers().GenerationConfig.from_pretrained(str(folder), **OPTIONS)
 
 
 def _agree(folder: Path, outcome: str | Exception, group: Any) -> None:
