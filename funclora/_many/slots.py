@@ -16,11 +16,9 @@ from funclora._many.route import Found, add_members, routed
 from funclora._many.stack import Group, TreeSpecs, kind_of
 from funclora._tracking.batch import Batch
 from funclora.rules.base import Adapters, Params, Rule, has_own_scaling
+from funclora.rules.linear_ops import EXACT
 from funclora.rules.low_rank import LowRank
 from funclora.rules.tokens import untied
-
-# Dtypes in which the scaling is multiplied into B: in others the product would be rounded once more.
-_EXACT = (torch.float32, torch.float64)
 
 
 class PreparedAdapter:
@@ -49,7 +47,8 @@ class PreparedAdapter:
         for name in sorted(self.rules):  # in the order of the leaves
             rule: Any = self.rules[name]
             low_rank = isinstance(rule, LowRank)
-            factor = float(rule.scaling) if low_rank and rule.b.dtype in _EXACT else 1.0
+            # Multiplied into B, the scaling rounds it once more, which only these dtypes can afford.
+            factor = float(rule.scaling) if low_rank and rule.b.dtype in EXACT else 1.0
             for leaf in rule.leaf_names:
                 for _ in optree.tree_leaves(getattr(rule, leaf)):
                     self.is_b.append(low_rank and leaf == "b")

@@ -111,40 +111,23 @@ def run_page(page: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
-def test_the_page_on_classifying_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the model that the session makes."""
+@pytest.mark.parametrize(
+    ("page", "commands"),
+    [
+        ("classification", {"train", "eval", "predict"}),
+        ("embeddings", {"train", "eval", "predict"}),
+        ("preferences", {"train", "eval", "generate", "merge"}),
+    ],
+)
+def test_a_page_runs_with_the_model_that_the_session_makes(
+    page: str, commands: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (script,) = (block.code for block in blocks(PAGE) if block.title == "make.py")
     Path("make.py").write_text(script, encoding="utf-8")
     spoken("python make.py 2> log", [])
-    ran = run_page(DOCS / "classification.md")
-    assert {"train", "eval", "predict"} <= {command.split()[1] for command in ran if command.startswith("funclora ")}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
-def test_the_page_on_embeddings_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the model that the session makes; and the Python of its end."""
-    monkeypatch.chdir(tmp_path)
-    (script,) = (block.code for block in blocks(PAGE) if block.title == "make.py")
-    Path("make.py").write_text(script, encoding="utf-8")
-    spoken("python make.py 2> log", [])
-    ran = run_page(DOCS / "embeddings.md")
-    assert {"train", "eval", "predict"} <= {command.split()[1] for command in ran if command.startswith("funclora ")}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
-def test_the_page_on_preferences_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From answers to preferences, to scores, to a merged model; with the model that the session makes."""
-    monkeypatch.chdir(tmp_path)
-    (script,) = (block.code for block in blocks(PAGE) if block.title == "make.py")
-    Path("make.py").write_text(script, encoding="utf-8")
-    spoken("python make.py 2> log", [])
-    ran = run_page(DOCS / "preferences.md")
-    assert {"train", "eval", "generate", "merge"} <= {
-        command.split()[1] for command in ran if command.startswith("funclora ")
-    }
+    ran = run_page(DOCS / f"{page}.md")
+    assert commands <= {command.split()[1] for command in ran if command.startswith("funclora ")}
 
 
 @pytest.mark.slow
