@@ -687,6 +687,7 @@ def main(out: str, *names: str) -> None:
     try:
         results = {name: CHECKS[name]() for name in names}
         Path(out, f"{rank()}.json").write_text(json.dumps(results), encoding="utf-8")
+        dist.barrier()  # a process that exits first can abort what the other still sends
     finally:
         dist.destroy_process_group()
 

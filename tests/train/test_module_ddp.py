@@ -24,26 +24,35 @@ def regression() -> tuple[nn.Sequential, Any, TensorDataset]:
     return model, module, TensorDataset(torch.randn(16, 5), torch.randn(16, 3))
 
 
+def trained(rank: int, find_unused: bool) -> dict[str, Any]:
+    """The adapter after two steps, each on this process's half of a batch."""
+    model, module, data = regression()
+    check = snapshot(model, fl.base_params(model))
+    if rank == 1:  # the first process's values count
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+    wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=find_unused)
+    optimizer = optim.AdamW(wrapped.parameters(), lr=1e-2)
+    for x, y in DataLoader(data, batch_size=8):
+        optimizer.zero_grad()
+        F.mse_loss(wrapped(x[rank::2]), y[rank::2]).backward()
+        optimizer.step()
+    check()
+    return module.state_dict()
+
+
 def distributed(rank: int, folder: str) -> None:
-    """What each of two processes does: half of each batch."""
+    """What each of two processes does.
+
+    The wrapped modules are gone when the group is destroyed: one that is freed after it destroys the group itself and,
+    holding the interpreter's lock, can wait for ever for gloo's thread, which wants that lock.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         for i, find_unused in enumerate((False, True)):
-            model, module, data = regression()
-            check = snapshot(model, fl.base_params(model))
-            if rank == 1:  # the first process's values count
-                with torch.no_grad():
-                    for parameter in module.parameters():
-                        parameter.add_(1.0)
-            wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=find_unused)
-            optimizer = optim.AdamW(wrapped.parameters(), lr=1e-2)
-            for x, y in DataLoader(data, batch_size=8):
-                optimizer.zero_grad()
-                F.mse_loss(wrapped(x[rank::2]), y[rank::2]).backward()
-                optimizer.step()
-            check()
-            torch.save(module.state_dict(), f"{folder}/{i}-{rank}.pt")
+            torch.save(trained(rank, find_unused), f"{folder}/{i}-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 

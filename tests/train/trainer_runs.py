@@ -6,6 +6,7 @@ must come to the same as several: it takes as many rows in a step, in as many mi
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
@@ -198,6 +199,7 @@ def main(out: str, *names: str) -> None:
         Path(out, f"{rank()}.json").write_text(json.dumps(results), encoding="utf-8")
         dist.barrier()
     finally:
+        gc.collect()  # a DistributedDataParallel that is freed after its group can wait for ever for gloo's thread
         dist.destroy_process_group()
 
 
