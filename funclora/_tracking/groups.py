@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,22 @@ class Assignment:
         if any(len(each) < count for each in rows):
             kept = torch.tensor([i * count + j for i, each in enumerate(rows) for j in range(len(each))], device=device)
         return cls(n, count, torch.tensor(table, device=device), kept, absent=not all(rows))
+
+    @cached_property
+    def taken(self) -> Tensor:
+        """`[m·count]`, as `table`, but any row for a member without rows: for what nobody reads."""
+        assert self.table is not None
+        with torch.inference_mode(False):
+            return self.table.where(self.table < self.n, 0)
+
+    @cached_property
+    def back(self) -> Tensor:
+        """`[n]`, the position in `table` of each row, the first one behind it for a row without a member."""
+        assert self.table is not None
+        with torch.inference_mode(False):
+            places = torch.arange(len(self.table), device=self.table.device) if self.kept is None else self.kept
+            back = self.table.new_full((self.n,), len(self.table))
+            return back.index_copy(0, self.table[places], places)
 
     def gathered(self, x: Tensor) -> Tensor:
         """`[n, *]` -> `[m, count, *]`."""

@@ -143,9 +143,10 @@ class Plan:
         for rows, first, second, scalings in self.parts:
             m, each = first.shape[0], rows.count * tokens
             if rows.span is None:
-                update = out.new_zeros(m, each, outputs)
-                add_products(update, rows.gathered(x).flatten(1, 2), first, second, scalings)
-                out = rows.added(out, update.view(m, rows.count, tokens, outputs))
+                update = out.new_zeros(m * rows.count + 1, tokens, outputs)  # the last one is for rows without a member
+                given = x.index_select(0, rows.taken).view(m, each, inputs)
+                add_products(update[:-1].view(m, each, outputs), given, first, second, scalings)
+                out += update.index_select(0, rows.back)
             elif m == n:
                 add_products(out, x, first, second, scalings)
             else:

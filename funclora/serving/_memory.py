@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,20 +66,34 @@ class Texts:
         self.lengths = [self.lengths[i] for i in rows]
 
 
+class _Held(NamedTuple):
+    """A cache, and for how many rows it holds what was read."""
+
+    cache: Any
+    rows: int
+
+
 class Cached:
-    """The caches of transformers' models. All rows end at the same column: shorter ones are filled up on the left."""
+    """The caches of transformers' models. All rows end at the same column: shorter ones are filled up on the left.
+
+    Rows that come, go or change their order are only noted; their columns are moved when the next tokens are read.
+    """
 
     def __init__(self, call: Call, argument: str, config: Any, device: torch.device) -> None:
         from transformers import DynamicCache
 
         self._call, self._argument, self._device = call, argument, device
         self._cache: Any = DynamicCache(config=config)
+        self._rows: list[tuple[_Held, int]] = []  # where each row is, and its place there
         self.lengths: list[int] = []
 
     def read(self, bound: nn.Module, new: Sequence[Sequence[int]]) -> Tensor:
+        self._move_rows()
         count = max(map(len, new))
         starts = not self.lengths
         self.lengths = [n + len(ids) for n, ids in zip(self.lengths or [0] * len(new), new, strict=True)]
+        held = _Held(self._cache, len(new))
+        self._rows = [(held, i) for i in range(held.rows)]
         width = max(self.lengths)
         ends = torch.tensor(self.lengths, device=self._device)[:, None]
         columns = torch.arange(width, device=self._device)
@@ -90,36 +104,32 @@ class Cached:
         return self._call(bound, _filled_up(new, "left"), use_cache=True, logits_to_keep=1, **arguments)[:, -1]
 
     def join(self, other: Cached) -> None:
-        if not self.lengths:
-            self._cache, self.lengths = other._cache, other.lengths
-            return
-        self.lengths = self.lengths + other.lengths
-        for layer, added in zip(self._cache.layers, other._cache.layers, strict=True):
-            for (states, i), (more, _) in zip(_states(layer), _states(added), strict=True):
-                states[i] = torch.cat([states[i], more[i]])
-            if _has_keys(layer):
-                held = max(layer.keys.shape[-2], added.keys.shape[-2])
-                layer.keys = _stacked([layer.keys, added.keys], held)
-                layer.values = _stacked([layer.values, added.values], held)
-        self._set_width()
+        self._rows, self.lengths = self._rows + other._rows, self.lengths + other.lengths
 
     def keep(self, rows: Sequence[int]) -> None:
-        self.lengths = [self.lengths[i] for i in rows]
-        index = torch.tensor(rows)
-        for layer in self._cache.layers:
-            for states, i in _states(layer):
-                states[i] = states[i].index_select(0, index.to(states[i].device))
-            if _has_keys(layer):
-                unused = slice(max(layer.keys.shape[-2] - max(self.lengths), 0), None)
-                index = index.to(layer.keys.device)
-                layer.keys = layer.keys[..., unused, :].index_select(0, index)
-                layer.values = layer.values[..., unused, :].index_select(0, index)
-        self._set_width()
+        self._rows, self.lengths = [self._rows[i] for i in rows], [self.lengths[i] for i in rows]
 
-    def _set_width(self) -> None:
-        for layer in self._cache.layers:
-            if hasattr(layer, "cumulative_length"):  # of a sliding window: it holds the last columns only
-                layer.cumulative_length = max(self.lengths)
+    def _move_rows(self) -> None:
+        """Make one cache of the rows, in their order, unless they are one."""
+        every = list(dict.fromkeys(held for held, _ in self._rows))
+        places = [(every.index(held), i) for held, i in self._rows]
+        if not every or places == [(0, i) for i in range(every[0].rows)]:
+            self._cache = every[0].cache if every else self._cache
+            return
+        caches = [held.cache for held in every]
+        self._cache = caches[0]
+        width = max(self.lengths)
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            for alike in zip(*map(_states, layers), strict=True):
+                states, i = alike[0]
+                states[i] = _moved([states[i] for states, i in alike], places)
+            if _has_keys(layers[0]):
+                columns = min(width, max(layer.keys.shape[-2] for layer in layers))
+                for name in ("keys", "values"):
+                    sources = [_last_columns(getattr(layer, name), columns) for layer in layers]
+                    setattr(layers[0], name, _moved(sources, places))
+            if hasattr(layers[0], "cumulative_length"):  # of a sliding window: it holds the last columns only
+                layers[0].cumulative_length = width
 
 
 def _filled_up(rows: Sequence[Sequence[int]], side: str) -> Tensor:
@@ -127,9 +137,15 @@ def _filled_up(rows: Sequence[Sequence[int]], side: str) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
 
 
-def _stacked(parts: Sequence[Tensor], columns: int) -> Tensor:
-    """Keys or values `[rows, heads, *, size]` of several batches, filled up on the left."""
-    return torch.cat([F.pad(part, (0, 0, columns - part.shape[-2], 0)) for part in parts])
+def _last_columns(keys: Tensor, columns: int) -> Tensor:
+    """The last columns of keys or values `[rows, heads, *, size]`, filled up on the left."""
+    missing = columns - keys.shape[-2]
+    return F.pad(keys, (0, 0, missing, 0)) if missing > 0 else keys[..., -missing:, :]
+
+
+def _moved(sources: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> Tensor:
+    """`[rows, *]`: each row from its source, and its place there."""
+    return torch.cat([sources[source][i : i + 1] for source, i in places])
 
 
 def _has_keys(layer: Any) -> bool:

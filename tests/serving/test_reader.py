@@ -78,22 +78,27 @@ def test_a_cache_holds_plain_tensors_no_longer_than_its_rows_need(kind: str, tmp
     read = reader(kind)
     memory: Any = read.memory()
     assert isinstance(memory, Cached)
-    bound = fl.bind(model, customers.params, cache.route(["customer-0", "customer-1"]))
+    base = fl.bind(model, customers.params, {})
+    two, three = (
+        fl.bind(model, customers.params, cache.route(["customer-0", "customer-1", *others])) for others in ([], [None])
+    )
     with torch.no_grad():
-        memory.read(bound, [[5] * 12, [6] * 12])
-        memory.read(bound, [[7], [8]])
+        memory.read(two, [[5] * 12, [6] * 12])
+        memory.read(two, [[7], [8]])
         other: Any = read.memory()
-        other.read(fl.bind(model, customers.params, {}), [[9, 10]])
+        other.read(base, [[9, 10]])
         memory.join(other)
-    assert memory.lengths == [13, 13, 2]
-    tensors = [x for layer in memory._cache.layers for x in contents(layer)]
-    assert {type(x) for x in tensors} == {Tensor}
-    assert {len(x) for x in tensors} == {3}
-    memory.keep([2])
+        memory.read(three, [[11], [12], [13]])
+        assert memory.lengths == [14, 14, 3]
+        tensors = [x for layer in memory._cache.layers for x in contents(layer)]
+        assert {type(x) for x in tensors} == {Tensor}
+        assert {len(x) for x in tensors} == {3}
+        memory.keep([2])
+        memory.read(base, [[14]])
     for layer in memory._cache.layers:
         assert all(len(x) == 1 for x in contents(layer))
         if getattr(layer, "keys", None) is not None:
-            assert layer.keys.shape[-2] == layer.get_seq_length() == 2
+            assert layer.keys.shape[-2] == layer.get_seq_length() == 4
 
 
 def contents(layer: Any) -> list[Tensor]:

@@ -76,6 +76,24 @@ def test_reads_after_the_first_give_the_same(
         assert len(plans_of(bound)) == 1, "the quick form was never taken"
 
 
+@pytest.mark.parametrize("ids", [[0, 3], [3, 0, -1], [3, 0, 3]], ids=str)
+def test_a_member_between_others_that_no_row_uses_is_never_read(ids: list[int]) -> None:
+    module, layout = layer(True, "out, in")
+    params = base_params(module)
+    some = members(params["weight"], ("lora", "lora"), layout)
+    weights = [merge(params, some[j]) if j >= 0 else params for j in ids]
+    for j in (1, 2):
+        some[j]["weight"].a.fill_(float("nan"))
+        some[j]["weight"].b.fill_(float("inf"))
+    bound: Any = bind(module, params, route(stack(some), ids))
+    x = torch.randn(len(ids), 2, INPUT, generator=gen(9))
+    want = torch.stack([torch.func.functional_call(module, w, x[i]) for i, w in enumerate(weights)])
+    with torch.no_grad():
+        for _ in range(3):
+            close(bound(x), want, 2e-6)
+    assert len(plans_of(bound)) == 1
+
+
 def test_rows_that_share_a_factor_with_a_gradient_are_not_overwritten() -> None:
     module, layout = layer(True, "out, in")
     params = base_params(module)
