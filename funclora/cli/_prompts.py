@@ -107,9 +107,15 @@ class Reader:
 
 
 def read_prompts(
-    file: Path, reader: Reader, names: Sequence[str], defaults: Sequence[str | None], *, go_on: bool = False
+    file: Path,
+    reader: Reader,
+    form: Format,
+    names: Sequence[str],
+    defaults: Sequence[str | None],
+    *,
+    go_on: bool = False,
 ) -> list[Prompt]:
-    """The prompts of a file, as `records.read` reads it, also with ShareGPT's or Alpaca's fields.
+    """The prompts of a file, as `records.read` reads it.
 
     Each record has a `prompt` or `messages`, and may name an `adapter`; null (in a CSV file, an empty text) is the base
     model. Its own answer, a `completion` or the assistant's last message, becomes its `reference`.
@@ -117,6 +123,7 @@ def read_prompts(
     Args:
         file: the file.
         reader: makes the prompts.
+        form: how the records name their fields and roles.
         names: of the available adapters.
         defaults: the adapters of records without the field, each for a prompt of its own; None is the base model.
         go_on: continue an assistant's last message.
@@ -126,7 +133,6 @@ def read_prompts(
         ConfigError: a record names an unknown adapter, or its prompt does not fit the model.
     """
     prompts = []
-    form = Format.of((), (), reader.tokenizer)
     for raw in read(file, "prompt"):
         record, _ = form.standard(raw)
         fields, where = record.fields, record.where

@@ -44,6 +44,8 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Treat prompts as user messages, using the chat template.")] = False,
     chat_template: Annotated[Path | None, setting("chat_template")] = None,
+    fields: Annotated[Sequence[str] | None, setting("fields")] = None,
+    roles: Annotated[Sequence[str] | None, setting("roles")] = None,
     continue_final_message: Annotated[
         bool, typer.Option(help="Continue the assistant's last message of a record, where there is one.")
     ] = False,
@@ -83,8 +85,10 @@ def generate(
     from funclora.errors import ConfigError
 
     _check_options(prompt=prompt, file=file, out=out, chat=chat, json=json)
-    if continue_final_message and file is None:
-        raise ConfigError("--continue-final-message can only be used with --file. Leave it out.")
+    of_records = {"--continue-final-message": continue_final_message, "--fields": fields, "--roles": roles}
+    for option, given in of_records.items():
+        if given and file is None:
+            raise ConfigError(f"{option} can only be used with --file. Leave it out.")
     if chat_template is not None and model is None:
         raise ConfigError("--chat-template: the demo's base reads no chats. Give a --model, or leave it out.")
     if chat_template is not None and file is None and not chat:
@@ -95,6 +99,7 @@ def generate(
     out = out if ranks.is_first() else None
     import contextlib
 
+    from funclora._apps.train.formats import Format
     from funclora.cli._adapters import adapter_folders
     from funclora.cli._output import claimed_out
     from funclora.cli._prompts import known, read_prompts
@@ -110,12 +115,16 @@ def generate(
     from funclora.cli._generate import Generator, Sampling
 
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed or 0)
-    settings, reader = _reader(model, dtype.value, quantize.value, device, chat_template)
+    settings, reader = _reader(
+        model, dtype=dtype.value, quantize=quantize.value, device=device, chat_template=chat_template, fields=fields,
+        roles=roles,
+    )  # fmt: skip
     with contextlib.nullcontext() if out is None else claimed_out(out, overwrite=overwrite):
         # What is asked is looked at before the weights are loaded, which can take minutes.
         prompts: list[Prompt] = []
         if file is not None:
-            prompts = read_prompts(file, reader, names, defaults, go_on=continue_final_message)
+            form = Format.of(settings.fields, settings.roles, reader.tokenizer)
+            prompts = read_prompts(file, reader, form, names, defaults, go_on=continue_final_message)
             if folders and not {each.adapter for each in prompts} & folders.keys():
                 raise ConfigError(f"{file}: no record names one of the given adapters: {', '.join(names)}.")
             if chat_template is not None and not any("messages" in each.fields for each in prompts):
@@ -169,19 +178,17 @@ def _check_sampling(temperature: float, top_p: float | None, top_k: int | None, 
         raise ConfigError("--top-p: expected a number above 0. To always take the most likely token, leave it out.")
 
 
-def _reader(
-    model: Path | None, dtype: str, quantize: str, device: str, chat_template: Path | None
-) -> tuple[Settings, Reader]:
-    """How the model is loaded, and what makes prompts for it."""
+def _reader(model: Path | None, **given: object) -> tuple[Settings, Reader]:
+    """How the model is loaded and records are read, and what makes prompts for it."""
     from funclora._apps.train.base import load_tokenizer, vocabulary
     from funclora._apps.train.folder import empty_model, load_config, longest_context
+    from funclora._apps.train.reading import from_option
     from funclora._apps.train.settings import CAUSAL, SEQ2SEQ, Settings
     from funclora.cli._prompts import Reader
 
     task = SEQ2SEQ if model is not None and load_config(model).is_encoder_decoder else CAUSAL
-    settings = Settings(
-        model=model, task=task, dtype=dtype, quantize=quantize, device=device, chat_template=chat_template
-    )
+    given |= {"model": model, "task": task}
+    settings = Settings(**{key: from_option(key, value) for key, value in given.items() if value is not None})
     tokenizer = load_tokenizer(settings)
     if model is None:  # which sees the end of what is too long for it
         return settings, Reader(tokenizer, len(tokenizer), None, decoder=True)

@@ -451,6 +451,19 @@ def test_records_of_other_trainers_are_prompts_too(folders: Path, tmp_path: Path
     assert len({row["completion"] for row in rows}) == 1
 
 
+def test_fields_and_roles_have_the_names_that_are_given(folders: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "p.jsonl", {"dialog": [{"speaker": "reader", "content": "w1 w2"}]}, {"question": "w4"})
+    common = (folders / "adapters" / "ad-1", "--model", folders / "model", "--max-tokens", 8, "-f", file)
+    named = ("--fields", "messages=dialog,role=speaker,prompt=question", "--roles", "reader=user")
+    chat, text = printed(*common, *named)["results"]
+    assert chat["completion"] == by_peft(folders, "<user> w1 w2 <assistant>", "ad-1", 8)
+    assert text["completion"] == by_peft(folders, "w4", "ad-1", 8)
+    assert "p.jsonl:1: expected either" in complaint(*common)
+    assert "fields: expected one of" in complaint(*common, "--fields", "promt=question")
+    for option, value in (named[:2], named[2:]):
+        assert f"{option} can only be used with --file." in complaint(*common[:3], option, value, "-p", "w1")
+
+
 def test_a_records_own_answer_is_its_reference(folders: Path, tmp_path: Path) -> None:
     """It is neither shown to the model nor lost."""
     talk = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w7 w8"}]

@@ -124,7 +124,7 @@ def combined(given: Mapping[str, Any], file: str, overrides: Mapping[str, object
             known = known_as(key)
             hint = f" Here it is {option(known)}." if known else near(option(key), map(option, keys), 1)
             raise ConfigError(f"{option(key)}: there is no such option.{hint}")
-        given[key] = _value(option(key), keys[key], value, from_text=True)
+        given[key] = from_option(key, value)
         where[key] = ""
 
     def called(key: str) -> str:
@@ -152,6 +152,20 @@ def combined(given: Mapping[str, Any], file: str, overrides: Mapping[str, object
     settings = Settings(**given)
     _check_together(settings, called)
     return settings
+
+
+def from_option(key: str, value: object) -> Any:
+    """The value of a key that the command line gives, which may be a text, or texts with commas.
+
+    Raises:
+        ConfigError: it has the wrong type, or is out of range.
+
+    Examples:
+        >>> from_option("roles", "human=user,gpt=assistant")
+        ('human=user', 'gpt=assistant')
+    """
+    (key_of_settings,) = (f for f in fields(Settings) if f.name == key)
+    return _value(option(key), key_of_settings, value, from_text=True)
 
 
 def _here(name: str, value: object, where: str) -> dict[str, Any]:
