@@ -43,9 +43,9 @@ def test_names_load_on_first_use() -> None:
 def test_a_name_loads_what_it_needs() -> None:
     code = (
         "import sys, funclora as fl; fl.apply; "
-        "print(*(f'funclora.{name}' in sys.modules for name in ('_bind.apply', 'io.merge.merge')))"
+        "print(*(name in sys.modules for name in ('funclora._bind.apply', 'funclora.io.merge.merge', 'torch._dynamo')))"
     )
-    assert python(code) == "True False"
+    assert python(code) == "True False False"  # torch's compiler alone takes a second
 
 
 @pytest.mark.parametrize("space", SPACES[:-1], ids=lambda space: str(space.__name__))

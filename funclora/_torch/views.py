@@ -30,7 +30,6 @@ class View(NamedTuple):
         return self.dims == tuple(range(len(shape))) and self.lengths == tuple(shape)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # the compiler cannot trace strides
 def seen(
     func: Callable[..., Any], shape: Sequence[int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> View | tuple[View | None, ...] | None:
@@ -45,6 +44,11 @@ def seen(
         return _seen_before(*given) if _is_plain((args, *kwargs.values())) else _seen(*given)
     except TypeError:  # a list, which cannot be a cache key
         return _seen(*given)
+
+
+# The compiler cannot trace strides. This is all that torch.compiler.assume_constant_result does (torch 2.10 to 2.13), but a
+# call of that imports the whole compiler, which takes a second.
+seen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_plain(x: Any) -> bool:
