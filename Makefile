@@ -4,6 +4,7 @@
 #   make test ARGS="-k lora -x"     pytest's own options
 #   make test ARGS=--hypothesis-profile=explore   with examples that no run has seen
 #   make test JOBS=0                in one process, for a debugger
+#   make bench ARGS=--page-only     the pages of the benchmarks again, from the numbers in docs/benchmarks*.json
 #   make test PYTHON=python3.12     the interpreter that .venv is made with
 
 TORCH  ?= 2.13.0
@@ -17,6 +18,9 @@ DEVICE ?= cuda
 QUICK := tests/laws tests/rules tests/bind tests/lazy tests/many
 # Rounding differs between processors: what `make numeric` runs with torch's plain kernels, which every processor has.
 NUMERIC := $(QUICK) tests/quant tests/parity
+
+BENCHMARKS := benchmark benchmark_many benchmark_train benchmark_preference benchmark_embeddings benchmark_serving \
+	benchmark_growth
 
 # The first torch that pyproject.toml admits.
 OLDEST := $(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
@@ -51,11 +55,7 @@ oldest: ## make quick with the oldest torch that is supported, in .venv-oldest
 	@$(MAKE) --no-print-directory quick VENV=.venv-oldest TORCH=$(OLDEST)
 
 bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/benchmarks*.md
-	@$(BIN)/python examples/benchmark.py $(ARGS)
-	@$(BIN)/python examples/benchmark_many.py $(ARGS)
-	@$(BIN)/python examples/benchmark_serving.py $(ARGS)
-	@$(BIN)/python examples/benchmark_preference.py --page docs/benchmarks-preference.md
-	@$(BIN)/python examples/benchmark_embeddings.py $(ARGS)
+	@for name in $(BENCHMARKS); do $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
 
 gpu: $(VENV)/.has-test ## test and measure on a GPU, into docs/benchmarks-gpu.md; without one, only say so
 	@if [ $(DEVICE) = cuda ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -1,52 +1,42 @@
 """funclora, PEFT and the bare base model, side by side in one process: time, memory and start-up.
 
-    python examples/benchmark.py                    everything; writes docs/benchmarks.md, .png and .json
-    python examples/benchmark.py --device cuda      the page keeps one section per device
+    python examples/benchmark.py                    everything; writes docs/benchmarks.json, .md and .png
     python examples/benchmark.py --only "gpt2 r=16" what has that in its name (--only ? lists the names)
     python examples/benchmark.py --quick            tiny models and two rounds: shows that it runs, measures nothing
+    python examples/benchmark.py --page-only        the page again, from the .json
 
-All contenders take turns (A B C, then C A B backwards, ...), so what slows the machine slows them all. Results are
-medians over the rounds, and ratios are the median of the ratios within each round. Before anything is timed,
-PEFT and funclora get the same numbers in A, B and m, and must agree in outputs and in gradients.
+Before anything is timed, PEFT and funclora get the same numbers in A, B and m, and must agree in outputs and in
+gradients.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import itertools
-import json
-import os
-import shlex
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_page
 import peft
 import torch
 import torch.nn.functional as F
-from benchmark_plot import HEADLINE, METHODS, SHORT, Result, Row, Tick, progress, write
+from benchmark_page import HEADLINE, METHODS, SHORT
+from benchmark_tools import Bench, Benchmark, Job, Peaks, Result, Run, cold_compiler, fresh, measure, peak
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import funclora as fl
 
-Run = Callable[[], object]
 Batch = tuple[Tensor, Tensor]
 Compile = Callable[..., Any]
-RANKS = (HEADLINE, 8, 64, 256)
-MEMORY_OF = ("base", *(f"{library} {method}" for method in METHODS for library in ("funclora", "PEFT")))
+RANKS = (HEADLINE, 64, 256)
+CONTENDERS = ("base", *(f"{library} {method}" for method in METHODS for library in ("funclora", "PEFT")))
 LR = 1e-4
 
 
@@ -76,13 +66,18 @@ class Subject:
     unit: str = "token"
     transposed: bool = False  # its layers store [in, out]; PEFT wants to be told
 
-    def batch(self, work: str, device: str) -> Batch:
+    def batch(self, work: str) -> Batch:
         g = torch.Generator().manual_seed(2)
         shape = self.single if work == "single" else self.shape
         tokens = self.unit == "token"
         x = torch.randint(self.classes, shape, generator=g) if tokens else torch.randn(shape, generator=g)
         y = torch.randint(self.classes, shape if tokens else shape[:1], generator=g)
-        return x.to(device), y.to(device)
+        return x, y
+
+    def short(self, tokens: int) -> Batch:
+        """One row of so many tokens."""
+        x, y = self.batch("train")
+        return x[:1, :tokens], y[:1, :tokens]
 
     def about(self, work: str) -> str:
         shape = self.single if work == "single" else self.shape
@@ -216,7 +211,7 @@ def train_funclora(model: nn.Module, adapters: dict[str, Any], batch: Batch, com
 
 
 def train_peft(model: Any, batch: Batch, compile: Compile | None = None) -> Run:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, fused=True)
     forward = compile(model) if compile else model
 
     def run() -> None:
@@ -230,9 +225,9 @@ def train_peft(model: Any, batch: Batch, compile: Compile | None = None) -> Run:
 class Rivals:
     """All contenders for one model and rank: base, PEFT and funclora each with a copy of the same weights."""
 
-    def __init__(self, subject: Subject, r: int, device: str) -> None:
+    def __init__(self, subject: Subject, r: int) -> None:
         torch.manual_seed(0)
-        self.base = subject.build().to(device)
+        self.base = subject.build()
         self.own = copy.deepcopy(self.base)
         self.params = fl.base_params(self.own)
         self.adapters = {method: make_adapters(subject, self.own, r, method) for method in METHODS}
@@ -311,106 +306,49 @@ def far(got: Tensor, expected: Tensor) -> float:
 # --- how it is measured ----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """What the command line asked for."""
-
-    device: str
-    quick: bool
-    rounds: int
-    only: str
-    jax: bool = False  # whether benchmark_many.py asks JAX too
-
-    def wants(self, name: str) -> bool:
-        return self.only in name
-
-    def rounds_of(self, r: int, work: Work) -> int:
-        return max(2, self.rounds * work.turns if r == HEADLINE else round(self.rounds * 2 / 5))
-
-    def compile(self, function: Callable[..., Any], **options: Any) -> Any:
-        return torch.compile(function, **options, backend="eager" if self.quick else "inductor")
-
-    def sync(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+def rounds_of(bench: Bench, r: int, work: Work) -> int:
+    return max(2, bench.rounds * work.turns if r == HEADLINE else round(bench.rounds * 2 / 5))
 
 
-def measure(bench: Bench, runs: dict[str, Run], rounds: int, calls: int, tick: Tick) -> dict[str, list[float]]:
-    """Seconds per contender and round."""
-    names, seconds = list(runs), {name: [] for name in runs}  # type: tuple[list[str], dict[str, list[float]]]
-    gc.collect()
-    for run in runs.values():
-        run()
-    for i in range(rounds):
-        k = i // 2 % len(names)
-        order = names[k:] + names[:k]
-        for name in order if i % 2 == 0 else reversed(order):  # everyone comes after everyone else
-            if calls > 1:
-                runs[name]()  # a short run depends on whose weights are in the processor's caches
-            seconds[name].append(statistics.median(timed(bench, runs[name]) for _ in range(calls)))
-        tick("")
-    return seconds
-
-
-def timed(bench: Bench, run: Run) -> float:
-    bench.sync()
-    start = time.perf_counter()
-    run()
-    bench.sync()
-    return time.perf_counter() - start
-
-
-def compare(bench: Bench, subject: Subject, r: int, works: Sequence[Work], result: Result, tick: Tick) -> None:
+def compare(bench: Bench, subject: Subject, r: int, result: Result) -> None:
     """Forward passes and train steps of one model and rank."""
-    tick(f"{subject.name} r={r}: do PEFT and funclora agree?")
-    rivals = Rivals(subject, r, bench.device)
-    x, y = subject.batch("train", bench.device)
+    rivals = Rivals(subject, r)
+    x, y = subject.batch("train")
     difference = rivals.check((x[:1], y[:1]))
-    result.agreement = [max(pair) for pair in zip(result.agreement, difference, strict=True)]
-    for work in works:
-        tick(f"{subject.name} r={r} {work.name}")
-        runs = rivals.contenders(work.name, subject.batch(work.name, bench.device))
-        seconds = measure(bench, runs, bench.rounds_of(r, work), work.calls, tick)
-        result.rows.append(Row(subject.name, r, work.name, seconds))
+    result.about["agreement"] = [max(pair) for pair in zip(result.about["agreement"], difference, strict=True)]
+    for work in WORKS:
+        runs = rivals.contenders(work.name, subject.batch(work.name))
+        row = result.row(f"{subject.name} r={r} {work.name}")
+        row.seconds = measure(bench, runs, rounds=rounds_of(bench, r, work), calls=work.calls)
 
 
-def compare_short(bench: Bench, subject: Subject, tokens: int, result: Result, tick: Tick) -> None:
+def compare_short(bench: Bench, subject: Subject, tokens: int, result: Result) -> None:
     """Train steps of one short row."""
-    rivals = Rivals(subject, HEADLINE, bench.device)
-    x, y = subject.batch("train", bench.device)
-    runs = rivals.contenders("train", (x[:1, :tokens], y[:1, :tokens]))
-    seconds = measure(bench, runs, bench.rounds, 1, tick)
-    result.rows.append(Row(subject.name, HEADLINE, f"train on {tokens} tokens", seconds))
+    runs = Rivals(subject, HEADLINE).contenders("train", subject.short(tokens))
+    row = result.row(f"{subject.name} r={HEADLINE} train on {tokens} tokens")
+    row.seconds = measure(bench, runs, rounds=3 * bench.rounds, calls=3)
 
 
-def compare_compiled(bench: Bench, work: str, result: Result, tick: Tick) -> None:
+def compare_compiled(bench: Bench, work: str, result: Result) -> None:
     """Eager against compiled, on two layers: compiling takes time for each."""
-    full = subjects(bench.quick)[0]
     layers = 1 if bench.quick else 2
     small = (lambda: llama(32, 48, 2, 64, layers)) if bench.quick else (lambda: llama(768, 2048, 12, 8000, layers))
-    subject = dataclasses.replace(full, build=small)
-    row = Row("llama", HEADLINE, f"compiled {work}", {})
-    result.rows.append(row)
-    tick("is there a compiler?")
-    batch = subject.batch(work, bench.device)
-    # Compiled code is kept on disk: with an empty folder, the first call really compiles.
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with folder as cache, unittest.mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+    subject = dataclasses.replace(subjects(bench.quick)[0], build=small)
+    row = result.row(f"compiled {work}")
+    batch = subject.batch(work)
+    with cold_compiler():
         try:
             bench.compile(lambda x: (x.float() + 1).sin())(batch[0])
         except (RuntimeError, OSError) as error:
-            row.skipped = f"torch.compile does not work here ({str(error).strip().splitlines()[0]})"
+            row.note = f"torch.compile does not work here ({str(error).strip().splitlines()[0]})"
             return
-        rivals = Rivals(subject, HEADLINE, bench.device)
+        rivals = Rivals(subject, HEADLINE)
         rivals.train(work == "train")
         runs = compiled_runs(bench, rivals, work, batch)
         for name in [name for name in runs if name.endswith("compiled")]:
-            tick(f"compiling {name.removesuffix(' compiled')} {work}")
-            row.first_call[name] = timed(bench, runs[name])
+            row.first_call[name] = bench.timed(runs[name])
             runs[name]()  # PEFT's optimizer makes its state in the first step
-        tick(row.key)
-        row.seconds = measure(bench, runs, bench.rounds, 3, tick)
-    torch.compiler.reset()
+        row.seconds = measure(bench, runs, calls=3)
 
 
 def compiled_runs(bench: Bench, rivals: Rivals, work: str, batch: Batch) -> dict[str, Run]:
@@ -436,73 +374,40 @@ def compiled_runs(bench: Bench, rivals: Rivals, work: str, batch: Batch) -> dict
     return {name: torch.no_grad()(run) for name, run in runs.items()}
 
 
-def fresh(*command: str, **variables: str) -> str:
-    """What a new process prints that finds the same funclora."""
-    path = os.pathsep.join(filter(None, [str(Path(str(fl.__file__)).parents[1]), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path} | variables
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
-
-
-def compare_memory(bench: Bench, result: Result, tick: Tick) -> None:
-    """The peak of each contender, in its own process; glibc is told to give back what is freed."""
-    for name in MEMORY_OF:
-        tick(f"memory of {name}")
-        command = [sys.executable, __file__, "--memory-of", name, "--device", bench.device]
-        glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        result.memory[name] = json.loads(fresh(*command, *["--quick"] * bench.quick, **glibc).splitlines()[-1])
-        tick("")
-
-
-def memory_of(bench: Bench, name: str) -> dict[str, int]:
-    """Peak bytes of each work, in this process."""
-    subject = subjects(bench.quick)[0]
-    library, _, method = name.partition(" ")
+def memory_of(bench: Bench, name: str) -> Peaks:
+    """The peaks of each work of one contender."""
+    model_name, library, method = f"{name} ".split(" ")[:3]
+    subject = next(subject for subject in subjects(bench.quick) if subject.name == model_name)
     torch.manual_seed(0)
-    model = subject.build().to(bench.device)
-    batch, one = (subject.batch(work, bench.device) for work in ("train", "single"))
-    forward, train = model, None  # type: tuple[Callable[..., Any], Run | None]
-    if method:
-        adapters = make_adapters(subject, model, HEADLINE, method)
-        if library == "PEFT":
-            forward = make_peft(subject, model, HEADLINE, method, adapters)
-            del adapters
-            train = train_peft(forward, batch)
-        else:
-            params = fl.base_params(model)
-            forward, train = lambda x: fl.apply(model, params, adapters, x), train_funclora(model, adapters, batch)
+    model = subject.build().eval()
+    adapters = make_adapters(subject, model, HEADLINE, method) if method else {}
+    calls: dict[str, Callable[..., Any]] = {"base": model}
+    if library == "funclora":
+        params = fl.base_params(model)
+        bound = fl.bind(model, params, adapters)
+        calls = {f"apply {method}": lambda x: fl.apply(model, params, adapters, x), f"bound {method}": bound}
+    elif library == "PEFT":
+        calls = {f"PEFT {method}": make_peft(subject, model, HEADLINE, method, adapters).eval()}
+    found: Peaks = {}
     with torch.no_grad():
-        model.eval()
-        peaks = {"single": peak(bench, lambda: forward(one[0])), "forward": peak(bench, lambda: forward(batch[0]))}
-    if train:
-        model.train()
-        peaks["train"] = peak(bench, train)
-    return peaks
+        for work in ("single", "forward"):
+            x, _ = subject.batch(work)
+            found[f"{subject.name} r={HEADLINE} {work}"] = {
+                call: peak(functools.partial(run, x)) for call, run in calls.items()
+            }
+    model.train()
+    works = {f"train on {tokens} tokens": subject.short(tokens) for tokens in SHORT} | {"train": subject.batch("train")}
+    for work, batch in works.items() if method else ():
+        if library == "PEFT":
+            call, run = f"PEFT {method}", train_peft(calls[f"PEFT {method}"], batch)
+        else:
+            call, run = f"train_step {method}", train_funclora(model, adapters, batch)
+        found[f"{subject.name} r={HEADLINE} {work}"] = {call: peak(run)}
+    return found
 
 
-def peak(bench: Bench, run: Run) -> int:
-    """The most bytes held during the second of two runs."""
-    run()
-    gc.collect()
-    if bench.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated()
-    # A new process starts with its parent's peak in getrusage. Linux has one of its own, which can be reset.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    run()
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def compare_starts(bench: Bench, result: Result, tick: Tick) -> None:
+def compare_starts(bench: Bench, result: Result) -> None:
     """Imports and the command line, in new processes."""
-    tick("start")
     script = Path(sys.executable).parent / "funclora"
     program = [str(script)] if script.exists() else [sys.executable, "-c", "from funclora.cli import main; main()"]
     clock = "from time import perf_counter as t; a = t(); import torch; b = t(); import funclora; funclora.apply"
@@ -515,73 +420,41 @@ def compare_starts(bench: Bench, result: Result, tick: Tick) -> None:
         if i:  # the first one writes .pyc files
             for name, value in zip(seconds, times, strict=True):
                 seconds[name].append(value)
-            tick("")
-    result.rows.append(Row("", 0, "start", seconds))
+    result.row("start").seconds = seconds
 
 
-# --- the command -----------------------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    names: list[str]
-    ticks: int
-    run: Callable[[Tick], None]
-
-
-def plan(bench: Bench, result: Result) -> Iterator[Job]:
-    """What the command line asked for, in the order of running. The jobs write to the result."""
-    if bench.wants("start"):
-        yield Job(["start"], bench.rounds, lambda tick: compare_starts(bench, result, tick))
-    if bench.wants("memory"):
-        yield Job(["memory"], len(MEMORY_OF), lambda tick: compare_memory(bench, result, tick))
+def jobs(bench: Bench, result: Result) -> Iterator[Job]:
+    result.about |= {"models": {}, "agreement": [0.0, 0.0]}
+    yield Job("start", functools.partial(compare_starts, bench, result))
     for subject in subjects(bench.quick):
-        result.models[subject.name] = {"title": subject.title} | {work.name: subject.about(work.name) for work in WORKS}
+        about = {work.name: subject.about(work.name) for work in WORKS}
+        result.about["models"][subject.name] = {"title": subject.title} | about
         for r in RANKS[:2] if bench.quick else RANKS:
-            works = [work for work in WORKS if bench.wants(f"{subject.name} r={r} {work.name}")]
-            if works:
-                run = functools.partial(compare, bench, subject, r, works, result)
-                names = [f"{subject.name} r={r} {work.name}" for work in works]
-                yield Job(names, sum(bench.rounds_of(r, work) for work in works), run)
+            yield Job(f"{subject.name} r={r}", functools.partial(compare, bench, subject, r, result))
         for tokens in SHORT if subject.unit == "token" else ():
-            name = f"{subject.name} r={HEADLINE} train on {tokens} tokens"
-            if bench.wants(name):
-                yield Job([name], bench.rounds, functools.partial(compare_short, bench, subject, tokens, result))
+            run = functools.partial(compare_short, bench, subject, tokens, result)
+            yield Job(f"{subject.name} r={HEADLINE} train on {tokens} tokens", run)
     for work in ("forward", "train"):
-        if bench.wants(f"compiled {work}"):
-            run = functools.partial(compare_compiled, bench, work, result)
-            yield Job([f"compiled {work}"], bench.rounds, run)
+        yield Job(f"compiled {work}", functools.partial(compare_compiled, bench, work, result))
 
 
-def main(argv: Sequence[str] | None = None) -> Result:
-    parser = argparse.ArgumentParser(description="Compares funclora with PEFT and with the bare base model.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="folder to write to; docs, but a new one in /tmp for part of a run")
-    parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
-    parser.add_argument("--rounds", type=int, default=5, help="of the headline rank; fewer for the others")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="run what has this in its name")
-    parser.add_argument("--memory-of", choices=MEMORY_OF, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    bench = Bench(options.device, options.quick, 2 if options.quick else max(2, options.rounds), options.only)
-    if options.memory_of:
-        print(json.dumps(memory_of(bench, options.memory_of)))
-        return Result()
+def apart(bench: Bench) -> Iterator[str]:
+    for subject in subjects(bench.quick):
+        if subject.unit == "token":
+            yield from (f"{subject.name} {contender}" for contender in CONTENDERS)
 
-    words = ["python", "examples/benchmark.py", *(sys.argv[1:] if argv is None else argv)]
-    result = Result.begin(bench.device, shlex.join(words), bench.quick)
-    jobs = list(plan(bench, result))
-    if not jobs:
-        every = [name for job in plan(dataclasses.replace(bench, only=""), result) for name in job.names]
-        parser.error(f"nothing is called {bench.only!r}, only {', '.join(every)}")
-    start = time.perf_counter()
-    with progress(sum(job.ticks for job in jobs)) as tick:
-        for job in jobs:
-            job.run(tick)
-    result.seconds = time.perf_counter() - start
-    partial = bench.quick or bench.only
-    out = options.out or (Path(tempfile.mkdtemp(prefix="benchmark-")) if partial else Path("docs"))
-    print(f"{result.seconds / 60:.1f} minutes. Written: {write(out, result)}")
-    return result
 
+BENCHMARK = Benchmark(
+    "benchmarks",
+    __file__,
+    ("transformers", "peft", "numpy"),
+    jobs,
+    benchmark_page.page,
+    benchmark_page.draw,
+    apart,
+    memory_of,
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

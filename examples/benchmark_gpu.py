@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib.util
 import json
@@ -28,8 +29,8 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
-from benchmark import Bench, Run, loss, measure, train_funclora, train_peft
-from benchmark_plot import Tick, head, machine, ms, progress, replace, table_row
+from benchmark import loss, train_funclora, train_peft
+from benchmark_tools import Bench, Job, Row, Run, head, machine, measure, mib, ms, replace, run_all, table_row
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,26 +66,18 @@ TINY = Size(64, 128, 4, 2, 96, (2, 16), 4, 3, (1, 4), ((2, 4),))
 
 
 @dataclasses.dataclass
-class Table:
-    """Contenders that took turns.
+class Table(Row):
+    """Contenders that took turns; peaks are those of a call, besides the weights of the base.
 
     Attributes:
         model: which.
         work: what they did.
-        seconds: by contender and round.
-        bytes: the peak memory of a call, besides the weights of the base.
         notes: contenders that did not run, and why.
     """
 
-    model: str
-    work: str
-    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    model: str = ""
+    work: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
-
-    def median(self, name: str) -> float:
-        times = sorted(self.seconds[name])
-        return times[len(times) // 2]
 
 
 def build(size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -154,12 +147,11 @@ class Subject:
     def ids(self, *shape: int) -> Tensor:
         return torch.randint(self.size.vocab, shape, generator=torch.Generator().manual_seed(1)).to(self.bench.device)
 
-    def table(self, work: str, runs: dict[str, Run], tick: Tick, notes: Sequence[str] = ()) -> Table:
-        tick(f"{self.name} {work}")
-        seconds = measure(self.bench, runs, self.bench.rounds, 1, tick)
-        return Table(self.name, work, seconds, {name: peak(self.bench, run) for name, run in runs.items()}, [*notes])
+    def table(self, work: str, runs: dict[str, Run], notes: Sequence[str] = ()) -> Table:
+        peaks = {name: peak(self.bench, run) for name, run in runs.items()}
+        return Table(measure(self.bench, runs), peaks, model=self.name, work=work, notes=[*notes])
 
-    def training(self, tick: Tick) -> Table:
+    def training(self) -> Table:
         x = self.ids(*self.size.train)
         batch = x, x.roll(-1, 1)
         runs: dict[str, Run] = {"base, forward and backward": self.both_passes(batch)}
@@ -171,9 +163,9 @@ class Subject:
             runs["PEFT LoRA, liger-kernel"] = liger(self, batch)
         except (ImportError, RuntimeError) as error:
             notes.append(f"liger-kernel: {error}")
-        table = self.table(f"train step, {self.size.train[0]} × {self.size.train[1]} tokens", runs, tick, notes)
+        table = self.table(f"train step, {self.size.train[0]} × {self.size.train[1]} tokens", runs, notes)
         try:
-            table.seconds["unsloth LoRA"] = unsloth(self, tick)
+            table.seconds["unsloth LoRA"] = unsloth(self)
         except (ImportError, subprocess.CalledProcessError) as error:
             table.notes.append(f"unsloth: {error}")
         return table
@@ -188,7 +180,7 @@ class Subject:
 
         return run
 
-    def decoding(self, tick: Tick) -> Table:
+    def decoding(self) -> Table:
         prompt = self.ids(1, self.size.prompt)
         options = {"max_new_tokens": self.size.new, "min_new_tokens": self.size.new, "do_sample": False}
         models: dict[str, Any] = {"base": self.model}
@@ -201,9 +193,9 @@ class Subject:
             return torch.no_grad()(lambda: model.generate(input_ids=prompt, attention_mask=mask, **options))
 
         runs = {name: generate(model) for name, model in models.items()}
-        return self.table(f"{self.size.new} new tokens after {self.size.prompt}", runs, tick)
+        return self.table(f"{self.size.new} new tokens after {self.size.prompt}", runs)
 
-    def routed(self, n: int, tick: Tick) -> Table:
+    def routed(self, n: int) -> Table:
         x = self.ids(n, 1)
         runs: dict[str, Run] = {"base": lambda: self.model(x)}
         for method, dora in (("LoRA", False), ("DoRA", True)):
@@ -212,11 +204,9 @@ class Subject:
         if n <= 64:
             other = with_peft(self.model, n).eval()
             runs["PEFT, adapter_names"] = lambda: other(x, adapter_names=[f"m{i}" for i in range(n)])
-        return self.table(
-            f"{n} rows of one token, {n} adapters", {k: torch.no_grad()(v) for k, v in runs.items()}, tick
-        )
+        return self.table(f"{n} rows of one token, {n} adapters", {k: torch.no_grad()(v) for k, v in runs.items()})
 
-    def population(self, members: int, tokens: int, tick: Tick) -> Table:
+    def population(self, members: int, tokens: int) -> Table:
         x = self.ids(members, 1, tokens)
         batch = x, x.roll(-1, 2)
         runs: dict[str, Run] = {"base, forward and backward": self.both_passes((x[:, 0], batch[1][:, 0]))}
@@ -224,7 +214,7 @@ class Subject:
             runs[method] = self.step_of([adapters_of(self.model, i, use_dora=dora) for i in range(members)], batch)
         single = train_funclora(self.model, adapters_of(self.model), (x[0], batch[1][0]))
         runs["LoRA, one by one"] = lambda: [single() for _ in range(members)]
-        return self.table(f"train step of {members} adapters, {tokens} tokens each", runs, tick)
+        return self.table(f"train step of {members} adapters, {tokens} tokens each", runs)
 
     def step_of(self, members: list[Any], batch: Any) -> Run:
         stack: Any = fl.stack(members)
@@ -237,7 +227,7 @@ class Subject:
 
         return run
 
-    def few_bits(self, tick: Tick) -> Table:
+    def few_bits(self) -> Table:
         x = self.ids(*self.size.train)
         batch = x, x.roll(-1, 1)
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
@@ -253,7 +243,7 @@ class Subject:
         runs: dict[str, Run] = {"LoRA, bfloat16": train_funclora(self.model, adapters_of(self.model), batch),
                                 "LoRA, 4 bits": run,
                                 "PEFT, 4 bits": train_peft(packed_with_peft(self.model, names), batch)}  # fmt: skip
-        return self.table("train step on 4 bits (nf4)", runs, tick)
+        return self.table("train step on 4 bits (nf4)", runs)
 
 
 def calling(model: nn.Module, x: Tensor) -> Run:
@@ -270,11 +260,10 @@ def liger(subject: Subject, batch: Any) -> Run:
     return train_peft(wrapped, batch)
 
 
-def unsloth(subject: Subject, tick: Tick) -> list[float]:
+def unsloth(subject: Subject) -> list[float]:
     """Seconds of unsloth's training steps, in a process of its own: it changes transformers when it is imported."""
     if importlib.util.find_spec("unsloth") is None:
         raise ImportError("not installed")
-    tick(f"{subject.name} unsloth")
     with tempfile.TemporaryDirectory() as folder:
         subject.model.save_pretrained(folder)
         command = [sys.executable, __file__, "--unsloth", folder, *map(str, subject.size.train)]
@@ -292,7 +281,7 @@ def run_unsloth(folder: str, rows: int, tokens: int, bench: Bench) -> list[float
     model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=2 * RANK, target_modules=names)
     x = torch.randint(model.config.vocab_size, (rows, tokens), device=bench.device)
     run = train_peft(model, (x, x.roll(-1, 1)))
-    return measure(bench, {"unsloth": run}, bench.rounds, 1, lambda what: None)["unsloth"]
+    return measure(bench, {"unsloth": run})["unsloth"]
 
 
 def peak(bench: Bench, run: Run) -> int:
@@ -308,22 +297,14 @@ def peak(bench: Bench, run: Run) -> int:
     return memory.peak
 
 
-class Job(NamedTuple):
-    name: str
-    run: Callable[[Subject, Tick], Table]
-
-
-def jobs(size: Size) -> Iterator[Job]:
-    yield Job("train", lambda subject, tick: subject.training(tick))
-    yield Job("decode", lambda subject, tick: subject.decoding(tick))
+def works(size: Size) -> Iterator[tuple[str, Callable[[Subject], Table]]]:
+    yield "train", Subject.training
+    yield "decode", Subject.decoding
     for n in size.adapters:
-        yield Job(f"routed {n}", lambda subject, tick, n=n: subject.routed(n, tick))  # type: ignore[misc]
+        yield f"routed {n}", functools.partial(Subject.routed, n=n)
     for members, tokens in size.populations:
-        yield Job(
-            f"population {members} × {tokens}",
-            lambda subject, tick, m=members, t=tokens: subject.population(m, t, tick),  # type: ignore[misc]
-        )
-    yield Job("4 bits", lambda subject, tick: subject.few_bits(tick))
+        yield f"population {members} × {tokens}", functools.partial(Subject.population, members=members, tokens=tokens)
+    yield "4 bits", Subject.few_bits
 
 
 # --- the page --------------------------------------------------------------------------------------------------
@@ -351,8 +332,9 @@ def section(table: Table) -> Iterator[str]:
         yield from head("", "ms", f"to {first}", "peak MiB")
         for name in table.seconds:
             ratio = table.median(name) / table.median(first)
-            bytes_ = f"{table.bytes[name] / 2**20:.0f}" if name in table.bytes else "–"
-            yield table_row(name, ms(table.median(name)), f"{ratio:.2f}", bytes_)
+            yield table_row(
+                name, ms(table.median(name)), f"{ratio:.2f}", mib(table.peaks[name]) if name in table.peaks else "–"
+            )
     for note in table.notes:
         yield f"\nNot measured: {note}"
 
@@ -370,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     if not tiny and not torch.cuda.is_available():
         print("There is no GPU that torch can use: nothing was measured or written. To see that it runs: --device cpu")
         return []
-    bench = Bench(args.device, tiny, 2 if tiny else args.rounds, args.only)
+    bench = Bench(tiny, 2 if tiny else args.rounds, args.device)
     if args.unsloth:
         folder, rows, tokens = args.unsloth
         print(json.dumps(run_unsloth(folder, int(rows), int(tokens), bench)))
@@ -383,17 +365,14 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "command": shlex.join(words),
     }  # fmt: skip
     tables: list[Table] = []
-    chosen = [(name, size, job) for name, size in sizes.items() for job in jobs(size) if bench.wants(job.name)]
-    with progress(len(chosen) * bench.rounds) as tick:
-        for name, size in sizes.items():
-            subject = Subject(name, size, bench)
-            for job in (job for model, _, job in chosen if model == name):
-                tables.append(attempt(subject, job, tick))
-                gc.collect()
-                if not tiny:
-                    torch.cuda.empty_cache()
-            del subject
-            gc.collect()
+    for name, size in sizes.items():
+        subject = Subject(name, size, bench)
+        chosen = [(what, work) for what, work in works(size) if args.only in what]
+        run_all(
+            [Job(f"{name}: {what}", functools.partial(attempt, subject, what, work, tables)) for what, work in chosen]
+        )
+        del subject
+        gc.collect()
     out = args.out or (Path(tempfile.mkdtemp(prefix="benchmark-")) if tiny or args.only else Path("docs"))
     out.mkdir(parents=True, exist_ok=True)
     replace(
@@ -404,12 +383,16 @@ def main(argv: Sequence[str] | None = None) -> list[Table]:
     return tables
 
 
-def attempt(subject: Subject, job: Job, tick: Tick) -> Table:
-    """What the job measures, or that it does not fit."""
+def attempt(subject: Subject, what: str, work: Callable[[Subject], Table], tables: list[Table]) -> None:
+    """Adds what is measured, or that it does not fit."""
     try:
-        return job.run(subject, tick)
+        tables.append(work(subject))
     except torch.OutOfMemoryError as error:
-        return Table(subject.name, job.name, notes=[f"out of memory ({str(error).splitlines()[0]})"])
+        note = f"out of memory ({str(error).splitlines()[0]})"
+        tables.append(Table(model=subject.name, work=what, notes=[note]))
+    gc.collect()
+    if subject.bench.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

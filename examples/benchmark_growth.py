@@ -1,8 +1,9 @@
 """How time and memory grow with the numbers of targets, members, ranks and tokens.
 
-    python examples/benchmark_growth.py               everything; writes docs/benchmarks-growth.md, .png and .json
+    python examples/benchmark_growth.py               everything; writes docs/benchmarks-growth.json, .md and .png
     python examples/benchmark_growth.py --quick       small numbers: shows that it runs, measures nothing
     python examples/benchmark_growth.py --only "load" what has that in its name: "load, targets"
+    python examples/benchmark_growth.py --page-only   the page again, from the .json
 
 Each function is called with growing numbers of one kind, on small layers, so that its own work is what counts. The
 exponent of a growth is the slope of a line through the largest three numbers, in logarithms: 1 is linear. Times are
@@ -11,26 +12,19 @@ those of the process, not of the clock, in one thread.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
-import datetime
+import functools
 import gc
-import json
 import math
-import os
-import shlex
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from benchmark_plot import head, machine, progress, replace, table_row
+from benchmark_tools import Bench, Benchmark, Job, Result, Row, Run, facts, head, table_row
 from torch import Tensor, nn
 
 import funclora as fl
@@ -38,6 +32,11 @@ from funclora._torch.memory import Peak
 
 WIDTH, WIDE = 16, 256  # WIDE where the rank grows, which cannot be larger than the width
 LIMIT = 1.1  # a larger exponent is a defect
+# What a larger exponent comes from, by curve and by what grows.
+REASONS = {
+    ("plain, targets", "time"): "torch alone; the processor's caches no longer hold all weights",
+    ("train, targets", "time"): "the products and gradients are those of `plain`, which grows faster still",
+}
 
 
 class Numbers(NamedTuple):
@@ -58,35 +57,21 @@ RANGES = {
 QUICK = {"targets": (2, 4, 8), "members": (1, 2, 4), "rank": (1, 2, 4), "tokens": (1, 2, 4)}
 
 
-@dataclasses.dataclass
-class Curve:
-    """What a function costs by the number of something.
+def exponent(values: dict[int, float]) -> float:
+    """The slope of log(value) over log(number) at the largest three numbers; 0 where there is nothing."""
+    points = [(math.log(n), math.log(v)) for n, v in values.items() if v > 0][-3:]
+    if len(points) < 2:
+        return 0.0
+    x, y = zip(*points, strict=True)
+    return statistics.linear_regression(x, y).slope
 
-    Attributes:
-        work: the function.
-        axis: what there is more and more of.
-        numbers: how many.
-        seconds: of each, the least of some calls.
-        bytes: the peak of the tensors that a call makes.
-    """
 
-    work: str
-    axis: str
-    numbers: list[int] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    bytes: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.work}, {self.axis}"
-
-    def exponent(self, values: Sequence[float]) -> float:
-        """The slope of log(value) over log(number) at the largest three numbers; 0 where there is nothing."""
-        points = [(math.log(n), math.log(v)) for n, v in zip(self.numbers, values, strict=True) if v > 0][-3:]
-        if len(points) < 2:
-            return 0.0
-        x, y = zip(*points, strict=True)
-        return statistics.linear_regression(x, y).slope
+def growths(row: Row) -> dict[str, dict[int, float]]:
+    """Seconds and bytes by the number of something."""
+    return {
+        "time": {int(n): statistics.median(seconds) for n, seconds in row.seconds.items()},
+        "memory": {int(n): float(size) for n, size in row.peaks.items()},
+    }
 
 
 # --- what is called --------------------------------------------------------------------------------------------
@@ -113,9 +98,6 @@ class Setup:
 
     def rows(self) -> Tensor:
         return self.x.expand(self.numbers.members, -1, -1)
-
-
-Run = Callable[[], object]
 
 
 def init(s: Setup) -> Run:
@@ -240,100 +222,88 @@ def measure(work: Callable[[Setup], Run], numbers: Numbers, width: int, seconds:
         return min(times), peak
 
 
+def jobs(bench: Bench, result: Result) -> Iterator[Job]:
+    result.about["threads"] = 1
+    del result.about["rounds"]  # there are none
+
+    def grow(work: Callable[[Setup], Run], axis: str) -> None:
+        torch.set_num_threads(1)
+        row = result.row(f"{work.__name__}, {axis}")
+        for n in (QUICK if bench.quick else RANGES)[axis]:
+            numbers, width = Numbers()._replace(**{axis: n}), WIDE if axis == "rank" else WIDTH
+            seconds, row.peaks[str(n)] = measure(work, numbers, width, 0.0 if bench.quick else 0.2)
+            row.seconds[str(n)] = [seconds]
+
+    for axis, some in GROWTHS.items():
+        for work in some:
+            yield Job(f"{work.__name__}, {axis}", functools.partial(grow, work, axis))
+
+
 # --- the page --------------------------------------------------------------------------------------------------
 
 
-def page(about: dict[str, Any], curves: Sequence[Curve]) -> Iterator[str]:
+def page(result: Result) -> Iterator[str]:
     yield "# Benchmarks of growth\n"
     others = ", ".join(f"{value} {name}" for name, value in Numbers()._asdict().items())
     yield "How the cost of a function grows with the numbers of targets, members, ranks and tokens. All layers are"
     yield f"linear and {WIDTH} wide ({WIDE} where the rank grows), so that it is the function's own work that counts."
     yield f"The other numbers stay at {others}. The exponent is the slope at the largest three numbers: 1 is linear,"
-    yield f"less contains a part that stays the same, and more than {LIMIT} is a defect. Memory is the peak of the"
-    yield "tensors that a call makes. `routed` is a batch of all members, `cache` loads them all from files, and"
-    yield "`plain` is what `train` computes, in torch alone: where that too grows faster than linear, it is because the"
-    yield "processor's caches no longer hold all.\n"
-    yield f"- {about['machine']}, one thread; time of the process, the least of several calls"
-    yield f"- torch {torch.__version__}, {about['date']}; `{about['command']}`\n"
-    yield "![Time by the number of each](benchmarks-growth.png)"
-    for axis in dict.fromkeys(curve.axis for curve in curves):
-        some = [curve for curve in curves if curve.axis == axis]
-        numbers = some[0].numbers
+    yield f"less contains a part that stays the same, and more than {LIMIT} is a defect. A time is that of the process"
+    yield "in one thread, the least of several calls. Memory is the peak of the tensors that a call makes. `routed` is"
+    yield "a batch of all members, `cache` loads them all from files, and `plain` is what `train` computes, in torch"
+    yield "alone.\n"
+    yield from facts(result)
+    yield "\n## Numbers to reach\n"
+    yield f"Exponents of at most {LIMIT}, of time and of memory."
+    missed = [
+        f"- **missed**: {what} of {name.replace(',', ' over')}: {exponent(values):.2f}. Reason: {reason}"
+        for name, row in result.rows.items()
+        for what, values in growths(row).items()
+        if round(exponent(values), 2) > LIMIT and (reason := REASONS.get((name, what), "not known"))
+    ]
+    yield from ["", *missed] if missed else ["All are reached."]
+    yield "\n![Time by the number of each](benchmarks-growth.png)"
+    for axis, rows in by_axis(result).items():
+        numbers = next(iter(rows.values())).seconds
         yield f"\n## {axis.capitalize()}\n"
-        yield from head("ms at", *map(str, numbers), "exponent", "MiB at the most", "exponent")
-        for curve in some:
-            shown = [f"{exponent:.2f}" if exponent <= LIMIT else f"**{exponent:.2f}**"
-                     for exponent in (curve.exponent(curve.seconds), curve.exponent(curve.bytes))]  # fmt: skip
-            times = [f"{1e3 * seconds:.3g}" for seconds in curve.seconds]
-            yield table_row(curve.work, *times, shown[0], f"{max(curve.bytes) / 2**20:.1f}", shown[1])
+        yield from head("ms at", *numbers, "exponent", "MiB at the most", "exponent")
+        for work, row in rows.items():
+            of_time, of_memory = (f"{exponent(values):.2f}" for values in growths(row).values())
+            times = [f"{1e3 * statistics.median(seconds):.3g}" for seconds in row.seconds.values()]
+            yield table_row(f"`{work}`", *times, of_time, f"{max(row.peaks.values()) / 2**20:.1f}", of_memory)
 
 
-def draw(path: Path, curves: Sequence[Curve]) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print("No plot: matplotlib is not installed")
-        return
-    axes = list(dict.fromkeys(curve.axis for curve in curves))
+def by_axis(result: Result) -> dict[str, dict[str, Row]]:
+    """The rows by what grows, and by function."""
+    names = [name.split(", ") for name in result.rows]
+    return {
+        axis: {work: result.rows[f"{work}, {axis}"] for work, of in names if of == axis}
+        for axis in dict.fromkeys(axis for _, axis in names)
+    }
+
+
+def draw(result: Result) -> Any:
+    from matplotlib.figure import Figure
+
+    axes = by_axis(result)
     figure = Figure((4 * len(axes), 4), layout="constrained")
-    works = list(dict.fromkeys(curve.work for curve in curves))
-    for axis, plot in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
-        some = [curve for curve in curves if curve.axis == axis]
-        for curve in some:
-            colour, style = f"C{works.index(curve.work) % 10}", "-" if works.index(curve.work) < 10 else "--"
-            plot.plot(curve.numbers, curve.seconds, style, color=colour, marker="o", markersize=3, label=curve.work)
-        ends = some[0].numbers[-2:]
-        top = 1.3 * max(curve.seconds[-1] for curve in some)
+    works = list(dict.fromkeys(work for rows in axes.values() for work in rows))
+    for (axis, rows), plot in zip(axes.items(), figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
+        times = {work: growths(row)["time"] for work, row in rows.items()}
+        for work, values in times.items():
+            colour, style = f"C{works.index(work) % 10}", "-" if works.index(work) < 10 else "--"
+            plot.plot([*values], [*values.values()], style, color=colour, marker="o", markersize=3, label=work)
+        ends = [*next(iter(times.values()))][-2:]
+        top = 1.3 * max([*values.values()][-1] for values in times.values())
         plot.plot(ends, [top * ends[0] / ends[1], top], color="black", linestyle=":", label="linear")
         plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
         plot.grid(alpha=0.3)
         plot.legend(fontsize=6, ncols=2)
-    new = path.with_name(f".{path.name}.new")
-    figure.savefig(new, format="png", dpi=120)
-    new.replace(path)
+    return figure
 
 
-def main(argv: Sequence[str] | None = None) -> list[Curve]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder to write to; docs, but a new one in /tmp for part of a run")
-    parser.add_argument("--quick", action="store_true", help="small numbers, few calls")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="run what has this in its name")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    words = ["python", "examples/benchmark_growth.py", *(sys.argv[1:] if argv is None else argv)]
-    about = {
-        "machine": machine("cpu"), "load": os.getloadavg()[0], "command": shlex.join(words),
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-    }  # fmt: skip
-    ranges = QUICK if args.quick else RANGES
-    works = [(work, axis) for axis, some in GROWTHS.items() for work in some]
-    curves = [Curve(work.__name__, axis) for work, axis in works]
-    chosen = [(work, curve) for (work, _), curve in zip(works, curves, strict=True) if args.only in curve.name]
-    with progress(sum(len(ranges[curve.axis]) for _, curve in chosen)) as tick, contextlib.suppress(KeyboardInterrupt):
-        for work, curve in chosen:
-            for n in ranges[curve.axis]:
-                tick(f"{curve.name} {n}")
-                numbers, width = Numbers()._replace(**{curve.axis: n}), WIDE if curve.axis == "rank" else WIDTH
-                seconds, peak = measure(work, numbers, width, 0.0 if args.quick else 0.2)
-                curve.numbers.append(n)
-                curve.seconds.append(seconds)
-                curve.bytes.append(peak)
-                tick("")
-    done = [curve for _, curve in chosen]
-    partial = args.quick or args.only
-    out = args.out or (Path(tempfile.mkdtemp(prefix="benchmark-")) if partial else Path("docs"))
-    out.mkdir(parents=True, exist_ok=True)
-    draw(out / "benchmarks-growth.png", done)
-    raw = {"about": about, "curves": [dataclasses.asdict(curve) for curve in done]}
-    replace(out / "benchmarks-growth.json", json.dumps(raw, indent=1).encode() + b"\n")
-    replace(out / "benchmarks-growth.md", ("\n".join(page(about, done)) + "\n").encode())
-    for curve in done:
-        for what, values in (("time", curve.seconds), ("memory", curve.bytes)):
-            if (exponent := curve.exponent(values)) > LIMIT:
-                print(f"{curve.name}: {what} grows with the exponent {exponent:.2f}")
-    print(f"Written: {out / 'benchmarks-growth.md'}")
-    return done
-
+BENCHMARK = Benchmark("benchmarks-growth", __file__, (), jobs, page, draw)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

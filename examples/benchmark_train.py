@@ -1,17 +1,17 @@
 """`funclora train`'s loop against PEFT in transformers' Trainer: the same rows in the same order, from the same start.
 
-Whole runs take turns. The time of a step is the median over all runs, the first two steps of each left out; what is
-compared besides are the losses of all steps.
+    python examples/benchmark_train.py              everything; writes docs/benchmarks-train.json, .md and .png
+    python examples/benchmark_train.py --quick      tiny sizes and two rounds: shows that it runs, measures nothing
+    python examples/benchmark_train.py --page-only  the page again, from the .json
 
-    python examples/benchmark_train.py --plot docs/training-loss.png
-    python examples/benchmark_train.py --dim 64 --layers 2 --steps 4 --rounds 1 --context 16
+Whole runs take turns. The time of a step is the median over a run without its first two steps; the losses of all steps
+are compared besides.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import copy
+import functools
 import io
 import itertools
 import json
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
+from benchmark_tools import HOW, Bench, Benchmark, Job, Peaks, Result, facts, head, mib, ms, peak, table_row
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -39,24 +40,24 @@ from funclora._apps.train.loop import train
 from funclora._apps.train.settings import CAUSAL, Settings
 
 SKIPPED = 2  # steps of a run that are not timed: the first ones allocate
+OURS, THEIRS = "funclora train", "PEFT in Trainer"
+METHODS = {"LoRA": "lora", "DoRA": "dora"}
+
+
+class Size(NamedTuple):
+    layers: int
+    dim: int
+    context: int
+    batch: int
+    steps: int
+
+
+FULL, QUICK = Size(6, 512, 128, 4, 12), Size(1, 64, 16, 2, 4)
 
 
 class Run(NamedTuple):
     seconds: list[float]  # of each step
     losses: list[float]
-
-
-class Result(NamedTuple):
-    ours: float  # median seconds of a step
-    theirs: float
-    tokens: float  # of a step, padding left out
-    difference: float  # the largest between the losses of a step
-    curves: tuple[list[float], list[float]]
-
-    @property
-    def ratio(self) -> float:
-        """Our throughput over theirs."""
-        return self.theirs / self.ours
 
 
 class Clock(Journal):
@@ -137,7 +138,7 @@ def ours(base: Base, data: Data, start: Path, settings: Settings) -> Run:
 
 
 def theirs(base: Base, data: Data, start: Path, settings: Settings) -> Run:
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(start), is_trainable=True)
+    model = peft.PeftModel.from_pretrained(base.model, str(start), is_trainable=True)
     args = TrainingArguments(
         output_dir=str(settings.out), per_device_train_batch_size=settings.batch, max_steps=settings.steps or -1,
         learning_rate=settings.lr, lr_scheduler_type="cosine", warmup_steps=int(settings.warmup),
@@ -154,6 +155,7 @@ def theirs(base: Base, data: Data, start: Path, settings: Settings) -> Run:
     trainer.rows = [order[id(row)] for k in range(settings.steps or 0) for row in batches.rows(k)]
     with contextlib.redirect_stdout(io.StringIO()):  # a dict for every step
         trainer.train()
+    model.unload()  # the base is as it was
     return Run(_steps(clock.times), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
@@ -161,82 +163,124 @@ def _steps(times: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def compare(method: str, options: argparse.Namespace, folder: Path) -> Result:
-    settings = Settings(
-        model=folder / "model", data=(folder / "data.jsonl",), validation_split=0.0, context=options.context,
-        method=method, rank=16, alpha=32, lr=1e-3, warmup=2, weight_decay=0.01, batch=options.batch,
-        steps=options.steps,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(settings)
-    base = load_base(settings, tokenizer)
-    data = prepare(settings, tokenizer, base.limit)
-    config = fl.LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM"
-    )
-    start = folder / f"start-{method}"
-    fl.save_peft(start, fl.init(base.model, config, params=base.params), config)
-    runs: dict[str, list[Run]] = {"ours": [], "theirs": []}
-    for i in range(options.rounds):
-        for name, run in (("ours", ours), ("theirs", theirs)):
-            runs[name].append(run(base, data, start, replace(settings, out=folder / f"{method}-{name}-{i}")))
-    medians = {
-        name: statistics.median(second for run in some for second in run.seconds[SKIPPED:])
-        for name, some in runs.items()
-    }
-    batches = Batches.of(settings, data.train, base.tokenizer.pad_token_id)
-    tokens = statistics.mean(
-        int(batch["attention_mask"].sum()) for k in range(options.steps) for batch in batches.step(k)
-    )
-    curves = runs["ours"][0].losses, runs["theirs"][0].losses
-    difference = max(abs(a - b) for a, b in zip(*curves, strict=True))
-    return Result(medians["ours"], medians["theirs"], tokens, difference, curves)
+class Prepared(NamedTuple):
+    """A base, its data, and the folder of the initial adapter."""
+
+    base: Base
+    data: Data
+    start: Path
+    settings: Settings
+
+    def run(self, name: str, to: str) -> Run:
+        run = {OURS: ours, THEIRS: theirs}[name]
+        return run(self.base, self.data, self.start, replace(self.settings, out=self.start.parent / to))
+
+    def tokens(self) -> float:
+        """Of a step, without padding."""
+        batches = Batches.of(self.settings, self.data.train, self.base.tokenizer.pad_token_id)
+        steps = range(self.settings.steps or 0)
+        return statistics.mean(int(batch["attention_mask"].sum()) for k in steps for batch in batches.step(k))
 
 
-def draw(results: dict[str, Result], file: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.2), squeeze=False, layout="constrained")
-    for ax, (method, result) in zip(axes[0], results.items(), strict=True):
-        ours, theirs = result.curves
-        steps = range(1, len(ours) + 1)
-        ax.plot(steps, theirs, linewidth=4, alpha=0.35, label="PEFT + Trainer")
-        ax.plot(steps, ours, linewidth=1.2, label="funclora train")
-        ax.set(title={"lora": "LoRA", "dora": "DoRA"}[method], xlabel="step", ylabel="loss, nats per token")
-        ax.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def main(argv: list[str] | None = None) -> dict[str, Result]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+@contextlib.contextmanager
+def prepared(bench: Bench, method: str) -> Iterator[Prepared]:
+    size = QUICK if bench.quick else FULL
     logging.set_verbosity_error()
-    results = {}
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        folder_of_a_model(folder, options.dim, options.layers, lines=4 * options.batch * options.steps)
-        for method in ("lora", "dora"):
-            results[method] = compare(method, options, folder)
-    print(f"{options.layers} layers of {options.dim}, {options.batch} rows of up to {options.context} tokens, "
-          f"{options.steps} steps, {options.rounds} rounds, {options.threads} threads")  # fmt: skip
-    print(f"{'':6}{'PEFT+Trainer':>22}{'funclora train':>22}{'throughput':>12}{'losses differ by':>18}")
-    for method, result in results.items():
-        speeds = [f"{s * 1e3:6.0f} ms {result.tokens / s:6.0f} tok/s" for s in (result.theirs, result.ours)]
-        print(f"{method:6}{speeds[0]:>22}{speeds[1]:>22}{result.ratio:>12.2f}{result.difference:>18.1e}")
-    if options.plot:
-        draw(results, options.plot)
-    return results
+        folder_of_a_model(folder, size.dim, size.layers, lines=4 * size.batch * size.steps)
+        settings = Settings(
+            model=folder / "model", data=(folder / "data.jsonl",), validation_split=0.0, context=size.context,
+            method=METHODS[method], rank=16, alpha=32, lr=1e-3, warmup=2, weight_decay=0.01, batch=size.batch,
+            steps=size.steps,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(settings)
+        base = load_base(settings, tokenizer)
+        data = prepare(settings, tokenizer, base.limit)
+        config = fl.LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", use_dora=method == "DoRA", task_type="CAUSAL_LM"
+        )
+        fl.save_peft(folder / "start", fl.init(base.model, config, params=base.params), config)
+        yield Prepared(base, data, folder / "start", settings)
 
+
+def compare(bench: Bench, method: str, result: Result) -> None:
+    seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
+    curves: dict[str, list[float]] = {}
+    with prepared(bench, method) as made:
+        for i in range(bench.rounds):
+            for name in [*seconds][:: 1 if i % 2 else -1]:
+                run = made.run(name, f"{name[0]}{i}")
+                seconds[name].append(statistics.median(run.seconds[SKIPPED:]))
+                curves[name] = run.losses
+        result.about["tokens"][method] = made.tokens()
+    result.about["losses"][method] = curves
+    result.row(method).seconds = seconds
+
+
+def jobs(bench: Bench, result: Result) -> Iterator[Job]:
+    result.about |= {"tokens": {}, "losses": {}}
+    for method in METHODS:
+        yield Job(f"time of {method}", functools.partial(compare, bench, method, result))
+
+
+def memory_of(bench: Bench, name: str) -> Peaks:
+    method, _, who = name.partition(": ")
+    numbers = itertools.count()
+    with prepared(bench, method) as made:
+        return {method: {who: peak(lambda: made.run(who, str(next(numbers))))}}
+
+
+# --- the page --------------------------------------------------------------------------------------------------
+
+
+def page(result: Result) -> Iterator[str]:
+    size, about = FULL, result.about
+    yield "# Benchmarks of training\n"
+    yield "The training loop of `funclora train` is compared with PEFT's model in transformers' `Trainer`: the same"
+    yield "rows in the same order, the same initial values, AdamW with warm-up and cosine, clipping and weight decay."
+    yield "Whole runs take turns. The time of a step is the median over a run without its first two steps. It includes"
+    yield "batching, the optimizer and logging. What a step should cost is on [the page of one"
+    yield "adapter](benchmarks.md).\n"
+    yield HOW
+    yield from facts(result)
+    yield f"- Llama with {size.layers} layers, {size.dim} wide, 1024 tokens, random weights in float32; rank 16 on all"
+    yield f"  linear layers; {size.batch} rows of up to {size.context} tokens a step. Tokens are counted without"
+    yield "padding.\n"
+    names = (THEIRS, OURS)
+    columns = [f"{name}, {what}" for what in ("ms", "tokens in a second") for name in names]
+    yield from head("", *columns, "ratio of times", "peak MiB of both", "difference of the losses of a step")
+    for method, row in result.rows.items():
+        times = [row.median(name) for name in names]
+        speeds = [f"{about['tokens'][method] / seconds:.0f}" for seconds in times]
+        peaks = " / ".join(mib(row.peaks[name]) if name in row.peaks else "–" for name in names)
+        curves = about["losses"][method]
+        apart = max(abs(a - b) for a, b in zip(*curves.values(), strict=True))
+        yield table_row(method, *map(ms, times), *speeds, row.ratio(OURS, THEIRS), peaks, f"{apart:.0e}")
+    yield "\n![The losses of both, step by step](benchmarks-train.png)\n"
+    yield "The curves coincide. The gain with LoRA is small because the base model's forward and backward pass takes"
+    yield "nearly all of the time of a step, and it is the same arithmetic for both."
+
+
+def draw(result: Result) -> Any:
+    from matplotlib.figure import Figure
+
+    losses = result.about["losses"]
+    figure = Figure((5 * len(losses), 3.2), layout="constrained")
+    for axis, (method, curves) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items(), strict=True):
+        for name, line, alpha in ((THEIRS, 4.0, 0.35), (OURS, 1.2, 1.0)):
+            axis.plot(range(1, len(curves[name]) + 1), curves[name], linewidth=line, alpha=alpha, label=name)
+        axis.set(title=method, xlabel="step", ylabel="loss, nats per token")
+        axis.legend()
+    return figure
+
+
+BENCHMARK = Benchmark(
+    "benchmarks-train", __file__, ("transformers", "peft"), jobs, page, draw,
+    apart=lambda bench: (f"{method}: {name}" for method in METHODS for name in (OURS, THEIRS)), memory_of=memory_of,
+)  # fmt: skip
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

@@ -302,37 +302,6 @@ def test_grpo_has_the_gradient_of_the_paper(shift: float) -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
 
 
-def test_benchmark_preference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--dim=32", "--layers=1", "--vocabulary=99", "--tokens=16", "--pairs=2", "--rounds=1", "--threads=1")
-    results = run("benchmark_preference", *options, f"--page={tmp_path / 'page.md'}")
-    assert [*results] == ["LoRA", "DoRA"]
-    for rows in results.values():
-        ours, theirs = rows.values()
-        assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
-    assert "| LoRA |" in (tmp_path / "page.md").read_text()
-    assert "TRL + PEFT" in capsys.readouterr().out
-
-
-def test_benchmark_embeddings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    module = load("benchmark_embeddings")
-    results = module.main(["--quick", "--threads=1", f"--out={tmp_path}"])
-    assert [*results] == ["LoRA, parts of 4", "DoRA, parts of 4", "LoRA, whole batch"]
-    for result in results.values():
-        assert result.losses[module.OURS] == pytest.approx(result.losses[module.THEIRS], rel=1e-4)
-    # Parts save memory in both, so both have been measured in them.
-    for name in (module.OURS, module.THEIRS):
-        assert results["LoRA, parts of 4"].peaks[name] < 0.7 * results["LoRA, whole batch"].peaks[name]
-    assert "| LoRA, parts of 4 |" in (tmp_path / "benchmarks-embeddings.md").read_text(encoding="utf-8")
-    # Nothing is timed that computes something else.
-    runs = {
-        name: module.Contender(lambda x=x: (1.0, {"a": torch.tensor([x, 1.0])}), lambda: 1.0)
-        for name, x in ((module.OURS, 0.5), (module.THEIRS, 0.6))
-    }
-    with pytest.raises(RuntimeError, match=r"The gradients differ, in a by 1\.0e-01 of the largest value"):
-        module.agree(runs)
-
-
 def test_benchmark_merge(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = run("benchmark_merge", "--size=0.02", "--rounds=1", "--no-peft", f"--folder={tmp_path}")
     assert all(cost.done for cost in results.values())
@@ -346,39 +315,6 @@ def test_benchmark_files(capsys: pytest.CaptureFixture[str]) -> None:
     medians = run("benchmark_files", "--quick", "--adapters=3", "--rounds=1")
     assert sorted(medians) == ["load, PEFT", "load, funclora", "save, PEFT", "save, funclora"]
     assert "ratio" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_benchmark_train(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--dim=64", "--layers=2", "--steps=4", "--rounds=1", "--context=16", "--threads=1")
-    results = run("benchmark_train", *options, f"--plot={tmp_path / 'loss.png'}")
-    assert list(results) == ["lora", "dora"]
-    assert all(result.difference < 1e-4 and result.ratio > 0 for result in results.values())
-    assert "tok/s" in capsys.readouterr().out
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_benchmark_growth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    curves = run("benchmark_growth", "--quick", "--only=members", f"--out={tmp_path}")
-    assert [curve.work for curve in curves] == ["stack", "route", "routed", "cache", "population"]
-    assert all(curve.numbers == [1, 2, 4] and min(curve.seconds) > 0 for curve in curves)
-    squares = type(curves[0])("work", "targets", [1, 10, 100, 1000], [9.0, 1.0, 100.0, 1e4])
-    assert squares.exponent(squares.seconds) == pytest.approx(2)
-    assert "## Members" in (tmp_path / "benchmarks-growth.md").read_text(encoding="utf-8")
-    assert (tmp_path / "benchmarks-growth.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_benchmark_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run("benchmark_gpu", f"--out={tmp_path / 'none'}") == []
-    assert "nothing was measured or written" in capsys.readouterr().out
-    assert not (tmp_path / "none").exists()
-    tables = run("benchmark_gpu", "--device=cpu", "--only=routed", f"--out={tmp_path}")
-    assert [list(table.seconds) for table in tables] == 2 * [["base", "LoRA", "DoRA", "PEFT, adapter_names"]]
-    assert "### 4 rows of one token" in (tmp_path / "benchmarks-gpu.md").read_text(encoding="utf-8")
 
 
 def test_a_method_with_frozen_tensors() -> None:
