@@ -24,7 +24,7 @@ PRODUCTS = "two small products in each layer, which are short for their dispatch
 NORMS = "the norms of all rows, and one more pass over each layer's output to scale it"
 STEP = "the same two passes of the base and the same products in both; what can be saved is one copy of an output"
 FEW = "`bind`, flattening of trees and the search for reentrant checkpoints, which do not depend on the tokens"
-IMPORT = "modules of torch that `import torch` leaves out, and optree"
+IMPORT = "more than half of it is one garbage collection of all that torch has made, which happens to fall into it"
 HELP = "the start of Python, and the import of the library that reads options"
 SCALED = "one more pass over each layer's output in forward and two in backward, and the norms"
 

@@ -277,7 +277,7 @@ _operations: dict[Callable[..., Any], Callable[..., Tensor]] = table(
 def _viewed(func: Callable[..., Any], weight: Quantized, *args: Any, **kwargs: Any) -> Any:
     """A view of the dense weight, or several, applied when the weight is unpacked."""
     source = weight.source
-    views = None if source.steps else seen(func, source.stored, args, kwargs)
+    views: Any = None if source.steps else seen(func, source.stored, args, kwargs)
     with plain_tensors():
         out = func(weight, *args, **kwargs)  # of the placeholder
     if isinstance(out, Tensor):
