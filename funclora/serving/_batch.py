@@ -57,7 +57,6 @@ class Row:
         text: the tokens of the prompt, and of the answer so far.
         settings: those of the request.
         stream: its answer.
-        since: when it came, in seconds of the monotonic clock.
         name: the id of its adapter; None for the base model.
         chooser: chooses its tokens.
         loading: the adapter, in the version of this request, once it has been asked for.
@@ -69,7 +68,6 @@ class Row:
     text: list[int]
     settings: Settings
     stream: Stream
-    since: float
     name: str | None
     chooser: Chooser
     loading: Future[Any] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Collection, Iterator
 
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from funclora.errors import NonFiniteError, UnsupportedError
 from funclora.serving._batch import Batch, Models, Row
+from funclora.serving._memory import Cached
+from funclora.serving._prefixes import Prefixes
 from funclora.serving._reader import Reader
 from funclora.serving._sampling import choose
 from funclora.serving._statistics import Counts
@@ -26,13 +27,20 @@ class Decoder:
         counts: what it did is added to these.
         eos_ids: tokens that end every answer.
         prefill_tokens: maximum number of prompt tokens that are read at one step.
+        prefixes: beginnings of prompts, in pieces of at most `prefill_tokens`; None if they are not shared.
     """
 
     def __init__(
-        self, reader: Reader, models: Models, counts: Counts, eos_ids: Collection[int], prefill_tokens: int
+        self,
+        reader: Reader,
+        models: Models,
+        counts: Counts,
+        eos_ids: Collection[int],
+        prefill_tokens: int,
+        prefixes: Prefixes | None,
     ) -> None:
         self._reader, self._models, self._counts = reader, models, counts
-        self._eos_ids, self._prefill_tokens = eos_ids, prefill_tokens
+        self._eos_ids, self._prefill_tokens, self._prefixes = eos_ids, prefill_tokens, prefixes
         self._unread: deque[Row] = deque()
         self._partial: Batch | None = None
         self._batches: list[Batch] = []
@@ -45,6 +53,7 @@ class Decoder:
 
     def add(self, row: Row) -> None:
         """Answer a request whose adapter is there."""
+        row.stream._begin()
         self._unread.append(row)
 
     def step(self) -> None:
@@ -73,16 +82,24 @@ class Decoder:
             self._leave(batch)
             if not batch.rows:
                 continue
-            before = sum(row.read for row in batch.rows)
+            whole = False
             with self._guarded(batch):
-                logits = batch.read(left if self._reader.pieces and len(batch.rows) == 1 else None)
+                self._take_over(batch)
+                count = self._count(batch, left)
+                if count == 0:  # the next step has room for a whole piece
+                    self._partial = batch
+                    break
+                before = sum(row.read for row in batch.rows)
+                logits = batch.read(count)
                 read = sum(row.read for row in batch.rows) - before
                 left -= read
                 self._counts.add(prompt_tokens=read)
-                if batch.is_read:
+                whole = batch.is_read
+                if whole:
+                    self._keep(batch)
                     self._take(batch, logits)
             self._leave(batch)
-            if batch.rows and batch.rows[0].count:
+            if batch.rows and whole:
                 self._join(batch)
             elif batch.rows:
                 self._partial = batch
@@ -98,8 +115,32 @@ class Decoder:
                 break
             if len({self._kin(row) for row in some}) > 1:
                 break
+            if self._prefixes and max(lengths) > self._prefixes.piece:  # its beginning can be shared
+                break
             rows.append(self._unread.popleft())
         return Batch(rows, self._reader.memory(), self._models)
+
+    def _count(self, batch: Batch, left: int) -> int | None:
+        """How many tokens of each prompt of a batch are read now, of so many at most; None for all of them."""
+        if not self._reader.pieces or len(batch.rows) > 1:
+            return None
+        if self._prefixes is None:
+            return left
+        piece = min(self._prefixes.piece, len(batch.rows[0].text) - batch.rows[0].read)
+        return piece if piece <= left else 0
+
+    def _take_over(self, batch: Batch) -> None:
+        """What is known of the beginning of a prompt of which nothing was read."""
+        row = batch.rows[0]
+        if self._prefixes and not row.read and len(batch.rows) == 1 and isinstance(batch.memory, Cached):
+            row.read = self._prefixes.take(row.adapter, row.text, batch.memory)
+            if row.read:
+                self._counts.add(prefix_hits=1, prefix_tokens=row.read)
+
+    def _keep(self, batch: Batch) -> None:
+        """What is known of a prompt now, for others that begin in the same way."""
+        if self._prefixes and len(batch.rows) == 1 and isinstance(batch.memory, Cached):
+            self._prefixes.put(batch.rows[0].adapter, batch.rows[0].text, batch.memory)
 
     def _kin(self, row: Row) -> object:
         """Equal for rows that may be together, whatever their lengths are."""
@@ -131,12 +172,12 @@ class Decoder:
         row.text.append(token.id)
         row.count += 1
         self._counts.add(generated_tokens=1)
-        if row.count == 1:
-            self._counts.first_token(time.monotonic() - row.since)
         try:
             row.stream._put(token)
         except Exception as error:  # noqa: BLE001  a callback may raise any error
             self.finish(row, None, error)
+        if row.count == 1 and row.stream.first_token_seconds is not None:
+            self._counts.first_token(row.stream.first_token_seconds)
         if token.id in self._eos_ids or token.id in row.settings.stop_ids:
             self.finish(row, "stop")
         elif row.count == row.settings.max_tokens:

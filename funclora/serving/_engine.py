@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from funclora.io.peft.cache import AdapterCache
 from funclora.rules.base import Params
 from funclora.serving._batch import Models, Row
 from funclora.serving._decoder import Decoder
+from funclora.serving._prefixes import Prefixes
 from funclora.serving._reader import Reader
 from funclora.serving._sampling import Chooser
 from funclora.serving._settings import Settings
@@ -28,6 +28,7 @@ from funclora.serving._statistics import Counts, Statistics
 from funclora.serving._stream import Stream
 
 MEMORY = 1 << 30  # bytes of adapters that are kept if only their folder is given
+PIECE = 64  # tokens of prompts that are shared together
 
 
 class Engine:
@@ -47,7 +48,14 @@ class Engine:
         max_length: maximum number of tokens of a prompt and its answer; by default what the model's configuration
             says, if it says anything.
         prefill_tokens: maximum number of prompt tokens that are read between two steps of the others.
+        prefix_memory: bytes of what the model knows of the beginnings of prompts, which later prompts for the same
+            version of an adapter that begin in the same way do not read again: whole pieces of 64 tokens, or of
+            `prefill_tokens` if these are fewer. 0 keeps nothing.
         eos_ids: tokens that end every answer; by default those of the model's generation configuration.
+
+    Attributes:
+        shares_prefixes: whether there is `prefix_memory`, and the model's cache can be cut: it holds keys and values of
+            all tokens, so it is none with sliding windows or states.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -77,6 +85,7 @@ class Engine:
         max_queue: int = 256,
         max_length: int | None = None,
         prefill_tokens: int = 512,
+        prefix_memory: int = 0,
         eos_ids: Collection[int] | None = None,
     ) -> None:
         check_model(model)
@@ -85,6 +94,8 @@ class Engine:
         for name, number in numbers.items() if max_length is None else {**numbers, "max_length": max_length}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ConfigError(f"Engine: {name}: expected a positive int, got {number!r}.")
+        if not isinstance(prefix_memory, int) or isinstance(prefix_memory, bool) or prefix_memory < 0:
+            raise ConfigError(f"Engine: prefix_memory: expected a number of bytes, or 0, got {prefix_memory!r}.")
         if not isinstance(cache, AdapterCache):
             cache = AdapterCache(model, cache, MEMORY, params=params)
         if cache.params is not None and cache.params is not params:
@@ -101,7 +112,9 @@ class Engine:
         with torch.inference_mode():
             self._reader = Reader(models.bound([None]))
         self._counts = Counts()
-        self._decoder = Decoder(self._reader, models, self._counts, self.eos_ids, prefill_tokens)
+        self.shares_prefixes = prefix_memory > 0 and self._reader.cuts
+        self._prefixes = Prefixes(min(PIECE, prefill_tokens), prefix_memory) if self.shares_prefixes else None
+        self._decoder = Decoder(self._reader, models, self._counts, self.eos_ids, prefill_tokens, self._prefixes)
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._running = 0
@@ -176,7 +189,7 @@ class Engine:
         if adapter is not None:
             self.cache.check(adapter)
         stream = Stream(self._wake)
-        row = Row(prompt, settings, stream, time.monotonic(), adapter, Chooser(settings, self._reader.device))
+        row = Row(prompt, settings, stream, adapter, Chooser(settings, self._reader.device))
         with self._changed:
             if self._closing:
                 raise ClosedError("Engine: it was closed and accepts no more requests.")
@@ -189,7 +202,7 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """Counts of what happened so far."""
-        cache, counts = self.cache.stats(), self._counts
+        cache, counts, prefixes = self.cache.stats(), self._counts, self._prefixes
         with self._changed:
             waiting = len(self._waiting)
             running = self._running
@@ -198,6 +211,8 @@ class Engine:
                 counts.requests, dict(counts.finished), counts.prompt_tokens, counts.generated_tokens, counts.steps,
                 waiting, running, sum(counts.first_tokens), counts.first_token_seconds, counts.buckets(),
                 cache.hits, cache.misses, cache.evictions, cache.adapters, cache.bytes,
+                counts.prefix_hits, counts.prefix_tokens, prefixes.evictions if prefixes else 0,
+                prefixes.bytes if prefixes else 0,
             )  # fmt: skip
 
     def _checked(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:

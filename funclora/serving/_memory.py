@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from funclora.errors import UnsupportedError
 
 Call = Callable[..., Tensor]
+KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer: `[1, heads, tokens, size]`
 
 
 class Memory(Protocol):
@@ -108,6 +109,28 @@ class Cached:
 
     def keep(self, rows: Sequence[int]) -> None:
         self._rows, self.lengths = [self._rows[i] for i in rows], [self.lengths[i] for i in rows]
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether it holds keys and values of all tokens and nothing else: those of a token depend on no later one."""
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer and _has_keys(layer) for layer in self._cache.layers)
+
+    def known(self, start: int, stop: int) -> KeysAndValues:
+        """A copy of what is known of these tokens of the only row, when it has just been read."""
+        return [
+            (layer.keys[..., start:stop, :].clone(), layer.values[..., start:stop, :].clone())
+            for layer in self._cache.layers
+        ]
+
+    def begin(self, parts: Sequence[KeysAndValues]) -> None:
+        """Know the first tokens of a row as if it had read them: those of the parts, one after the other."""
+        for i, of_layer in enumerate(zip(*parts, strict=True)):
+            keys, values = (torch.cat(each, dim=-2) for each in zip(*of_layer, strict=True))
+            self._cache.update(keys, values, i)
+        self._rows = [(_Held(self._cache, 1), 0)]
+        self.lengths = [sum(part[0][0].shape[-2] for part in parts)]
 
     def _move_rows(self) -> None:
         """Make one cache of the rows, in their order, unless they are one."""

@@ -28,6 +28,7 @@ class Reader:
         decodes: which rows may be decoded together: of "any" lengths, of "equal" ones, or only "one".
         pads: prompts of different lengths may be read together.
         pieces: a prompt may be read in several calls.
+        cuts: what it knows of the beginning of a text can be used for another one that begins in the same way.
 
     Raises:
         UnsupportedError: it is no causal language model, or its cache changes its logits.
@@ -49,6 +50,7 @@ class Reader:
             ) from error
         examine.cache()
         self.pieces = examine.agrees(examine.in_pieces)
+        self.cuts = self.pieces and examine.agrees(examine.cut)
         self.pads = examine.agrees(examine.padded)
         equal, different = (examine.agrees(examine.joined, *texts) for texts in ((0, 2), (0, 1)))
         self.decodes = "any" if equal and different else "equal" if equal else "one"
@@ -108,6 +110,18 @@ class Examination:
         """A text in several calls of several tokens."""
         text = self._texts[0]
         return self._right(0, self._read(self._reader.memory(), [text[:3], text[3:5], text[5:]])[-1:])
+
+    def cut(self) -> bool:
+        """The beginning of a text from a row that went on in another way."""
+        memory, other = self._reader.memory(), self._reader.memory()
+        if not isinstance(memory, Cached) or not isinstance(other, Cached):
+            return False
+        text = self._texts[0]
+        memory.read(self._bound, [text[:4] + self._texts[1]])
+        if not memory.can_be_cut:
+            return False
+        other.begin([memory.known(0, 2), memory.known(2, 4)])
+        return self._right(0, self._read(other, [text[4:6], text[6:7], text[7:8], text[8:]]))
 
     def padded(self) -> bool:
         """Texts of different lengths in one call."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from funclora._api.arguments import kind_of
 from funclora.errors import ConfigError
 
+COLDEST = 1e-5  # temperature; logits divided by less may be infinite
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,7 +17,7 @@ class Settings:
 
     Attributes:
         max_tokens: maximum number of generated tokens.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits, at least 0.00001; 0 takes the most likely token.
         top_p: sample from the most likely tokens of this total probability.
         seed: of the samples, which then depend on nothing but the request; None for a different one each time.
         stop_ids: tokens that end the answer, besides the end tokens of the engine.
@@ -46,7 +48,8 @@ class Settings:
                 raise ConfigError(f"{name}: expected {expected}, got {kind_of(getattr(self, name))}.")
 
         check("max_tokens", _is_int(self.max_tokens) and self.max_tokens > 0, "a positive int")
-        check("temperature", _is_number(self.temperature) and self.temperature >= 0, "a finite number of at least 0")
+        warm = _is_number(self.temperature) and (not self.temperature or self.temperature >= COLDEST)
+        check("temperature", warm, f"0, or a finite number of at least {COLDEST:g}")
         check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number greater than 0 and at most 1")
         seeds = "None or an int from 0 to 2**63 - 1"
         check("seed", self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63), seeds)

@@ -30,6 +30,10 @@ class Statistics:
         cache_evictions: adapters that were dropped from the cache.
         cache_adapters: adapters in the cache now.
         cache_bytes: their size.
+        prefix_hits: prompts whose beginning was known from another one of the same adapter.
+        prefix_tokens: tokens of these beginnings, which were not read again.
+        prefix_evictions: pieces of prompts that were dropped to make room.
+        prefix_bytes: size of the pieces that are kept.
     """
 
     requests: int
@@ -47,6 +51,10 @@ class Statistics:
     cache_evictions: int
     cache_adapters: int
     cache_bytes: int
+    prefix_hits: int
+    prefix_tokens: int
+    prefix_evictions: int
+    prefix_bytes: int
 
 
 @dataclass
@@ -58,6 +66,8 @@ class Counts:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
     first_token_seconds: float = 0.0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0))
     first_tokens: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))

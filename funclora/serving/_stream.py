@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,19 @@ class Stream:
         self._reason: FinishReason | None = None
         self._error: BaseException | None = None
         self._cancelled = self._done = False
+        self._since = time.monotonic()
+        self._queue_seconds: float | None = None
+        self._first_token_seconds: float | None = None
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long it waited for a free row, and for its adapter; None before it has one."""
+        return self._queue_seconds
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """The time from the request to the first token; None before it comes."""
+        return self._first_token_seconds
 
     @property
     def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None:
@@ -109,8 +123,13 @@ class Stream:
             raise self._error
         return [token.id for token in self._tokens]
 
+    def _begin(self) -> None:
+        self._queue_seconds = time.monotonic() - self._since
+
     def _put(self, token: Token) -> None:
         with self._changed:
+            if self._first_token_seconds is None:
+                self._first_token_seconds = time.monotonic() - self._since
             self._tokens.append(token)
             self._changed.notify_all()
             self._tell(token)

@@ -11,6 +11,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+import transformers
 from customers import WAIT, Asked, Customers
 from torch import Tensor, nn
 
@@ -30,20 +31,29 @@ def reader(kind: str) -> Reader:
 
 
 @pytest.mark.parametrize(
-    ("kind", "decodes", "pads", "pieces"),
+    ("kind", "decodes", "pads", "pieces", "cuts"),
     [
-        ("LlamaForCausalLM", "any", True, True),
-        ("BloomForCausalLM", "any", True, True),
-        ("MistralForCausalLM", "any", True, True),
-        ("Qwen3NextForCausalLM", "any", True, True),
-        ("JambaForCausalLM", "any", True, False),
-        ("BartForCausalLM", "equal", False, True),
-        ("RwkvForCausalLM", "any", True, True),
+        ("LlamaForCausalLM", "any", True, True, True),
+        ("BloomForCausalLM", "any", True, True, True),
+        ("MistralForCausalLM", "any", True, True, False),  # a sliding window
+        ("Qwen3NextForCausalLM", "any", True, True, False),  # states
+        ("JambaForCausalLM", "any", True, False, False),
+        ("BartForCausalLM", "equal", False, True, True),
+        ("RwkvForCausalLM", "any", True, True, False),
     ],
 )
-def test_which_rows_may_be_read_together(kind: str, decodes: str, pads: bool, pieces: bool) -> None:
+def test_which_rows_may_be_read_together(kind: str, decodes: str, pads: bool, pieces: bool, cuts: bool) -> None:
     found = reader(kind)
-    assert (found.decodes, found.pads, found.pieces) == (decodes, pads, pieces)
+    assert (found.decodes, found.pads, found.pieces, found.cuts) == (decodes, pads, pieces, cuts)
+
+
+def test_a_window_is_one_however_long_it_is() -> None:
+    """Longer than the texts of the examination, it drops nothing of them."""
+    config: Any = architectures.build("MistralForCausalLM")[0].config
+    config.sliding_window = 48
+    model = transformers.MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        assert not Reader(fl.bind(model, fl.base_params(model), {})).cuts
 
 
 @pytest.mark.parametrize(
@@ -144,6 +154,27 @@ def test_adapters_that_cannot_share_a_batch_are_read_apart(tmp_path: Path) -> No
         for _ in range(GREEDY.max_tokens):
             text.append(int(fl.apply(model, params, adapters[name], torch.tensor([text]))[0, -1].argmax()))
         assert answer == text[2:]
+
+
+def test_long_answers_are_read_again_in_pieces_after_an_error(tmp_path: Path, monkeypatch: Any) -> None:
+    model, _ = architectures.build("LlamaForCausalLM")
+    customers = Customers(model, tmp_path, 2)
+    read: Callable[..., Tensor] = Cached.read
+    failed: list[int] = []
+
+    def once(self: Cached, bound: nn.Module, new: Any) -> Tensor:
+        if len(new) == 3 and min(self.lengths, default=0) > 12 and not failed:
+            failed.append(len(new))
+            raise torch.OutOfMemoryError("too large")
+        return read(self, bound, new)
+
+    settings = Settings(max_tokens=24, temperature=0.0)
+    asked = [Asked([5, 6, 7, i], f"customer-{i // 2}", settings) for i in range(3)]
+    with Engine(model, customers.params, tmp_path, eos_ids=(), prefill_tokens=5) as engine:
+        monkeypatch.setattr(Cached, "read", once)
+        streams = [engine.submit(request.ids, request.adapter, request.settings) for request in asked]
+        assert [stream.result(WAIT) for stream in streams] == [customers.alone(request) for request in asked]
+    assert failed == [3]
 
 
 def test_an_error_that_only_a_full_batch_raises_ends_no_answer(tmp_path: Path, monkeypatch: Any) -> None:
