@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +56,13 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Maximum size of a request in KiB.")] = 1024,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that an answer may take.")] = 600.0,
     memory: Annotated[str, typer.Option(help="Memory for adapters; the least recently used ones make room.")] = "1GiB",
+    prefix_memory: Annotated[
+        str,
+        typer.Option(
+            help="Memory for the beginnings of prompts, which are read once for all prompts of an adapter that begin "
+            "alike; 0 is none."
+        ),
+    ] = "256MiB",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the base weights; auto keeps the folder's.")] = Dtype.auto,
     quantize: Annotated[Quantize, typer.Option(help="Quantise the base weights.")] = Quantize.none,
     device: Device = "auto",
@@ -67,6 +77,7 @@ def serve(
     allow_loading: Annotated[
         bool, typer.Option(help="Let requests load and unload adapters of the folder --adapters.")
     ] = False,
+    access_log: Annotated[bool, typer.Option(help="Write a line about each request on stderr.")] = False,
     json: AsJson = False,
 ) -> None:
     """Serve a model and its adapters by HTTP, as OpenAI does; requests for different adapters share every batch.
@@ -82,7 +93,6 @@ def serve(
         funclora serve --demo
         funclora serve model --adapters adapters --port 8080 --max-rows 32 --quantize nf4
     """
-    import contextlib
     import tempfile
 
     from funclora.errors import ConfigError
@@ -115,16 +125,34 @@ def serve(
                 max_rows=max_rows,
                 max_queue=max_queue,
                 memory=parse_size(memory),
+                prefix_memory=parse_size(prefix_memory, "--prefix-memory"),
                 dtype=dtype.value,
                 quantize=quantize.value,
                 device=device,
                 chat_template=chat_template,
                 pooling=None if pooling is None else pooling.value,
                 loading=allow_loading,
+                access_log=access_log,
             )
         )
-        _show(server, json=json)
-        server.run()
+        with _frozen():
+            _show(server, json=json)
+            server.run()
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Spare the collector of garbage what is there now.
+
+    The modules of torch and transformers are hundreds of thousands of objects that never become garbage. A full
+    collection looks at all of them, and no answer goes on for that time; every change of a batch brings the next one.
+    """
+    gc.collect()  # or what is garbage now would stay for ever
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _trained(folder: Path) -> Path:
@@ -146,8 +174,10 @@ def _show(server: Server, *, json: bool) -> None:
 
     names = server.names.all()
     if json:
-        print_json({"url": server.url, "model": server.names.base, "adapters": names})
+        print_json({"url": server.url, "model": server.names.base, "adapters": names, "notes": server.notes})
     else:
         some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         typer.echo(f"{server.url} serves {server.names.base} and {len(names)} adapters{': ' if some else ''}{some}")
+        for note in server.notes:
+            typer.echo(note)
     sys.stdout.flush()

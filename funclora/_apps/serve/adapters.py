@@ -41,7 +41,8 @@ class Names:
             return []
         found = {folder.parent.name for folder in self.root.glob(f"*/{CONFIG_FILE}")}
         with self._lock:
-            return sorted((({name for name in found if self._inside(name)}) - self._hidden) | self._aliases.keys())
+            named = {name for name, folder in self._aliases.items() if self._inside(folder)}
+            return sorted(({name for name in found if self._inside(name)} - self._hidden) | named)
 
     def folder(self, name: str) -> str | None:
         """The folder of a model in the root: an id of the cache; None for the base.
@@ -63,8 +64,8 @@ class Names:
             code="model_not_found",
         )
 
-    def add(self, name: str, path: str) -> str:
-        """Give a folder in the root a name.
+    def find(self, name: str, path: str) -> str:
+        """The folder that a request wants to give a name.
 
         Args:
             name: the name.
@@ -89,17 +90,29 @@ class Names:
         if not is_file_name(name) or name == self.base:
             raise Problem(400, f"lora_name: {shortened(name)} cannot be a name here. Give another.", param="lora_name")
         with self._lock:
-            known = self._aliases.get(name, name if name not in self._hidden and self._inside(name) else folder)
-            if known != folder:
-                raise Problem(
-                    400,
-                    f"lora_name: {name!r} is already the name of another adapter. Unload it first, or give another.",
-                    param="lora_name",
-                )
+            self._check_free(name, folder)
+        return folder
+
+    def add(self, name: str, folder: str) -> None:
+        """Give a folder in the root a name, as from `find`.
+
+        Raises:
+            Problem: the name was given to another one in the meantime.
+        """
+        with self._lock:
+            self._check_free(name, folder)
             self._hidden.discard(name)
             if name != folder:
                 self._aliases[name] = folder
-        return folder
+
+    def _check_free(self, name: str, folder: str) -> None:
+        known = self._aliases.get(name, name if name not in self._hidden and self._inside(name) else folder)
+        if known != folder:
+            raise Problem(
+                400,
+                f"lora_name: {name!r} is already the name of another adapter. Unload it first, or give another.",
+                param="lora_name",
+            )
 
     def remove(self, name: str) -> str:
         """Take a name away from requests that come from now on.

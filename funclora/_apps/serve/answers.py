@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,18 @@ class Answers:
 
         for i, stream in enumerate(streams):
             stream.add_callback(functools.partial(put, i))
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long it took until all answers had a row; None before."""
+        found = [stream.queue_seconds for stream in self._streams]
+        return None if None in found else max(seconds for seconds in found if seconds is not None)
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """The time to the first token of any answer; None before."""
+        found = [seconds for stream in self._streams if (seconds := stream.first_token_seconds) is not None]
+        return min(found, default=None)
 
     def interrupt(self, problem: Problem) -> None:
         """End the answers with an error."""
@@ -143,7 +156,7 @@ SHUTTING_DOWN = "The server is shutting down. Ask another one, or try again late
 
 
 def problem_of(error: BaseException, root: Path | None) -> Problem:
-    """What an error of the engine means to the one who asked.
+    """What an error of the engine means to the one who asked. One that is nobody's fault is logged.
 
     Args:
         error: as from the engine or the cache of adapters.
@@ -160,4 +173,5 @@ def problem_of(error: BaseException, root: Path | None) -> Problem:
     if isinstance(error, FuncloraError | OSError):
         message = str(error) if root is None else str(error).replace(f"{root}{os.sep}", "")
         return Problem(422, f"This adapter cannot be used: {message}", param="model", code="adapter_unusable")
+    logging.getLogger("funclora").error("An answer failed.", exc_info=error)
     return Problem(500, "The server failed. Its log says why.", code="internal_error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from funclora._apps.serve.access import ACCOUNT, Account
 from funclora._apps.serve.metrics import CONTENT_TYPE, metrics_text
 from funclora._apps.serve.models import Models
 from funclora._apps.serve.problems import Problem
@@ -48,6 +50,8 @@ def application(
     key: str | None,
     hosts: frozenset[str] | None,
     seconds: float,
+    most: int,
+    log: Callable[[str], None] | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
@@ -58,6 +62,8 @@ def application(
         key: that requests must have; None if they need none.
         hosts: names under which the server may be reached; None for any.
         seconds: after which a connection is cut off, whatever its request waits for.
+        most: requests at a time, without those that only look.
+        log: gets a line about each request; None for no lines.
     """
     requests: Counter[tuple[str, int]] = Counter()
 
@@ -86,8 +92,9 @@ def application(
         routes=routes,
         exception_handlers={Problem: _told, HTTPException: _told, ClientDisconnect: _left, Exception: _failed},
     )
+    inner.router.redirect_slashes = False  # to an address that a proxy may not know
     known = frozenset(route.path for route in routes)
-    return _Gate(inner, requests, known, key=key, hosts=hosts, seconds=seconds)
+    return _Gate(inner, requests, known, key=key, hosts=hosts, seconds=seconds, most=most, log=log)
 
 
 def respond(problem: Problem) -> Response:
@@ -124,19 +131,27 @@ class _Gate:
         key: str | None,
         hosts: frozenset[str] | None,
         seconds: float,
+        most: int,
+        log: Callable[[str], None] | None,
     ) -> None:
         self._inner, self._requests, self._known = inner, requests, known
         self._key = None if key is None else key.encode()
-        self._hosts, self._seconds = hosts, seconds
+        self._hosts, self._seconds, self._most, self._log = hosts, seconds, most, log
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self._known else "other"
+        since, account = time.monotonic(), Account()
+        status: int | None = None
+        scope = {**scope, ACCOUNT: account}
 
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 self._requests[path, message["status"]] += 1
                 own = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *own]}
@@ -145,11 +160,19 @@ class _Gate:
         problem = self._refused(Request(scope))
         app = self._inner if problem is None else respond(problem)
         # A client that does not read would hold its connection for ever; uvicorn closes what is not complete.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(app(scope, receive, counted), self._seconds)
+        self._running += 1
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(app(scope, receive, counted), self._seconds)
+        finally:
+            self._running -= 1
+            if self._log is not None:
+                self._log(account.line(scope["method"], scope["path"], status, time.monotonic() - since))
 
     def _refused(self, request: Request) -> Problem | None:
         """Why a request is not answered at all; None if it is."""
+        if self._running >= self._most and request.method == "POST":  # whoever watches it must see it
+            return Problem(503, "As many requests run as may run. Try again later.", code="overloaded")
         if self._hosts is not None and _host(request.headers.get("host", "")) not in self._hosts:
             # Another site's name for this machine: its pages would read what is meant for this machine only.
             return Problem(403, "Host: without --api-key, this server answers only to the name localhost.", code="host")

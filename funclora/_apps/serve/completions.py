@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from funclora._apps.serve.access import account_of
 from funclora._apps.serve.adapters import Names
 from funclora._apps.serve.answers import Answers, Piece, problem_of
 from funclora._apps.serve.body import read_json
@@ -75,17 +76,18 @@ class Completions:
         loop = asyncio.get_running_loop()
         body = await read_json(request, self._limits.body)
         asked = await loop.run_in_executor(self._reader, self._read, body, chat)
-        answers = self._submit(asked)
+        account = account_of(request)
+        account.model, account.prompt_tokens = asked.options.model, sum(map(len, asked.prompts))
+        answers = account.answers = self._submit(asked)
         reply = Reply(asked.options.model, self._prompts.tokenizer, chat=chat, logprobs=asked.options.logprobs)
         late = loop.call_later(self._limits.seconds, answers.interrupt, too_slow(self._limits.seconds))
         gone = asyncio.create_task(_tell_when_gone(request, answers))
         pieces = answers.pieces()
-        prompt_tokens = sum(map(len, asked.prompts))
         handed_over = False
         try:
             if not asked.options.stream:
                 found = [piece async for piece in pieces]
-                return JSONResponse(reply.whole(found, counts(prompt_tokens, answers.generated)))
+                return JSONResponse(reply.whole(found, counts(account.prompt_tokens, answers.generated)))
             # Whatever fails before the first token is an error of HTTP.
             first = await anext(pieces)
             handed_over = True

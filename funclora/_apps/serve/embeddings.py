@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor, nn
 
+from funclora._apps.serve.access import account_of
 from funclora._apps.serve.adapters import Names
 from funclora._apps.serve.answers import problem_of
 from funclora._apps.serve.body import read_json
@@ -134,6 +135,8 @@ class Embeddings:
         if form not in ("float", "base64"):
             raise malformed("encoding_format", "'float' or 'base64'", form)
         folder, texts = await loop.run_in_executor(self._reader, self._read, model, fields.get("input"))
+        account = account_of(request)
+        account.model, account.prompt_tokens = model, sum(map(len, texts))
         if len(self._waiting) + len(texts) > self._max_queue:
             raise Problem(429, "As many texts wait as may wait. Try again later.", code="queue_full")
         asked = [_Text(ids, folder, loop.create_future()) for ids in texts]
@@ -148,8 +151,7 @@ class Embeddings:
         data = [
             {"object": "embedding", "index": i, "embedding": _written(vector, form)} for i, vector in enumerate(vectors)
         ]
-        count = sum(map(len, texts))
-        usage = {"prompt_tokens": count, "total_tokens": count}
+        usage = {"prompt_tokens": account.prompt_tokens, "total_tokens": account.prompt_tokens}
         return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
 
     def _read(self, model: str, value: Any) -> tuple[str | None, list[list[int]]]:

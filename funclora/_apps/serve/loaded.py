@@ -91,6 +91,7 @@ def _generator(settings: ServeSettings, names: Names) -> Loaded:
         max_rows=settings.max_rows,
         max_queue=settings.max_queue,
         max_length=base.limit,
+        prefix_memory=settings.prefix_memory,
         eos_ids=end_ids(base.model, tokenizer),
     )
     prompts = Prompts(tokenizer, vocabulary(base.model), base.limit)

@@ -21,6 +21,10 @@ NUMBERS = {
     "adapter_cache_evictions_total": ("counter", "Adapters that made room for others.", "cache_evictions"),
     "adapter_cache_adapters": ("gauge", "Adapters in memory.", "cache_adapters"),
     "adapter_cache_bytes": ("gauge", "Size of the adapters in memory.", "cache_bytes"),
+    "prefix_hits_total": ("counter", "Prompts whose beginning was known already.", "prefix_hits"),
+    "prefix_tokens_total": ("counter", "Tokens of prompts that were known already.", "prefix_tokens"),
+    "prefix_evictions_total": ("counter", "Pieces of prompts that made room for others.", "prefix_evictions"),
+    "prefix_bytes": ("gauge", "Size of the pieces of prompts in memory.", "prefix_bytes"),
 }
 
 

@@ -46,12 +46,12 @@ class Models:
     async def load(self, request: Request) -> Response:
         """POST /v1/load_lora_adapter: a folder of the root gets a name, and is read at once."""
         name, path = await _named(request, "lora_path")
-        folder = self._names.add(name, path)
+        folder = self._names.find(name, path)
         try:
             await asyncio.to_thread(self._cache.load, folder)
         except (FuncloraError, OSError) as error:
-            self._names.remove(name)
             raise problem_of(error, self._names.root) from error
+        self._names.add(name, folder)
         return JSONResponse(self._model(name))
 
     async def unload(self, request: Request) -> Response:

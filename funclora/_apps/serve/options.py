@@ -8,6 +8,7 @@ from typing import Any
 
 from funclora._apps.serve.problems import Problem, malformed
 from funclora.errors import near, shortened
+from funclora.serving._settings import COLDEST
 
 CHOICES, STOPS, STOP_LENGTH = 128, 16, 1000  # of one request
 TOP_LOGPROBS = 20
@@ -165,10 +166,13 @@ def options(fields: Fields, *, chat: bool, longest: int) -> Options:
     if extra is not None and (not stream or not isinstance(extra, dict)):
         raise malformed("stream_options", "an object, with stream true", extra)
     streaming = Fields(extra or {}, ("include_usage",), {"include_obfuscation": (False,)})
+    temperature = fields.number("temperature", 1.0, 0, 2)
+    if 0 < temperature < COLDEST:
+        raise malformed("temperature", f"0, or a number from {COLDEST:g} to 2", temperature)
     return Options(
         model=fields.text("model"),
         max_tokens=most,
-        temperature=fields.number("temperature", 1.0, 0, 2),
+        temperature=temperature,
         top_p=fields.number("top_p", 1.0, 1e-6, 1),
         seed=fields.whole("seed", None, 0, SEED),
         n=fields.whole("n", 1, 1, CHOICES),
@@ -188,7 +192,7 @@ def _chat_logprobs(fields: Fields) -> int | None:
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value or []
+    found = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(each, str) and each for each in found):
         raise malformed("stop", "a text or a list of texts, none of them empty", value)
     if len(found) > STOPS or any(len(each) > STOP_LENGTH for each in found):

@@ -7,7 +7,7 @@ from typing import Any
 from funclora._apps.serve.options import CHOICES
 from funclora._apps.serve.problems import Problem, malformed
 from funclora._apps.train.chat import opened
-from funclora._apps.train.messages import REASONING
+from funclora._apps.train.messages import REASONING, ROLES
 from funclora._apps.train.records import Record
 from funclora._apps.train.tokenizer import begun
 from funclora.errors import FuncloraError
@@ -140,4 +140,6 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     said = {name: value for name, value in message.items() if value is not None or name == "content"}
     if odd := [name for name in said if name not in MESSAGE]:
         raise malformed(f"messages[{i}]", f"the fields {', '.join(MESSAGE)}", odd[0])
+    if said.get("role") not in ROLES:
+        raise malformed(f"messages[{i}]", f"as role one of {', '.join(ROLES)}", said.get("role"))
     return said

@@ -13,17 +13,24 @@ from types import FrameType
 
 import uvicorn
 
+from funclora._apps.serve.access import tell
 from funclora._apps.serve.adapters import Names
 from funclora._apps.serve.app import application
 from funclora._apps.serve.body import SECONDS
 from funclora._apps.serve.loaded import Loaded, load
 from funclora._apps.serve.models import Models
+from funclora._apps.serve.protocol import Connection
 from funclora._apps.serve.settings import ServeSettings
 from funclora.errors import ConfigError, FuncloraWarning
 from funclora.serving import Engine
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "::1"])
-CONNECTIONS = 64  # besides those whose answers run or wait
+NOT_CUT = (
+    "Prompts that begin alike are each read whole: what this model remembers of a prompt cannot be cut (a sliding "
+    "window, states, or no cache)."
+)
+OTHERS = 64  # requests at a time besides those whose answers run or wait
+CONNECTIONS = 64  # besides those with requests
 
 
 class Server:
@@ -31,6 +38,12 @@ class Server:
 
     Args:
         settings: what is served, and how.
+
+    Attributes:
+        names: of the models.
+        engine: of a generator; None for an encoder.
+        url: where it listens.
+        notes: what whoever starts it should know of this model, in sentences.
 
     Raises:
         FuncloraError: the model, the adapters or an option cannot be used.
@@ -52,12 +65,15 @@ class Server:
             loaded = load(settings, self.names)
             opened.pop_all()
         self.engine = loaded.engine
+        anew = self.engine is not None and settings.prefix_memory > 0 and not self.engine.shares_prefixes
+        self.notes = [NOT_CUT] if anew else []
         self._uvicorn = _Uvicorn(self._config(loaded), self.engine, settings.grace)
         self._socket = listening
         self.url = _url(settings.host, self._socket.getsockname()[1])
 
     def _config(self, loaded: Loaded) -> uvicorn.Config:
         settings = self._settings
+        requests = settings.max_rows + settings.max_queue + OTHERS
         models = Models(self.names, loaded.cache, loaded.context, chats=loaded.chats)
         posts = loaded.posts
         if settings.loading:
@@ -70,16 +86,19 @@ class Server:
                 key=settings.key,
                 hosts=LOOPBACK if settings.key is None and settings.host in LOOPBACK else None,
                 seconds=settings.limits.seconds + 2 * SECONDS,
+                most=requests,
+                log=tell if settings.access_log else None,
             ),
             loop="asyncio",
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
-            log_config=None,  # errors go to stderr
+            log_config=None,
+            log_level="error",  # these go to stderr; what clients do wrong concerns them alone
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=settings.max_rows + settings.max_queue + CONNECTIONS,
+            limit_concurrency=requests + CONNECTIONS,
         )
 
     def run(self) -> None:
@@ -107,15 +126,22 @@ class _Uvicorn(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing more, and wait for what runs."""
+        # Who does not read what was asked for must not hold the server.
+        self.config.timeout_graceful_shutdown = max(1, round(self._grace + 1))
         if self._engine is None:
-            self.config.timeout_graceful_shutdown = max(1, round(self._grace))
-            await super().shutdown(sockets)
+            await self._close(sockets)
             return
         ending = asyncio.create_task(asyncio.to_thread(self._engine.close, drain=True, timeout=self._grace))
-        await super().shutdown(sockets)
+        await self._close(sockets)
         if self.force_exit:  # Ctrl-C again
             await asyncio.to_thread(self._engine.close, drain=False)
         await ending
+
+    async def _close(self, sockets: list[socket.socket] | None) -> None:
+        await super().shutdown(sockets)
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+        await asyncio.sleep(0)  # they close now
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -36,12 +36,14 @@ class ServeSettings:
         max_rows: answers that are generated at a time.
         max_queue: further answers that wait.
         memory: bytes of adapters that are kept.
+        prefix_memory: bytes of what is known of the beginnings of prompts; 0 to keep nothing.
         dtype: of the base, as for `load_base`.
         quantize: of the base, as for `load_base`.
         device: to compute on.
         chat_template: file of a chat template.
         pooling: of an encoder; None for what its folder says.
         loading: whether requests may load and unload adapters.
+        access_log: whether a line about each request is written on stderr.
         grace: seconds for running answers when the server stops.
     """
 
@@ -55,10 +57,12 @@ class ServeSettings:
     max_rows: int = 16
     max_queue: int = 256
     memory: int = 1 << 30
+    prefix_memory: int = 1 << 28
     dtype: str = "auto"
     quantize: str = "none"
     device: str = "auto"
     chat_template: Path | None = None
     pooling: str | None = None
     loading: bool = False
+    access_log: bool = False
     grace: float = 10.0

@@ -17,8 +17,12 @@ from funclora.errors import ConfigError
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--memory") -> int:
     """A number of bytes such as `2GiB`, `512 MB` or `1.5g`.
+
+    Args:
+        text: as it was given.
+        option: by which it was given, for messages.
 
     Raises:
         ConfigError: it is not a size.
@@ -29,7 +33,7 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if not found or found[2] not in UNITS:
-        raise ConfigError(f"--memory: expected a size such as 2GiB or 500MB, got {text!r}.")
+        raise ConfigError(f"{option}: expected a size such as 2GiB or 500MB, got {text!r}.")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -76,7 +76,7 @@ def _check(message: Any, at: str) -> bool | None:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise FormatError(
                     f'{at}: content: expected parts such as {{"type": "text", "text": "..."}}, got '
-                    f"{reprlib.repr(part)}. Only texts can be trained on."
+                    f"{reprlib.repr(part)}. Only texts are supported."
                 )
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise FormatError(f"{at}: content: expected a text, got {reprlib.repr(content)}.")

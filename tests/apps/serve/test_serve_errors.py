@@ -16,12 +16,14 @@ import httpx
 import openai
 import pytest
 from running_server import WAIT, Alone, Running, running, save_adapter, save_all
+from torch import Tensor
 
 import funclora as fl
 from funclora._apps.serve import body
 from funclora._apps.serve.server import Server
 from funclora._apps.serve.settings import Limits, ServeSettings
 from funclora.errors import ConfigError, FuncloraWarning, OtherBaseWarning
+from funclora.serving._batch import Batch
 
 LONG: Any = {"prompt": "one and two", "max_tokens": 110, "temperature": 1, "seed": 1}
 
@@ -42,9 +44,8 @@ def told(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == {429: "rate_limit_error", 503: "server_error", 504: "server_error"}.get(
-        status, "invalid_request_error"
-    )
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    assert error["type"] == kind
     return dict(error)
 
 
@@ -73,12 +74,17 @@ WRONG = [
     ({"max_tokens": 121}, 400, "max_tokens", "from 1 to 120"),
     ({"max_tokens": True}, 400, "max_tokens", "from 1 to 120"),
     ({"temperature": -0.1}, 400, "temperature", "from 0 to 2"),
-    ({"temperature": "1"}, 400, "temperature", "from 0 to 2"),
+    ({"temperature": "hot"}, 400, "temperature", "from 0 to 2"),
+    ({"temperature": 1e-320}, 400, "temperature", "0, or a number from 1e-05 to 2"),
     ({"top_p": 0}, 400, "top_p", "from 1e-06 to 1"),
     ({"seed": -1}, 400, "seed", "a whole number"),
+    ({"seed": 2**70}, 400, "seed", "a whole number"),
+    ({"seed": 1.5}, 400, "seed", "a whole number"),
     ({"n": 0}, 400, "n", "from 1 to 128"),
     ({"n": 65, "prompt": ["a", "b"]}, 400, "n", "more than 128 answers"),
     ({"stop": ""}, 400, "stop", "none of them empty"),
+    ({"stop": 0}, 400, "stop", "a text or a list of texts"),
+    ({"stop": ["a", None]}, 400, "stop", "a text or a list of texts"),
     ({"stop": ["a"] * 17}, 400, "stop", "at most 16"),
     ({"stream": 1}, 400, "stream", "true or false"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "with stream true"),
@@ -99,7 +105,9 @@ WRONG_CHATS = [
     ({"messages": [1]}, "messages[0]", "an object"),
     ({"messages": [{"role": "user"}]}, "messages", "content: expected a text"),
     ({"messages": [{"role": "user", "content": "x", "weight": 0}]}, "messages[0]", "expected the fields"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "expected parts such as"),
+    ({"messages": [{"role": "alien", "content": "x"}]}, "messages[0]", "as role one of system, developer, user"),
+    ({"messages": [{"content": "x"}]}, "messages[0]", "as role one of system, developer, user"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "Only texts are supported"),
     ({"messages": [{"role": "user", "content": "x" * 300}]}, "max_tokens", "the model's context has 128"),
     ({"max_completion_tokens": 3}, "max_tokens", "contradict each other"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs true"),
@@ -182,6 +190,7 @@ def test_paths_and_methods(run: Running) -> None:
     told(run.http.get("/v1/completions"), 405)
     told(run.http.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "ad-0"}), 404)
     told(run.http.get("/v1/models/nothing"), 404)
+    told(run.http.get("/v1/models/"), 404)
 
 
 def test_a_client_that_sends_nothing_is_left(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +426,41 @@ def test_loading_and_unloading(tmp_path: Path) -> None:
         weights.write_bytes(b"")
         assert told(load("bad", "ad-1"), 422)["code"] == "adapter_unusable"
         assert names() == ["model", "ad-0", "ad-1"]
+        told(load("ad-1", "ad-1"), 422)
+        assert names() == ["model", "ad-0", "ad-1"]
+
+
+def test_a_name_that_two_want(tmp_path: Path) -> None:
+    folder = save_all(tmp_path, 2)
+    alone = Alone(folder)
+    with running(folder, loading=True) as run, ThreadPoolExecutor(8) as pool:
+
+        def load(i: int) -> int:
+            asked = {"lora_name": "new", "lora_path": f"ad-{i % 2}"}
+            return run.http.post("/v1/load_lora_adapter", json=asked).status_code
+
+        found = [*pool.map(load, range(8))]
+        winner = 0 if found[0] == 200 else 1
+        assert found == [200 if i % 2 == winner else 400 for i in range(8)]
+        answer = run.client.completions.create(model="new", prompt="a b", max_tokens=9, temperature=0)
+        assert answer.choices[0].text == alone.text("a b", f"ad-{winner}", 9)
+        (folder / "adapters" / f"ad-{winner}").rename(folder / "gone")
+        assert [model.id for model in run.client.models.list()] == ["model", f"ad-{1 - winner}"]
+
+
+def test_a_failure_of_the_server_is_told_to_its_owner(
+    run: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: Batch, count: int | None = None) -> Tensor:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batch, "read", fails)
+        error = told(run.http.post("/v1/completions", json=COMPLETION), 500)
+    assert error["code"] == "internal_error"
+    assert "device" not in error["message"]
+    assert "the device is gone" in caplog.text
+    assert run.http.post("/v1/completions", json=COMPLETION).status_code == 200
 
 
 def test_an_adapter_of_another_base_is_told_once(tmp_path: Path) -> None:
