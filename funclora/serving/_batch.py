@@ -133,5 +133,5 @@ class Batch:
         """Keep these rows, in this order."""
         if list(rows) != list(range(len(self.rows))):
             self.rows, self._bound = [self.rows[i] for i in rows], None
-            if rows:
+            if rows and self.memory.lengths:
                 self.memory.keep(rows)

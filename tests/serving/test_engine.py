@@ -198,6 +198,23 @@ def test_a_cancelled_prompt_is_read_no_further(llama: Customers) -> None:
         assert engine.statistics().prompt_tokens < 30
 
 
+def test_a_row_that_is_cancelled_before_it_is_read_harms_no_other(llama: Customers) -> None:
+    asked = [Asked(ids, None, GREEDY) for ids in ([5] * 40, [7], [8])]
+    with started(llama, prefill_tokens=4) as engine:
+        other = engine.submit([5], None, dataclasses.replace(GREEDY, max_tokens=40))
+        gates = [Gate(2), Gate(5)]
+        for gate in gates:
+            other.add_callback(gate)
+        gates[0].wait()
+        long, gone, stays = (submit(engine, request) for request in asked)
+        gates[0].open()
+        gates[1].wait()  # all three are rows, and a part of the long one is read
+        gone.cancel()
+        gates[1].open()
+        assert [stream.result(WAIT) for stream in (long, stays)] == [llama.alone(asked[i]) for i in (0, 2)]
+        assert gone.result(WAIT) == []
+
+
 def test_a_broken_adapter_ends_its_own_requests_only(llama: Customers, tmp_path: Path) -> None:
     shutil.copytree(llama.folder, tmp_path, dirs_exist_ok=True)
     broken = tmp_path / "customer-0" / "adapter_model.safetensors"
