@@ -46,8 +46,8 @@ def seen(
         return _seen(*given)
 
 
-# The compiler cannot trace strides. This is all that torch.compiler.assume_constant_result does (torch 2.10 to 2.13), but a
-# call of that imports the whole compiler, which takes a second.
+# The compiler cannot trace strides. This is all that torch.compiler.assume_constant_result does (torch 2.10 to 2.13),
+# but a call of that imports the whole compiler, which takes a second.
 seen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
