@@ -32,10 +32,10 @@ OPTIONS = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "beta"
 # Keys of a run that are searched, and those that a search does not use.
 SEARCHED = ("lr", "rank", "alpha", "targets", "method", "init", "dropout", "beta", "seed")
 UNUSED = (
-    "adapter", "compile", "shard", "sample", "sample_tokens", "out", "resume", "save_every", "keep", "merge",
+    "adapter", "chunk", "compile", "shard", "sample", "sample_tokens", "out", "resume", "save_every", "keep", "merge",
     "log_every", "tensorboard", "wandb", "mlflow",
 )  # fmt: skip
-NO_EFFECT = ("adapter", "compile", "shard", "sample", "merge", "tensorboard", "wandb", "mlflow", "resume")
+NO_EFFECT = ("adapter", "chunk", "compile", "shard", "sample", "merge", "tensorboard", "wandb", "mlflow", "resume")
 DEMO_DOMAIN = "asyncio"
 # A search of the demo's base and data, which takes a minute or two.
 DEMO: dict[str, Any] = {"steps": 81, "batch": 2, "context": 32, "warmup": 4.0, "eval_every": 9}

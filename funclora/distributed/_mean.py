@@ -183,6 +183,36 @@ def ordered_sums(tensors: Sequence[Tensor], size: int, group: Any = None) -> lis
     return sums
 
 
+def rows_of_all(own: Tensor, first: int, n: int) -> Tensor:
+    """The rows of all processes, of which each has a stretch.
+
+    Each computes the same loss of them. Its gradient goes to its own rows, times the number of processes, so that the
+    mean over the processes is the gradient of the loss.
+
+    Args:
+        own: the rows of this process, `[rows, *]`.
+        first: the number of the first one.
+        n: how many there are in all.
+    """
+    found: Tensor = _RowsOfAll.apply(own, first, n)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _RowsOfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, first: int, n: int) -> Tensor:
+        ctx.own = slice(first, first + len(own))
+        whole = own.new_zeros(n, *own.shape[1:])
+        whole[ctx.own] = own
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.own] * dist.get_world_size(), None, None
+
+
 def _ordered_sum(flat: Tensor, size: int, group: Any) -> Tensor:
     """The sum over the processes in the order of their ranks; a ring's all-reduce adds in an order of its own.
 

@@ -88,7 +88,8 @@ def _chunked(bound: nn.Module, tail: Tail, hidden: Tensor, labels: Tensor, at_on
     if entrance is None:  # nobody asks for rows
         hidden, labels = hidden.flatten(0, 1)[None], labels.flatten()[None]
     has = labels != IGNORED
-    n = int(has.sum(1).max()) if has.numel() else 0
+    # Once at least: other processes may wait for this one, which has a piece of the output layer.
+    n = max(1, int(has.sum(1).max())) if has.numel() else 0
     result = torch.zeros(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     if not n:
         return result.view(shape)

@@ -35,7 +35,7 @@ from funclora._apps.train.evaluate import evaluate
 from funclora._apps.train.examples import Data, Example
 from funclora._apps.train.reading import read
 from funclora._apps.train.run import run as train
-from funclora._apps.train.settings import CAUSAL, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import CAUSAL, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
 from funclora._apps.train.step import Steps
 from funclora._files import atomic as _files
 from funclora._files.seal import BLANK, sealed
@@ -240,7 +240,8 @@ def test_each_member_goes_the_way_it_would_go_alone(tmp_path: Path, task: Task) 
 
 KINDS = {
     "text": CAUSAL, "prompt": CAUSAL, "messages": CAUSAL, SEQUENCE: SEQUENCE, TOKEN: TOKEN, SEQ2SEQ: SEQ2SEQ,
-    "numbers": SEQUENCE, "several": SEQUENCE, PREFERENCE: PREFERENCE, "verdicts": PREFERENCE,
+    "numbers": SEQUENCE, "several": SEQUENCE, PREFERENCE: PREFERENCE, "verdicts": PREFERENCE, "packed": PREFERENCE,
+    EMBEDDING: EMBEDDING, "scored": EMBEDDING,
 }  # fmt: skip
 
 
@@ -251,11 +252,11 @@ def test_the_winners_settings_train_it_again(kind: str, tmp_path: Path) -> None:
     model = task_models.save(tmp_path / "model", task_models.KIND[task], template=text_models.PLAIN)
     config = json.loads((model / "config.json").read_text())  # the model's own dropout is drawn for all members at once
     (model / "config.json").write_text(json.dumps({k: 0.0 if "drop" in k else v for k, v in config.items()}))
-    data = task_models.data(tmp_path / "data.jsonl", kind)
+    data = task_models.data(tmp_path / "data.jsonl", PREFERENCE if kind == "packed" else kind)
     out = tmp_path / "search"
     targets = {CAUSAL: "q_proj+v_proj", PREFERENCE: "q_proj+v_proj", SEQ2SEQ: "q+v"}.get(task, "query+value")
     options = f"--steps 5 --batch 3 --eval-every 2 --halving 0 --save 4 --rank 2 --lr 1e-2,5e-2 --targets {targets}"
-    options += " --loss kto" * (kind == "verdicts")
+    options += " --loss kto" * (kind == "verdicts") + " --packing --context 40" * (kind == "packed")
     result = invoke(
         "sweep", "--model", str(model), "--task", task, "--data", str(data), "--validation", str(data), "--json",
         "--out", str(out), "--dropout", "0.2", "--seeds", "3,4", "--method", "lora", *options.split(),
@@ -265,7 +266,8 @@ def test_the_winners_settings_train_it_again(kind: str, tmp_path: Path) -> None:
     assert len(board) == 4
     assert ("accuracy" in board[0]) == (kind in (SEQUENCE, TOKEN))
     assert ("rewards/accuracies" in board[0]) == (task == PREFERENCE)
-    assert ("pearson" in board[0], "micro_f1" in board[0]) == (kind == "numbers", kind == "several")
+    assert ("pearson" in board[0], "micro_f1" in board[0]) == (kind in ("numbers", "scored"), kind == "several")
+    assert ("recall_at_1" in board[0]) == (kind == EMBEDDING)
     for row in board[::3]:
         (folder,) = (out / "adapters").glob(f"*-member-{row['member']:03d}")
         settings = read(folder / "run.toml", {"out": str(tmp_path / f"again-{row['member']}")})
@@ -777,9 +779,10 @@ def test_a_file_of_settings(tmp_path: Path, llama: Path) -> None:
     board = json.loads(result.stdout)["leaderboard"]
     assert {(row["rank"], row["alpha"], row["targets"], row["method"]) for row in board} == {(2, 3, "q_proj", "lora")}
     assert {row["lr"] for row in board} == {1e-3, 1e-2}
-    file.write_text("\n".join([*lines, "merge = true"]))
-    result = invoke("sweep", str(file), "--out", str(tmp_path / "other"))
-    assert "run.toml: merge has no effect in a search. Leave it out." in result.stderr
+    for name, more in (("merge", ["merge = true"]), ("chunk", ['task = "embedding"', "chunk = 2"])):
+        file.write_text("\n".join([*lines, *more]))
+        result = invoke("sweep", str(file), "--out", str(tmp_path / "other"))
+        assert f"run.toml: {name} has no effect in a search. Leave it out." in result.stderr
 
 
 def test_two_searches_side_by_side(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import task_models
 import text_models
 import torch
 from launch import torchrun
+from safetensors.torch import load
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from funclora._apps.sweep.search import Search
@@ -36,16 +37,33 @@ TAGS = ("train", "--data", "classes.jsonl", "--model", "bert", "--task", "sequen
         "--accumulation", "2", "--batch", "4", "--rank", "2", "--device", "cpu")  # fmt: skip
 SWEEP = ("sweep", *DATA, "--batch", "4", "--steps", "4", "--lr", "1e-3,1e-2,3e-2", "--rank", "1,2", "--targets",
          "q_proj", "--method", "lora", "--halving", "2", "--rungs", "2", "--population", "2")  # fmt: skip
+PAIRS = ("--model", "model", "--task", "preference", "--validation", "pairs.jsonl", "--data")
+PREFERENCES = ("--context", "48", "--device", "cpu", "--batch", "2", "--accumulation", "4", "--steps", "4", "--rank",
+               "2", "--lr", "0.05", "--schedule", "constant", "--warmup", "1", "--eval-every", "2", "--dropout", "0.1",
+               "--final", "last")  # fmt: skip
+DPO = ("train", *PAIRS, "pairs.jsonl", *PREFERENCES, "--packing")
+KTO = ("train", *PAIRS, "pairs.jsonl", *PREFERENCES, "--loss", "kto", "--method", "dora")
+SEARCH = ("--model", "bert", "--task", "embedding", "--data", "search.jsonl", "--validation", "search.jsonl",
+          "--device", "cpu", "--steps", "4", "--eval-every", "2", "--rank", "2", "--lr", "0.01", "--final",
+          "last")  # fmt: skip
+TRIPLETS = ("train", *SEARCH, "--objective", "triplet", "--batch", "2", "--accumulation", "4")
+NEGATIVES = ("train", *SEARCH, "--batch", "5", "--chunk", "2")  # three parts; in the last step of an epoch, two
 READ = ("--device", "cpu", "--json")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "lora": LORA,
     "dora": DORA,
     "nf4": NF4,
     "tags": TAGS,
+    "dpo": DPO,
+    "kto": KTO,
+    "triplets": TRIPLETS,
+    "negatives": NEGATIVES,
     "sweep": SWEEP,
     "eval": ("eval", "lora/adapter", "dora/adapter", "--data", "data.jsonl", *READ),
     "generate": ("generate", "lora/adapter", "dora/adapter", "--file", "prompts.jsonl", "--max-tokens", "4", "--batch",
                  "2", "--temperature", "0.9", *READ),
+    "eval of pairs": ("eval", "dpo/adapter", "kto/adapter", "--model", "model", "--task", "preference", "--data",
+                      "pairs.jsonl", *READ),
     "predict": ("predict", "tags/adapter", "--model", "bert", "--data", "classes.jsonl", "--batch", "2", *READ),
 }  # fmt: skip
 
@@ -61,7 +79,21 @@ def given(folder: Path) -> None:
     data = [{"text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 3)} for i in range(18)]
     prompts = [{"prompt": f"def f{i}", "adapter": ("lora/adapter", "dora/adapter", None)[i % 3]} for i in range(7)]
     classes = [{"text": f"{word} " * (1 + i % 4), "label": label} for i in range(5) for word, label in WORDS.items()]
-    for name, rows in (("data", data), ("prompts", prompts), ("classes", classes)):
+    pairs = [
+        {"prompt": f"{i} + {i} =", "chosen": f" {2 * i}", "rejected": f" {'no ' * (i % 3)}{i}."} for i in range(11)
+    ]
+    search = [
+        {"anchor": f"{word} {i}", "positive": f"{i} {word} " * (1 + i % 3), "negative": f"no {i}"}
+        for i in range(7) for word in WORDS
+    ]  # fmt: skip
+    files: dict[str, list[Any]] = {
+        "data": data,
+        "prompts": prompts,
+        "classes": classes,
+        "pairs": pairs,
+        "search": search,
+    }
+    for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -107,15 +139,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         ends = {name: commands.ended(line(name)) for name in COMMANDS}
-        longer = [{"6": "8"}.get(word, word) for word in line("lora", "longer")]
-        ends["longer"] = commands.ended(longer)
+        for name, steps in LONGER.items():
+            words = line(name, f"longer-{name}")
+            words[words.index("--steps") + 1] = steps
+            ends[f"longer {name}"] = commands.ended(words)
     assert {name: end for name, end in ends.items() if end["code"]} == {}
     return folder, ends
 
 
+LONGER = {"lora": "8", "kto": "6"}  # steps of a run that goes on
 REFUSED = {
     "out": line("lora"),
     "passes": ["train", *DATA, "--out", "other"],
+    "parts": ["train", *SEARCH, "--batch", "6", "--out", "other"],
     "option": ["train", "--ranks", "3"],
     "device": ["cpu:0" if word == "cpu" else word for word in line("lora", "other")],
     "conversation": ["generate", "lora/adapter", "--device", "cpu"],
@@ -140,13 +176,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
     lines = {name: line(name) for name in COMMANDS} | {
         "divided lora": line("lora", "divided-lora", "--shard"),
         "divided nf4": line("nf4", "divided-nf4", "--shard"),
+        "divided kto": line("kto", "divided-kto", "--shard"),
+        "divided negatives": line("negatives", "divided-negatives", "--shard"),
         "begun": line("sweep", "begun"),
         **REFUSED,
     }
     return folder, dict(zip(lines, done(2, folder, [*lines.values()]), strict=True))
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "nf4", "tags", "divided lora", "divided nf4"])
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", "nf4", "tags", "dpo", "kto", "triplets", "divided lora", "divided nf4"]
+)
 def test_a_run_of_two_processes_is_that_of_one(two: Any, alone: Any, name: str) -> None:
     (folder, ends), (whole, _) = two, alone
     assert [end["code"] for end in ends[name]] == [0, 0], ends[name]
@@ -158,6 +198,18 @@ def test_a_run_of_two_processes_is_that_of_one(two: Any, alone: Any, name: str) 
     assert "step " in first["err"]
     assert second["out"] == ""
     assert "step " not in second["err"]  # other packages may have something to say
+
+
+@pytest.mark.parametrize("name", ["negatives", "divided negatives", "divided kto"])
+def test_a_run_of_two_processes_is_that_of_one_up_to_rounding(two: Any, alone: Any, name: str) -> None:
+    """Where sums are in another order: over the parts of a batch, and over weights for the norms of DoRA."""
+    (folder, ends), (whole, _) = two, alone
+    assert [end["code"] for end in ends[name]] == [0, 0], ends[name]
+    out = name.replace(" ", "-")
+    got, wanted = (load(adapter(path)) for path in (folder / out, whole / name.rpartition(" ")[2]))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(numbers(folder / out), numbers(whole / name.rpartition(" ")[2]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sweep", "begun"])
@@ -176,7 +228,7 @@ def test_a_search_of_two_processes_is_that_of_one(two: Any, alone: Any, name: st
     assert ends[name][1]["out"] == ends[name][1]["err"] == ""
 
 
-@pytest.mark.parametrize("name", ["eval", "generate", "predict"])
+@pytest.mark.parametrize("name", ["eval", "eval of pairs", "generate", "predict"])
 def test_rows_are_divided_and_come_in_their_order(two: Any, alone: Any, name: str) -> None:
     (_, ends), (_, whole) = two, alone
     first, second = ends[name]
@@ -193,6 +245,7 @@ def test_rows_are_divided_and_come_in_their_order(two: Any, alone: Any, name: st
     [
         ("out", "out: lora contains a run. Continue it with --resume, or use another folder."),
         ("passes", "accumulation: 1 forward pass of a step cannot be divided among 2 processes. Give --accumulation 2"),
+        ("parts", "chunk: 1 part of a batch cannot be divided among 2 processes. Give --batch 6 --chunk 3, or smaller"),
         ("option", "No such option: --ranks"),
         ("device", "device: cpu:0 cannot be that of 2 processes."),
         ("conversation", "a conversation is with one process."),
@@ -215,11 +268,14 @@ def test_a_divided_base_needs_processes(alone: Any, monkeypatch: pytest.MonkeyPa
     assert "shard: there is one process. Start several: torchrun" in end["err"]
 
 
-def test_a_run_continues_in_another_number_of_processes(two: Any, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", LONGER)
+def test_a_run_continues_in_another_number_of_processes(
+    two: Any, alone: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(two[0])
-    end = commands.ended(["train", "--out", "lora", "--resume", "--steps", "8"])
+    end = commands.ended(["train", "--out", name, "--resume", "--steps", LONGER[name]])
     assert end["code"] == 0, end
-    assert adapter(two[0] / "lora") == adapter(alone[0] / "longer")
+    assert adapter(two[0] / name) == adapter(alone[0] / f"longer-{name}")
 
 
 def test_killed_processes_are_started_again_and_lose_nothing(tmp_path: Path, alone: Any) -> None:

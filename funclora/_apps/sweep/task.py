@@ -19,7 +19,7 @@ from funclora._apps.train.checkpoint import fingerprint
 from funclora._apps.train.examples import Data
 from funclora._apps.train.folder import load_model
 from funclora._apps.train.optimizer import Vectors, joins, optimizer, total_steps
-from funclora._apps.train.packing import is_packed
+from funclora._apps.train.packing import Packed, is_packed
 from funclora._apps.train.preference_loss import beta_of
 from funclora._apps.train.reference import START, WORDS, load_reference, preferring
 from funclora._apps.train.rows import Example
@@ -95,7 +95,7 @@ class Task:
         rows = [row for seed in seeds for row in self._batches(seed).rows(step)]
         pad, task = self.base.tokenizer.pad_token_id, self.base.task
         context, group = self.settings.context, len(rows) // len(seeds)
-        batch = collate(rows, pad=pad, task=task, packed=is_packed(self.data.train), context=context, group=group)
+        batch = collate(rows, pad=pad, task=task, packed=is_packed(self.data.train, task), context=context, group=group)
         batch = dict(self.base.prepared(moved(batch, self.device)))
         if task == SEQ2SEQ:
             batch["decoder_input_ids"] = self.base.decoder_ids(batch["labels"])
@@ -195,6 +195,8 @@ def load_task(settings: Settings, folder: Path, rows: int | None = None) -> Task
     """
     settings, data, base = load(settings, folder)
     heldout = data.validation
+    if settings.task == PREFERENCE and isinstance(heldout, Packed):
+        heldout = heldout.examples  # each has scores of its own
     if not heldout:
         raise ConfigError(
             "validation: nothing is held out, so members cannot be compared. Give --validation, or a larger "

@@ -68,6 +68,8 @@ class Base:
         new: full names of modules whose weights are not in the folder, such as a new head.
         device: where the run computes.
         problem: what labels of texts are, one of `settings.PROBLEMS`.
+        together: whether all processes compute each batch together, and the mean of their gradients is that of the
+            batch; otherwise each has batches of its own.
 
     Examples:
         >>> import funclora as fl
@@ -89,6 +91,7 @@ class Base:
     new: tuple[str, ...] = ()
     device: torch.device = CPU
     problem: str = SINGLE
+    together: bool = False
 
     def loss(self, bound: Any, batch: Batch) -> Tensor:
         """The SUM of the losses of all positions with a label, float32; divide by `count`.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funclora._apps.train import embedding_rows, preference_rows
-from funclora._apps.train.packing import is_packed, positions
-from funclora._apps.train.preference_rows import padded
+from funclora._apps.train.packing import is_packed
+from funclora._apps.train.preference_rows import padded, restarting
 from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.settings import EMBEDDING, PREFERENCE, SEQUENCE, Settings
 from funclora._apps.train.stored import sizes
@@ -55,7 +55,8 @@ def collate(
     if task == EMBEDDING:
         return embedding_rows.collate(examples, pad)
     if task == PREFERENCE:
-        return preference_rows.collate(examples, pad=pad, context=context, group=group)
+        packed = is_packed(examples, task) if packed is None else packed
+        return preference_rows.collate(examples, pad=pad, packed=packed, context=context, group=group)
     batch = {"input_ids": padded([row.ids for row in examples], pad)}
     if task == SEQUENCE:
         targets = [row.targets for row in examples]
@@ -64,11 +65,8 @@ def collate(
         batch["labels"] = padded([row.labels for row in examples], IGNORED)
     if any(row.segments for row in examples):
         batch["token_type_ids"] = padded([[*row.segments] for row in examples], 0)
-    longest = batch["input_ids"].shape[1]
-    if is_packed(examples) if packed is None else packed:
-        rests = [longest - len(row.ids) for row in examples]
-        rows = [positions((*row.lengths, rest)) for row, rest in zip(examples, rests, strict=True)]
-        batch["position_ids"] = torch.tensor(rows)
+    if is_packed(examples, task) if packed is None else packed:
+        batch["position_ids"] = restarting(examples)
     else:
         batch["attention_mask"] = padded([[1] * len(row.ids) for row in examples], 0)
     return batch
@@ -128,7 +126,7 @@ class Batches:
         self._taken = [(n, max(1, round(n * weight)) if n else 0) for n, weight in shares]
         self.steps_per_epoch = math.ceil(sum(taken for _, taken in self._taken) / (batch * accumulation))
         self._examples, self._batch, self._rows = examples, batch, batch * accumulation
-        self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples)
+        self._seed, self._pad, self._task, self._packed = seed, pad, task, is_packed(examples, task)
         self._context = context
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # of the most recently used epoch
 
@@ -215,7 +213,7 @@ def evaluation(
         task: as for `collate`.
         part: which of the batches.
     """
-    packed = is_packed(examples)
+    packed = is_packed(examples, task)
     lengths = [(int(ids), int(labels)) for ids, labels in sizes(examples)]
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     for start in range(0, len(order), batch)[part]:

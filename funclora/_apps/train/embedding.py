@@ -19,6 +19,9 @@ from funclora._apps.train.embedding_rows import inputs
 from funclora._apps.train.metrics import pearson, spearman
 from funclora._apps.train.settings import AUTO, COSENT, COSINE, IN_BATCH, LAST, MEAN, TRIPLET, Settings
 from funclora._apps.train.tokenizer import load_config
+from funclora._train.step import micro_seed, seeded
+from funclora.distributed._mean import rows_of_all
+from funclora.distributed._ranks import part_of, parts_of
 from funclora.errors import ConfigError
 from funclora.io.hf.sentence import Pooling, read_pooling
 
@@ -45,7 +48,7 @@ class EmbeddingBase(Base):
 
     def loss(self, bound: Any, batch: Batch) -> Tensor:
         """The mean loss of the rows of a batch, times their number."""
-        embeddings = torch.stack(self.embedded(bound, batch), 1)
+        embeddings = self._shared(bound, batch) if self.together else torch.stack(self.embedded(bound, batch), 1)
         return loss_of(self.settings, embeddings, batch.get("labels")).mean() * len(embeddings)
 
     def by_row(self, bound: Any, batch: Batch) -> dict[str, Tensor]:
@@ -88,17 +91,37 @@ class EmbeddingBase(Base):
         With `settings.chunk`, only so many texts are computed at a time, and what their gradient needs is computed
         again in the backward pass (GradCache, arXiv 2101.06983), with the same dropout.
         """
+        if not self.settings.chunk:
+            return [self.embed(bound, *some) for some in inputs(batch)]
+        parts = [self._part(bound, batch, *part) for part in self._parts(batch)]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _shared(self, bound: Any, batch: Batch) -> Tensor:
+        """The embeddings of all rows, `[batch, texts, dim]`, of which this process computes some parts.
+
+        All processes compute equally often, since one may hold weights that others wait for.
+        """
+        parts = self._parts(batch)
+        own, most = part_of(len(parts)), max(map(len, parts_of(len(parts))))
+        found = [torch.stack(self._part(bound, batch, *parts[i]), 1) for i in own]
+        found += [torch.stack(self._part(bound, batch, *parts[0]), 1)[:0] for _ in range(most - len(own))]
+        return rows_of_all(torch.cat(found), parts[own.start][0].start if own else 0, len(batch["input_ids"]))
+
+    def _parts(self, batch: Batch) -> list[tuple[slice, int]]:
+        """The rows of each part, and the seed of its dropout, whichever process computes it."""
+        n = len(batch["input_ids"])
+        starts = range(0, n, self.settings.chunk or n)
+        seed = torch.initial_seed()  # of the step
+        return [(slice(start, start + starts.step), micro_seed(seed, i)) for i, start in enumerate(starts)]
+
+    def _part(self, bound: Any, batch: Batch, rows: slice, seed: int) -> list[Tensor]:
+        """The embeddings of some rows, computed again in the backward pass."""
         embed = functools.partial(self.embed, bound)
-        found = []
-        for ids, mask in inputs(batch):
-            size = self.settings.chunk or len(ids)
-            parts = []
-            for start in range(0, len(ids), size):
-                part = ids[start : start + size], mask[start : start + size]
-                again = bool(self.settings.chunk) and torch.is_grad_enabled()
-                parts.append(checkpoint(embed, *part, use_reentrant=False) if again else embed(*part))
-            found.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return found
+        with seeded(seed, self.params):
+            parts = [(ids[rows], mask[rows]) for ids, mask in inputs(batch)]
+            if not torch.is_grad_enabled():
+                return [embed(*part) for part in parts]
+            return [checkpoint(embed, *part, use_reentrant=False) for part in parts]
 
     def embed(self, bound: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """The embeddings of texts, `[batch, dim]`.

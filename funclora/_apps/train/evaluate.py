@@ -61,11 +61,12 @@ def evaluate(
     bound = bind(base.model, base.params, adapters)
     pad, part = base.tokenizer.pad_token_id, slice(ranks.rank(), None, ranks.size())
     found: list[tuple[int, dict[str, Any]]] = []  # of each batch of this process: labels, sums
-    batches = -(-len(examples) // settings.batch)
-    own = evaluation(examples, batch=settings.batch, pad=pad, task=base.task, part=part)
+    rows = settings.chunk or settings.batch
+    batches = -(-len(examples) // rows)
+    own = evaluation(examples, batch=rows, pad=pad, task=base.task, part=part)
     if settings.shard and batches % ranks.size() and ranks.rank() >= batches % ranks.size():
         # Every process must gather the weights as often as the others: this one computes a batch that does not count.
-        own = itertools.chain(own, evaluation(examples, batch=settings.batch, pad=pad, task=base.task, part=slice(1)))
+        own = itertools.chain(own, evaluation(examples, batch=rows, pad=pad, task=base.task, part=slice(1)))
     for batch in own:
         if interrupted():
             return None
@@ -89,7 +90,7 @@ def evaluate(
         with autocast(settings, base.device):
             samples.append((prompt, base.generate(bound, prompt, settings.sample_tokens)))
     if isinstance(base, EmbeddingBase) and dealt:
-        loss, values = base.judge({name: torch.cat([rows[name] for _, rows in dealt]) for name in dealt[0][1]})
+        loss, values = base.judge({name: torch.cat([parts[name] for _, parts in dealt]) for name in dealt[0][1]})
         return Evaluation({"loss": loss, **values}, samples)
     means = {key: float(value[0] / value[1]) if value.dim() else float(value) / labels for key, value in sums.items()}
     return Evaluation(means, samples)

@@ -16,12 +16,12 @@ from funclora._apps.train.cache import Part, Tokenised, is_large, key_of, load, 
 from funclora._apps.train.formats import Format
 from funclora._apps.train.labels import Labels, Seen, decided, listed
 from funclora._apps.train.notes import Notes
-from funclora._apps.train.packing import pack
+from funclora._apps.train.packing import pack, widths
 from funclora._apps.train.records import Record
 from funclora._apps.train.rows import IGNORED as IGNORED
 from funclora._apps.train.rows import Example as Example
 from funclora._apps.train.settings import AUTO, DECODERS, MULTI, REGRESSION, SEQUENCE, SINGLE, TOKEN, Settings
-from funclora._apps.train.stored import digest, sizes
+from funclora._apps.train.stored import digest
 from funclora._apps.train.survey import Survey
 from funclora._apps.train.tokens import reader
 from funclora._init.fresh import generator_of
@@ -269,6 +269,6 @@ def _held_out(n: int, settings: Settings) -> set[int]:
 def _packed(examples: Sequence[Example], context: int, notes: Notes, name: str) -> Sequence[Example]:
     rows = pack(examples, context)
     if rows:
-        full = sum(int(n) for n, _ in sizes(examples)) / (len(rows) * context)
+        full = sum(widths(examples)) / (len(rows) * context)
         notes.say(f"{len(examples)} {name}examples packed into {len(rows)} rows, which are {full:.0%} full.")
     return rows

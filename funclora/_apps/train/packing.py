@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, overload
 
 from funclora._apps.train.rows import IGNORED, Example
+from funclora._apps.train.settings import EMBEDDING, PREFERENCE
 from funclora._apps.train.stored import Stored, sizes
 from funclora.errors import ConfigError, UnsupportedError
 
@@ -49,7 +50,7 @@ class Packed(Sequence[Example]):
     def __getitem__(self, i: int | slice) -> Example | Packed:
         if isinstance(i, slice):
             return Packed(self.examples, self._rows[i])
-        return _joined([self.examples[k] for k in self._rows[i]])
+        return joined([self.examples[k] for k in self._rows[i]])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and [*self] == [*other]
@@ -77,7 +78,7 @@ def pack(examples: Sequence[Example], context: int) -> Packed:
     rows: list[list[int]] = []
     open_: dict[int, deque[int]] = {}  # rows by their remaining room
     rooms: list[int] = []  # these, sorted
-    lengths = [int(n) for n, _ in sizes(examples)]
+    lengths = widths(examples)
     for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[example]
         if length > context:
@@ -100,22 +101,36 @@ def pack(examples: Sequence[Example], context: int) -> Packed:
     return Packed(examples, rows)
 
 
-def _joined(row: list[Example]) -> Example:
+def widths(examples: Sequence[Example]) -> list[int]:
+    """The tokens that each example takes of a row. Two answers are in two rows side by side: the longer one counts."""
+    if len(examples) and len(examples[0].lengths) == 2:
+        return [max(example.lengths) for example in examples]
+    return [int(n) for n, _ in sizes(examples)]
+
+
+def joined(row: Sequence[Example]) -> Example:
+    """Several examples as one row."""
     if len(row) == 1:
         return row[0]
     return Example(
         ids=[i for example in row for i in example.ids],
-        labels=[i for example in row for i in (IGNORED, *example.labels[1:])],
+        labels=[i for example in row for i in _following(example)],
         lengths=tuple(length for example in row for length in example.lengths),
         source=", ".join(dict.fromkeys(example.source for example in row)),
     )
 
 
-def is_packed(examples: Sequence[Example]) -> bool:
+def _following(example: Example) -> list[int]:
+    """The labels of an example in a row of several; those of two answers are changed when each gets its own row."""
+    return example.labels if len(example.lengths) > 1 else [IGNORED, *example.labels[1:]]
+
+
+def is_packed(examples: Sequence[Example], task: str) -> bool:
     """Whether a row contains several examples."""
-    if isinstance(examples, Stored):
+    if isinstance(examples, Stored) or task == EMBEDDING:
         return False
-    return examples.packed if isinstance(examples, Packed) else any(len(row.lengths) > 1 for row in examples)
+    alone = 2 if task == PREFERENCE else 1  # lengths of an example
+    return examples.packed if isinstance(examples, Packed) else any(len(row.lengths) > alone for row in examples)
 
 
 def positions(lengths: Iterable[int]) -> list[int]:

@@ -165,7 +165,8 @@ def _row(base: Base, example: Example, n: int) -> Example:
     """The first n tokens of an example."""
     if base.task == EMBEDDING:
         return embedding_rows.shortened(example, n)
-    if len(example.lengths) == 2:
+    if base.task == PREFERENCE and len(example.lengths) > 1:
+        example = preference_rows.whole(example)
         parts = [_row(base, half, min(len(half.ids), max(2, n // 2))) for half in preference_rows.halves(example)]
         if len(parts) == 1:
             return preference_rows.judged(parts[0], bool(example.lengths[0]))
@@ -181,12 +182,14 @@ def _row(base: Base, example: Example, n: int) -> Example:
 
 
 def _alone(base: Base, example: Example) -> list[Shown]:
-    """An example for display; each of two answers by itself."""
+    """An example for display; each of two answers by itself, and of a packed row those of its first example."""
     if base.task != PREFERENCE:
         return [shown(base, example)]
-    names = [name for name, n in zip(PAIR, example.lengths, strict=True) if n]
-    parts = zip(names, preference_rows.halves(example), strict=True)
-    return [replace(shown(base, half), source=f"{half.source}, {name}") for name, half in parts]
+    first, *rest = preference_rows.alone(example)
+    which = f"{example.source}, the first" if rest else example.source
+    names = [name for name, n in zip(PAIR, first.lengths, strict=True) if n]
+    parts = zip(names, preference_rows.halves(first), strict=True)
+    return [replace(shown(base, half), source=f"{which}, {name}") for name, half in parts]
 
 
 def shown(base: Base, example: Example) -> Shown:

@@ -15,7 +15,17 @@ from typing import Any
 
 from funclora._apps.train.aliases import ALIASES, VALUES, known_as
 from funclora._apps.train.config_file import table
-from funclora._apps.train.settings import CAUSAL, DECODERS, EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, TOKEN, Settings
+from funclora._apps.train.settings import (
+    CAUSAL,
+    DECODERS,
+    EMBEDDING,
+    PREFERENCE,
+    SEQ2SEQ,
+    SEQUENCE,
+    TOKEN,
+    Settings,
+    compares_rows,
+)
 from funclora._config.peft_fields import INITIALISERS, is_initialiser
 from funclora._files.atomic import replace_files
 from funclora.errors import ConfigError, near
@@ -24,8 +34,8 @@ from funclora.errors import ConfigError, near
 EXCLUSIVE = (("steps", "epochs"), ("validation", "validation_split"))
 # Keys that only these tasks use.
 ONLY = {
-    **dict.fromkeys(("train_on", "turns", "packing"), (CAUSAL,)),
-    "chat_template": DECODERS,
+    **dict.fromkeys(("train_on", "turns"), (CAUSAL,)),
+    **dict.fromkeys(("chat_template", "packing"), DECODERS),
     "text_field": (CAUSAL, SEQUENCE),
     "label_field": (SEQUENCE, TOKEN, PREFERENCE),
     "problem": (SEQUENCE,),
@@ -390,7 +400,7 @@ def _check_together(settings: Settings, called: Any) -> None:
         raise ConfigError(
             f"{called('chunk')}: torch.compile decides what to compute again. Leave one of chunk and compile out."
         )
-    if settings.task == EMBEDDING and settings.accumulation > 1 and settings.objective not in ("triplet", "cosine"):
+    if compares_rows(settings) and settings.accumulation > 1:
         raise ConfigError(
             f"{called('accumulation')}: the texts of a batch are compared with each other, so it cannot be divided. "
             f"Set {called('batch')} to its whole size, and {called('chunk')} to what fits into memory."

@@ -10,7 +10,7 @@ from funclora._apps.train.device import resolved
 from funclora._apps.train.finish import check_results, finish, rehearse
 from funclora._apps.train.journal import Journal, Mute
 from funclora._apps.train.loop import Outcome, train
-from funclora._apps.train.settings import Settings
+from funclora._apps.train.settings import Settings, compares_rows
 from funclora._apps.train.setup import ready
 from funclora.distributed import _ranks as ranks
 from funclora.errors import ConfigError
@@ -70,7 +70,15 @@ def check_processes(settings: Settings) -> None:
         )
     if settings.shard and settings.compile:
         raise ConfigError("shard and compile exclude each other: a graph cannot gather weights. Give one.")
-    if passes < processes:
+    if compares_rows(settings):
+        parts = -(-settings.batch // (settings.chunk or settings.batch))
+        if parts < processes:
+            raise ConfigError(
+                f"chunk: {parts} part{'s' * (parts > 1)} of a batch cannot be divided among {processes} processes. "
+                f"Give --batch {max(settings.batch, processes)} --chunk {max(1, settings.batch // processes)}, or "
+                "smaller parts."
+            )
+    elif passes < processes:
         raise ConfigError(
             f"accumulation: {passes} forward pass{'es' * (passes > 1)} of a step cannot be divided among {processes} "
             f"processes. Give --accumulation {processes} or a multiple of it, and a smaller --batch, for as many rows "

@@ -86,7 +86,7 @@ def scores(
         progress: called after each batch of `BATCH` examples.
     """
     if isinstance(base, PreferenceBase):
-        return _preferences(base, members, examples, memory, progress)
+        return _preferences(base, members, examples, memory, divided, progress)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) + len(examples[i].labels), reverse=True)
     nats = torch.zeros(len(members), dtype=torch.float64)
     labels = sum(1 for example in examples for label in example.labels[base.task in DECODERS :] if label != IGNORED)
@@ -137,6 +137,7 @@ def _preferences(
     members: Sequence[Adapters],
     examples: Sequence[Example],
     memory: int | None,
+    divided: bool,
     progress: Callable[[], None],
 ) -> list[Score]:
     """The scores of every member on pairs of answers, or on single ones."""
@@ -145,17 +146,19 @@ def _preferences(
     if len(starts) > 1 and len(order) % BATCH == 1:
         starts.pop()  # a single answer would have no other
     parts = [order[start:end] for start, end in itertools.pairwise([*starts, len(order)])]
+    own = parts[ranks.rank() :: ranks.size()] if divided else parts
 
     def batches() -> Iterator[Any]:
-        for part in parts:
+        for part in own:
             yield moved(
                 collate([examples[i] for i in part], pad=base.tokenizer.pad_token_id, task=base.task), base.device
             )
 
     found: list[Any] = []
-    for out in _by_row(base, members, batches, memory):
-        found.append(out)
+    for out in _by_row(base, members, batches, memory) if own else ():
+        found.append({name: x.cpu() for name, x in out.items()})
         progress()
+    found = ranks.dealt(found) if divided else found
     rows = {name: torch.cat([out[name] for out in found], 1) for name in found[0]}
     judged = [base.judge({name: x[i] for name, x in rows.items()}) for i in range(len(members))]
     return [Score(len(examples), {"loss": loss, **values}) for loss, values in judged]

@@ -219,3 +219,8 @@ class Settings:
     tensorboard: bool = _key(False, "Output", "Write TensorBoard event files.")
     wandb: str | None = _key(None, "Output", "Weights & Biases project to log to.")
     mlflow: str | None = _key(None, "Output", "MLflow experiment to log to.")
+
+
+def compares_rows(settings: Settings) -> bool:
+    """Whether the loss compares the rows of a batch with each other, so that it needs all of them at once."""
+    return settings.task == EMBEDDING and settings.objective not in (TRIPLET, COSINE)

@@ -27,11 +27,12 @@ from funclora._apps.train.packing import Packed, check_packing
 from funclora._apps.train.qlora import forget
 from funclora._apps.train.reference import with_preferences
 from funclora._apps.train.rows import Example
-from funclora._apps.train.settings import EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, Settings
+from funclora._apps.train.settings import EMBEDDING, PREFERENCE, SEQ2SEQ, SEQUENCE, Settings, compares_rows
 from funclora._apps.train.stored import Stored
 from funclora._bind.apply import bind
 from funclora._bind.summary import summary
 from funclora._files.atomic import replace_files
+from funclora.distributed import _ranks as ranks
 from funclora.distributed._ranks import first_alone
 from funclora.distributed._shards import shard
 from funclora.errors import ConfigError
@@ -71,6 +72,8 @@ def ready(settings: Settings, folder: Path) -> Ready:
     start = begin(base, settings, _first_batches(base, data, settings))
     if settings.shard:
         start = divided(start)
+    if compares_rows(settings) and ranks.size() > 1:
+        start = replace(start, base=replace(start.base, together=True))
     data.notes.extend(_ranks_beyond_use(start))
     if settings.task == PREFERENCE:
         start = with_preferences(start, settings)

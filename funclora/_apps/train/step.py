@@ -86,18 +86,19 @@ class Steps:
             ConfigError: none of its positions has a label.
         """
         adapters = self.vectors.tree(values)
-        shared = part_of(self.accumulation)
+        together = self.base.together
+        shared = range(self.accumulation) if together else part_of(self.accumulation)
         own = range(self.batches.size(k))[shared.start : shared.stop]
         labels = tokens = 0
         sums = TreeSum()
         for i, batch in zip(own, self.batches.step(k, slice(own.start, own.stop)), strict=True):
             labels += self.base.count(batch)
-            tokens += _tokens(batch)
+            tokens += _tokens(batch) if ranks.is_first() or not together else 0
             sums.add(self._passed(k, i, batch, adapters))
         if not own:
             like: list[Any] = [*optree.tree_leaves(values), *self._numbers()]
             sums.add([torch.full_like(leaf, -0.0) for leaf in like])  # not 0.0: that would change the sum of -0.0
-        if self.shard:  # every process must gather the weights as often as the others
+        if self.shard and not together:  # every process must gather the weights as often as the others
             most = max(len(range(self.batches.size(k))[s.start : s.stop]) for s in parts_of(self.accumulation))
             for _ in range(most - len(own)):
                 self._passed(k, 0, self.batches.step(k, slice(1))[0], adapters)

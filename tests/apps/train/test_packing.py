@@ -21,7 +21,7 @@ from funclora._apps.train.batches import collate, evaluation
 from funclora._apps.train.examples import prepare
 from funclora._apps.train.packing import check_packing, is_packed, pack, positions
 from funclora._apps.train.rows import IGNORED, Example
-from funclora._apps.train.settings import Settings
+from funclora._apps.train.settings import CAUSAL, PREFERENCE, Settings
 from funclora._apps.train.setup import ready
 from funclora.errors import ConfigError, UnsupportedError
 
@@ -92,7 +92,7 @@ def test_packed_examples_have_the_logits_and_losses_that_they_have_alone(name: s
     logits = logits_of(build(name, attention))
     texts = examples()
     rows = pack(texts, 16)
-    assert is_packed(rows)
+    assert is_packed(rows, "causal-lm")
     batch = collate(rows, pad=0, task="causal-lm")
     assert "attention_mask" not in batch
     packed, losses = logits(batch), nats(logits(batch), batch["labels"])
@@ -247,15 +247,18 @@ def test_a_run_has_the_same_loss_packed_and_not(name: str, tmp_path: Path) -> No
     assert packed[2] < plain[2]
 
 
-@pytest.mark.parametrize("name", ["Llama", "OPT"])
-def test_a_run_tries_its_model_out(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "task"), [("Llama", CAUSAL), ("OPT", CAUSAL), ("Llama", PREFERENCE), ("OPT", PREFERENCE)]
+)
+def test_a_run_tries_its_model_out(name: str, task: str, tmp_path: Path) -> None:
     folder, file = tmp_path / name, tmp_path / "data.jsonl"
     model, words = build(name), tokenizer()
     model.resize_token_embeddings(len(words), mean_resizing=False)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
-    file.write_text('{"text": "one two"}\n' * 8, encoding="utf-8")
-    given = Settings(model=folder, data=(file,), context=20)
+    record = {"text": "one two"} if task == CAUSAL else {"prompt": "one", "chosen": " two", "rejected": " 2"}
+    file.write_text(f"{json.dumps(record)}\n" * 8, encoding="utf-8")
+    given = Settings(model=folder, data=(file,), context=20, task=task)
     assert len(ready(given, tmp_path).data.train) == 8
     packed = replace(given, packing=True)
     if name == "Llama":

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import task_models
 import torch
 from text_models import FORGETS, PLAIN, said, tokenizer
-from tiny_runs import llama_base, preferences, run, same, settings
+from tiny_runs import close, llama_base, preferences, run, same, settings
 
 import funclora as fl
 from funclora import losses
 from funclora._apps.train.batches import collate
 from funclora._apps.train.examples import Data, prepare
-from funclora._apps.train.preference_rows import compared, halves, judged
+from funclora._apps.train.journal import Journal
+from funclora._apps.train.loop import train
+from funclora._apps.train.packing import is_packed, pack
+from funclora._apps.train.plan import plan
+from funclora._apps.train.preference_rows import alone, compared, halves, judged
 from funclora._apps.train.reading import read
 from funclora._apps.train.reference import preferring, with_preferences
 from funclora._apps.train.rows import IGNORED, Example
 from funclora._apps.train.settings import PREFERENCE, Settings
 from funclora._apps.train.setup import ready
+from funclora._apps.train.step import Steps
+from funclora._train.step import value_and_grad
 from funclora.errors import ConfigError, FormatError
+from funclora.losses import _log_probs
 
 ASKED = {"role": "user", "content": "say cat"}
 PAIR = {"prompt": "say cat: ", "chosen": "cat", "rejected": "no cat"}
@@ -158,7 +167,7 @@ def test_single_answers_are_put_after_the_prompt_of_another() -> None:
         for i, k in enumerate(before):
             assert batch["input_ids"][i, 1].tolist() == [*rows[i].ids[:2], rows[k].ids[2]]
             assert batch["labels"][i, 1].tolist() == [IGNORED, IGNORED, rows[k].ids[2]]
-    assert collate(rows[:1], pad=0, task=PREFERENCE)["input_ids"].shape == (1, 1, 3)
+    assert collate(rows[:1], pad=0, task=PREFERENCE)["labels"][0, 1].tolist() == [IGNORED] * 3
     assert collate(rows, pad=0, task=PREFERENCE, context=2)["input_ids"].shape == (4, 2, 2)
 
 
@@ -180,14 +189,17 @@ def test_the_loss_of_a_batch_is_that_of_its_formula(loss: str) -> None:
 
     def log_probs(model: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         sums, lengths = [], []
+        by_token[model is bound, k] = tokens = []
         for i in range(len(rows)):
             ids, labels = batch["input_ids"][i, k][None], batch["labels"][i, k]
             logits = model(input_ids=ids).logits.log_softmax(-1)[0]
             places = [t for t in range(1, len(labels)) if labels[t] != IGNORED]
-            sums.append(torch.stack([logits[t - 1, labels[t]] for t in places]).sum())
+            tokens += [logits[t - 1, labels[t]] for t in places]
+            sums.append(torch.stack(tokens[-len(places) :]).sum())
             lengths.append(len(places))
         return torch.stack(sums), torch.tensor(lengths)
 
+    by_token: dict[tuple[bool, int], list[torch.Tensor]] = {}
     (c, nc), (r, nr) = log_probs(bound, 0), log_probs(bound, 1)
     (rc, _), (rr, _) = log_probs(plain, 0), log_probs(plain, 1)
     good = batch.get("desirable", torch.ones(4, dtype=torch.bool))
@@ -202,6 +214,12 @@ def test_the_loss_of_a_batch_is_that_of_its_formula(loss: str) -> None:
     assert base.count(batch) == 4
     found = {name: float(x[0] / x[1]) for name, x in watched.items()}
     assert {*found} == {*base.watched}
+    sides = (0,) if single else (0, 1)
+    ours, theirs = ([x for k in sides for x in by_token[trained, k]] for trained in (True, False))
+    squares = [float(a - b) ** 2 / 2 for a, b in zip(ours, theirs, strict=True)]
+    assert found.get("kl_per_token") == (
+        None if loss in ("orpo", "simpo") else pytest.approx(sum(squares) / len(squares), rel=1e-4)
+    )
     if loss == "kto":
         first, second = (0.7 * (c - rc))[good].mean(), (0.7 * (c - rc))[~good].mean()
         assert found["kl"] == pytest.approx(max(float((r - rr).mean()), 0), rel=1e-4, abs=1e-5)
@@ -221,6 +239,89 @@ def test_a_single_answer_has_no_estimate_of_kl() -> None:
     loss, watched = base.watch(fl.bind(base.model, base.params, {}), batch)
     assert float(loss) == pytest.approx(0.5)
     assert watched["rewards/margins"].tolist() == [0.0, 0.0]
+
+
+def test_a_divided_output_layer_is_used_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process waits for the others there: also for one whose only answer has no other prompt."""
+    uses: list[int] = []
+    of = _log_probs._of
+
+    def counted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        uses[-1] += 1
+        return of(logits, labels)
+
+    monkeypatch.setattr(_log_probs, "_of", counted)
+    monkeypatch.setattr(losses, "token_log_probs", functools.partial(losses.token_log_probs, at_once=1))
+    answers = [judged(example(i, *range(2, i)), i % 2 == 0) for i in range(4, 9)]
+    for shard in (False, True):
+        base = preferring(llama_base(), {}, Settings(task=PREFERENCE, loss="kto", shard=shard))
+        uses.clear()
+        for rows in (answers[:1], answers[1:3], answers):
+            uses.append(0)
+            base.watch(fl.bind(base.model, base.params, {}), base.prepared(collate(rows, pad=0, task=PREFERENCE)))
+        assert len({*uses}) == (1 if shard else 3)
+
+
+# Packed rows
+
+
+def many(loss: str) -> list[Example]:
+    """Of different lengths, the first without a prompt."""
+    made = []
+    for i in range(3, 12):
+        answer = example(i, *range(2, i), start=(i > 3) + i % 2 * (i > 5))
+        other = example(i, 3, 1, *[2] * (i % 3), start=answer.labels.count(IGNORED))
+        made.append(judged(answer, i % 2 == 0) if loss == "kto" else compared(answer, other))
+    return made
+
+
+def test_the_answers_of_a_pair_are_in_rows_side_by_side() -> None:
+    pairs = [compared(example(1, 2, 3), example(1, 4)), compared(example(5, 6), example(5, 7, start=0))]
+    assert [row.lengths for row in pack(pairs, 4)] == [(3, 2), (2, 2)]
+    rows = pack(pairs, 5)
+    assert [row.lengths for row in rows] == [(3, 2, 2, 2)]
+    assert is_packed(rows, PREFERENCE)
+    assert not is_packed(pairs, PREFERENCE)
+    assert alone(rows[0])[0] == pairs[0]
+    x = -100
+    assert {name: tensor.tolist() for name, tensor in collate([*rows, pairs[1]], pad=0, task=PREFERENCE).items()} == {
+        "input_ids": [[[1, 2, 3, 5, 6], [1, 4, 5, 7, 0]], [[5, 6, 0, 0, 0], [5, 7, 0, 0, 0]]],
+        "labels": [[[x, 2, 3, x, 6], [x, 4, x, 7, x]], [[x, 6, x, x, x], [5, 7, x, x, x]]],
+        "position_ids": [[[0, 1, 2, 0, 1], [0, 1, 0, 1, 0]], [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]],
+        "pairs": [[True, True], [True, False]],
+    }
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("limit", [None, 9])
+def test_packed_answers_have_the_losses_that_they_have_alone(loss: str, limit: int | None) -> None:
+    """So have the gradient and all that is watched; what is beyond the model's context counts in neither."""
+    base = replace(preferring(llama_base(), {}, Settings(task=PREFERENCE, loss=loss)), limit=limit)
+    config = fl.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapters = fl.init(base.model, config, generator=torch.Generator().manual_seed(0))
+    rows = pack(many(loss), 12)
+    plain = [one for row in rows for one in alone(row)]
+    assert sorted(plain, key=str) == sorted(many(loss), key=str)
+    assert len({len(row.lengths) for row in rows}) > 1
+    found: list[Any] = []
+    for batch in (collate(rows, pad=0, task=PREFERENCE), collate(plain, pad=0, task=PREFERENCE)):
+        assert ("pairs" in batch) == ("position_ids" in batch) == ("attention_mask" not in batch)
+        assert base.count(batch) == len(plain) == 9
+        (value, watched), grads = value_and_grad(base.watch, has_aux=True)(
+            base.model, base.params, adapters, base.prepared(batch)
+        )
+        assert {*watched} == {*base.watched}
+        tree: Any = grads
+        found.append((value, watched, optree.tree_leaves(tree)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    by_pair = [
+        base.by_row(fl.bind(base.model, base.params, adapters), collate(some, pad=0, task=PREFERENCE))
+        for some in (rows, plain)
+    ]
+    there = by_pair[0].pop("pairs")
+    torch.testing.assert_close({name: x[there] for name, x in by_pair[0].items()}, by_pair[1], rtol=1e-4, atol=1e-5)
+    lengths = by_pair[1]["lengths"]
+    assert len({*lengths.flatten().tolist()}) > 2
 
 
 @pytest.fixture(scope="module")
@@ -281,10 +382,9 @@ def test_a_run_with_another_reference_is_not_resumed(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("option", ["packing", "beta", "loss", "reference", "metric"])
+@pytest.mark.parametrize("option", ["beta", "loss", "reference", "metric"])
 def test_options_without_effect_are_refused(option: str) -> None:
     cases: dict[str, tuple[dict[str, Any], str]] = {
-        "packing": ({"task": PREFERENCE, "packing": True}, "--packing: only causal-lm uses it"),
         "beta": ({"beta": 0.2}, "--beta: only preference uses it, and the task is causal-lm"),
         "loss": ({"task": PREFERENCE, "gamma": 0.5}, "--gamma: has an effect only if loss is simpo"),
         "reference": ({"task": PREFERENCE, "loss": "orpo", "reference": "base"}, "--reference: has an effect only if"),
@@ -306,6 +406,36 @@ def test_the_best_evaluation_is_that_of_the_metric(tmp_path: Path, metric: str) 
     best = (min if metric == "loss" else max)(value for _, value in found)
     assert outcome.best == next((step, value) for step, value in found if value == best)
     assert outcome.step == outcome.best[0]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
+def test_a_packed_run_is_that_of_the_same_batches(model: Path, tmp_path: Path, loss: str) -> None:
+    """Each step has all pairs, in another order."""
+    found = []
+    for name, packing in (("plain", False), ("packed", True)):
+        (tmp_path / name).mkdir()
+        given = settings_of(
+            model, tmp_path / name, loss=loss, packing=packing, steps=5, batch=14, lr=1e-2, init="false", context=64,
+            validation_split=0.0,
+        )  # fmt: skip
+        made = ready(given, tmp_path / name)
+        steps = Steps(made.start.base, made.start.adapters, made.data, made.settings)
+        assert steps.per_epoch == 1
+        assert len(made.data.train) == (3 if packing else 7)
+        with Journal(made.settings, quiet=True) as journal:
+            outcome = train(made.start.base, made.start.adapters, made.data, made.settings, journal)
+        lines = [json.loads(line) for line in (given.out / "metrics.jsonl").read_text().splitlines()]
+        names = ("loss", "grad_norm", *made.start.base.watched)
+        found.append((outcome.adapters, [{name: line[name] for name in names} for line in lines]))
+        shown = plan(made)
+        assert shown.memory.step > 0
+        sources = [example.source for example in shown.examples]
+        assert [source.endswith("chosen") for source in sources] == [True, False] * 2
+        assert all(("the first" in source) == packing for source in sources)
+    (got, lines), (want, expected) = found
+    close(got, want, 1e-4)
+    for line, other in zip(lines, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"checkpointing": True}, {"method": "dora", "merge": True}])
