@@ -54,7 +54,7 @@ numeric: $(VENV)/.has-test ## run what depends on rounding, with the kernels tha
 oldest: ## make quick with the oldest torch that is supported, in .venv-oldest
 	@$(MAKE) --no-print-directory quick VENV=.venv-oldest TORCH=$(OLDEST)
 
-bench: $(VENV)/.has-test ## measure against PEFT and the base model, into docs/benchmarks*.md
+bench: $(VENV)/.has-test ## measure against PEFT and others, into docs/benchmarks*.md: about 40 minutes on two quiet cores
 	@for name in $(BENCHMARKS); do $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
 
 gpu: $(VENV)/.has-test ## test and measure on a GPU, into docs/benchmarks-gpu.md; without one, only say so

@@ -26,7 +26,7 @@ from typing import Any
 import optree
 import peft
 import torch
-from benchmark import far, llama, loss, outputs
+from benchmark import far, llama, loss
 from benchmark_many_page import draw, page
 from benchmark_tools import Bench, Benchmark, Job, Peaks, Result, Run, cold_compiler, measure, peak
 from torch import Tensor
@@ -251,14 +251,17 @@ def quiet(make: Callable[[], Run]) -> Callable[[], Run]:
 
 
 def check(work: str, runs: dict[str, Run]) -> None:
-    """The contenders must compute the same."""
-    pairs = {"forward": ("rows", "PEFT mixed", lambda run: outputs(lambda _: run(), torch.empty(0))),
-             "train": ("rows", "JAX", lambda run: torch.as_tensor(run().tolist()))}  # fmt: skip
-    name, other, value = pairs.get(work, ("", "", None))
-    if value and other in runs:
-        difference = far(value(runs[name]), value(runs[other]))
+    """The contenders must compute the same: the outputs of a batch, the losses of a first training step."""
+    name, other = {"forward": ("rows", "PEFT mixed"), "train": ("rows", "JAX")}.get(work, ("", ""))
+    if other in runs:
+        difference = far(*(numbers(runs[who]()) for who in (name, other)))
         if not difference < 1e-4:
             raise RuntimeError(f"{name} and {other} disagree by {difference:.1e}")
+
+
+def numbers(result: Any) -> Tensor:
+    """Logits, or losses of torch or JAX."""
+    return result.logits if hasattr(result, "logits") else torch.as_tensor(result.tolist())
 
 
 # --- what is measured ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from benchmark_tools import Bench, Job, Peaks, Result, measure, peak
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import funclora as fl
 from funclora._apps.train.reading import read
 from funclora._apps.train.setup import Ready, ready
 from funclora._apps.train.step import Steps
@@ -166,8 +167,6 @@ class Comparison(NamedTuple):
 
 def on_disk(prepared: Prepared) -> Path:
     """The initial adapter as a folder for PEFT."""
-    import funclora as fl
-
     start = prepared.folder / "start"
     fl.save_peft(start, *prepared.made.start.exported(prepared.made.start.adapters))
     return start
