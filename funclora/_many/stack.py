@@ -19,7 +19,7 @@ from torch import Tensor
 from funclora._api.arguments import refuse
 from funclora._torch.pytree import StaticTensors, map_frozen, pytree_node
 from funclora.errors import ConfigError
-from funclora.rules.base import Rule, has_own_scaling, rescaled
+from funclora.rules.base import Rule, has_own_scaling, next_to_output, rescaled
 from funclora.rules.tokens import untied
 
 T = TypeVar("T")
@@ -40,6 +40,19 @@ class TreeSpecs(StaticTensors):
         """These, with everything computed that torch.compile cannot trace."""
         _ = self.first, self.scalings
         return self
+
+    @functools.cached_property
+    def next_to_output(self) -> list[bool]:
+        """For each leaf, whether it is a factor next to the output."""
+        return next_to_output(self.first)
+
+    def unscaled(self, leaves: Iterable[Tensor]) -> Any:
+        """The first member's tree with other leaves, and the scaling 1 in all its rules."""
+        known = self.__dict__
+        if "_unscaled" not in known:
+            leaves = list(leaves)
+            known["_unscaled"] = optree.tree_structure(unscaled(optree.tree_unflatten(self.each[0], leaves)))
+        return optree.tree_unflatten(known["_unscaled"], leaves)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TreeSpecs:
         trees: list[Any] = [optree.tree_unflatten(spec, [0] * spec.num_leaves) for spec in self.each]
@@ -83,6 +96,25 @@ class Group(Generic[T]):
             return cast(T, optree.tree_map(lambda i: self.values[i], self.specs.first))
         tree: Any = optree.tree_unflatten(self.specs.each[0], self.values)
         return cast(T, tree)
+
+    def unscaled_tree(self) -> T:
+        """The same, with the scaling 1 in all rules."""
+        if torch.compiler.is_compiling():
+            return cast(T, unscaled(self.tree()))
+        return cast(T, self.specs.unscaled(self.values))
+
+    def in_product_order(self) -> Group[T]:
+        """The same members in the order in memory in which their products are fast, and which their gradients have.
+
+        Factors next to the output, `[n_members, out, r]`, lie there as `[n_members, r, out]`.
+        """
+
+        def ordered(x: Tensor, up: bool) -> Tensor:
+            if not up or x.dim() != 3:
+                return x
+            return x.mT.contiguous().mT if len(x) > 1 else x.contiguous()
+
+        return replace(self, values=tuple(map(ordered, self.values, self.specs.next_to_output)))
 
     def with_tree(self, tree: Any) -> Group[Any]:
         """The same members with another tree `[n_members, *]`, in most cases of the same structure."""

@@ -169,7 +169,7 @@ def of_all_mapped(
     n, level = mapping.batch_size(), mapping.level()
     with mapping.lower():
         each = [torch._C._functorch._unwrap_batched(x, level) for x in tensors]
-        outs = function([x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in each])
+        outs = function([x.expand(n, *x.shape) if d is None else x.movedim(d, 0) if d else x for x, d in each])
     return tuple(torch._C._functorch._add_batch_dim(x, 0, level) for x in outs)
 
 

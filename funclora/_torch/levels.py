@@ -1,7 +1,8 @@
-"""`torch.func.vmap` while torch.compile traces, which ignores the rule for `vmap` of an `autograd.Function`.
+"""`torch.func.vmap` as the steps that it consists of.
 
-The compiler writes the entering and leaving of a transform into its graph as calls of these private functions. With
-them, a function inside of `vmap` can compute on all members at once.
+torch.compile ignores the rule for `vmap` of an `autograd.Function`, and writes the entering and leaving of a transform
+into its graph as calls of these private functions. With them, a function inside of `vmap` can compute on all members at
+once. Outside of the compiler, functions of many tensors are mapped without torch's handling of trees.
 """
 
 from __future__ import annotations
@@ -18,6 +19,20 @@ from torch._functorch.predispatch import (
 )
 
 Dims = Sequence["int | None"]
+
+
+def vmapped(function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`torch.func.vmap(function)(*tensors)`, quick for hundreds of tensors: torch looks through trees for them."""
+    sizes = {x.shape[:1] for x in tensors}
+    if torch.compiler.is_compiling() or len(sizes) != 1 or () in sizes:  # the compiler, or an error
+        return torch.func.vmap(function)(*tensors)
+    n = len(tensors[0])
+    level = _vmap_increment_nesting(n, "error")
+    try:
+        outs = function(*(torch._C._functorch._add_batch_dim(x, 0, level) for x in tensors))
+        return tuple(torch._C._functorch._remove_batch_dim(x, level, n, 0) for x in outs)
+    finally:
+        _vmap_decrement_nesting()
 
 
 def outside_of_vmap(

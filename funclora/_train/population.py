@@ -110,6 +110,8 @@ def population_step(
         check_members("population_step", members, batch, None if batch is None and reduce else dim)
         every = micro_generators(seeds, members, accumulate, reduce)
         members = members.with_leaves([leaf.detach() for leaf in members.leaves()])
+        if not torch.compiler.is_compiling():  # which would compile again for the order of the second step
+            members = Stack(tuple(group.in_product_order() for group in members.groups))
         batches = micro_batches(batch, accumulate, dim=1 if dim == 0 else 0, reduce=reduce)
         packed = micro_ids(ids, accumulate)
         parts = [

@@ -261,10 +261,11 @@ def tensors_from_first(tree: Any) -> Any:
     if size() == 1:
         return tree
     import optree
+    import torch
     import torch.distributed as dist
 
     def sent(leaf: Any) -> Any:
-        leaf = leaf.detach().clone()
+        leaf = leaf.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(leaf, src=0)
         return leaf
 

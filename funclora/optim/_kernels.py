@@ -76,9 +76,11 @@ class AdamKernel:
         several = numbers.dim() > 1
         runs = list(_runs(numbers.reshape(-1, 3).tolist()))
         n = len(leaves) // 4
+        # The kernel ignores the strides. Leaves `[n_adapters, *, k]` may lie in memory as `[n_adapters, k, *]`.
+        turned = [several and x.dim() == 3 and x.mT.is_contiguous() and not x.is_contiguous() for x in leaves[:n]]
+        leaves = [x.mT if turn else x for x, turn in zip(leaves, turned * 4, strict=True)]
         outs: list[list[Tensor]] = [[], [], []]
         for some in _parts([leaf.numel() for leaf in leaves[:n]]):
-            # The kernel reads memory in order and ignores the strides.
             p, m, v = ([leaves[k * n + i].clone(memory_format=torch.contiguous_format) for i in some] for k in range(3))
             grads = [leaves[3 * n + i].contiguous() for i in some]
             for (t, lr, wd), start, end in runs:
@@ -89,7 +91,7 @@ class AdamKernel:
                     amsgrad=False, maximize=False,
                 )  # fmt: skip
             outs = [[*out, *new] for out, new in zip(outs, (p, m, v), strict=True)]
-        return tuple(itertools.chain(*outs))
+        return tuple(x.mT if turn else x for x, turn in zip(itertools.chain(*outs), turned * 3, strict=True))
 
 
 def _runs(values: list[list[float]]) -> Iterator[tuple[list[float], int, int]]:

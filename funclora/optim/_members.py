@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from funclora._api.arguments import check_function, refuse
-from funclora._many.stack import Group, Stack, TreeSpecs, check_stack, stack, unscaled
+from funclora._many.stack import Group, Stack, TreeSpecs, check_stack, stack
+from funclora._torch.levels import vmapped
 from funclora.errors import ConfigError
 from funclora.optim._transforms import GradientTransformation, SteppingTransformation, apply_updates
 
@@ -115,7 +116,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         def group_of(group: Group[Any]) -> Group[Any]:
             device = group.values[0].device
             own = {name: tensor[list(group.members)].to(device) for name, tensor in tensors.items()}
-            state = _mapped(one, unscaled(group.tree()), own)
+            state = _mapped(one, group.unscaled_tree(), own)
             # In memory as after a step: a compiled step is not compiled again for the second one.
             state = optree.tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), state)
             return _group(state, group.members)
@@ -147,7 +148,7 @@ def per_member(build: Callable[..., Optimizer], **values: Sequence[float] | Tens
         results, after = [], []
         for some, own in zip(groups, _like(state, cast("Stack[Any]", stacks[0])), strict=True):
             # A group's tree has the scaling of its first member, which may be another one than in `init`.
-            trees = [unscaled(group.tree()) for group in some]
+            trees = [group.unscaled_tree() for group in some]
             tree, inner = _mapped(one, own.tree(), *trees, *[None] * (len(stacks) - len(trees)))
             results.append(replace(some[0], values=tuple(optree.tree_leaves(tree))))
             after.append(replace(own.with_tree(inner), members=some[0].members))
@@ -168,7 +169,11 @@ def _numbers(name: str, value: Any) -> Tensor:
 
 
 def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
-    """`torch.func.vmap(function)(*trees)`, with trees flattened by optree: with torch this takes half of a step."""
+    """`torch.func.vmap(function)(*trees)`, with trees flattened by optree: with torch this takes half of a step.
+
+    Raises:
+        ConfigError: the function returns something that is no tree of tensors.
+    """
     given: Any = trees
     leaves, spec = optree.tree_flatten(given)
     spec_out: Any = None
@@ -176,9 +181,13 @@ def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
     def flat(*leaves: Tensor) -> tuple[Any, ...]:
         nonlocal spec_out
         out, spec_out = optree.tree_flatten(function(*optree.tree_unflatten(spec, leaves)))
+        for x in out:
+            if not isinstance(x, Tensor):
+                got = type(x).__name__
+                raise ConfigError(f"per_member: the optimizer returned a {got}, expected trees of tensors.")
         return tuple(out)
 
-    out = torch.func.vmap(flat)(*leaves)
+    out = vmapped(flat, leaves)
     return optree.tree_unflatten(spec_out, out)
 
 

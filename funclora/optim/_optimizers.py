@@ -17,7 +17,7 @@ from funclora.optim._kernels import AdamKernel, fits_kernel
 from funclora.optim._transforms import GradientTransformation, SteppingTransformation, apply_updates
 from funclora.optim._trees import PyTree, aligned, by_member, check_leaves, times, tree_map, widest
 from funclora.optim._values import PerMember, Schedule, check, nonnegative, wide
-from funclora.rules.base import Rule
+from funclora.rules.base import next_to_output
 
 
 class AdamWState(NamedTuple):
@@ -246,7 +246,7 @@ def lora_plus(
 
 def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
     leaves, spec = optree.tree_flatten(tree)
-    ups = _next_to_output(tree)
+    ups = next_to_output(tree)
     if not any(ups):
         raise ConfigError(
             f"lora_plus: expected a tree with `b` factors, got {len(leaves)} leaves and no `b` among them, "
@@ -254,19 +254,6 @@ def _scale_b(tree: PyTree, ratio: PerMember) -> PyTree:
             "up_leaf_names, or use only the base optimizer"
         )
     return optree.tree_unflatten(spec, [times(x, ratio) if up else x for x, up in zip(leaves, ups, strict=True)])
-
-
-def _next_to_output(tree: PyTree) -> list[bool]:
-    """For each leaf, whether it is a factor next to the output."""
-    found = []
-    paths, nodes, _ = optree.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Rule))
-    for path, node in zip(paths, nodes, strict=True):
-        if isinstance(node, Rule):
-            for name in node.leaf_names:
-                found += [name in node.up_leaf_names] * len(optree.tree_leaves(getattr(node, name)))
-        else:
-            found.append(path[-1:] == ("b",))
-    return found
 
 
 def check_state(state: object, kind: type) -> None:

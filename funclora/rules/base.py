@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar, TypeVar
 
+import optree
 import torch
 from torch import Tensor
 
@@ -233,6 +234,19 @@ class Rule(ABC):
         rule: Any = self
         one: Rule = replace(rule, **{leaf: getattr(rule, leaf)[j] for leaf in rule.leaf_names})
         return one
+
+
+def next_to_output(tree: Any) -> list[bool]:
+    """For each leaf of a tree, whether it is a factor next to the output; without rules, those with the name `b`."""
+    found = []
+    paths, nodes, _ = optree.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Rule))
+    for path, node in zip(paths, nodes, strict=True):
+        if isinstance(node, Rule):
+            for name in node.leaf_names:
+                found += [name in node.up_leaf_names] * len(optree.tree_leaves(getattr(node, name)))
+        else:
+            found.append(path[-1:] == ("b",))
+    return found
 
 
 def has_own_scaling(rule: Any) -> bool:

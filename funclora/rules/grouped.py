@@ -57,8 +57,8 @@ class _LinearInGroups(torch.autograd.Function):
         y = F.linear(x, matrix, bias)
         downs = []
         for inputs, out, (first, second, scalings) in _by_group(sizes, flat, x, y):
-            h = _times(inputs @ first.mT, scalings)
-            out.baddbmm_(h, second)
+            h = projected(inputs, first, scalings)
+            out.baddbmm_(h.mT, second)
             downs.append(h)
         ctx.sizes = sizes
         ctx.save_for_backward(x, matrix, *downs, *flat)
@@ -73,13 +73,13 @@ class _LinearInGroups(torch.autograd.Function):
         grads: list[Tensor | None] = []
         parts = []
         pieces = _by_group(ctx.sizes, flat, x, g, gx)
-        for down, (inputs, outs, back, (first, second, scalings)) in zip(downs, pieces, strict=True):
-            k = _times(outs @ second.mT, scalings)
+        for h, (inputs, outs, back, (first, second, scalings)) in zip(downs, pieces, strict=True):
+            k = projected(outs, second, scalings)
             if torch.is_grad_enabled():  # for second derivatives, which must see how it depends on x and first
-                down = _times(inputs @ first.mT, scalings)  # noqa: PLW2901
-            grads += [k.mT @ inputs, down.mT @ outs, None]
+                h = projected(inputs, first, scalings)  # noqa: PLW2901
+            grads += [k @ inputs, h @ outs, None]
             if gx is not None:
-                parts.append(overwriting()(torch.baddbmm, back, k, first))
+                parts.append(overwriting()(torch.baddbmm, back, k.mT, first))
         if gx is not None and torch.is_grad_enabled():
             gx = torch.cat([part.flatten(0, 1) for part in parts]).view_as(x)
         return gx, None, None, None, *grads
@@ -88,13 +88,19 @@ class _LinearInGroups(torch.autograd.Function):
 def _by_group(sizes: list[int], flat: Sequence[Any], *tensors: Tensor | None) -> list[tuple[Any, ...]]:
     """For each group its rows of some tensors, `[m, rows, features]`, and its factors."""
     factors = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
-    pieces = [[None] * len(sizes) if x is None else x.split(sizes) for x in tensors]
+    # A split of one piece is a view too, and there are thousands in a step.
+    pieces = [[x] * len(sizes) if x is None or len(sizes) == 1 else x.split(sizes) for x in tensors]
     return [
         (*(x if x is None else x.reshape(len(each[0]), -1, x.shape[-1]) for x in some), each)
         for *some, each in zip(*pieces, factors, strict=True)
     ]
 
 
-def _times(x: Tensor, scalings: Tensor | None) -> Tensor:
-    """x `[m, *]`, a temporary, times a number for each member."""
-    return x if scalings is None else overwriting()(torch.mul, x, scalings[:, None, None])
+def projected(x: Tensor, matrix: Tensor, scalings: Tensor | None) -> Tensor:
+    """`[m, r, rows]`: inputs `[m, rows, in]` times the matrices `[m, r, in]` and the scalings `[m]` of members."""
+    # Batches of small products are up to three times as fast if the first factor is in order in memory.
+    h = matrix @ x.mT if matrix.is_contiguous() else (x @ matrix.mT).mT
+    if scalings is None:
+        return h
+    each = scalings[:, None, None]
+    return overwriting()(torch.mul, h, each) if each.dtype == h.dtype else (h * each).to(h.dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funclora._torch.functions import CONVS, is_watched, overwriting
-from funclora.rules.grouped import fits, linear_in_groups
+from funclora.rules.grouped import fits, linear_in_groups, projected
 
 
 class LinearOp(ABC):
@@ -203,15 +203,6 @@ def _input(x: Tensor, a: Tensor, dropout: float) -> Tensor:
 EXACT = (torch.float32, torch.float64)
 
 
-def _down(x: Tensor, first: Tensor, scalings: Tensor | None) -> Tensor:
-    """`[groups, rows, r]`: x `[groups, rows, in]` times the first factors `[groups, r, in]` and the scalings."""
-    h = torch.bmm(first, x.mT)  # in this order, batches of small products are fast
-    if scalings is not None:
-        same = scalings.dtype == h.dtype
-        h = overwriting()(torch.mul, h, scalings[:, None, None]) if same else scaled(h, scalings)
-    return h.mT
-
-
 def add_products(y: Tensor, x: Tensor, first: Tensor, second: Tensor, scalings: Tensor | None) -> None:
     """Add the low-rank updates of several groups to y in place, where nothing sees that; all in one dtype.
 
@@ -222,7 +213,7 @@ def add_products(y: Tensor, x: Tensor, first: Tensor, second: Tensor, scalings: 
         second: `[groups, r, out]`.
         scalings: `[groups]`, or None for 1.
     """
-    h = _down(x, first, scalings)
+    h = projected(x, first, scalings).mT
     if y.dtype in EXACT:
         y.baddbmm_(h, second)
     else:
@@ -296,7 +287,7 @@ class LinearLayerOp(LinearOp):
     def _grouped_down(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs `[groups, rows, r]` and the matrices `[groups, r, *]` of the second product of `grouped`."""
         first, second = self.factors(a, b)
-        return _down(x.flatten(1, -2), first, scalings), second
+        return projected(x.flatten(1, -2), first, scalings).mT, second
 
     def per_output(self, vector: Tensor) -> Tensor:
         return vector

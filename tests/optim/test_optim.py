@@ -730,6 +730,32 @@ def test_members_that_took_other_numbers_of_steps_step_together() -> None:
             assert_trees_close(got, stack(expected), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("turned", [("params",), ("grads",), ("params", "grads"), ("params", "grads", "state")])
+def test_a_step_keeps_the_order_in_memory(turned: tuple[str, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    trees: dict[str, Any] = {"params": {"x": torch.randn(3, 5, 2, generator=g)}}
+    trees["grads"] = {"x": torch.randn(3, 5, 2, generator=g)}
+    optimizer = adamw(torch.tensor([0.1, 0.1, 0.3]))
+    with torch.no_grad():
+        _, trees["state"] = optimizer.step(trees["params"], trees["grads"], optimizer.init(trees["params"]))
+        expected = optimizer.step(trees["params"], trees["grads"], trees["state"])
+        for name in turned:
+            trees[name] = optree.tree_map(lambda x: x.mT.contiguous().mT if x.dim() > 2 else x, trees[name])
+        got = optimizer.step(trees["params"], trees["grads"], trees["state"])
+    assert_trees_close(got, expected, rtol=1e-6, atol=1e-7)  # the kernel rounds the last elements in another way
+    leaves = [x for x in optree.tree_leaves(got) if x.dim() > 2]
+    assert len(leaves) == 3
+    assert all((x.mT if "params" in turned else x).is_contiguous() for x in leaves)
+
+
+def test_an_optimizer_of_members_returns_trees_of_tensors() -> None:
+    one = GradientTransformation(lambda params: params, lambda grads, state, params=None: (grads, 1))
+    optimizer = per_member(lambda lr: one, lr=[0.1, 0.2])
+    several = members_of([{"x": torch.ones(1)}, {"x": torch.ones(1)}])
+    with pytest.raises(ConfigError, match="the optimizer returned a int, expected trees of tensors"):
+        optimizer.update(several, optimizer.init(several), several)
+
+
 def test_a_step_without_kernel_is_the_formula() -> None:
     optimizer, params, grads = adamw(0.1), adapters(0, dtype=torch.bfloat16), adapters(1, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -43,9 +43,12 @@ def separate(x: Tensor, m: Tensor, bias: Tensor, *flat: Any) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_equals_the_separate_operations(scaled: bool) -> None:
+def test_equals_the_separate_operations(scaled: bool, turned: bool) -> None:
     x, m, bias, flat = inputs(scaled)
+    if turned:  # in memory
+        flat = [t if t is None or t.dim() < 3 else t.detach().mT.contiguous().mT.requires_grad_() for t in flat]
     leaves = [t for t in (x, *flat) if t is not None and t.requires_grad]
     weight = normal(5, 3, 5, seed=7, grad=False)
     direction = [torch.randn_like(leaf) for leaf in leaves]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import optree as _optree
@@ -85,6 +86,18 @@ def same(one: Any, other: Any) -> None:
         assert torch.equal(x, y)
 
 
+def in_order(members: Any, turned: bool) -> Any:
+    """The members with B in memory as `[n_members, out, r]`, or as `[n_members, r, out]`."""
+
+    def ordered(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if turned else x.contiguous()
+
+    groups = [
+        {name: replace(rule, b=ordered(rule.b)) for name, rule in group.tree().items()} for group in members.groups
+    ]
+    return Stack(tuple(group.with_tree(tree) for group, tree in zip(members.groups, groups, strict=True)))
+
+
 OPTIMIZERS: dict[str, Any] = {
     "adamw": (lambda lr, wd: optim.adamw(lr, weight_decay=wd), {"lr": [0.1, 0.02, 0.3, 0.05, 0.01],
                                                                 "wd": [0.0, 0.1, 0.2, 0.3, 0.4]}),
@@ -122,6 +135,29 @@ def test_every_member_goes_as_it_would_alone(name: str, shared: bool, accumulate
             close(metrics["grad_norm"][i], expected["grad_norm"])
             assert metrics["finite"][i]
         close(members[i], adapters, 1e-8 if name in ("adamw", "warmup") else 1e-11)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_order_in_memory_changes_no_bit(name: str) -> None:
+    build, values = OPTIMIZERS[name]
+    model = Net()
+    params, batch = base_params(model), tuple(x.float() for x in batches(4))
+    some = [*(member(model, i, 3, 2 + i) for i in range(3)), member(model, 4, 2, 3, dora=True)]
+    alone = optree.tree_map(Tensor.float, some)
+    optimizer = optim.per_member(build, **{key: value[:4] for key, value in values.items()})
+    step = population_step(model, mse, optimizer)
+    results = []
+    for turned in (False, True):
+        members = in_order(stack(alone), turned)
+        state = optimizer.init(members)
+        for _ in range(2):
+            members, state, _ = step(params, members, state, batch)
+            for group in members.groups:
+                rules: Any = group.tree().values()
+                for rule in rules:
+                    assert rule.b.mT.is_contiguous() if len(group.members) > 1 else rule.b.is_contiguous()
+        results.append((members, state))
+    same(*results)
 
 
 @pytest.mark.parametrize("model_dropout", [0.0, 0.4])
