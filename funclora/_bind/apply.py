@@ -20,9 +20,11 @@ from funclora._torch.functions import in_transform, is_sharded
 from funclora._tracking.batch import Batch
 from funclora._tracking.crossing import let_cross
 from funclora._tracking.entry import Entrance, argument_names
+from funclora.distributed._live import gathering
 from funclora.errors import DenseFallbackWarning, ParamsError, UnsupportedError, near
 from funclora.rules.base import Adapters, Params
 from funclora.rules.tokens import untied
+from funclora.rules.weights import refuse_division
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -89,15 +91,20 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             if name in adapters:
                 raise ParamsError(f"adapters rewrite {name!r}, which is a buffer. Only parameters can be rewritten.")
             return value.clone()
-        if name in adapters and on_mesh and not is_sharded(value) and "forward" in owner.__dict__:
-            raise UnsupportedError(
-                f"{name!r} is in a part of the model that is divided over a mesh, but is whole itself: each process "
-                "would get its own share of the gradient. Leave it out of the targets."
-            )
+        if on_mesh and name in adapters:
+            if is_sharded(value):
+                refuse_division(name, adapters[name], value)
+            elif "forward" in owner.__dict__:
+                raise UnsupportedError(
+                    f"{name!r} is in a part of the model that is divided over a mesh, but is whole itself: each "
+                    "process would get its own share of the gradient. Leave it out of the targets."
+                )
         return rewritten(name, value, adapters.get(name), owner, uses, placeholders)
 
     placeholders: Placeholders = {}
-    on_mesh = any(type(weight) is not Tensor and is_sharded(weight) for weight in params.values())
+    if on_mesh := _on_mesh(params):
+        params = gathering(model, params)
+        on_mesh = _on_mesh(params)
     if on_mesh and in_transform():
         raise UnsupportedError(
             "params are divided over a mesh, which torch.func does not follow. value_and_grad, train_step and "
@@ -117,6 +124,10 @@ def _bind(model: M, params: Params, adapters: Adapters, uses: dict[str, str] | N
             f"{near(name, (n for n, *_ in named_tensors(model)))}"
         )
     return bound
+
+
+def _on_mesh(params: Params) -> bool:
+    return any(type(weight) is not Tensor and is_sharded(weight) for weight in params.values())
 
 
 def apply(model: nn.Module, params: Params, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:

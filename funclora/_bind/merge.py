@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from funclora._bind.checks import check_adapters
-from funclora._quant.tensor import Quantized
+from funclora._quant.tensor import Quantized, place_of_weight, plain_weight
 from funclora._torch.functions import has_values
-from funclora._torch.memory import place_of
-from funclora._torch.mesh import placed_as, whole
+from funclora._torch.mesh import whole
+from funclora.distributed._live import at_rest
+from funclora.distributed._shards import divided_as
 from funclora.errors import NonFiniteError, TiedWeightsWarning, UnsupportedError
-from funclora.rules.base import Adapters, Params, dense_of
+from funclora.rules.base import Adapters, Params, Rule, dense_of
 from funclora.rules.tokens import Tied, untied
 
 
@@ -25,6 +26,9 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
 
     An adapter on one of several tied parameters changes only that one: the result contains them as different tensors,
     and a `TiedWeightsWarning` names them. Parameters that are tied by `Tied` rules stay one tensor.
+
+    Weights that are divided among processes stay divided, and are gathered one at a time: every process must call it.
+    Those of `fully_shard` and of tensor parallelism become DTensors, also the ones without an adapter.
 
     Args:
         params: full name -> tensor, as from `base_params` or a state dict.
@@ -48,33 +52,44 @@ def merge(params: Params, adapters: Adapters) -> dict[str, Tensor]:
         True
     """
     check_adapters(params, adapters, values=True)
+    params = {name: at_rest(weight) for name, weight in params.items()}
     _report_ties(params, adapters)
     merged = dict(params)
     for name, rule in untied(adapters).items():
         weight, tie = params[name], adapters[name]
-        if isinstance(tie, Tied) and place_of(weight) == place_of(params[tie.to]) is not None:
+        if isinstance(tie, Tied) and _are_tied(weight, params[tie.to]):
             continue
-        if isinstance(weight, Quantized) and weight.is_exact:
-            weight = weight.dequantize()
-        elif isinstance(weight, Quantized):
+        if isinstance(weight, Quantized) and not weight.is_exact:
             raise UnsupportedError(
                 f"merge: {name!r} is quantised, and a merged weight is dense. Choose the base to merge into: "
                 "merge(dequantize(params), adapters) keeps the weights that were trained with, "
                 "merge(original_params, adapters) uses the weights from before quantize."
             )
-        divided, weight = weight, whole(weight)
-        dense = dense_of(name, rule, weight)
-        # A copy, because the result of a Full rule must not alias the adapter's own leaf.
-        # In the base's order in memory: safetensors does not accept transposed views.
-        order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
-        merged[name] = dense.to(device=weight.device, dtype=weight.dtype, copy=True, memory_format=order)
-        if has_values(dense):  # otherwise it can only be checked outside the transform
-            refuse_nonfinite(name, dense, merged[name])
-        merged[name] = placed_as(merged[name], divided)
+        merged[name] = _merged(name, rule, weight)
     for name, tie in adapters.items():
-        if isinstance(tie, Tied) and place_of(params[name]) == place_of(params[tie.to]) is not None:
+        if isinstance(tie, Tied) and _are_tied(params[name], params[tie.to]):
             merged[name] = merged[tie.to]
     return merged
+
+
+def _merged(name: str, rule: Rule, given: Tensor) -> Tensor:
+    """The rewritten weight, divided among processes as the given one."""
+    weight = whole(plain_weight(given))
+    device, dtype = weight.device, weight.dtype
+    # A copy, because the result of a Full rule must not alias the adapter's own leaf. What was gathered is one already.
+    # In the base's order in memory: safetensors does not accept transposed views.
+    copy = weight is given or rule.bind_dense
+    order = torch.contiguous_format if weight.is_contiguous() else torch.preserve_format
+    dense = dense_of(name, rule, weight)
+    del weight
+    result = dense.to(device=device, dtype=dtype, copy=copy, memory_format=order)
+    if has_values(dense):  # otherwise it can only be checked outside the transform
+        refuse_nonfinite(name, dense, result)
+    return divided_as(result, given)
+
+
+def _are_tied(first: Tensor, second: Tensor) -> bool:
+    return place_of_weight(first) == place_of_weight(second) is not None
 
 
 def refuse_nonfinite(name: str, dense: Tensor, result: Tensor) -> None:
@@ -91,7 +106,7 @@ def _report_ties(params: Params, adapters: Adapters) -> None:
     """Warn of adapted parameters that share their memory with another one, which is not rewritten with them."""
     names: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in params.items():
-        if (place := place_of(tensor)) is not None:
+        if (place := place_of_weight(tensor)) is not None:
             names.setdefault(place, []).append(name)
     rules = untied(adapters)
     for tied in names.values():

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from funclora._api.arguments import check_model
 from funclora._quant.quantize import of_bitsandbytes, refuse_repacked
-from funclora.distributed._live import managed, of_fsdp
+from funclora.distributed._live import Live, managed, manager_of, of_fsdp
 from funclora.errors import ParamsError
 
 
@@ -38,11 +38,11 @@ def base_params(model: nn.Module) -> dict[str, Tensor]:
     """
     check_model(model)
     params: dict[str, Tensor] = {}
-    divided = managed(model)
+    managers = managed(model)
     for name, tensor, owner, transient in named_tensors(model):
-        leaf = name.rpartition(".")[2]
-        if divided and name.startswith(divided) and leaf in owner._parameters:
-            params[name] = of_fsdp(tensor, owner, leaf)
+        leaf, manager = name.rpartition(".")[2], manager_of(name, managers)
+        if manager is not None and leaf in owner._parameters:
+            params[name] = of_fsdp(tensor, Live(owner, leaf, manager))
             continue
         if is_lazy(tensor):
             raise ParamsError(f"{name!r} is not initialised yet. Run the model once before asking for its params.")

@@ -18,7 +18,9 @@ from funclora._config.config import LoraConfig
 from funclora._config.infer import configured
 from funclora._init.eva_inputs import Inputs
 from funclora._init.fresh import check_setup, draw_root, init
-from funclora.errors import ConfigError, NonFiniteError, ParamsError
+from funclora._torch.functions import is_sharded
+from funclora.distributed._live import gathering
+from funclora.errors import ConfigError, NonFiniteError, ParamsError, UnsupportedError
 from funclora.rules.base import Params, Rule
 from funclora.rules.low_rank import LowRank
 
@@ -98,7 +100,7 @@ def init_eva(
     Raises:
         ConfigError: an option is invalid, or the components do not converge within `max_batches` batches.
         TargetError: an entry of the configuration matches nothing, or names something that cannot carry a rule.
-        UnsupportedError: a target is not a linear layer, or its weight is not only used as one.
+        UnsupportedError: a target is not a linear layer, its weight is not only used as one, or is divided over a mesh.
         ParamsError: there are no batches, a target gets too few inputs, or the mask does not match them.
         NonFiniteError: the inputs of a target contain NaN or infinity.
 
@@ -118,7 +120,14 @@ def init_eva(
     _check(config, rho, tau, max_batches)
     params = base_params(model) if params is None else params
     fresh = init(model, config.replace(init_lora_weights=True), generator=generator, params=params, dtype=dtype)
-    inputs = Inputs({n: r for n, r in fresh.items() if isinstance(r, LowRank)}, rho, tau, mask, draw_root(generator))
+    low_rank = {name: rule for name, rule in fresh.items() if isinstance(rule, LowRank)}
+    gathered = gathering(model, params)
+    if divided := next((name for name in low_rank if is_sharded(gathered[name])), None):
+        raise UnsupportedError(
+            f"{divided!r} is divided over a mesh, where a process sees a part of the inputs. Run init_eva in one process "
+            "and save_peft, then load_peft here."
+        )
+    inputs = Inputs(low_rank, rho, tau, mask, draw_root(generator))
     bound = bind(model, params, inputs.watched()).eval()
     run = forward or _forward
     with unwritten(params, {}):

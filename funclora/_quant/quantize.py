@@ -148,12 +148,13 @@ def targeted(params: Mapping[str, Tensor], targets: Iterable[str]) -> list[str]:
 
 def check_packable(name: str, weight: Tensor) -> None:
     """Raise an error unless a weight, or a piece of one, can be quantised."""
-    if isinstance(weight, Quantized):
+    if isinstance(weight, Quantized) and not weight.is_exact:
         raise ParamsError(f"quantize: {name!r} is quantised already: {weight!r}.")
-    if is_sharded(weight):
+    if isinstance(weight, Quantized) or is_sharded(weight):
+        kind = "a DTensor" if is_sharded(weight) else repr(weight)
         raise ParamsError(
-            f"quantize: {name!r} is a DTensor, whose parts cannot be packed. Quantise whole weights, and divide them "
-            "with funclora.distributed.shard; or leave it out."
+            f"quantize: {name!r} is {kind}: it is divided among processes, and its parts cannot be packed. Quantise "
+            "whole weights, and divide them with funclora.distributed.shard; or leave it out."
         )
     if weight.dtype not in UNPACKED_DTYPES:
         raise ParamsError(

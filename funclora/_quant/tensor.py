@@ -40,6 +40,7 @@ from funclora._torch.functions import (
     table,
     written,
 )
+from funclora._torch.memory import place_of
 from funclora._torch.views import View, seen
 from funclora.errors import PurityError, UnsupportedError
 
@@ -136,6 +137,14 @@ class Quantized(torch.Tensor):
                 "the new value from its dequantize(), or leave it out of the targets of quantize."
             )
         return func(*_mapped_tree(plain_weight, args), **_mapped_tree(plain_weight, kwargs))
+
+
+def place_of_weight(weight: Tensor) -> tuple[object, ...] | None:
+    """As `place_of`; for a quantised weight, the places of its parts, and None for a view of it."""
+    if not isinstance(weight, Quantized):
+        return place_of(weight)
+    places = tuple(map(place_of, weight.parts))
+    return None if weight.source.steps or None in places else places
 
 
 def plain_weight(x: Any) -> Any:

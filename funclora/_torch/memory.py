@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funclora._torch.functions import is_sharded
+
 # On a CPU, larger passes are not faster.
 ON_CPU = 256 << 20
 # The usable share of a device's free memory: the allocator rounds up, and kernels need memory too.
@@ -31,7 +33,14 @@ def nbytes(tree: Any) -> int:
 
 
 def place_of(tensor: Tensor) -> tuple[object, ...] | None:
-    """A key of a tensor's memory, equal for tied tensors; None if it has no memory, or the memory is unknown."""
+    """A key of a tensor's memory, equal for tied tensors; None if it has no memory, or the memory is unknown.
+
+    The key of a tensor that is divided over a mesh is known in every process: an empty part has a place too.
+    """
+    if type(tensor) is not Tensor and is_sharded(tensor):
+        divided: Any = tensor
+        part = divided.to_local()
+        return part.untyped_storage()._cdata, part.storage_offset(), part.dtype, tensor.shape, tensor.stride()
     if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):

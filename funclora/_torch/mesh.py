@@ -1,4 +1,4 @@
-"""Tensors that are divided over a mesh of devices: DTensor, whose module is slow to import."""
+"""Tensors that are divided among processes: DTensor, whose module is slow to import, and collective operations."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def waited(x: Any) -> Any:
     if not isinstance(x, AsyncCollectiveTensor):
         return x
     return x.clone() if x.requires_grad else x.wait()  # what `wait` returns is outside of the graph
+
+
+def gathered_in_graph(piece: Tensor, group: Any) -> Tensor:
+    """The pieces of all processes, one after the other, by an operation that torch.compile can trace."""
+    from torch.distributed._functional_collectives import all_gather_tensor
+
+    return all_gather_tensor(piece, 0, group or dist.group.WORLD)  # type: ignore[no-any-return]
 
 
 def same_in_mesh(number: int, tensors: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funclora._quant.packing import Parts
 from funclora._torch.functions import is_mapped
+from funclora._torch.mesh import gathered_in_graph
 
 Counts = tuple[int | None, ...]
 Key = tuple[int | None, int]  # the numbers of two weights that were used one after the other
@@ -130,6 +131,8 @@ class Gatherer:
 
 def gathered(piece: Tensor, count: int, group: Any) -> Tensor:
     """The first `count` slices of the pieces of all processes, one after the other."""
+    if torch.compiler.is_compiling():
+        return gathered_in_graph(piece, group)[:count]
     whole, work = _start(piece, group, dist.get_world_size(group))
     work.wait()
     return whole.flatten(0, 1)[:count]

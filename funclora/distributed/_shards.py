@@ -14,11 +14,11 @@ from torch import Tensor
 from funclora._api.arguments import check_params
 from funclora._quant.packing import Packing, Parts
 from funclora._quant.source import Source
-from funclora._quant.tensor import Quantized
+from funclora._quant.tensor import Quantized, place_of_weight
 from funclora._torch.functions import is_sharded
-from funclora._torch.memory import place_of
+from funclora._torch.mesh import placed_as
 from funclora.distributed._gatherer import Counts, Gatherer
-from funclora.distributed._live import Live
+from funclora.distributed._live import OfFsdp
 from funclora.errors import ConfigError
 
 # Smaller tensors stay whole: to gather them takes as long, and they take no memory to speak of.
@@ -92,6 +92,14 @@ def whole_parts(weight: Quantized) -> Parts:
     return packing.whole(weight.parts) if isinstance(packing, Sharded) else weight.parts
 
 
+def divided_as(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight that every process has, divided as another one; unchanged if that is not divided."""
+    packing = like.source.packing if isinstance(like, Quantized) else None
+    if not isinstance(packing, Sharded):
+        return placed_as(weight, like)
+    return _divided(Source(Dense(), weight.shape, weight.dtype), (weight.reshape(-1),), packing.gatherer)
+
+
 def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tensor]:
     """The params with the weights divided among the processes of a group: each holds about 1/n of the bytes.
 
@@ -120,18 +128,17 @@ def shard(params: Mapping[str, Tensor], *, group: Any = None) -> dict[str, Tenso
     check_params(params)
     gatherer = Gatherer(group_of(group))
     divided = dict(params)
-    done: dict[Any, Quantized] = {}  # tied weights stay tied
+    done: dict[object, Quantized] = {}  # tied weights stay tied
     for name, weight in params.items():
         if is_sharded(weight):
             raise ConfigError(f"shard: {name!r} is a DTensor: it is divided already. Pass whole params.")
         if isinstance(weight, Quantized):
             parts, source = weight.parts, weight.source
-            place: Any = tuple(map(place_of, parts))
         else:
             parts, source = (weight.detach().reshape(-1),), Source(Dense(), weight.shape, weight.dtype)
-            place = place_of(weight) or name
-        if isinstance(source.packing, (Sharded, Live)) or not weight.is_floating_point() or weight.numel() < LEAST:
+        if isinstance(source.packing, (Sharded, OfFsdp)) or not weight.is_floating_point() or weight.numel() < LEAST:
             continue
+        place = place_of_weight(weight) or name
         if place not in done:
             done[place] = _divided(source, parts, gatherer)
         divided[name] = done[place]

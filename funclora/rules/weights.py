@@ -48,17 +48,15 @@ def refuse_elsewhere(name: str, rule: Rule, weight: Tensor) -> None:
             f"{name!r} is on the meta device: it has a shape, but no values. Load the model's weights first, or move "
             "the adapters and the inputs to the meta device too, if only shapes are wanted."
         )
-    if type(weight) is not Tensor and is_sharded(weight):
-        _refuse_division(name, rule, weight)
-
-
-def _refuse_division(name: str, rule: Rule, weight: Tensor) -> None:
-    """Raise `ParamsError` if a weight is divided over a mesh in a way for which the rule has no part."""
-    if any(map(is_sharded, _leaves(rule))):
+    if type(weight) is not Tensor and is_sharded(weight) and any(map(is_sharded, _leaves(rule))):
         raise ParamsError(
             f"adapters[{name!r}] holds DTensors. An adapter is whole in every process, also where its weight is "
             "divided: pass the full_tensor() of each."
         )
+
+
+def refuse_division(name: str, rule: Rule, weight: Tensor) -> None:
+    """Raise `ParamsError` if a weight is divided over a mesh in a way for which the rule has no part."""
     if not is_cut_once(weight):
         divided: Any = weight
         raise ParamsError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
+def is_the_search(found: Path, wanted: Path) -> None:
+    """Assert that a search came to what another one did."""
+    boards = [json.loads((out / "leaderboard.json").read_text()) for out in (found, wanted)]
+    assert [row["member"] for row in boards[0]] == [row["member"] for row in boards[1]]
+    for ours, theirs in zip(*boards, strict=True):
+        assert ours == theirs | {"heldout_loss": pytest.approx(theirs["heldout_loss"], abs=1e-5)}
+    names = [sorted(path.name for path in (out / "adapters").iterdir()) for out in (found, wanted)]
+    assert names[0] == names[1]
+    lines = [json.loads(text) for text in (found / "results.jsonl").read_text().splitlines()]
+    assert len({(row["member"], row["step"]) for row in lines}) == len(lines)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -216,15 +229,7 @@ def test_a_run_of_two_processes_is_that_of_one_up_to_rounding(two: Any, alone: A
 def test_a_search_of_two_processes_is_that_of_one(two: Any, alone: Any, name: str) -> None:
     (folder, ends), (whole, _) = two, alone
     assert [end["code"] for end in ends[name]] == [0, 0], ends[name]
-    boards = [json.loads((out / "leaderboard.json").read_text()) for out in (folder / name, whole / "sweep")]
-    assert [row["member"] for row in boards[0]] == [row["member"] for row in boards[1]]
-    for got, wanted in zip(*boards, strict=True):
-        assert got == wanted | {"heldout_loss": pytest.approx(wanted["heldout_loss"], abs=1e-5)}
-    assert sorted(path.name for path in (folder / name / "adapters").iterdir()) == sorted(
-        path.name for path in (whole / "sweep" / "adapters").iterdir()
-    )
-    lines = [json.loads(text) for text in (folder / name / "results.jsonl").read_text().splitlines()]
-    assert len({(row["member"], row["step"]) for row in lines}) == len(lines)
+    is_the_search(folder / name, whole / "sweep")
     assert ends[name][1]["out"] == ends[name][1]["err"] == ""
 
 
@@ -285,6 +290,15 @@ def test_killed_processes_are_started_again_and_lose_nothing(tmp_path: Path, alo
     assert "Continuing after step 4 of 6" in output
     assert "Traceback" not in output
     assert adapter(tmp_path / "lora") == adapter(alone[0] / "lora")
+
+
+def test_killed_searches_are_started_again_and_lose_nothing(tmp_path: Path, alone: Any) -> None:
+    given(tmp_path)
+    output = torchrun(2, tmp_path, HERE / "dies.py", *line("sweep", "", "--json"), restarts=2)
+    (resumed,) = re.findall(r'"resumed_member_steps": (\d+)', output)
+    assert int(resumed) == 3 * 2 + 3 * 3  # after the second death: of 6 members, half had been dropped
+    assert "Traceback" not in output
+    is_the_search(tmp_path / "sweep", alone[0] / "sweep")
 
 
 def test_four_processes_train_the_same_adapter(tmp_path: Path, alone: Any) -> None:

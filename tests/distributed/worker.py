@@ -5,7 +5,9 @@ A check returns numbers or texts, which the tests compare: between processes, an
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -250,9 +252,88 @@ def compared(whole: nn.Module, params: Any, model: nn.Module, divided: Any) -> I
             answers.append(bound.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0))
             m.train()
         yield f"{kind} generate", difference(*answers)
-        merged = [fl.dequantize(fl.merge(p, tree)) for p in (params, divided)] if params_are_dense(params) else [{}, {}]
-        yield f"{kind} merge", difference(*merged) if merged[0] else 0.0
+        if params_are_dense(params):
+            yield from merges(whole, params, model, divided, tree, kind)
         yield f"{kind} summary", float(fl.summary(params, tree).trainable != fl.summary(divided, tree).trainable)
+
+
+def merges(
+    whole: nn.Module, params: Any, model: nn.Module, divided: Any, tree: Any, kind: str
+) -> Iterator[tuple[str, float]]:
+    """How far merged weights, which stay divided, are from those of the whole base, and what is computed with them."""
+    wanted, found = fl.merge(params, tree), fl.merge(divided, tree)
+    yield f"{kind} merge", difference(wanted, gathered(found))
+    sizes = [(x.to_local() if isinstance(x, DTensor) else x).nbytes for x in found.values()]
+    yield f"{kind} merge, bytes", sum(sizes) / sum(x.nbytes for x in wanted.values())
+    with torch.no_grad():
+        first, second = fl.apply(whole, wanted, tree, ids(4)), fl.apply(model, found, tree, ids(4))
+        yield f"{kind} apply after merge", difference(first.logits, second.logits)
+    gradients = fl.value_and_grad(loss_fn)
+    yield (
+        f"{kind} gradients after merge",
+        difference(gradients(whole, wanted, tree, ids(4)), gradients(model, found, tree, ids(4))),
+    )
+    yield f"{kind} merge again", difference(fl.merge(wanted, tree), gathered(fl.merge(found, tree)))
+
+
+def gathered(params: Any) -> dict[str, Tensor]:
+    """The whole weights."""
+    return fl.dequantize({name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in params.items()})
+
+
+class Wholes(Peak):
+    """Counts the tensors that are as large as a whole weight."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes = nbytes
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        with contextlib.suppress(RuntimeError):  # a DTensor itself has no memory
+            if storage.data_ptr() and storage.nbytes() >= self.nbytes:
+                super()._add(storage)
+
+
+def check_merge() -> dict[str, float]:
+    """How many whole weights a merge holds at a time, and that the model itself takes what comes of it."""
+    results: dict[str, float] = {}
+    for kind in ("layers", "weights"):
+        for dora in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+            params = fl.base_params(model)
+            tree = adapters(model, params, target_modules="all-linear", use_dora=dora)
+            wanted = fl.merge(params, tree)
+            if kind == "layers":
+                for layer in model:
+                    fully_shard(layer)
+                fully_shard(model)
+                divided = fl.base_params(model)
+            else:
+                divided = fl.distributed.shard(params)
+            with Wholes(64 * 64 * 4) as memory:
+                found = fl.merge(divided, tree)
+            results[f"{kind} {dora}: whole weights"] = memory.peak / (64 * 64 * 4)
+            results[f"{kind} {dora}: difference"] = difference(wanted, gathered(found))
+            if kind == "layers":
+                model.load_state_dict(found)
+                results[f"{kind} {dora}: loaded"] = difference(wanted, gathered(fl.base_params(model)))
+    return results
+
+
+def check_tied_merge() -> list[str]:
+    """What merging an adapter of one of two tied weights warns of."""
+    whole = llama(tie_word_embeddings=True)
+    params = fl.base_params(whole)
+    tree = adapters(whole, params, target_modules=["embed_tokens"])
+    model = fully_sharded(whole)
+    said = []
+    for divided in (params, fl.base_params(model), fl.distributed.shard(params)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", fl.errors.TiedWeightsWarning)
+            fl.merge(divided, tree)
+        said.append(", ".join(str(each.message) for each in caught))
+    return said
 
 
 def params_are_dense(params: Any) -> bool:
@@ -326,6 +407,25 @@ def check_shards() -> dict[str, float]:
             results[f"{kind}: torch.func.grad"] = difference(*gradients)
         results[f"{kind}: bytes"] = sum(w.nbytes for w in divided.values()) / sum(w.nbytes for w in params.values())
     return results
+
+
+def check_compiled() -> dict[str, float]:
+    """A graph over a base that is divided by weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    params = fl.base_params(model)
+    tree = adapters(model, params, target_modules=["0"])
+
+    def loss(params: Any, tree: Any) -> Tensor:
+        return fl.bind(model, params, tree)(torch.ones(2, 64)).square().mean()
+
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for function, weights in ((loss, params), (graph, fl.distributed.shard(params))):
+        leaves = optree.tree_map(lambda x: x.detach().requires_grad_(), tree)
+        function(weights, leaves).backward()
+        found.append([leaf.grad for leaf in optree.tree_leaves(leaves)])
+    return {"gradients": difference(*found)}
 
 
 def check_prefetch() -> dict[str, Any]:
@@ -420,7 +520,22 @@ def check_tensor_parallel() -> dict[str, Any]:
         results[f"{plan}: bytes"] = local / sum(w.nbytes for w in params.values())
         for name, value in on_mesh(whole, params, model, divided):
             results[f"{plan}: {name}"] = value
+    results["experts merge"] = merge_of_experts()
     return results
+
+
+def merge_of_experts() -> float:
+    """How far merged weights of experts on a mesh, which cannot be used with an adapter, are from whole ones."""
+    model: Any = parallel("transformers", "mixtral")
+    whole = type(model).from_pretrained(saved("mixtral"))
+    params, divided = fl.base_params(whole), fl.base_params(model)
+    tree = adapters(whole, params, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    found = fl.merge(divided, tree)
+    assert [type(w) for w in found.values()] == [type(w) for w in divided.values()]
+    return difference(fl.merge(params, tree), gathered(found))
+
+
+BY_TOKEN = torch.arange(48).view(4, 12) % 3 - 1  # of two members and the base
 
 
 def on_mesh(whole: Any, params: Any, model: Any, divided: Any) -> Iterator[tuple[str, float]]:
@@ -447,6 +562,10 @@ def on_mesh(whole: Any, params: Any, model: Any, divided: Any) -> Iterator[tuple
             for m, p in ((whole, params), (model, divided))
         ]
         yield f"{kind} step", difference(*stepped)
+        modules = [fl.as_module(m, p, tree) for m, p in ((whole, params), (model, divided))]
+        for module in modules:
+            loss_fn(module, batch).backward()
+        yield f"{kind} as_module", difference(*([x.grad for x in module.parameters()] for module in modules))
         members = fl.stack([tree, adapters(whole, params, 2, r=2, use_dora=dora, target_modules=targets)])
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
@@ -455,6 +574,9 @@ def on_mesh(whole: Any, params: Any, model: Any, divided: Any) -> Iterator[tuple
                 rows = fl.route(members, [1, 0, -1, 1])
                 first, second = fl.apply(whole, params, rows, batch), fl.apply(model, divided, rows, batch)
                 yield f"{kind} route, gradients {grad}", difference(first.logits, second.logits)
+                rows = fl.route(members, BY_TOKEN)
+                first, second = fl.apply(whole, params, rows, batch), fl.apply(model, divided, rows, batch)
+                yield f"{kind} route by token, gradients {grad}", difference(first.logits, second.logits)
         each = fl.optim.per_member(fl.optim.sgd, lr=[0.1, 0.2])
         trained = [
             fl.population_step(m, loss_fn, each, shared=True)(p, members, each.init(members), batch)[0]
@@ -486,14 +608,21 @@ def check_tensor_parallel_refuses() -> dict[str, str]:
     norms = fl.init(qwen, fl.LoraConfig(target_modules=["q_proj"], modules_to_save=["q_norm"]))
     experts = fl.LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"])
     layer = nn.Linear(64, 64, bias=False)
+    by_layers = fl.base_params(fully_sharded(llama()))
+    tied = parallel("transformers", "llama, tied")
+    head = adapters(tied, fl.base_params(tied), target_modules=["embed_tokens"], ensure_weight_tying=True)
+    eva = fl.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="eva")
     calls: dict[str, Callable[[], Any]] = {
         "quantised": lambda: fl.quantize(params, [name]),
+        "quantised by layers": lambda: fl.quantize(by_layers, [name]),
         "shard": lambda: fl.distributed.shard(params),
         "torch.func": lambda: torch.func.grad(lambda a: loss_fn(fl.bind(model, params, a), ids(2)))(tree),
         "adapters on the mesh": lambda: fl.bind(model, params, there),
         "not parallelised": lambda: fl.apply(layer, plain, {"weight": tree[name]}, torch.ones(2, 64)),
         "a share of the gradient": lambda: fl.bind(qwen, fl.base_params(qwen), norms),
         "experts": lambda: fl.apply(mixtral, fl.base_params(mixtral), fl.init(mixtral, experts), ids(2)),
+        "tied": lambda: fl.apply(tied, fl.base_params(tied), head, ids(2)),
+        "eva": lambda: fl.init_eva(model, eva, [ids(2)], params=params),
         "pissa": lambda: fl.decompose(
             model, fl.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa"), params=params
         ),
@@ -512,6 +641,7 @@ FOLDER = Path()  # of the launch
 def saved(kind: str) -> Path:
     """The folder of a model, written by the first process."""
     folder = FOLDER / kind.replace(" ", "-").replace(",", "")
+    torch.manual_seed(0)
     model: Any = MODELS[kind]()
     if rank() == 0:
         model.save_pretrained(folder, max_shard_size="60KB")
@@ -689,6 +819,7 @@ def main(out: str, *names: str) -> None:
         Path(out, f"{rank()}.json").write_text(json.dumps(results), encoding="utf-8")
         dist.barrier()  # a process that exits first can abort what the other still sends
     finally:
+        gc.collect()  # a DistributedDataParallel that is freed after its group can wait for ever for gloo's thread
         dist.destroy_process_group()
 
 

@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # the trainers' advice about loaders, loggers and processes
 ]
+WAIT = 540  # seconds; pytest gives a test 600
 ALIKE = ["run_trainer", "run_sft", "run_accelerate", "run_lightning"]
 # What each says to do.
 MESSAGES = {
@@ -35,7 +36,7 @@ MESSAGES = {
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     script = Path(trainer_runs.__file__)
-    return results(2, tmp_path_factory.mktemp("two"), script, *trainer_runs.RUNS)
+    return results(2, tmp_path_factory.mktemp("two"), script, *trainer_runs.RUNS, within=WAIT)
 
 
 def close(got: Any, want: Any) -> None:
@@ -72,7 +73,7 @@ def test_an_adapter_that_nobody_would_average_is_no_surprise(two: list[Any], nam
 @pytest.mark.ray
 def test_workers_of_ray_train_what_one_process_does(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    printed = python(tmp_path, str(ROOT / "examples" / "ray_train.py"))
+    printed = python(tmp_path, str(ROOT / "examples" / "ray_train.py"), within=WAIT)
     found = re.search(r"2 workers differ from one process by (\S+)", printed)
     assert found, printed
     assert float(found[1]) < 1e-5

@@ -69,7 +69,10 @@ def check_processes(settings: Settings) -> None:
             "shard: there is one process. Start several: torchrun --nproc-per-node 4 -m funclora train ..."
         )
     if settings.shard and settings.compile:
-        raise ConfigError("shard and compile exclude each other: a graph cannot gather weights. Give one.")
+        raise ConfigError(
+            "shard and compile exclude each other: a graph keeps the weights that it gathers for its backward pass, so "
+            "each process would hold the whole base. Give one."
+        )
     if compares_rows(settings):
         parts = -(-settings.batch // (settings.chunk or settings.batch))
         if parts < processes:
