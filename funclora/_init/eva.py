@@ -124,8 +124,8 @@ def init_eva(
     gathered = gathering(model, params)
     if divided := next((name for name in low_rank if is_sharded(gathered[name])), None):
         raise UnsupportedError(
-            f"{divided!r} is divided over a mesh, where a process sees a part of the inputs. Run init_eva in one process "
-            "and save_peft, then load_peft here."
+            f"{divided!r} is divided over a mesh, where a process sees a part of the inputs. Run init_eva in one "
+            "process, save_peft there, and load_peft here."
         )
     inputs = Inputs(low_rank, rho, tau, mask, draw_root(generator))
     bound = bind(model, params, inputs.watched()).eval()

@@ -47,7 +47,8 @@ def gathered_in_graph(piece: Tensor, group: Any) -> Tensor:
     """The pieces of all processes, one after the other, by an operation that torch.compile can trace."""
     from torch.distributed._functional_collectives import all_gather_tensor
 
-    return all_gather_tensor(piece, 0, group or dist.group.WORLD)  # type: ignore[no-any-return]
+    found: Any = group or dist.group.WORLD
+    return all_gather_tensor(piece, 0, found)
 
 
 def same_in_mesh(number: int, tensors: Iterable[Tensor]) -> int:

@@ -300,7 +300,7 @@ def check_merge() -> dict[str, float]:
     for kind in ("layers", "weights"):
         for dora in (False, True):
             torch.manual_seed(0)
-            model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+            model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
             params = fl.base_params(model)
             tree = adapters(model, params, target_modules="all-linear", use_dora=dora)
             wanted = fl.merge(params, tree)
@@ -414,7 +414,7 @@ def check_compiled() -> dict[str, float]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
     params = fl.base_params(model)
-    tree = adapters(model, params, target_modules=["0"])
+    tree: Any = adapters(model, params, target_modules=["0"])
 
     def loss(params: Any, tree: Any) -> Tensor:
         return fl.bind(model, params, tree)(torch.ones(2, 64)).square().mean()
