@@ -10,6 +10,7 @@ The workers' adapter is a checkpoint of Ray's: a PEFT folder. Here it is compare
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ def train(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         module.save_pretrained(folder, is_main_process=rank == 0)
         ray.train.report({"losses": losses}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+    del wrapped, optimizer
+    gc.collect()  # freed after Ray has destroyed the process group, it could wait for ever for gloo's thread
 
 
 def main(argv: list[str] | None = None) -> Result:

@@ -414,7 +414,7 @@ def check_compiled() -> dict[str, float]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
     params = fl.base_params(model)
-    tree: Any = adapters(model, params, target_modules=["0"])
+    tree: Any = adapters(model, params, target_modules="all-linear")
 
     def loss(params: Any, tree: Any) -> Tensor:
         return fl.bind(model, params, tree)(torch.ones(2, 64)).square().mean()

@@ -47,7 +47,8 @@ def distributed(rank: int, folder: str) -> None:
     """What each of two processes does.
 
     The wrapped modules are gone when the group is destroyed: one that is freed after it destroys the group itself and,
-    holding the interpreter's lock, can wait for ever for gloo's thread, which wants that lock.
+    holding the interpreter's lock, can wait for ever for gloo's thread, which wants that lock. The first one of a
+    process is part of a cycle.
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -55,7 +56,7 @@ def distributed(rank: int, folder: str) -> None:
         for i, find_unused in enumerate((False, True)):
             torch.save(trained(rank, find_unused), f"{folder}/{i}-{rank}.pt")
     finally:
-        gc.collect()  # the first one of a process is part of a cycle
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
