@@ -14,7 +14,7 @@ from funclora._torch.functions import is_mapped, plain_tensors
 from funclora._tracking.batch import Batch
 from funclora._tracking.routed import Routed
 from funclora.errors import ParamsError, PurityError, UnsupportedError, near
-from funclora.rules.base import Adapters, Params, Rule
+from funclora.rules.base import Adapters, Params, Rule, kinds_of
 from funclora.rules.tokens import untied
 from funclora.rules.weights import refuse_elsewhere, refuse_weight
 
@@ -42,7 +42,10 @@ def unwritten(params: Params, adapters: Adapters) -> Iterator[None]:
 def versions(tensors: list[Tensor]) -> list[int | None]:
     """The number of writes to each tensor, as counted by autograd, which does not count for inference tensors."""
     with plain_tensors():
-        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        try:
+            return [tensor._version for tensor in tensors]
+        except RuntimeError:  # there are inference tensors
+            return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def batch_of(adapters: Adapters) -> Batch | None:
@@ -51,9 +54,9 @@ def batch_of(adapters: Adapters) -> Batch | None:
     Raises:
         ParamsError: the rules come from several calls of `route`.
     """
-    routed = {name: rule.batch for name, rule in adapters.items() if isinstance(rule, Routed)}
-    if not routed:
+    if not any(issubclass(kind, Routed) for kind in kinds_of(adapters)):
         return None
+    routed = {name: rule.batch for name, rule in adapters.items() if isinstance(rule, Routed)}
     first = next(iter(routed))
     for name, batch in routed.items():
         if batch is not routed[first]:
@@ -81,6 +84,8 @@ def check_rules(adapters: object, where: str = "adapters") -> None:
         refuse(where, expected, adapters, remedy)
     if not isinstance(adapters, Mapping):
         refuse(where, expected, adapters, f"init and load_peft make one. {ORDER}")
+    if all(issubclass(kind, Rule) for kind in kinds_of(adapters)):
+        return
     for name, rule in adapters.items():
         if not isinstance(rule, Rule):
             swapped = f"Are params and adapters swapped? {ORDER}" if isinstance(rule, Tensor) else ""

@@ -15,6 +15,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ Replacements = dict[int, Any]  # id of an original -> its replacement
 
 # The attributes that nn.Module itself sets, before all others: registries, which are rebuilt, and containers of hooks,
 # which are usually empty.
-_OWN = list(nn.Module().__dict__)
+_OWN = tuple(nn.Module().__dict__)
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 _HOOKS = {
     name: type(value)
@@ -79,6 +80,7 @@ class _Cloner:
     def __init__(self, tensor: Callable[[str, Tensor, nn.Module, bool], Tensor]) -> None:
         self.tensor = tensor
         self.kinds: set[type] = set()  # classes of modules that can be bound
+        self.parametrizations_cached = bool(getattr(parametrize, "_cache_enabled", 0))
         self.made: list[tuple[_Rewirer, dict[str, Any], list[str]]] = []  # attributes of a copy, and names to rewire
         self.nodes: Replacements = {}  # modules and tensors
         self.replacements: Replacements = {}  # everything else
@@ -97,44 +99,45 @@ class _Cloner:
 
     def _module(self, module: M, prefix: str | None) -> M:
         """Copy a module and its registered children; `prefix` is None for a module outside the tree."""
-        if type(module) not in self.kinds or "_is_replica" in module.__dict__:
+        kind = type(module)
+        attributes = module.__dict__.copy()
+        if kind not in self.kinds or "_is_replica" in attributes:
             refuse_unbindable(module, prefix)
-            self.kinds.add(type(module))
-        if getattr(parametrize, "_cache_enabled", 0) and parametrize.is_parametrized(module):
+            self.kinds.add(kind)
+        if self.parametrizations_cached and parametrize.is_parametrized(module):
             raise UnsupportedError(
                 f"{prefix or 'the model'!r} is parametrized, and torch.nn.utils.parametrize.cached() would give it the "
                 "weights of another call. Bind and call it outside that context."
             )
-        new = object.__new__(type(module))
-        attributes = module.__dict__.copy()
+        new = object.__new__(kind)
         object.__setattr__(new, "__dict__", attributes)
         attributes.pop("_compiled_call_impl", None)  # compiled for the original: the copy runs eagerly
+        nodes = self.nodes
         # The copies of a module under several names have their own weights, so they share nothing.
-        replacements = {} if id(module) in self.nodes else self.replacements
-        self.nodes.setdefault(id(module), new)
-        own: Replacements = {}
-        for registry, is_buffer in (("_parameters", False), ("_buffers", True)):
-            copies: dict[str, Tensor | None] = {}
-            for name, value in attributes[registry].items():
-                copies[name] = value
-                if value is not None:
-                    copies[name] = own[id(value)] = self._tensor(prefix, name, value, new, is_buffer)
-                    self.nodes.setdefault(id(value), copies[name])
-            attributes[registry] = copies
-        names = list(attributes)
-        if names[: len(_OWN)] == _OWN and not any(_hooks(attributes)):  # to check each would take longer than the rest
-            for name, kind in _HOOKS.items():
-                attributes[name] = kind()
-            names = names[len(_OWN) :]
+        replacements = self.replacements if nodes.setdefault(id(module), new) is new else {}
+        parameters, buffers = attributes["_parameters"], attributes["_buffers"]
+        copies = attributes["_parameters"] = dict(parameters)
+        for name, value in parameters.items():
+            if value is not None:
+                copies[name] = tensor = value if prefix is None else self.tensor(prefix + name, value, new, False)
+                nodes.setdefault(id(value), tensor)
+        copies = attributes["_buffers"] = dict(buffers)
+        for name, value in buffers.items():
+            if value is not None:
+                tensor = value.clone() if prefix is None else self.tensor(prefix + name, value, new, True)
+                copies[name] = nodes.setdefault(id(value), tensor)
+        names = _renew_hooks(attributes)
         if isinstance(module, nn.RNNBase):
             # torch's functional_call leaves the tensors of its call in the original's list. They may belong to a
             # finished transform, and are then unreadable.
             flat = zip(module._flat_weights_names, attributes["_flat_weights"], strict=True)
             attributes["_flat_weights"] = [attributes["_parameters"].get(name, weight) for name, weight in flat]
             names.remove("_flat_weights")
-        names = [name for name in names if type(attributes[name]) not in _ATOMIC and name not in _REGISTRIES]
         if names:
-            self.made.append((_Rewirer(self, type(module), own, replacements), attributes, names))
+            own: Replacements = {}
+            for registry, originals in (("_parameters", parameters), ("_buffers", buffers)):
+                own |= {id(value): attributes[registry][name] for name, value in originals.items() if value is not None}
+            self.made.append((_Rewirer(self, kind, own, replacements), attributes, names))
         children = attributes["_modules"] = attributes["_modules"].copy()
         for name, child in children.items():
             if child is not None:
@@ -143,12 +146,16 @@ class _Cloner:
             attributes["forward"] = children["_orig_mod"]
         return new
 
-    def _tensor(self, prefix: str | None, name: str, value: Tensor, owner: nn.Module, is_buffer: bool) -> Tensor:
-        if prefix is None:
-            new = value.clone() if is_buffer else value
-        else:
-            new = self.tensor(prefix + name, value, owner, is_buffer)
-        return self.nodes.get(id(value), new) if is_buffer else new
+
+def _renew_hooks(attributes: dict[str, Any]) -> list[str]:
+    """New containers of hooks for a copy without hooks; the names of its attributes that may refer to the original."""
+    pairs = iter(attributes.items())
+    if tuple(islice(attributes, len(_OWN))) == _OWN and not any(_hooks(attributes)):
+        # Nearly always. To look at each of them would take longer than the rest.
+        for name, kind in _HOOKS.items():
+            attributes[name] = kind()
+        pairs = islice(pairs, len(_OWN), None)
+    return [name for name, value in pairs if type(value) not in _ATOMIC and name not in _REGISTRIES]
 
 
 class _Rewirer:
@@ -164,12 +171,14 @@ class _Rewirer:
     def replaced(self, value: Any, depth: int = _OBJECT_DEPTH) -> Any:
         """The value with every module and tensor of the tree replaced; the value itself if it contains none."""
         kind = type(value)
-        if kind in _ATOMIC or _is_engine(kind):
+        if kind in _ATOMIC:
             return value
         key = id(value)
         for known in (self.own, self.cloner.nodes, self.replacements):
             if key in known:
                 return known[key]
+        if _is_engine(kind):
+            return value
         if kind not in _WEAK:  # proxies have their referent's class
             if isinstance(value, nn.Module):
                 return self.cloner._module(value, None)

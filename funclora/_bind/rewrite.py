@@ -35,7 +35,7 @@ def rewritten(
             return plain
         # torch would renormalise the embedding matrix in place.
         weight, rule, uses = plain, Unchanged(), None
-    elif not (requires_grad(weight) or requires_grad(rule) or is_sharded(weight)):
+    elif not (requires_grad(weight) or requires_grad(rule) or (type(weight) is not Tensor and is_sharded(weight))):
         rule = rule.prepared(weight)  # it is never differentiated, so one preparation is enough for every call
     # The owner holds the weight: a weak reference back lets both be freed at once. The compiler cannot trace it.
     held: Any = owner if torch.compiler.is_compiling() else weakref.proxy(owner)

@@ -57,8 +57,10 @@ def copied_object(value: Any) -> Any:
             new = copy.copy(value)
             return None if new is value else new
         new = object.__new__(kind)
-        for name, part in (attributes | slots).items():
-            set_attribute(new, name, part)
+        if attributes:
+            _dict(new).update(attributes)
+        for name, part in slots.items():
+            object.__setattr__(new, name, part)
     except Exception:  # noqa: BLE001  the class may raise any error
         return None
     return new

@@ -29,6 +29,7 @@ from funclora.errors import DenseFallbackError, DenseFallbackWarning, PurityErro
 from funclora.rules.base import Rule, dense_of
 from funclora.rules.dense import Full
 from funclora.rules.layouts import Matrices
+from funclora.rules.linear_ops import LinearOp
 
 Placeholders = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
 
@@ -69,9 +70,10 @@ class LazyWeight(torch.Tensor):
         Lazy weights of one call with the same shape, dtype and device share one placeholder, in `placeholders`.
         """
         kind = (base.shape, base.dtype, base.device)
-        if kind not in placeholders:
-            placeholders[kind] = placeholder(*kind)
-        lazy = placeholders[kind].as_subclass(LazyWeight)
+        shared = placeholders.get(kind)
+        if shared is None:
+            shared = placeholders[kind] = placeholder(*kind)
+        lazy = shared.as_subclass(LazyWeight)
         lazy.base = base
         lazy.rule = rule
         lazy.target = name
@@ -79,7 +81,7 @@ class LazyWeight(torch.Tensor):
         lazy.uses = uses
         lazy.copied = False
         lazy.part = None
-        lazy.of_parallel_module = is_sharded(base) and "forward" in owner.__dict__
+        lazy.of_parallel_module = type(base) is not Tensor and is_sharded(base) and "forward" in owner.__dict__
         return lazy
 
     def like(self, base: Tensor, rule: Rule, *, copied: bool = False) -> LazyWeight:
@@ -108,6 +110,23 @@ class LazyWeight(torch.Tensor):
             return self._training
         return training
 
+    def apply_op(self, op: LinearOp) -> Tensor:
+        """The result of an operation that is linear in this weight."""
+        rule, base = self.rule, self.base
+        if self.uses is not None:
+            self.used("fast")
+        dropout = rule.dropout_p
+        if dropout and not self.training():
+            dropout = 0.0
+        try:
+            if type(base) is not Tensor:
+                if is_sharded(base):
+                    return apply_on_mesh(self, op, dropout)
+                base = held(base)
+            return op.finish(rule.apply_op(op, base, dropout))
+        except LostRowsError as error:
+            raise error.of(self.target) from None
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({self.target!r}, {type(self.rule).__name__}, {list(self.base.shape)}, {self.base.dtype})"
 
@@ -120,14 +139,16 @@ class LazyWeight(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in QUESTIONS:
-            with plain_tensors():
-                return func(*args, **kwargs)
-        if func == _REQUIRES_GRAD:
-            return requires_grad(args[0].base) or requires_grad(args[0].rule)
+        is_linear = func in linear_ops
+        if not is_linear:
+            if func in QUESTIONS:
+                with plain_tensors():
+                    return func(*args, **kwargs)
+            if func == _REQUIRES_GRAD:
+                return requires_grad(args[0].base) or requires_grad(args[0].rule)
         mapped = None
         try:
-            if func in linear_ops:
+            if is_linear:
                 mapped = linear_ops[func](*args, **kwargs)
             elif func in views:
                 return views[func](func, *args, **kwargs)
@@ -135,14 +156,7 @@ class LazyWeight(torch.Tensor):
             mapped = None
         if mapped is not None:
             lazy, op = mapped
-            lazy.used("fast")
-            dropout = lazy.rule.dropout_p if lazy.training() else 0.0
-            try:
-                if is_sharded(lazy.base):
-                    return apply_on_mesh(lazy, op, dropout)
-                return op.finish(lazy.rule.apply_op(op, held(lazy.base), dropout))
-            except LostRowsError as error:
-                raise error.of(lazy.target) from None
+            return lazy.apply_op(op)
         if func in contractions and _are_matrices(args, kwargs):
             try:
                 return contractions[func](LazyWeight, *args, **kwargs)

@@ -72,8 +72,7 @@ def value_and_grad(
                 return checked(bound, *args, **kwargs)  # type: ignore[no-any-return]
 
         tree: Any = dict(adapters)
-        leaves: list[Any] = optree.tree_leaves(tree)
-        if not leaves:
+        if not any(rule.leaf_names for rule in adapters.values()):
             raise ConfigError("adapters: there is nothing to train: the dict has no rule with tensors.")
         if torch.compiler.is_compiling() or in_transform():
             grads, (loss, aux) = torch.func.grad_and_value(loss_and_aux, has_aux=True)(tree)
@@ -209,7 +208,7 @@ def autograd(
 def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """`torch.autograd.grad`, also through reentrant checkpoints, which support `backward` only."""
     nodes = _graph(loss)
-    if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+    if not any(kind.__name__ == "CheckpointFunctionBackward" for kind in set(map(type, nodes))):
         return torch.autograd.grad(loss, leaves, allow_unused=True)
     # backward writes to every leaf of the graph. Our leaves are new; the gradients of all others are restored.
     others = [node.variable for node in nodes if hasattr(node, "variable")]
@@ -224,14 +223,13 @@ def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None
 
 def _graph(loss: Tensor) -> list[Any]:
     """The nodes of the autograd graph of a loss."""
-    seen, queue = set(), [loss.grad_fn]
-    nodes = []
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes.append(node)
-            queue += [following for following, _ in node.next_functions]
+    nodes: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = {None, *nodes}
+    for node in nodes:  # which grows
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                nodes.append(following)
     return nodes
 
 

@@ -302,6 +302,11 @@ def of_members(rule: Rule, scalings: Tensor, form: Callable[[Rule], Rule | None]
     return replace(one, **dict(zip(one.leaf_names, values, strict=True))), scalings
 
 
+def kinds_of(adapters: Mapping[str, Any]) -> set[type]:
+    """The classes of the rules. A model has many rules of few classes, and to ask for the class of each takes time."""
+    return set(map(type, adapters.values()))
+
+
 Adapters = Mapping[str, Rule]
 """One adapter: full name of a parameter -> rule."""
 

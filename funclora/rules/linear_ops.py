@@ -159,6 +159,14 @@ class LinearOp(ABC):
         new.x = x
         return new
 
+    def flat(self) -> LinearOp:
+        """The same operation on a matrix of inputs, which is faster, if it has one; otherwise the operation itself."""
+        return self
+
+    def shaped(self, y: Tensor) -> Tensor:
+        """The result of this operation from that of `flat`, if that is another one."""
+        return y
+
     def scaled_input(self, factor: Tensor) -> LinearOp:
         """The same operation on `input · factor`."""
         return self.with_input((self.x * factor).to(self.x.dtype))
@@ -243,13 +251,18 @@ class LinearLayerOp(LinearOp):
         self, y: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout: float, *, temporary: bool = False
     ) -> Tensor:
         h, second = self._project_down(a, b, dropout)
-        if isinstance(scaling, Tensor) or y.dim() < 2 or not (y.dtype == h.dtype == b.dtype) or y.dtype not in EXACT:
+        dtype = y.dtype
+        if isinstance(scaling, Tensor) or y.dim() < 2 or not (dtype == h.dtype == b.dtype) or dtype not in EXACT:
             return added(y, F.linear(h, second), scaling)
+        rows = y
+        if y.dim() > 2:
+            rows, h = y.flatten(0, -2), h.flatten(0, -2)
         # The product is added in place: this saves one pass over the outputs, forward and backward.
         if temporary and type(y) is Tensor and y.is_contiguous() and not torch.is_grad_enabled() and not is_watched():
-            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), second.mT, alpha=scaling)
+            rows.addmm_(h, second.mT, alpha=scaling)
             return y
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), second.mT, alpha=scaling).view_as(y)
+        added_up = torch.addmm(rows, h, second.mT, alpha=scaling)
+        return added_up if rows is y else added_up.view_as(y)
 
     def grouped(self, x: Tensor, a: Tensor, b: Tensor, scalings: Tensor | None, dropout: float) -> Tensor:
         h, second = self._grouped_down(_input(x, a, dropout), a, b, scalings)
@@ -292,6 +305,15 @@ class LinearLayerOp(LinearOp):
     def per_output(self, vector: Tensor) -> Tensor:
         return vector
 
+    def flat(self) -> LinearOp:
+        x = self.x
+        if type(x) is not Tensor or x.dim() < 3:  # a tensor that tracks its rows needs all dimensions
+            return self
+        return LinearLayerOp(x.flatten(0, -2), self.bias, transposed=self.transposed)
+
+    def shaped(self, y: Tensor) -> Tensor:
+        return y.view(*self.x.shape[:-1], y.shape[-1])
+
 
 class MatmulOp(LinearLayerOp):
     """`x @ W (+ bias)`, x: `[*lead, tokens, in]`, W: `[*lead, in, out]`, or stored as M and then transposed."""
@@ -303,6 +325,9 @@ class MatmulOp(LinearLayerOp):
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.mT
+
+    def flat(self) -> LinearOp:
+        return self  # its leading dimensions may be those of the weight
 
     def low_rank(self, a: Tensor, b: Tensor, dropout: float) -> Tensor:
         first, second = (b, a) if self.transposed else (a.mT, b.mT)

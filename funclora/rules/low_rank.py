@@ -83,7 +83,8 @@ class LowRank(Rule):
     def leaf_shapes(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
         """The shapes that the leaves must have for that weight, by field name."""
         shapes = dict(zip(("a", "b"), self.layout.factor_shapes(weight.shape, self.r), strict=True))
-        return shapes | dict.fromkeys(self.leaf_names[2:], self.layout.magnitude_shape(weight.shape))
+        vectors = self.leaf_names[2:]
+        return shapes | dict.fromkeys(vectors, self.layout.magnitude_shape(weight.shape)) if vectors else shapes
 
     def check(self, name: str, weight: Tensor) -> None:
         refuse_low_rank(name, weight)
@@ -116,6 +117,11 @@ class LowRank(Rule):
         return self.layout.from_matrix(updated if scale is None else scale.unsqueeze(-1) * updated, weight.shape)
 
     def apply_op(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
+        flat = op.flat()
+        y = self._apply(flat, weight, dropout)
+        return y if flat is op else op.shaped(y)
+
+    def _apply(self, op: LinearOp, weight: Tensor, dropout: float) -> Tensor:
         scale = self.output_scale(weight)
         if scale is None:
             y = op.dense(weight, bias=True)

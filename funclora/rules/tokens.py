@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funclora._torch.pytree import pytree_node
 from funclora.errors import ParamsError, near
-from funclora.rules.base import Rule
+from funclora.rules.base import Rule, kinds_of
 from funclora.rules.layouts import Embedding, Matrices, Parameter
 from funclora.rules.linear_ops import LinearOp
 
@@ -136,7 +136,7 @@ def untied(adapters: Mapping[str, Rule]) -> Mapping[str, Rule]:
     Raises:
         ParamsError: a parameter is tied to one that has no rule, or is tied itself.
     """
-    if not any(isinstance(rule, Tied) for rule in adapters.values()):
+    if not any(issubclass(kind, Tied) for kind in kinds_of(adapters)):
         return adapters
     return {name: _followed(name, rule, adapters) for name, rule in adapters.items()}
 

@@ -159,6 +159,18 @@ def test_arguments_after_the_adapters_go_to_the_loss() -> None:
     close((loss / 3, optree.tree_map(lambda g: g / 3, grads)), (expected, expected_grads))
 
 
+def test_a_loss_that_is_a_trained_value_itself() -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+    model = Gain()
+    adapters = {"gain": Full(torch.tensor(3.0))}
+    loss, grads = value_and_grad(lambda bound: bound.gain)(model, base_params(model), adapters)
+    close((loss, *leaves(grads)), (torch.tensor(3.0), torch.tensor(1.0)))
+
+
 def test_aux_is_returned_detached_beside_the_loss() -> None:
     p = problem()
 
