@@ -41,10 +41,11 @@ def connected(run: Running, receive: int | None = None) -> socket.socket:
 
 
 def all_of(client: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """What comes until the server closes; it may close before it has read all."""
     found = b""
-    while part := client.recv(1 << 16):
-        found += part
+    with contextlib.suppress(ConnectionError):
+        while part := client.recv(1 << 16):
+            found += part
     return found
 
 
@@ -79,7 +80,8 @@ RAW: dict[str, tuple[bytes, int, str | None]] = {
 def test_what_is_no_request(run: Running, name: str) -> None:
     sent, status, code = RAW[name]
     with connected(run) as client:
-        client.sendall(sent)
+        with contextlib.suppress(ConnectionError):
+            client.sendall(sent)
         head, _, body = all_of(client).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status), head
     if code is not None:
