@@ -22,7 +22,8 @@ for name in [*os.environ]:
         del os.environ[name]
 os.environ |= {
     "HOME": HOME, "USERPROFILE": HOME, "USER": "tester", "TORCHINDUCTOR_CACHE_DIR": f"{HOME}/inductor",
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "80",
+    "FUNCLORA_CACHE_DIR": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+    "LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "80",
 }  # fmt: skip
 
 import random

@@ -4,16 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
+from funclora._config.outlined import asked
 from funclora._config.target import Target
 from funclora.errors import TargetError, near
 from funclora.rules.dense import Full
 from funclora.rules.dora import DoRA
 from funclora.rules.tokens import Tied, TrainableTokens
+
+
+def input_embeddings(model: nn.Module) -> str:
+    """The full name of the module that turns ids into vectors; "" if the model does not tell it."""
+    return asked(model, "input embeddings", partial(_told, "get_input_embeddings"))  # type: ignore[no-any-return]
+
+
+def output_embeddings(model: nn.Module) -> str:
+    """The full name of the module that turns vectors into logits; "" if the model does not tell it."""
+    return asked(model, "output embeddings", partial(_told, "get_output_embeddings"))  # type: ignore[no-any-return]
+
+
+def _told(method: str, model: nn.Module) -> str:
+    ask: Any = getattr(model, method, None)
+    try:
+        module = ask() if callable(ask) else None
+    except (NotImplementedError, AttributeError):  # transformers, for models without
+        module = None
+    # Each module once, as in PEFT.
+    return next((name for name, other in model.named_modules() if other is module), "")
+
+
+def setting_of(model: nn.Module, name: str) -> Any:
+    """A number or text of the configuration of a transformers model; None for others."""
+    return asked(model, ["setting", name], lambda model: getattr(getattr(model, "config", None), name, None))
 
 
 @dataclass(frozen=True)
@@ -34,15 +62,10 @@ class TiedEmbeddings:
 
         Weights that are shared without `config.tie_word_embeddings` do not count as tied, as in PEFT.
         """
-        ask = getattr(model, "get_input_embeddings", None)
-        try:
-            module = ask() if callable(ask) else None
-        except NotImplementedError:  # transformers, for models without input embeddings
-            module = None
-        modules = dict(model.named_modules())  # each module once, as in PEFT
-        name = next((name for name, other in modules.items() if other is module), "")
-        if not name or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        name = input_embeddings(model)
+        if not name or not setting_of(model, "tie_word_embeddings"):
             return cls(name, ())
+        modules = dict(model.named_modules())  # each module once, as in PEFT
         tensors = {name: tensor for name, tensor, _, _ in named_tensors(model)}
         table = tensors.get(f"{name}.weight")
         tied = [n for n in modules if n != name and table is not None and tensors.get(f"{n}.weight") is table]

@@ -17,6 +17,7 @@ from torch import nn
 from funclora._config.config import LoraConfig
 from funclora._config.layers import weights_of
 from funclora._config.names import named
+from funclora._config.outlined import asked
 from funclora._config.targets import all_linear
 from funclora.errors import TargetError
 
@@ -30,12 +31,21 @@ def expert_names(model: nn.Module) -> Mapping[str, str]:
 
     It is empty for models without such names, and for every model of transformers 4.
     """
+    return _KINDS.get(converted_like(model) or "", {})
+
+
+def converted_like(model: nn.Module) -> str | None:
+    """The type of model like whose checkpoints transformers converts this one's, "" if only its own; None if nowise."""
+    return asked(model, "converted like", _converted_like)  # type: ignore[no-any-return]
+
+
+def _converted_like(model: nn.Module) -> str | None:
     library: Any = sys.modules.get("transformers.conversion_mapping")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if library is None or library.get_checkpoint_conversion_mapping(model_type) is None:
-        return {}
-    kinds = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
-    return _KINDS.get(kinds.get(model_type, ""), {})
+        return None
+    kinds: dict[Any, str] = {**getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
+    return kinds.get(model_type, "")
 
 
 def as_in_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import nn
 
 from funclora.rules import layouts as _layout
@@ -44,6 +42,15 @@ def weights_of(module: nn.Module) -> dict[str, Layout] | None:
 
 
 def is_hf_conv1d(module: nn.Module) -> bool:
-    """True for transformers' `Conv1D`, without importing transformers."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
+    """True for transformers' `Conv1D`."""
+    return is_of(module, "transformers.pytorch_utils", "Conv1D")
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """True for a model of transformers, not for its parts."""
+    return is_of(model, "transformers.modeling_utils", "PreTrainedModel")
+
+
+def is_of(module: nn.Module, where: str, name: str) -> bool:
+    """Whether a module is of a class with this name, which is not imported: outlines have the name alone."""
+    return any(cls.__name__ == name and cls.__module__ == where for cls in type(module).__mro__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from torch import nn
 from funclora._bind.params import named_tensors
 from funclora._config.config import LoraConfig
 from funclora._config.covers import layer_of
-from funclora._config.embeddings import TiedEmbeddings, tied_targets, token_targets
-from funclora._config.layers import SUPPORTED, is_hf_conv1d, weights_of
+from funclora._config.embeddings import TiedEmbeddings, output_embeddings, tied_targets, token_targets
+from funclora._config.layers import SUPPORTED, is_hf_conv1d, is_of_transformers, weights_of
 from funclora._config.names import inside, named, suffixes, unnamed
 from funclora._config.peft_fields import HEADS
 from funclora._config.regex import matches
@@ -242,13 +241,12 @@ class _Selection:
 
     def _heads(self) -> list[nn.Module]:
         """The output layers of a transformers model, which "all-linear" leaves out."""
-        library = sys.modules.get("transformers.modeling_utils")
-        if library is None or not isinstance(self.model, library.PreTrainedModel):
+        if not is_of_transformers(self.model):
             return []
-        head = self.model.get_output_embeddings()
-        if head is None and self.config.task_type == "SEQ_CLS":
-            head = next((h for h in (getattr(self.model, n, None) for n in HEADS["SEQ_CLS"]) if h is not None), None)
-        return [] if head is None else [head]
+        name = output_embeddings(self.model)
+        if not name and self.config.task_type == "SEQ_CLS":
+            name = next((name for name in HEADS["SEQ_CLS"] if name in self.modules), "")
+        return [self.modules[name]] if name else []
 
     def _saved_modules(self) -> list[str]:
         """The full names of the modules that `modules_to_save` names, and of the heads that the task type implies."""

@@ -41,15 +41,42 @@ def base_model(folder: Path, *, weights: bool = True) -> nn.Module:
 
     Args:
         folder: the folder.
-        weights: load the weights; otherwise the model has only its structure, on the meta device.
+        weights: load the weights; otherwise the model has only its structure, on the meta device, and may be an
+            outline of the model.
 
     Raises:
         FuncloraError: there is no such model, it cannot be loaded, or transformers is not installed.
     """
-    from funclora._apps.train.folder import empty_model, load_model
     from funclora.errors import FuncloraError
 
     try:
-        return load_model(folder, None)[0] if weights else empty_model(folder, None)
+        return _loaded(folder) if weights else _outlined(folder)
     except FuncloraError as error:
         raise type(error)(f"--base: {str(error).removeprefix('model: ')}") from error
+
+
+def _loaded(folder: Path) -> nn.Module:
+    from funclora._apps.train.folder import load_model
+
+    return load_model(folder, None)[0]
+
+
+def _outlined(folder: Path) -> nn.Module:
+    from funclora._apps.train.tokenizer import model_folder
+    from funclora._files.atomic import read_json
+    from funclora._files.snapshot import being_replaced
+    from funclora.io.hf.checkpoint import CONFIG_FILE
+    from funclora.io.hf.outline import outlined
+
+    config = read_json(model_folder(folder) / CONFIG_FILE)
+
+    def make() -> nn.Module:
+        from funclora._apps.train.folder import empty_model
+
+        model = empty_model(folder, None)
+        if read_json(folder / CONFIG_FILE) != config:
+            raise being_replaced(folder)
+        return model
+
+    # transformers then reads another file of the folder.
+    return make() if "configuration_files" in config else outlined({"automatic config": config}, make)

@@ -90,8 +90,9 @@ def from_diffusers(path: Path, out: Path, base: Path, *, overwrite: bool) -> Fac
 
 def _read(folder: Path, base: Path) -> tuple[dict[str, Rule], nn.Module]:
     files = AdapterFiles(folder)
-    # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's.
-    weights = any(".base_layer." in key for key in StoredTensors(files).shapes())
+    # PEFT stores the weights of adapted embeddings next to the adapter; they must be compared with the model's. The
+    # factors of experts have such keys too.
+    weights = any(".base_layer." in key and ".lora_" not in key for key in StoredTensors(files).shapes())
     model = base_model(base, weights=weights)
     adapters, _ = load_files(files, model)
     check_origin([folder], base)

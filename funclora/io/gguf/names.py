@@ -17,11 +17,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor, nn
 
 from funclora._bind.params import named_tensors
+from funclora._config.embeddings import input_embeddings, output_embeddings, setting_of
 from funclora.errors import UnsupportedError
 from funclora.rules.layouts import stacked
 
@@ -125,8 +125,8 @@ def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
         model: a model of one of the families. Only its structure is read, so it may be on the meta device.
         gguf: the package of that name.
     """
-    family, config = family_of(model), _config(model)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch], config.num_hidden_layers)
+    family = family_of(model)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch], setting_of(model, "num_hidden_layers"))
     tied = family.tied or _is_tied(model)
     found = {}
     for name, tensor, _, _ in named_tensors(model):
@@ -139,7 +139,7 @@ def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
         tensors = tuple(each[1] if each[1].endswith(".weight") else f"{each[1]}.weight" for each in known)
         kind, heads = known[0][0].name, 0
         if family.pairs and kind in ("ATTN_Q", "ATTN_K"):
-            heads = config.num_attention_heads if kind == "ATTN_Q" else config.num_key_value_heads
+            heads = setting_of(model, "num_attention_heads" if kind == "ATTN_Q" else "num_key_value_heads")
         why_not = "" if kind in _ADAPTABLE else f"llama.cpp does not apply adapters to {tensors[0]!r}."
         if tied and kind == "OUTPUT":
             why_not = f"llama.cpp has no {tensors[0]!r} for a model whose output layer is tied to its token embedding."
@@ -149,13 +149,11 @@ def slots_of(model: nn.Module, gguf: ModuleType) -> dict[str, Slot]:
     return found
 
 
-def _config(model: Any) -> Any:
-    return model.config
-
-
-def _is_tied(model: Any) -> bool:
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    return bool(model.config.tie_word_embeddings) or head.weight is table.weight
+def _is_tied(model: nn.Module) -> bool:
+    table, head = (
+        model.get_parameter(f"{name}.weight") for name in (input_embeddings(model), output_embeddings(model))
+    )
+    return bool(setting_of(model, "tie_word_embeddings")) or head is table
 
 
 def by_tensor(slots: dict[str, Slot]) -> Iterator[tuple[str, tuple[str, Slot]]]:

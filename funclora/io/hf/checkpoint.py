@@ -71,6 +71,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key -> shape, for all tensors."""
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
+
     def descriptor(self, file: Path) -> int:
         """The file, open for reading."""
         return self._opened[file].descriptor

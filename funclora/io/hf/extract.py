@@ -138,8 +138,8 @@ def extract_adapter(
                 f"{tuned.folder} is a {tuned.config.get('architectures')}, {base.folder} a "
                 f"{base.config.get('architectures')} (architectures in config.json); expected the same."
             )
-        structure = Structure(base.folder, base.config, len(base.tensors))
-        trained = Structure(tuned.folder, tuned.config, len(tuned.tensors))
+        structure = Structure(base.folder, base.config, base.shapes)
+        trained = Structure(tuned.folder, tuned.config, tuned.shapes)
         _refuse_other_sizes(base.folder, structure, tuned.folder, trained)
         pair = _Pair(structure, Weights(base, structure), Weights(tuned, trained))
         found = _Extraction(pair, config, niter, progress or (lambda done, total: None))

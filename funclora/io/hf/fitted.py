@@ -79,11 +79,11 @@ class FittedCheckpoint(Checkpoint):
         self.new: list[str] = []
         self.left_out: list[str] = []
         self.config = with_head(self.folder, before, adapters)
-        self.structure = Structure(self.folder, self.config, len(self.tensors))
+        self.structure = Structure(self.folder, self.config, self.shapes)
         rows = _rows(self.structure.model, self.structure.shapes, adapters)
         if rows:
             self.config = _with_vocabulary(self.config, rows)
-            self.structure = Structure(self.folder, self.config, len(self.tensors))
+            self.structure = Structure(self.folder, self.config, self.shapes)
         self.is_fitted = self.config != before
         if self.is_fitted:
             self._extend(other_class=self.config.get("architectures") != before.get("architectures"))

@@ -11,6 +11,7 @@ from typing import Any
 from funclora._config.peft_fields import HEADS
 from funclora.errors import ConfigError, FormatError, UnsupportedError
 from funclora.io.hf.library import check_config, transformers
+from funclora.io.hf.remembered import remembered
 from funclora.io.peft.files import WEIGHTS_FILE, AdapterFiles
 from funclora.io.peft.tensors import StoredTensors
 
@@ -124,8 +125,8 @@ def with_head(folder: Path, config: Mapping[str, Any], adapters: Sequence[Adapte
             f"{first} was trained for {one}, {second} for {other}: no model has both heads. Merge them one by one."
         )
     task = next(iter(tasks.values()))
-    check_config(folder, config)
-    changed = {**config, "architectures": [_class(folder, config, task)]}
+    cls = remembered(["class for a task", dict(config), task], lambda: _class(folder, config, task))
+    changed = {**config, "architectures": [cls]}
     names = {classes_of(adapter) for adapter in tasks} - {()} if task != "QUESTION_ANS" else set()
     problems = {problem_of(adapter) for adapter in tasks} if task == "SEQ_CLS" else {None}
     if len(problems) > 1:
@@ -150,6 +151,7 @@ def with_head(folder: Path, config: Mapping[str, Any], adapters: Sequence[Adapte
 
 def _class(folder: Path, config: Mapping[str, Any], task: str) -> str:
     """The name of the class for a task."""
+    check_config(folder, config)
     library = transformers()
     mapping, kind = getattr(library, MODELS[task])._model_mapping, config.get("model_type")
     known = library.CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in library.CONFIG_MAPPING else None

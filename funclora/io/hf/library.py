@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import reprlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from funclora.errors import FormatError, FuncloraError, UnsupportedError
 
 # For every call that reads a folder. With None instead of False, transformers asks on stdin whether to run the code.
 OPTIONS: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+# Whether the program has imported transformers before it used a folder: then it may also have changed its classes.
+IMPORTED_BEFORE = "transformers" in sys.modules
 
 # transformers makes lists of this length before there is a model whose parameters could be counted.
 _COUNTS = re.compile(r"(layers?|num_labels)$")

@@ -130,7 +130,7 @@ def _read(
     with Checkpoint(folder) as checkpoint:
         dtype = dtype or _dtype_of(checkpoint)
         model: Any = _model(checkpoint, make, dtype)
-        structure = Structure(folder, checkpoint.config, len(checkpoint.tensors), model)
+        structure = Structure(folder, checkpoint.config, checkpoint.shapes, model)
         packed = {} if packing is None else dict.fromkeys(_packed(structure, targets), packing)
         weights = Weights(checkpoint, structure)
         dtypes = _dtypes(model, dtype)

@@ -21,9 +21,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from funclora._config.outlined import asked, original_of
 from funclora.errors import FormatError, UnsupportedError
 from funclora.io.hf.library import check_config, transformers
-from funclora.io.peft.conversions import Conversions
+from funclora.io.hf.outline import outlined
+from funclora.io.peft.conversions import Conversion, Conversions
 
 Shape = tuple[int, ...]
 
@@ -54,20 +56,26 @@ class Structure:
     Args:
         folder: the folder of the configuration.
         config: the contents of `config.json`.
-        n_tensors: number of tensors in the checkpoint. A configuration with very many more parameters is refused before
-            all of them are made.
+        tensors: key -> shape, for the tensors of the checkpoint. A configuration with very many more parameters is
+            refused before all of them are made.
         model: the model, if it is there already.
 
     Attributes:
-        model: the model.
+        model: the model, or an outline of it: an earlier process may have made the model itself.
         shapes: full name -> shape, for every parameter and saved buffer.
         ties: groups of names that are one parameter.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], n_tensors: int, model: Any = None) -> None:
-        self._folder, self._n_tensors = folder, n_tensors
-        # In float32, so that fully fine-tuned parameters keep it until they are rounded once.
-        self.model: Any = model or build(folder, config, n_tensors, nothing_stored(torch.float32))
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Shape], model: Any = None
+    ) -> None:
+        self._folder, self._tensors = folder, tensors
+
+        def make() -> nn.Module:
+            # In float32, so that fully fine-tuned parameters keep it until they are rounded once.
+            return build(folder, config, len(tensors), nothing_stored(torch.float32))
+
+        self.model: Any = model or outlined({"config": config, "tensors": sorted(tensors.items())}, make)
         self.shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         groups: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -85,12 +93,10 @@ class Structure:
         Raises:
             UnsupportedError: this changes more than the ties, or the class ties regardless of its configuration.
         """
-        other = Structure(self._folder, config, self._n_tensors)
-        before, after = self.model.config.to_dict(), other.model.config.to_dict()
-        if after.get("tie_word_embeddings") is not False or _besides_ties(before) != _besides_ties(after):
-            raise UnsupportedError(f"{self.name} changes more than its ties if tie_word_embeddings becomes False.")
-        if "tie_word_embeddings" in inspect.unwrap(type(self.model).forward).__code__.co_names:
-            raise UnsupportedError(f"{self.name} computes something else if tie_word_embeddings is False.")
+        other = Structure(self._folder, config, self._tensors)
+        why = asked(self.model, ["untied", config], lambda model: _beyond_ties(model, original_of(other.model)))
+        if why:
+            raise UnsupportedError(f"{self.name} {why}")
         return other
 
     def places(self, tensors: Mapping[str, Shape]) -> tuple[dict[str, list[Part]], dict[str, str]]:
@@ -214,6 +220,16 @@ def at_most(limit: int) -> Iterator[None]:
         handle.remove()
 
 
+def _beyond_ties(model: Any, untied: Any) -> str:
+    """What else changes in a model without tied embeddings; "" if nothing does."""
+    before, after = model.config.to_dict(), untied.config.to_dict()
+    if after.get("tie_word_embeddings") is not False or _besides_ties(before) != _besides_ties(after):
+        return "changes more than its ties if tie_word_embeddings becomes False."
+    if "tie_word_embeddings" in inspect.unwrap(type(model).forward).__code__.co_names:
+        return "computes something else if tie_word_embeddings is False."
+    return ""
+
+
 def _besides_ties(config: dict[str, Any]) -> dict[str, Any]:
     skipped = ("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version")
     kept = {key: value for key, value in config.items() if key not in skipped}
@@ -242,31 +258,27 @@ class _Placing:
             )
         self.parts.setdefault(name, []).append(Part(name, key, 0, shape))
 
-    def _converted(self, name: str, converter: Any, sources: Mapping[str, list[str]]) -> None:
+    def _converted(self, name: str, converter: Conversion, sources: Mapping[str, list[str]]) -> None:
         """Tensors that are joined or split, by conversions that only move slices."""
-        from transformers import core_model_loading as loading
-
-        ways = [type(operation) for operation in converter.operations]
-        dims = [getattr(operation, "dim", None) for operation in converter.operations]
-        keys = [key for pattern in converter.source_patterns for key in sources.get(pattern, ())]
+        ways, dims = [way for way, _ in converter.operations], [dim for _, dim in converter.operations]
+        stacks = [sources[pattern] for pattern in converter.sources if pattern in sources]
+        keys = [key for stack in stacks for key in stack]
         targets = self._targets(name, converter)
-        if ways == [loading.MergeModulelist] and dims == [0]:
-            stacks = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+        if ways == ["MergeModulelist"] and dims == [0]:
             self._stacked(name, stacks, None)
-        elif ways == [loading.MergeModulelist, loading.Concatenate] and dims[0] == 0 and dims[1] in (1, 2):
-            stacks = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+        elif ways == ["MergeModulelist", "Concatenate"] and dims[0] == 0 and dims[1] in (1, 2):
             self._stacked(name, stacks, dims[1])
-        elif ways == [loading.Concatenate] and dims == [0] and len(targets) == 1:
+        elif ways == ["Concatenate"] and dims == [0] and len(targets) == 1:
             self._joined(name, keys)
-        elif ways in ([loading.Chunk], [loading.Split]) and dims == [0] and len(keys) == 1 and all(targets):
+        elif ways in (["Chunk"], ["Split"]) and dims == [0] and len(keys) == 1 and all(targets):
             self._cut(targets, keys[0], self._tensors[keys[0]])
         else:
-            how = ", ".join(way.__name__ for way in ways)
+            how = ", ".join(ways)
             for target in targets or [name]:
                 self.opaque[target] = f"transformers makes it from {', '.join(map(repr, keys[:3]))} by {how}"
 
-    def _targets(self, name: str, converter: Any) -> list[str]:
-        patterns = converter.target_patterns
+    def _targets(self, name: str, converter: Conversion) -> list[str]:
+        patterns = converter.targets
         before, found, after = name.partition(patterns[0])
         names = [before + pattern + after for pattern in patterns] if found else [name]
         return names if all(target in self._shapes for target in names) else [name]

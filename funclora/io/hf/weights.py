@@ -23,8 +23,7 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, structure: Structure) -> None:
         self._checkpoint, self._structure = checkpoint, structure
-        shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
-        self.parts, self._opaque = structure.places(shapes)
+        self.parts, self._opaque = structure.places(checkpoint.shapes)
         self._tied = {name: group for group in structure.ties for name in group}
 
     def parts_of(self, name: str) -> list[Part]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from funclora._bind.apply import apply
 from funclora._bind.merge import merge
 from funclora._bind.params import base_params
+from funclora._config.outlined import original_of
 from funclora._files.safetensors import DTYPES, fill
 from funclora._torch.memory import free_on_host
 from funclora.errors import FormatError
@@ -139,12 +140,13 @@ def _compare_outputs(plan: MergePlan, folder: Path) -> tuple[float | None, str]:
         return None, "the amount of free memory is unknown on this system"
     if needed > free:
         return None, f"both models would need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
-    inputs = _probe(plan)
+    model: Any = original_of(plan.structure.model)
+    inputs = _probe(model)
     if isinstance(inputs, str):
         return None, inputs
-    cls = type(plan.structure.model)
+    cls = type(model)
     # What the base's folder lacks is random here, and the adapters replace it.
-    other = {"config": plan.structure.model.config, "ignore_mismatched_sizes": True} if plan.base.is_fitted else {}
+    other = {"config": model.config, "ignore_mismatched_sizes": True} if plan.base.is_fitted else {}
     base, merged = _load(cls, plan.base.folder, **other), _load(cls, folder)
     try:
         wanted = _first(_adapted(plan, base, inputs))
@@ -188,9 +190,8 @@ def _first(output: Any) -> Tensor:
     return cast(Tensor, output[0])
 
 
-def _probe(plan: MergePlan) -> dict[str, Tensor] | str:
-    """A probe input for the model, or why there is none."""
-    model: Any = plan.structure.model
+def _probe(model: Any) -> dict[str, Tensor] | str:
+    """A probe input for a model, or why there is none."""
     config, name = model.config, getattr(model, "main_input_name", None)
     if name == "input_ids":
         text = config.get_text_config()
@@ -203,4 +204,4 @@ def _probe(plan: MergePlan) -> dict[str, Tensor] | str:
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.arange(channels * height * width, dtype=torch.float32).mul(0.37).sin()
         return {"pixel_values": pixels.reshape(1, channels, height, width)}
-    return f"{plan.structure.name} needs {name!r}, for which there is no probe input"
+    return f"{type(model).__name__} needs {name!r}, for which there is no probe input"

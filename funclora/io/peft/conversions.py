@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from funclora._config.outlined import Plain, asked
+
 Sources = dict[str, list[str]]  # pattern -> the keys that match it, in the order of the experts
+
+
+class Conversion(NamedTuple):
+    """How parameters are made of several tensors, or of a part of one.
+
+    Attributes:
+        operations: the name of each operation in transformers, and its `dim`; None for one without.
+        sources: patterns of the keys of tensors.
+        targets: patterns of the names of parameters.
+    """
+
+    operations: Sequence[tuple[str, int | None]]
+    sources: Sequence[str]
+    targets: Sequence[str]
+
+    @property
+    def joins_experts(self) -> bool:
+        """Whether it stacks the matrices of experts, and joins those of several kinds along their outputs."""
+        stacks = ("MergeModulelist", 0)
+        return [*self.operations] in ([stacks], [stacks, ("Concatenate", 1)])
 
 
 class Conversions:
@@ -24,34 +46,42 @@ class Conversions:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str], keys: Iterable[str]) -> None:
-        from transformers import core_model_loading as loading
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        self.plain: dict[str, str] = {}
-        self.joined: dict[str, tuple[Any, Sources]] = {}
-        changes = get_model_conversion_mapping(cast(Any, model))
-        renamings = [c for c in changes if isinstance(c, loading.WeightRenaming)]
-        converters = [c for c in changes if isinstance(c, loading.WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        known: dict[str, Any] = dict.fromkeys(names, True)
-        prefix = cast(Any, model).base_model_prefix
-        # Experts are ordered by the numbers in their names, as in transformers.
-        for key in sorted(keys, key=loading.dot_natural_key):
-            name, pattern = loading.rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, pattern = loading.rename_source_key(key, [], [], prefix, known)
-            if name not in known:
-                continue
-            if pattern is None:
-                self.plain[key] = name
-            else:
-                _, sources = self.joined.setdefault(name, (by_pattern[pattern], {}))
-                sources.setdefault(pattern, []).append(key)
+        names, keys = sorted(names), sorted(keys)
+        found = asked(model, ["conversions", names, keys], lambda model: _found(model, names, keys))
+        self.plain: dict[str, str] = found["plain"]
+        self.joined: dict[str, tuple[Conversion, Sources]] = {}
+        for name, (number, sources) in found["joined"].items():
+            operations, patterns, targets = found["conversions"][number]
+            self.joined[name] = (Conversion([(way, dim) for way, dim in operations], patterns, targets), sources)
 
 
-def experts_joined(converter: Any) -> bool:
-    """Whether a conversion stacks the matrices of experts, and joins those of several kinds along their outputs."""
+def _found(model: nn.Module, names: Iterable[str], keys: Iterable[str]) -> Plain:
     from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    ways = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-    return ways in ([(loading.MergeModulelist, 0)], [(loading.MergeModulelist, 0), (loading.Concatenate, 1)])
+    changes = get_model_conversion_mapping(cast(Any, model))
+    renamings = [c for c in changes if isinstance(c, loading.WeightRenaming)]
+    converters = [c for c in changes if isinstance(c, loading.WeightConverter)]
+    by_pattern = {pattern: i for i, c in enumerate(converters) for pattern in c.source_patterns}
+    prefix = cast(Any, model).base_model_prefix
+    known: dict[str, Any] = dict.fromkeys(names, True)
+    plain: dict[str, str] = {}
+    joined: dict[str, tuple[int, Sources]] = {}
+    # Experts are ordered by the numbers in their names, as in transformers.
+    for key in sorted(keys, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = loading.rename_source_key(key, [], [], prefix, known)
+        if name not in known:
+            continue
+        if pattern is None:
+            plain[key] = name
+        else:
+            _, sources = joined.setdefault(name, (by_pattern[pattern], {}))
+            sources.setdefault(pattern, []).append(key)
+    return {"plain": plain, "joined": joined, "conversions": [*map(_plain, converters)]}
+
+
+def _plain(converter: Any) -> Conversion:
+    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+    return Conversion(operations, [*converter.source_patterns], [*converter.target_patterns])

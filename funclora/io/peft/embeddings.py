@@ -7,27 +7,19 @@ Here they are values of the adapter where the model has others.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funclora._config.config import LoraConfig
+from funclora._config.embeddings import input_embeddings, output_embeddings
 from funclora.io.peft.keys import PREFIX
 from funclora.io.peft.tensors import StoredTensors
 
 
 def of_embeddings(model: nn.Module) -> list[str]:
     """The full names of the parameters of a model's input embeddings and of its output layer."""
-    owners: list[nn.Module] = []
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
-        method: Any = getattr(model, ask, None)
-        try:
-            found = method() if callable(method) else None
-        except (NotImplementedError, AttributeError):  # transformers, for models without
-            found = None
-        if isinstance(found, nn.Module):
-            owners.append(found)
+    owners = [model.get_submodule(name) for name in (input_embeddings(model), output_embeddings(model)) if name]
     return [
         f"{name}.{leaf}"
         for name, module in model.named_modules(remove_duplicate=False)

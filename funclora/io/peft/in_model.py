@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from funclora._config.config import LoraConfig
+from funclora._config.embeddings import setting_of
 from funclora._config.experts import as_in_peft, expert_names
 from funclora._config.infer import exactly
 from funclora._config.target import Target
@@ -17,7 +18,7 @@ from funclora.errors import ConfigError, PeftFormatWarning, UnsupportedError
 from funclora.io.peft.keys import PeftTarget
 from funclora.io.peft.limits import own_forward, unsupported_in_model
 from funclora.io.peft.own_forward import adds_to_output
-from funclora.io.peft.raw_weights import raw_use
+from funclora.io.peft.raw_weights import RawUse, raw_uses
 from funclora.io.peft.renamed import renamed_by_peft
 from funclora.rules.base import Adapters, Rule
 from funclora.rules.low_rank import LowRank
@@ -62,10 +63,11 @@ def in_model(model: nn.Module, adapters: Adapters, config: LoraConfig) -> tuple[
 
 def refuse_in_model(model: nn.Module, wrapped: Mapping[str, PeftTarget], keys: Iterable[str]) -> None:
     """Raise `UnsupportedError` if PEFT would compute something else in this model from the tensors of these keys."""
-    for name, why in (*unsupported_in_model(model, wrapped.values()), *_without_effect(model, wrapped.values())):
+    uses = raw_uses(model, [w.module for w in wrapped.values() if not w.by_parameter])
+    for name, why in (*unsupported_in_model(model, wrapped.values()), *_without_effect(model, wrapped.values(), uses)):
         raise UnsupportedError(f"{name!r} cannot be saved for PEFT: {why}")
     for w in wrapped.values():
-        use = None if w.by_parameter else raw_use(model, w.module)
+        use = None if w.by_parameter else uses.get(w.module)
         if use:
             warnings.warn(
                 f"{w.name!r}: {use.by} calls the layer in some cases only and else reads its weight, where PEFT's "
@@ -80,15 +82,17 @@ def refuse_in_model(model: nn.Module, wrapped: Mapping[str, PeftTarget], keys: I
         )
 
 
-def _without_effect(model: nn.Module, wrapped: Iterable[PeftTarget]) -> Iterator[tuple[str, str]]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+def _without_effect(
+    model: nn.Module, wrapped: Iterable[PeftTarget], uses: Mapping[str, RawUse]
+) -> Iterator[tuple[str, str]]:
+    model_type = setting_of(model, "model_type")
     for w in wrapped:
         module = model.get_submodule(w.module)
         if model_type in _MAMBA and w.module.rpartition(".")[2] in _OF_MAMBA:
             yield w.name, f"PEFT refuses {' and '.join(_OF_MAMBA)} in a model of the type {model_type!r}."
         if w.by_parameter:
             continue
-        use = raw_use(model, w.module)
+        use = uses.get(w.module)
         if use and use.always:
             yield w.name, f"{use.by} {_RAW} {_INSTEAD}"
         elif own_forward(module) and not adds_to_output(module):

@@ -10,7 +10,6 @@ block-diagonal. Rank and α grow together, so that the scaling stays what it was
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 from funclora._config.config import LoraConfig
 from funclora._config.covers import covers
-from funclora._config.layers import weights_of
+from funclora._config.layers import is_of_transformers, weights_of
 from funclora._config.names import named
 from funclora._files.safetensors import Stored
 from funclora.errors import ConfigError, FormatError, UnsupportedError
-from funclora.io.peft.conversions import Conversions, experts_joined
+from funclora.io.peft.conversions import Conversion, Conversions
 from funclora.io.peft.keys import PREFIX, Keys, PeftTarget
 from funclora.io.peft.tensors import StoredTensors
 
@@ -114,8 +113,7 @@ class OlderNames:
     ) -> None:
         self.config, self.notes = config, list[str]()
         self._stored, self._given, self._experts = stored, config, list[_Experts]()
-        library = sys.modules.get("transformers.modeling_utils")
-        if library is None or not isinstance(model, library.PreTrainedModel):
+        if not is_of_transformers(model):
             return
         self._model, self._weights = model, weights
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -165,12 +163,12 @@ class OlderNames:
                 self._experts.append(self._collected(parameter, converter, modules))
         return moved
 
-    def _collected(self, parameter: str, converter: Any, modules: Mapping[str, tuple[str, ...]]) -> _Experts:
-        kinds = tuple(modules.get(pattern, ()) for pattern in converter.source_patterns)
+    def _collected(self, parameter: str, converter: Conversion, modules: Mapping[str, tuple[str, ...]]) -> _Experts:
+        kinds = tuple(modules.get(pattern, ()) for pattern in converter.sources)
         first, *others = [module for kind in kinds for module in kind]
         shape, file = tuple(self._weights[parameter].shape), self._stored.file
-        if not experts_joined(converter) or len(shape) != 3 or kinds.count(()) > 1:
-            ways = ", ".join(type(operation).__name__ for operation in converter.operations)
+        if not converter.joins_experts or len(shape) != 3 or kinds.count(()) > 1:
+            ways = ", ".join(operation for operation, _ in converter.operations)
             raise UnsupportedError(
                 f"{file}: {first!r} is a name of an older transformers, whose models had a module where this one "
                 f"has a part of {parameter!r} (made by {ways}). This conversion of an adapter is not known. "

@@ -9,10 +9,12 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from funclora._config.outlined import asked
 
 # Reading these of a weight does not use its values, and neither do these functions.
 _FACTS = frozenset(("dtype", "device", "shape", "size", "dim", "ndim", "data_ptr", "is_cuda", "requires_grad", "numel"))
@@ -31,8 +33,22 @@ class RawUse(NamedTuple):
     always: bool
 
 
-def raw_use(model: nn.Module, module: str) -> RawUse | None:
-    """Who reads the values of a module's weight, by the source of the classes that contain it; None if nobody does."""
+def raw_uses(model: nn.Module, modules: Iterable[str]) -> dict[str, RawUse]:
+    """Who reads the values of the weights of modules, by the source of the classes that contain them.
+
+    Args:
+        model: the model.
+        modules: the full names of some modules.
+
+    Returns:
+        Full name -> who reads its weight, for those whose weight another module reads.
+    """
+    names = [*modules]
+    found = asked(model, ["raw uses", names], lambda model: {name: _raw_use(model, name) for name in names})
+    return {name: RawUse(*use) for name, use in found.items() if use is not None}
+
+
+def _raw_use(model: nn.Module, module: str) -> RawUse | None:
     parts = module.split(".")
     for i in range(len(parts) - 1, -1, -1):
         owner: Any = type(model.get_submodule(".".join(parts[:i])))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import nn
 
+from funclora._config.experts import converted_like
+from funclora._config.outlined import asked
 from funclora.io.peft.keys import PREFIX
 
 _ADAPTER = ".default"
@@ -15,13 +16,17 @@ _ADAPTER = ".default"
 
 def renamed_by_peft(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """`(key, other key)` for each tensor of a low-rank update that PEFT looks for under another name in this model."""
-    library: Any = sys.modules.get("transformers.conversion_mapping")
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if library is None or library.get_checkpoint_conversion_mapping(model_type) is None:
+    if converted_like(model) is None:
         return
-    from transformers import core_model_loading as loading
+    low_rank = [key for key in keys if ".lora_" in key]
+    yield from asked(model, ["renamed by PEFT", low_rank], lambda model: [*_renamed(model, low_rank)])
 
-    changes = library.get_model_conversion_mapping(cast(Any, model))
+
+def _renamed(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    changes = get_model_conversion_mapping(cast(Any, model))
     renamings = [
         loading.WeightRenaming(f"{PREFIX}model.", "model."),
         loading.WeightRenaming(PREFIX, ""),
@@ -29,7 +34,6 @@ def renamed_by_peft(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str
         *(change for change in changes if isinstance(change, loading.WeightRenaming)),
     ]
     for key in keys:
-        if ".lora_" in key:
-            name = "".join(loading.rename_source_key(key, renamings, [])[0].rsplit(_ADAPTER, 1))
-            if not key.endswith(name):
-                yield key, PREFIX + name.removeprefix(PREFIX)
+        name = "".join(loading.rename_source_key(key, renamings, [])[0].rsplit(_ADAPTER, 1))
+        if not key.endswith(name):
+            yield key, PREFIX + name.removeprefix(PREFIX)
