@@ -127,7 +127,7 @@ def test_a_value_of_any_kind_is_taken_or_refused_by_the_name_of_its_option(key: 
         (".toml", "init = 'pisa'", "init: expected one of .*, got 'pisa'. Near names: pissa"),
         (".toml", "init = 'loftq'", "init: loftq compensates for 4-bit quantisation"),
         (".toml", "double_quant = true", "double_quant: only nf4 and fp4 have scales"),
-        (".toml", "packing = true\ntask = 'seq2seq'", "packing: only causal-lm and preference use it, and the task is seq2seq"),
+        (".toml", "packing = true\ntask = 'seq2seq'", "packing: only causal-lm and preference use it"),
         (".toml", "train_on = 'all'\ntask = 'seq2seq'", "train_on: only causal-lm uses it"),
         (".toml", "text_field = 'x'\ntask = 'seq2seq'", "text_field: only causal-lm and sequence-classification use "),
         (".toml", "label_field = 'x'", "label_field: only sequence-classification, token-classification and"),
