@@ -532,7 +532,8 @@ def merge_of_experts() -> float:
     tree = adapters(whole, params, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     found = fl.merge(divided, tree)
     assert [type(w) for w in found.values()] == [type(w) for w in divided.values()]
-    return difference(fl.merge(params, tree), gathered(found))
+    wanted = fl.merge(params, tree)
+    return difference([wanted[name] for name in tree], [*gathered({name: found[name] for name in tree}).values()])
 
 
 BY_TOKEN = torch.arange(48).view(4, 12) % 3 - 1  # of two members and the base
