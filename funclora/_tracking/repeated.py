@@ -142,16 +142,16 @@ class Plan:
             x, out = x.view(n, tokens, inputs), y.view(n, tokens, outputs)
         for rows, first, second, scalings in self.parts:
             m, each = first.shape[0], rows.count * tokens
-            if rows.span is None:
+            if rows.table is None:  # all rows in order
+                add_products(out.view(m, each, outputs), x.view(m, each, inputs), first, second, scalings)
+            elif rows.span is not None:
+                span = slice(*rows.span)
+                add_products(out[span].view(m, each, outputs), x[span].view(m, each, inputs), first, second, scalings)
+            else:
                 update = out.new_zeros(m * rows.count + 1, tokens, outputs)  # the last one is for rows without a member
                 given = x.index_select(0, rows.taken).view(m, each, inputs)
                 add_products(update[:-1].view(m, each, outputs), given, first, second, scalings)
                 out += update.index_select(0, rows.back)
-            elif m == n:
-                add_products(out, x, first, second, scalings)
-            else:
-                span = slice(*rows.span)
-                add_products(out[span].view(m, each, outputs), x[span].view(m, each, inputs), first, second, scalings)
         if self.scale is not None:
             out *= self.scale
             if op.bias is not None:
