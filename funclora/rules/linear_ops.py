@@ -307,7 +307,8 @@ class LinearLayerOp(LinearOp):
 
     def flat(self) -> LinearOp:
         x = self.x
-        if type(x) is not Tensor or x.dim() < 3:  # a tensor that tracks its rows needs all dimensions
+        # A tensor that tracks its rows needs all dimensions; other products than those of the base round otherwise.
+        if type(x) is not Tensor or x.dim() < 3 or not x.is_contiguous():
             return self
         return LinearLayerOp(x.flatten(0, -2), self.bias, transposed=self.transposed)
 
