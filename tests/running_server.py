@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from funclora.serving import Engine
 
 WAIT = 60.0  # seconds, much more than anything here takes
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does in the end."""
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def save_base(folder: Path) -> Path:

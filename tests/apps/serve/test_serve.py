@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from running_server import Alone, Running, running, save_all
+from running_server import Alone, Running, running, save_all, until
 
 import funclora as fl
 from funclora._apps.serve.app import HEADERS
@@ -240,7 +240,7 @@ def test_the_metrics(run: Running) -> None:
     assert 1 <= generated <= 3
     assert after["funclora_prompt_tokens_total"] == before["funclora_prompt_tokens_total"] + 4
     assert after['funclora_requests_total{path="other",status="404"}'] >= 1
-    assert after["funclora_batch_rows"] == after["funclora_queue_length"] == 0
+    until(lambda: metrics(run)["funclora_batch_rows"] == metrics(run)["funclora_queue_length"] == 0)
     buckets = [value for name, value in after.items() if "first_token_seconds_bucket" in name]
     assert buckets == sorted(buckets)
     assert buckets[-1] == after["funclora_time_to_first_token_seconds_count"]

@@ -6,13 +6,12 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running_server import WAIT, Running, running, save_all
+from running_server import WAIT, Running, running, save_all, until
 
 from funclora._apps.serve import server
 from funclora._apps.serve.settings import Limits
@@ -153,10 +152,3 @@ def ended(run: Running) -> bool:
     for thread in serving:
         thread.join(20.0)
     return not any(thread.is_alive() for thread in serving)
-
-
-def until(condition: Any) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)

@@ -6,8 +6,7 @@ import contextlib
 import json
 import shutil
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from running_server import WAIT, Alone, Running, running, save_adapter, save_all
+from running_server import WAIT, Alone, Running, running, save_adapter, save_all, until
 from torch import Tensor
 
 import funclora as fl
@@ -47,13 +46,6 @@ def told(response: httpx.Response, status: int) -> dict[str, Any]:
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     assert error["type"] == kind
     return dict(error)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 COMPLETION: dict[str, Any] = {"model": "model", "prompt": "ab", "max_tokens": 2}
@@ -502,7 +494,7 @@ def test_a_server_without_patience_ends_streams_with_an_error(folder: Path) -> N
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
-        assert run.engine.statistics().running == 0
+        until(lambda: run.engine.statistics().running == 0)
 
 
 def test_a_port_that_is_taken(folder: Path) -> None:
